@@ -1,0 +1,23 @@
+"""Constants that several rooms need. A leaf: imports nothing of the project.
+
+Means and standard deviations are per RGB channel on the 0-255 scale.
+"""
+
+from typing import NamedTuple
+
+
+class Normalization(NamedTuple):
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+_CLIP_STD = (68.5005327, 66.6321579, 70.3231631)
+
+NORM_STYLES: dict[str, Normalization] = {
+    # CLIP's own statistics; what Video Mamba Suite trains with.
+    "openai": Normalization((122.7709383, 116.7460125, 104.0937362), _CLIP_STD),
+    # The mistyped red mean that AVION's and LaViLa's checkpoints were trained with: they need it.
+    "openai_legacy": Normalization((108.3272985, 116.7460125, 104.0937362), _CLIP_STD),
+    # ImageNet statistics, as timm uses them.
+    "timm": Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+}
