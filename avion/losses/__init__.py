@@ -1,0 +1,5 @@
+"""Losses over the global batch."""
+
+from .losses import ClipLoss, MaxMarginRankingLoss
+
+__all__ = ["ClipLoss", "MaxMarginRankingLoss"]

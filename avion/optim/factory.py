@@ -1,0 +1,53 @@
+"""Parameter groups and optimizers."""
+
+import torch
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from avion.errors import UserError
+
+OPTIMIZERS = ("adamw", "sgd")
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: parameters that decay, and those that do not.
+
+    No decay for biases and anything of fewer than two dimensions (AVION's rule), and for what the model
+    names in `no_weight_decay()`: the state matrices A_log of the scan, which are 2-D but no projection.
+    """
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    unknown = exempt - {name for name, _ in model.named_parameters()}
+    assert not unknown, f"no_weight_decay() names parameters that do not exist: {sorted(unknown)}"
+    no_decay = {n for n, p in trained.items() if p.ndim < 2 or n.endswith("bias") or n in exempt}
+    groups = [
+        {"params": [p for n, p in trained.items() if n not in no_decay], "weight_decay": weight_decay},
+        {"params": [p for n, p in trained.items() if n in no_decay], "weight_decay": 0.0},
+    ]
+    return [g for g in groups if g["params"]]
+
+
+def build_optimizer(
+    model: nn.Module,
+    name: str,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    momentum: float = 0.9,
+    use_zero: bool = False,
+) -> torch.optim.Optimizer:
+    """AdamW or SGD over `param_groups`; with `use_zero` its state is sharded over the processes."""
+    groups = param_groups(model, weight_decay)
+    if not groups:
+        raise UserError("the model has no trainable parameter")
+    if name == "adamw":
+        cls, options = torch.optim.AdamW, {"lr": lr, "betas": tuple(betas), "eps": eps}
+    elif name == "sgd":
+        cls, options = torch.optim.SGD, {"lr": lr, "momentum": momentum}
+    else:
+        raise UserError(f"--optimizer {name}: unknown; choose from {', '.join(OPTIMIZERS)}")
+    if use_zero:
+        return ZeroRedundancyOptimizer(groups, optimizer_class=cls, **options)
+    return cls(groups, **options)
