@@ -1,0 +1,35 @@
+"""The oracle: the recurrence step by step, gradients by autograd. Slow and hungry, made to be read."""
+
+import torch
+import torch.nn.functional as F
+
+
+def selective_scan_reference(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = True,
+    reverse: bool = False,
+) -> torch.Tensor:
+    """See the package's docstring for shapes and maths; y (R, T, D) in u's dtype."""
+    out_dtype = u.dtype
+    double = any(x is not None and x.dtype == torch.float64 for x in (u, delta, A, B, C, D, delta_bias))
+    compute = torch.float64 if double else torch.float32
+    u, delta, A, B, C, D = (x.to(compute) for x in (u, delta, A, B, C, D))
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(compute)
+    if delta_softplus:
+        delta = F.softplus(delta)
+
+    rows, steps, channels = u.shape
+    state = u.new_zeros(rows, channels, A.shape[1])  # (R, D, N)
+    ys: list[torch.Tensor] = [u] * steps
+    for t in reversed(range(steps)) if reverse else range(steps):
+        decay = torch.exp(delta[:, t, :, None] * A)  # (R, D, N)
+        state = decay * state + (delta[:, t] * u[:, t])[:, :, None] * B[:, t, None, :]
+        ys[t] = (state * C[:, t, None, :]).sum(-1) + D * u[:, t]  # (R, D)
+    return torch.stack(ys, dim=1).to(out_dtype)  # (R, T, D)
