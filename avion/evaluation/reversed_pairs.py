@@ -1,0 +1,48 @@
+"""Accuracy within time-reversed pairs: is a clip nearer to its own text than to its reversal's?
+
+"Put the cup down" played backwards is "take the cup": the frames are the same, only their order tells.
+A model that is blind to time gives both clips of a pair the same embedding, is right about one of them
+and wrong about the other, and so gets one half.
+"""
+
+import numpy as np
+
+from avion.errors import UserError
+
+
+def pair_accuracy(video_embed, own_text, other_text) -> dict[str, float | int]:
+    """Share of the clips whose cosine with their own text is the larger; equal ones count one half.
+
+    Args:
+        video_embed: (n, E) one row per clip, of any length: only its direction counts.
+        own_text: (n, E) the text of that clip.
+        other_text: (n, E) the text of the reversed action.
+
+    Returns:
+        {"pair_acc": fraction of 1, "n": number of clips}
+
+    Raises:
+        UserError: shapes differ, there is no clip, or a value is not finite.
+    """
+    given = {"video_embed": video_embed, "own_text": own_text, "other_text": other_text}
+    video, own, other = (_unit_rows(value, name) for name, value in given.items())
+    if not video.shape == own.shape == other.shape:
+        raise UserError(
+            f"reversed pairs: video_embed {video.shape}, own_text {own.shape} and other_text {other.shape} "
+            "differ; give one row of each per clip"
+        )
+    margin = (video * own).sum(axis=1) - (video * other).sum(axis=1)
+    return {"pair_acc": float(((np.sign(margin) + 1) / 2).mean()), "n": len(margin)}
+
+
+def _unit_rows(value, name: str) -> np.ndarray:
+    rows = np.asarray(value, dtype=np.float64)
+    if rows.ndim != 2 or not rows.size:
+        raise UserError(
+            f"reversed pairs: {name} has shape {rows.shape}, expected (clips, embed) with entries"
+        )
+    if not np.isfinite(rows).all():
+        clip = int(np.argwhere(~np.isfinite(rows))[0, 0])
+        raise UserError(f"reversed pairs: {name} of clip {clip} is not finite; check the model's weights")
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)

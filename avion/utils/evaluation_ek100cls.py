@@ -1,0 +1,5 @@
+"""AVION's import path; the functions live in `avion.evaluation.ek100_cls`."""
+
+from avion.evaluation.ek100_cls import get_marginal_indexes, get_mean_accuracy, marginalize
+
+__all__ = ["get_marginal_indexes", "get_mean_accuracy", "marginalize"]
