@@ -1,0 +1,190 @@
+"""LaViLa's dual encoder (arXiv 2212.04501): its divided space-time tower over the whole sequence.
+
+Letters as in transformer.py. Tokens are frame-major after the CLS, "b (t n) d", x (B, 1+T·N, D).
+One block:
+
+    t = timeattn(norm3(x)), times tanh(α) where gated
+    s = attn(norm1(x + t))
+    x ← x + s;  x ← x + mlp(norm2(x))
+
+Both attentions take all tokens through one qkv. The CLS query attends to every token of the clip, a
+patch query to the CLS and to its own position in all frames (time) or to its own frame (space).
+"""
+
+import torch
+from timm.layers import DropPath
+from torch import nn
+
+from .model_clip import CLIP
+from .registry import ModelConfig, register_model
+from .transformer import (
+    Mlp,
+    TextTransformer,
+    attend,
+    drop_patches,
+    drop_path_rates,
+    embed_patches,
+    encode_tokens,
+    init_attention,
+    init_mlp,
+    patch_grid,
+    run_block,
+    split_heads,
+)
+from .utils import resize_position_embed, resize_temporal_embed
+
+
+class DividedAttention(nn.Module):
+    """x (B, 1+T·N, D) → the same; over="time" or "space" says with whom a patch attends."""
+
+    def __init__(self, dim: int, heads: int, over: str, use_flash: bool | None):
+        super().__init__()
+        self.heads = heads
+        self.over = over
+        self.use_flash = use_flash
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor, frames: int) -> torch.Tensor:
+        q, k, v = split_heads(self.qkv(x), self.heads)  # (B, H, 1+T·N, d)
+        cls_out = attend(q[:, :, :1], k, v, self.use_flash)  # (B, 1, D)
+
+        rows_q = self.to_rows(q[:, :, 1:], frames)  # (R, H, S, d)
+        groups = len(rows_q) // len(x)  # N in time, T in space
+        rows_k, rows_v = (
+            torch.cat([y[:, :, :1].repeat_interleave(groups, 0), self.to_rows(y[:, :, 1:], frames)], dim=2)
+            for y in (k, v)
+        )  # (R, H, 1+S, d)
+        out = attend(rows_q, rows_k, rows_v, self.use_flash)  # (R, S, D)
+        out = out.unflatten(0, (len(x), groups))  # (B, N, T, D) in time, (B, T, N, D) in space
+        out = (out.transpose(1, 2) if self.over == "time" else out).flatten(1, 2)  # (B, T·N, D)
+        return self.proj(torch.cat([cls_out, out], dim=1))
+
+    def to_rows(self, y: torch.Tensor, frames: int) -> torch.Tensor:
+        """(B, H, T·N, d) → (B·N, H, T, d) in time, (B·T, H, N, d) in space."""
+        y = y.unflatten(2, (frames, -1))  # (B, H, T, N, d)
+        y = y.permute(0, 3, 1, 2, 4) if self.over == "time" else y.transpose(1, 2)
+        return y.flatten(0, 1)
+
+
+class LaViLaBlock(nn.Module):
+    """x (B, 1+T·N, D) → the same."""
+
+    def __init__(self, config: ModelConfig, drop_path: float):
+        super().__init__()
+        dim, heads, use_flash = config.embed_dim, config.num_heads, config.use_flash_attn
+        self.norm3 = nn.LayerNorm(dim, eps=1e-6)
+        self.timeattn = DividedAttention(dim, heads, "time", use_flash)
+        self.alpha_timeattn = nn.Parameter(torch.zeros([])) if config.gated_time else None
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = DividedAttention(dim, heads, "space", use_flash)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, config.mlp_ratio, config.act_layer)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: torch.Tensor, frames: int, cls_only: bool = False) -> torch.Tensor:
+        """cls_only: the MLP of nothing but the CLS, (B, 1, D); what the tower's last block needs."""
+        t = self.drop_path(self.timeattn(self.norm3(x), frames))
+        if self.alpha_timeattn is not None:
+            t = t * torch.tanh(self.alpha_timeattn)
+        x = x + self.drop_path(self.attn(self.norm1(x + t), frames))
+        if cls_only:
+            x = x[:, :1]
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class LaViLaTower(nn.Module):
+    """video (B, C, T, height, width) → (B, D): the projection belongs to the model, as in the checkpoints."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        dim, patches = config.embed_dim, (config.img_size // config.patch_size) ** 2
+        self.width = dim
+        self.patch_dropout = config.patch_dropout
+        self.use_fast_conv1 = config.use_fast_conv1
+        self.grad_checkpointing = config.grad_checkpointing
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(
+            config.in_chans, dim, config.patch_size, config.patch_size, bias=False
+        )
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + patches, dim))
+        self.temporal_embed = nn.Parameter(torch.empty(1, config.num_frames, dim))
+        self.ln_pre = nn.LayerNorm(dim, eps=1e-5)
+        self.blocks = nn.ModuleList(LaViLaBlock(config, rate) for rate in drop_path_rates(config))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.init_parameters()
+
+    def init_parameters(self) -> None:
+        """CLIP's initial values, and time attention that starts as nothing: v = 0, passed on by ones."""
+        for parameter in (self.cls_token, self.pos_embed):
+            nn.init.normal_(parameter, std=self.width**-0.5)
+        nn.init.zeros_(self.temporal_embed)
+        for block in self.blocks:
+            init_attention(block.attn, len(self.blocks))
+            init_mlp(block.mlp, len(self.blocks))
+            for parameter in block.timeattn.parameters():
+                nn.init.zeros_(parameter)
+            nn.init.ones_(block.timeattn.proj.weight)
+
+    def features(self, video: torch.Tensor) -> torch.Tensor:
+        """(B, C, T, height, width) → the CLS after the last norm, (B, D)."""
+        frames = video.shape[2]
+        grid = patch_grid(video, self.patch_embed.proj.kernel_size[0])
+        position = resize_position_embed(self.pos_embed, grid)  # (1, 1+N, D)
+        temporal = resize_temporal_embed(self.temporal_embed, frames)  # (1, T, D)
+        x = embed_patches(video, self.patch_embed.proj, self.use_fast_conv1)  # (B, N, T, D)
+        x = x + position[:, 1:, None] + temporal
+        if self.training and self.patch_dropout:
+            x = drop_patches(x, self.patch_dropout)
+        cls = (self.cls_token + position[:, :1]).expand(len(x), -1, -1)  # (B, 1, D)
+        x = self.ln_pre(torch.cat([cls, x.transpose(1, 2).flatten(1, 2)], dim=1))  # (B, 1+T·N, D)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            x = run_block(block, x, frames, i == last, checkpointed=self.grad_checkpointing)
+        return self.norm(x[:, 0])
+
+    forward = features
+
+
+class LaViLaCLIP(CLIP):
+    """LaViLa's model: its checkpoints keep both projections and the parts of the text tower at the top."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(LaViLaTower(config), None, config)
+        text = TextTransformer(config)
+        self.token_embedding = text.token_embedding
+        self.positional_embedding = text.positional_embedding
+        self.transformer = text.transformer
+        self.ln_final = text.ln_final
+        self.text_projection = text.text_projection
+        self.image_projection = nn.Parameter(torch.empty(config.embed_dim, config.project_embed_dim))
+        nn.init.normal_(self.image_projection, std=config.embed_dim**-0.5)
+
+    def encode_image(self, video: torch.Tensor) -> torch.Tensor:
+        return self.visual(video) @ self.image_projection
+
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        return encode_tokens(self, tokens)
+
+
+register_model(
+    ModelConfig("LAVILA_TSF_B16", "lavila", act_layer="quick_gelu"),
+    LaViLaCLIP,
+    aliases=("CLIP_OPENAI_TIMESFORMER_BASE",),
+)
+register_model(
+    ModelConfig(
+        "LAVILA_TSF_L14",
+        "lavila",
+        act_layer="quick_gelu",
+        patch_size=14,
+        embed_dim=1024,
+        depth=24,
+        num_heads=16,
+        text_width=768,
+        text_heads=12,
+    ),
+    LaViLaCLIP,
+    aliases=("CLIP_OPENAI_TIMESFORMER_LARGE",),
+)

@@ -1,0 +1,212 @@
+"""The divided space-time video tower, once, and its five registered rows (ID4 … ID8 of Table 8).
+
+One block mixes over time first and over space next. Two choices make the five models:
+
+    mixer      what mixes over time: "attention" or "vim" over the T frames of each patch,
+               "vim_spacetime" over all N·T tokens of a clip
+    residual   what the result is added to: "vanilla" (TimeSformer, arXiv 2102.05095) the tokens after
+               time mixing, "frozen" (Frozen in Time, arXiv 2104.00650) the block's input
+
+Shapes: letters as in transformer.py. Between blocks the CLS and the tokens are kept apart,
+
+    cls (B, 1, D)      tokens (B, N, T, D): patch-major, time fastest, "b (n t) d"
+
+so that time mixing reads its rows (B·N, T, D) where they lie, and space attention costs one
+rearrangement into (B·T, 1+N, D) and none back.
+"""
+
+import torch
+from timm.layers import DropPath
+from torch import nn
+
+from .model_clip import CLIP
+from .registry import ModelConfig, register_model
+from .transformer import (
+    Attention,
+    Mlp,
+    TextTransformer,
+    drop_patches,
+    drop_path_rates,
+    embed_patches,
+    init_attention,
+    init_mlp,
+    patch_grid,
+    project,
+    run_block,
+)
+from .utils import resize_position_embed, resize_temporal_embed
+from .vim import BiMambaMixer
+
+# ---- the block ---------------------------------------------------------------------------------
+
+
+class DividedBlock(nn.Module):
+    """cls (B, 1, D), tokens (B, N, T, D) → the same shapes."""
+
+    def __init__(self, config: ModelConfig, drop_path: float):
+        super().__init__()
+        dim = config.embed_dim
+        self.mixer = config.mixer
+        self.residual = config.residual
+
+        self.norm3 = nn.LayerNorm(dim, eps=1e-6)
+        if config.mixer == "attention":
+            self.timeattn = Attention(dim, config.num_heads, config.use_flash_attn)
+        else:
+            self.time_mamba = BiMambaMixer(
+                dim, config.d_state, config.d_conv, config.ssm_expand, config.dt_rank, config.scan_backend
+            )
+        self.alpha_timeattn = nn.Parameter(torch.zeros([]))  # closed: the image model is the starting point
+
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, config.num_heads, config.use_flash_attn)
+
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, config.mlp_ratio, config.act_layer)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self, cls: torch.Tensor, tokens: torch.Tensor, cls_only: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """cls_only: no tokens come back and no MLP is spent on them; what the tower's last block needs."""
+        mixed = self.drop_path(self.mix_time(self.norm3(tokens)))
+        r = torch.addcmul(tokens, mixed, torch.tanh(self.alpha_timeattn))  # tokens + mixed · tanh(α)
+
+        space_cls, space = self.drop_paths(*self.mix_space(self.norm1(cls), self.norm1(r)))
+        cls = cls + space_cls
+        if cls_only:
+            return cls + self.drop_path(self.mlp(self.norm2(cls))), None
+        tokens = (tokens if self.residual == "frozen" else r) + space
+
+        mlp_cls, mlp = self.drop_paths(self.mlp(self.norm2(cls)), self.mlp(self.norm2(tokens)))
+        return cls + mlp_cls, tokens + mlp
+
+    def mix_time(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, N, T, D) → the same. The rows are the tokens as they lie, nothing is copied."""
+        if self.mixer == "attention":
+            return self.timeattn(tokens.flatten(0, 1)).view_as(tokens)  # (B·N, T, D)
+        if self.mixer == "vim":
+            return self.time_mamba(tokens.flatten(0, 1)).view_as(tokens)  # (B·N, T, D)
+        return self.time_mamba(tokens.flatten(1, 2)).view_as(tokens)  # (B, N·T, D)
+
+    def mix_space(self, cls: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention over [CLS, patches] of each frame; the CLS goes into every frame and comes back averaged."""
+        clips, patches, frames, dim = tokens.shape
+        per_frame = [cls[:, None].expand(-1, frames, -1, -1), tokens.transpose(1, 2)]  # (B, T, 1 and N, D)
+        rows = torch.cat(per_frame, dim=2).flatten(0, 1)  # (B·T, 1+N, D)
+        out = self.attn(rows).view(clips, frames, 1 + patches, dim)
+        return out[:, :, 0].mean(dim=1, keepdim=True), out[:, :, 1:].transpose(
+            1, 2
+        )  # (B, 1, D), (B, N, T, D)
+
+    def drop_paths(self, cls: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stochastic depth that drops the CLS and the tokens of a clip together."""
+        if not self.training or not self.drop_path.drop_prob:
+            return cls, tokens
+        keep = self.drop_path(cls.new_ones(len(cls), 1, 1))  # 0 or 1 / (1 - rate) for each clip
+        return cls * keep, tokens * keep[..., None]
+
+
+# ---- the tower ---------------------------------------------------------------------------------
+
+
+class DividedTower(nn.Module):
+    """video (B, C, T, height, width) → (B, E).
+
+    Any T and any height and width divisible by the patch size: where they differ from the config's,
+    the embeddings are resized on the way (temporal linearly, position bicubically).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        dim, patches = config.embed_dim, (config.img_size // config.patch_size) ** 2
+        self.width = dim
+        self.patch_dropout = config.patch_dropout
+        self.use_fast_conv1 = config.use_fast_conv1
+        self.grad_checkpointing = config.grad_checkpointing
+        # Named as timm's PatchEmbed, whose parameters the checkpoints hold.
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(
+            config.in_chans, dim, config.patch_size, config.patch_size, bias=False
+        )
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + patches, dim))
+        # A ViM mixer knows the order of its tokens, attention has to be told.
+        self.temporal_embed = (
+            nn.Parameter(torch.empty(1, config.num_frames, dim)) if config.mixer == "attention" else None
+        )
+        self.ln_pre = nn.LayerNorm(dim, eps=1e-5)
+        self.blocks = nn.ModuleList(DividedBlock(config, rate) for rate in drop_path_rates(config))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.image_projection = nn.Parameter(torch.empty(dim, config.project_embed_dim))
+        self.init_parameters()
+
+    def init_parameters(self) -> None:
+        """CLIP's initial values; the ViM mixers keep their own."""
+        for parameter in (self.cls_token, self.pos_embed, self.image_projection):
+            nn.init.normal_(parameter, std=self.width**-0.5)
+        if self.temporal_embed is not None:
+            nn.init.zeros_(self.temporal_embed)
+        for block in self.blocks:
+            init_attention(block.attn, len(self.blocks))
+            init_mlp(block.mlp, len(self.blocks))
+            if block.mixer == "attention":
+                init_attention(block.timeattn, len(self.blocks))
+
+    def features(self, video: torch.Tensor) -> torch.Tensor:
+        """(B, C, T, height, width) → the CLS after the last norm, (B, D)."""
+        grid = patch_grid(video, self.patch_embed.proj.kernel_size[0])
+        position = resize_position_embed(self.pos_embed, grid)  # (1, 1+N, D)
+        tokens = embed_patches(video, self.patch_embed.proj, self.use_fast_conv1)  # (B, N, T, D)
+        tokens = tokens + position[:, 1:, None]
+        if self.temporal_embed is not None:
+            tokens = tokens + resize_temporal_embed(self.temporal_embed, video.shape[2])  # (1, T, D)
+        if self.training and self.patch_dropout:
+            tokens = drop_patches(tokens, self.patch_dropout)
+        cls = (self.cls_token + position[:, :1]).expand(len(tokens), -1, -1)  # (B, 1, D)
+
+        cls, tokens = self.ln_pre(cls), self.ln_pre(tokens)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            cls, tokens = run_block(block, cls, tokens, i == last, checkpointed=self.grad_checkpointing)
+        return self.norm(cls[:, 0])
+
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
+        return project(self.features(video), self.image_projection)
+
+
+# ---- the registered rows -----------------------------------------------------------------------
+
+
+def build_divided(config: ModelConfig) -> CLIP:
+    return CLIP(DividedTower(config), TextTransformer(config), config)
+
+
+_SIZES = {
+    "T16": {"embed_dim": 192, "num_heads": 3},
+    "S16": {"embed_dim": 384, "num_heads": 6},
+    "B16": {},
+    "L14": {
+        "patch_size": 14,
+        "embed_dim": 1024,
+        "depth": 24,
+        "num_heads": 16,
+        "text_width": 768,
+        "text_heads": 12,
+    },
+}
+_ROWS = [  # in the order of Table 8, ID4 … ID8; the upstream code has B/16 only
+    ("TIMESFORMER", "attention", "vanilla", "CLIP_TimeSformerB16"),
+    ("TIMESFORMER_FROZEN", "attention", "frozen", "CLIP_FrozenInTime_TimeSformerB16"),
+    ("TIMEMAMBA", "vim", "vanilla", "CLIP_TimeMamba_like_timesformer"),
+    ("TIMEMAMBA_FROZEN", "vim", "frozen", "CLIP_TimeMamba_like_frozen"),
+    ("TIMEMAMBA_SPACETIME", "vim_spacetime", "frozen", "CLIP_TimeMamba_like_frozen_joint"),
+]
+
+for _row, _mixer, _residual, _upstream in _ROWS:
+    for _size, _fields in _SIZES.items():
+        register_model(
+            ModelConfig(f"{_row}_VIT{_size}", "divided", mixer=_mixer, residual=_residual, **_fields),
+            build_divided,
+            aliases=(_upstream,) if _size == "B16" else (),
+        )

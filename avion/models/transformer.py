@@ -1,0 +1,363 @@
+"""Attention, MLP, AVION's joint space-time ViT and CLIP's text tower.
+
+Letters in the shapes of avion/models:
+
+    B  clips (or texts) in a batch     D  width of the tower             H  heads, D = H · d
+    T  frames of a clip                E  width that both towers share   P  side of a patch, pixels
+    N  patches kept of a frame         R  rows: sequences that attend    S  length of a row
+    L  tokens of a text                   only within themselves
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from avion.errors import UserError
+
+from .registry import ModelConfig
+from .utils import resize_position_embed, resize_temporal_embed
+
+# ---- attention ---------------------------------------------------------------------------------
+
+# CUDA puts rows × heads into a grid dimension of 16 bits; B·N rows of time attention exceed it.
+MAX_ROWS_X_HEADS = 65_535
+
+FUSED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, use_flash: bool | None = None, causal: bool = False
+) -> torch.Tensor:
+    """softmax(q kᵀ / √d) v with all heads side by side: q (R, H, S, d), k and v (R, H, S', d) → (R, S, D).
+
+    use_flash: True allows only fused kernels (and fails where none can run), False takes the plain
+    math kernel, None leaves the choice to PyTorch.
+    """
+    rows, heads = q.shape[:2]
+    per_call = max(1, MAX_ROWS_X_HEADS // heads)
+    if rows <= per_call:
+        return _sdpa(q, k, v, use_flash, causal).flatten(2)
+    pieces = zip(q.split(per_call), k.split(per_call), v.split(per_call), strict=True)
+    return torch.cat([_sdpa(*piece, use_flash, causal) for piece in pieces]).flatten(2)
+
+
+def _sdpa(q, k, v, use_flash: bool | None, causal: bool) -> torch.Tensor:
+    """(R, H, S, d) → (R, S, H, d), the order in which the kernels write."""
+    if use_flash is None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    else:
+        with sdpa_kernel(FUSED_KERNELS if use_flash else [SDPBackend.MATH]):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return out.transpose(1, 2)
+
+
+def split_heads(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(R, S, 3·D) → q, k, v, each (R, H, S, d), as views."""
+    return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within each row, (R, S, D) → (R, S, D). Names as in AVION's checkpoints."""
+
+    def __init__(self, dim: int, heads: int, use_flash: bool | None = None):
+        super().__init__()
+        self.heads = heads
+        self.use_flash = use_flash
+        self.Wqkv = nn.Linear(dim, 3 * dim)
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = split_heads(self.Wqkv(x), self.heads)  # (R, H, S, d)
+        return self.out_proj(attend(q, k, v, self.use_flash))
+
+
+class TextAttention(nn.Module):
+    """Causal self-attention of CLIP's text tower, (B, L, D) → (B, L, D). Names as nn.MultiheadAttention's."""
+
+    def __init__(self, dim: int, heads: int, use_flash: bool | None = None):
+        super().__init__()
+        self.heads = heads
+        self.use_flash = use_flash
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = split_heads(F.linear(x, self.in_proj_weight, self.in_proj_bias), self.heads)
+        return self.out_proj(attend(q, k, v, self.use_flash, causal=True))
+
+
+# ---- MLP ---------------------------------------------------------------------------------------
+
+
+class QuickGELU(nn.Module):
+    """x · sigmoid(1.702 x), CLIP's activation. Written with SiLU, which keeps one tensor for backward, not two."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.silu(1.702 * x) / 1.702
+
+
+ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
+
+
+class Mlp(nn.Module):
+    """D → ratio · D → D on the last dimension."""
+
+    def __init__(self, dim: int, ratio: float, act_layer: str):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, int(dim * ratio))
+        self.act = ACTIVATIONS[act_layer]()
+        self.fc2 = nn.Linear(int(dim * ratio), dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class TextMlp(nn.Module):
+    """D → 4 D → D, with the names of CLIP's text tower."""
+
+    def __init__(self, dim: int, act_layer: str):
+        super().__init__()
+        self.c_fc = nn.Linear(dim, 4 * dim)
+        self.act = ACTIVATIONS[act_layer]()
+        self.c_proj = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(self.act(self.c_fc(x)))
+
+
+# ---- CLIP's transformer ------------------------------------------------------------------------
+
+
+class ResidualBlock(nn.Module):
+    """x ← x + attention(ln_1(x)); x ← x + mlp(ln_2(x)); (B, S, D) → (B, S, D)."""
+
+    def __init__(self, dim: int, attn: nn.Module, mlp: nn.Module, eps: float, drop_path: float = 0.0):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = attn
+        self.ln_2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = mlp
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: torch.Tensor, cls_only: bool = False) -> torch.Tensor:
+        """cls_only: the MLP of nothing but the first token, (B, 1, D); what the last block of a tower needs."""
+        x = x + self.drop_path(self.attn(self.ln_1(x)))
+        if cls_only:
+            x = x[:, :1]
+        return x + self.drop_path(self.mlp(self.ln_2(x)))
+
+
+class Transformer(nn.Module):
+    """The blocks, under the name that checkpoints give them."""
+
+    def __init__(self, blocks: list[ResidualBlock], grad_checkpointing: bool):
+        super().__init__()
+        self.resblocks = nn.ModuleList(blocks)
+        self.grad_checkpointing = grad_checkpointing
+
+    def forward(self, x: torch.Tensor, cls_only: bool = False) -> torch.Tensor:
+        """(B, S, D) → (B, S, D), or (B, 1, D) where only the CLS is wanted in the end."""
+        last = len(self.resblocks) - 1
+        for i, block in enumerate(self.resblocks):
+            x = run_block(block, x, cls_only and i == last, checkpointed=self.grad_checkpointing)
+        return x
+
+
+def run_block(block: nn.Module, *args, checkpointed: bool):
+    """block(*args), keeping only its inputs for backward and running it again there where `checkpointed`."""
+    if checkpointed and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
+
+
+def drop_path_rates(config: ModelConfig) -> list[float]:
+    """One rate per block, linear from 0 in the first to drop_path_rate in the last."""
+    steps = max(1, config.depth - 1)
+    return [config.drop_path_rate * i / steps for i in range(config.depth)]
+
+
+# ---- from pixels to tokens ---------------------------------------------------------------------
+
+
+def embed_patches(video: torch.Tensor, conv: nn.Conv2d, fast: bool) -> torch.Tensor:
+    """Patch embedding of every frame: video (B, C, T, height, width) float → (B, N, T, D).
+
+    N runs over the patches row by row. fast: a reshape and one matmul with the same weights, which
+    writes the tokens in this order at once; otherwise the convolution.
+    """
+    assert video.is_floating_point(), f"video must be normalised to floats first, found {video.dtype}"
+    patch = conv.kernel_size[0]
+    clips, chans, frames, height, width = video.shape
+    if height % patch or width % patch or chans != conv.in_channels:
+        raise UserError(
+            f"video of shape {tuple(video.shape)}: wanted (B, {conv.in_channels}, T, H, W) "
+            f"with H and W multiples of the patch size {patch}"
+        )
+    if fast:
+        x = video.reshape(clips, chans, frames, height // patch, patch, width // patch, patch)
+        x = x.permute(0, 3, 5, 2, 1, 4, 6).flatten(4)  # (B, h, w, T, C·P·P)
+        return F.linear(x.flatten(1, 2), conv.weight.flatten(1))  # (B, N, T, D)
+    x = conv(video.transpose(1, 2).flatten(0, 1))  # (B·T, D, h, w)
+    return x.flatten(2).unflatten(0, (clips, frames)).permute(0, 3, 1, 2)  # (B, N, T, D)
+
+
+def patch_grid(video: torch.Tensor, patch: int) -> tuple[int, int]:
+    """(rows, columns) of patches in a frame."""
+    return video.shape[3] // patch, video.shape[4] // patch
+
+
+def drop_patches(x: torch.Tensor, rate: float) -> torch.Tensor:
+    """Keep a random share of 1 - rate of the patches, each clip its own, the same ones in all of its frames.
+
+    x (B, N, T, D) → (B, N', T, D), in their old order. At least one patch is kept.
+    """
+    clips, patches = x.shape[:2]
+    kept = max(1, round(patches * (1 - rate)))
+    chosen = (
+        torch.rand(clips, patches, device=x.device).argsort(dim=1)[:, :kept].sort(dim=1).values
+    )  # (B, N')
+    rows = chosen + patches * torch.arange(clips, device=x.device)[:, None]
+    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, (clips, kept))
+
+
+# ---- AVION's joint space-time ViT --------------------------------------------------------------
+
+
+class JointViT(nn.Module):
+    """Every token attends to all tokens of the clip: (B, C, T, height, width) → (B, E).
+
+    Tokens are time-major, "b (t n) d", after the CLS. AVION (arXiv 2309.16669).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        dim, patches = config.embed_dim, (config.img_size // config.patch_size) ** 2
+        self.width = dim
+        self.patch_dropout = config.patch_dropout
+        self.use_fast_conv1 = config.use_fast_conv1
+        self.conv1 = nn.Conv2d(config.in_chans, dim, config.patch_size, config.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(torch.empty(dim))
+        self.positional_embedding = nn.Parameter(torch.empty(1 + patches, dim))
+        self.temporal_embedding = nn.Parameter(torch.empty(config.num_frames, dim))
+        self.ln_pre = nn.LayerNorm(dim, eps=1e-6)
+        blocks = [
+            ResidualBlock(
+                dim,
+                Attention(dim, config.num_heads, config.use_flash_attn),
+                Mlp(dim, config.mlp_ratio, config.act_layer),
+                eps=1e-6,
+                drop_path=rate,
+            )
+            for rate in drop_path_rates(config)
+        ]
+        self.transformer = Transformer(blocks, config.grad_checkpointing)
+        self.ln_post = nn.LayerNorm(dim, eps=1e-6)
+        self.image_projection = nn.Parameter(torch.empty(dim, config.project_embed_dim))
+        self.init_parameters()
+
+    def init_parameters(self) -> None:
+        std = self.width**-0.5
+        nn.init.normal_(self.class_embedding, std=std)
+        nn.init.normal_(self.positional_embedding, std=std)
+        nn.init.zeros_(self.temporal_embedding)
+        nn.init.normal_(self.image_projection, std=std)
+        for block in self.transformer.resblocks:
+            init_attention(block.attn, len(self.transformer.resblocks))
+            init_mlp(block.mlp, len(self.transformer.resblocks))
+
+    def features(self, video: torch.Tensor) -> torch.Tensor:
+        """(B, C, T, height, width) → the CLS after the last norm, (B, D)."""
+        grid = patch_grid(video, self.conv1.kernel_size[0])
+        position = resize_position_embed(self.positional_embedding, grid)  # (1+N, D)
+        temporal = resize_temporal_embed(self.temporal_embedding, video.shape[2])  # (T, D)
+        x = embed_patches(video, self.conv1, self.use_fast_conv1)  # (B, N, T, D)
+        x = x + position[1:, None] + temporal
+        if self.training and self.patch_dropout:
+            x = drop_patches(x, self.patch_dropout)
+        cls = (self.class_embedding + position[0]).expand(len(x), 1, -1)  # (B, 1, D)
+        x = torch.cat([cls, x.transpose(1, 2).flatten(1, 2)], dim=1)  # (B, 1+T·N, D)
+        x = self.transformer(self.ln_pre(x), cls_only=True)  # (B, 1, D)
+        return self.ln_post(x[:, 0])
+
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
+        return project(self.features(video), self.image_projection)
+
+
+def project(features: torch.Tensor, projection: nn.Parameter | None) -> torch.Tensor:
+    """(B, D) → (B, E); unchanged where a classifier has taken the projection away."""
+    return features if projection is None else features @ projection
+
+
+def init_attention(attn: nn.Module, depth: int) -> None:
+    """CLIP's initial values: what writes into the residual stream starts smaller, by √(2 · depth)."""
+    _init_pair(attn, in_std=lambda width: width**-0.5, depth=depth)
+
+
+def init_mlp(mlp: nn.Module, depth: int) -> None:
+    """As `init_attention`, for either MLP."""
+    _init_pair(mlp, in_std=lambda width: (2 * width) ** -0.5, depth=depth)
+
+
+def _init_pair(module: nn.Module, in_std, depth: int) -> None:
+    first, last = (p for p in module.parameters() if p.ndim == 2)
+    width = first.shape[1]
+    nn.init.normal_(first, std=in_std(width))
+    nn.init.normal_(last, std=width**-0.5 * (2 * depth) ** -0.5)
+    for bias in (p for p in module.parameters() if p.ndim == 1):
+        nn.init.zeros_(bias)
+
+
+# ---- CLIP's text tower -------------------------------------------------------------------------
+
+
+class TextTransformer(nn.Module):
+    """tokens (B, L) int64 → (B, E), read at the end-of-text token; L at most the context length."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        dim = config.text_width
+        self.token_embedding = nn.Embedding(config.vocab_size, dim)
+        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, dim))
+        blocks = [
+            ResidualBlock(
+                dim,
+                TextAttention(dim, config.text_heads, config.use_flash_attn),
+                TextMlp(dim, config.act_layer),
+                eps=1e-5,
+            )
+            for _ in range(config.text_layers)
+        ]
+        self.transformer = Transformer(blocks, config.grad_checkpointing)
+        self.ln_final = nn.LayerNorm(dim, eps=1e-5)
+        self.text_projection = nn.Parameter(torch.empty(dim, config.project_embed_dim))
+        self.init_parameters()
+
+    def init_parameters(self) -> None:
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=self.positional_embedding.shape[1] ** -0.5)
+        for block in self.transformer.resblocks:
+            init_attention(block.attn, len(self.transformer.resblocks))
+            init_mlp(block.mlp, len(self.transformer.resblocks))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return encode_tokens(self, tokens)
+
+
+def encode_tokens(tower: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """The text tower's forward, for whichever module holds its parts (LaViLa's model holds them itself)."""
+    length = tokens.shape[1]
+    if length > len(tower.positional_embedding):
+        raise UserError(
+            f"texts of {length} tokens, but the model's context_length is {len(tower.positional_embedding)}; "
+            "tokenize with that context length"
+        )
+    x = tower.token_embedding(tokens) + tower.positional_embedding[:length]  # (B, L, D)
+    x = tower.transformer(x)
+    rows = torch.arange(len(x), device=x.device)
+    end = tokens.argmax(dim=1)  # end-of-text is the largest id
+    return tower.ln_final(x[rows, end]) @ tower.text_projection  # (B, E)
