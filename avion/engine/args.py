@@ -1,0 +1,215 @@
+"""The command line, generated from dataclasses: flags, `--help`, `--config FILE.yaml`.
+
+A task's configuration is a dataclass put together from the groups in `options.py`. Values come from
+the defaults, then the YAML file, then the command line; all three go through the same parser, so that types
+and choices are checked alike.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from avion.errors import UserError
+
+T = TypeVar("T")
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    names: Sequence[str] = (),
+    off: str | None = None,
+    choices: Sequence | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """A dataclass field that is a command-line flag.
+
+    `names`: other spellings beside `--field-name`. `off`: the flag that turns a bool off
+    (default `--no-field-name`). Lists take several values; a bool | None is None until set.
+    """
+    spec = {"help": help, "names": tuple(names), "off": off, "choices": choices, "metavar": metavar}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"flag": spec})
+    return dataclasses.field(default=default, metadata={"flag": spec})
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are UserErrors with a suggestion."""
+
+    def error(self, message: str):
+        prefix = "unrecognized arguments: "
+        if message.startswith(prefix):
+            message = "; ".join(self._unknown(a) for a in message[len(prefix) :].split())
+        raise UserError(f"{self.prog}: {message}")
+
+    def _unknown(self, argument: str) -> str:
+        if not argument.startswith("-"):
+            return f"unexpected value {argument!r} (a value without its flag, or one value too many)"
+        name = argument.split("=")[0]
+        near = difflib.get_close_matches(name, self._option_string_actions, n=3, cutoff=0.6)
+        cure = f"did you mean {' or '.join(near)}?" if near else "see --help for all flags"
+        return f"unknown flag {name}: {cure}"
+
+
+class _Help(argparse.HelpFormatter):
+    """Names its default behind every flag's help; nothing to say for None, '' and []."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=110)
+
+    def _get_help_string(self, action):
+        text = action.help or ""
+        default = getattr(action, "shown_default", None)
+        if default in (None, "", [], False):
+            return text
+        if isinstance(default, (list, tuple)):
+            default = " ".join(map(str, default))
+        return f"{text} [{'on' if default is True else str(default).replace('%', '%%')}]"
+
+
+def _option_names(field: dataclasses.Field) -> list[str]:
+    return [*field.metadata["flag"]["names"], "--" + field.name.replace("_", "-")]
+
+
+def _off_name(field: dataclasses.Field) -> str:
+    return field.metadata["flag"]["off"] or "--no-" + field.name.replace("_", "-")
+
+
+def _unwrap(annotation: Any) -> tuple[Any, bool]:
+    """The element type of an annotation, and whether it is a list."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    if typing.get_origin(annotation) is list:
+        return typing.get_args(annotation)[0], True
+    return annotation, False
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default_factory() if field.default is dataclasses.MISSING else field.default
+
+
+def _add(group, field: dataclasses.Field, annotation: Any) -> None:
+    spec, names = field.metadata["flag"], _option_names(field)
+    element, is_list = _unwrap(annotation)
+    common = {"dest": field.name, "default": argparse.SUPPRESS}
+    if element is bool:
+        action = group.add_argument(*names, action="store_true", help=spec["help"], **common)
+        if spec["off"] != "":
+            group.add_argument(_off_name(field), action="store_false", help=argparse.SUPPRESS, **common)
+            action.help += f" (off: {_off_name(field)})"
+    else:
+        default = _default(field)
+        count = len(default) if is_list and default else "*" if is_list else None
+        action = group.add_argument(
+            *names, type=element, nargs=count, choices=spec["choices"], help=spec["help"],
+            metavar=spec["metavar"], **common,
+        )  # fmt: skip
+        if spec["choices"] is None and spec["metavar"] is None:
+            action.metavar = {int: "N", float: "X", str: "STR"}[element]
+    action.shown_default = _default(field)
+
+
+def _groups(config: type) -> dict[str, list[dataclasses.Field]]:
+    """Fields by the title of the class that declares them: the task's own first, then the shared ones."""
+    groups: dict[str, list[dataclasses.Field]] = {}
+    fields = {f.name: f for f in dataclasses.fields(config) if "flag" in f.metadata}
+    for cls in config.__mro__:
+        for name in cls.__dict__.get("__annotations__", {}):
+            if name in fields and not any(name in (f.name for f in g) for g in groups.values()):
+                groups.setdefault(cls.__dict__.get("TITLE", "options"), []).append(fields[name])
+    return groups
+
+
+def build_parser(config: type, prog: str, description: str) -> argparse.ArgumentParser:
+    """The argument parser of a configuration dataclass. Unset flags are absent from what it returns."""
+    parser = _Parser(prog=prog, description=description, formatter_class=_Help, allow_abbrev=False)
+    hints = typing.get_type_hints(config)
+    parser.add_argument(
+        "--config", metavar="FILE", default=argparse.SUPPRESS,
+        help="YAML file whose keys are these flags; flags on the command line override it",
+    )  # fmt: skip
+    for title, fields in _groups(config).items():
+        group = parser.add_argument_group(title)
+        for field in fields:
+            _add(group, field, hints[field.name])
+    return parser
+
+
+def _yaml_arguments(path: str, config: type) -> list[str]:
+    """A YAML mapping as command-line words. Unknown keys are refused."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(
+            f"--config {path}: cannot be read ({e.strerror}); give the path of a YAML file"
+        ) from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(
+            f"--config {path}: not valid YAML{where}; expected lines of the form `flag: value`"
+        ) from e
+    if not isinstance(content, dict):
+        raise UserError(
+            f"--config {path}: expected a mapping of flags to values, found {type(content).__name__}"
+        )
+    fields = {f.name: f for f in dataclasses.fields(config) if "flag" in f.metadata}
+    words: list[str] = []
+    for key, value in content.items():
+        field = fields.get(str(key).replace("-", "_"))
+        if field is None:
+            near = difflib.get_close_matches(str(key).replace("-", "_"), fields, n=3)
+            cure = (
+                f"did you mean {' or '.join(near)}?" if near else "keys are the flags of --help without `--`"
+            )
+            raise UserError(f"--config {path}: unknown key {key!r}: {cure}")
+        words += _yaml_words(path, str(key), value, field)
+    return words
+
+
+def _yaml_words(path: str, key: str, value: Any, field: dataclasses.Field) -> list[str]:
+    name = "--" + field.name.replace("_", "-")
+    if value is None:
+        raise UserError(f"--config {path}: key {key!r} has no value; give one or remove the line")
+    if isinstance(value, bool):
+        if isinstance(_default(field), bool) or _default(field) is None:
+            return [name] if value else [_off_name(field)]
+        raise UserError(f"--config {path}: key {key!r} is {value}, expected {type(_default(field)).__name__}")
+    if isinstance(value, dict):  # --model-args {depth: 4} reads better than a list of depth=4
+        value = [f"{k}={v}" for k, v in value.items()]
+    if isinstance(value, list):
+        return [name, *map(str, value)]
+    return [f"{name}={value}"]
+
+
+def parse(config: type[T], argv: Sequence[str] | None, prog: str, description: str) -> T:
+    """Command line (None: `sys.argv[1:]`) to a configuration; its `given` names the flags that were set.
+
+    Raises UserError for anything the parser refuses, naming the YAML file where the fault is there.
+    """
+    parser = build_parser(config, prog, description)
+    values = vars(parser.parse_args(argv))
+    path = values.pop("config", None)
+    if path is not None:
+        words = _yaml_arguments(path, config)
+        try:
+            from_file = vars(parser.parse_args(words))
+        except UserError as e:
+            raise UserError(f"--config {path}: {str(e).removeprefix(prog + ': ')}") from e
+        values = {**from_file, **values}
+    result = config(**values)
+    object.__setattr__(result, "given", frozenset(values))
+    return result
+
+
+def as_namespace(config: Any) -> argparse.Namespace:
+    """The flags as AVION's checkpoints store them: a Namespace of plain values."""
+    return argparse.Namespace(**dataclasses.asdict(config))

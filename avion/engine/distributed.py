@@ -1,0 +1,217 @@
+"""Processes: who am I, how do we meet, what do we agree on.
+
+One code path for plain `python`, `torchrun`, `srun` and flags by hand. A single process needs no
+process group and none is started. Control messages (agreement, errors, gathered features) travel over a
+gloo group on the CPU, so that they never wait for the GPU.
+"""
+
+import contextlib
+import datetime
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from avion.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher said: this process's number, how many there are, where they meet."""
+
+    rank: int
+    size: int
+    local_rank: int
+    url: str
+    by: str
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list: "gpu[03-05,9],cpu1" -> "gpu03"."""
+    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?([^,]*)", nodelist)
+    if not match:
+        raise UserError(f"SLURM_STEP_NODELIST: cannot read a host name from {nodelist!r}")
+    prefix, numbers, suffix = match.groups()
+    return prefix + (re.split(r"[-,]", numbers)[0] if numbers else "") + suffix
+
+
+def _integer(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except KeyError:
+        raise UserError(f"environment: {name} is not set though its launcher's other variables are") from None
+    except ValueError:
+        raise UserError(f"environment: {name} must be a whole number, found {env[name]!r}") from None
+
+
+def detect_launch(args: Any, env: Mapping[str, str] = os.environ) -> Launch:
+    """Read torchrun's variables, else srun's, else the flags.
+
+    Only variables that a launched task has count: inside an sbatch script or salloc shell, SLURM_NTASKS is
+    set too, but a plain `python` there is alone and must not wait for others.
+    """
+    if "RANK" in env and "WORLD_SIZE" in env:
+        local = _integer(env, "LOCAL_RANK") if "LOCAL_RANK" in env else args.local_rank
+        launch = Launch(_integer(env, "RANK"), _integer(env, "WORLD_SIZE"), local, "env://", "torchrun")
+    elif _integer({"n": env.get("SLURM_STEP_NUM_TASKS", "1")}, "n") > 1:
+        host = env.get("MASTER_ADDR") or first_host(
+            env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+        )
+        # A port that all tasks of the step agree on without talking, clear of the ephemeral ones.
+        port = env.get("MASTER_PORT") or str(15000 + (int(env.get("SLURM_JOB_ID", "0")) * 7
+                                                      + int(env.get("SLURM_STEP_ID", "0"))) % 15000)  # fmt: skip
+        launch = Launch(
+            _integer(env, "SLURM_PROCID"), _integer(env, "SLURM_STEP_NUM_TASKS"),
+            _integer(env, "SLURM_LOCALID"), f"tcp://{host}:{port}", "srun",
+        )  # fmt: skip
+    else:
+        launch = Launch(args.rank, args.world_size, args.local_rank, args.dist_url, "flags")
+        if launch.size > 1 and launch.url == "env://" and not {"MASTER_ADDR", "MASTER_PORT"} <= set(env):
+            raise UserError(
+                f"--world-size {launch.size} with --dist-url env:// needs MASTER_ADDR and MASTER_PORT; set them, "
+                "give --dist-url tcp://host:port, or start with torchrun"
+            )
+    if not 0 <= launch.rank < launch.size:
+        raise UserError(
+            f"rank {launch.rank} of {launch.size} processes ({launch.by}) does not exist; ranks begin at 0"
+        )
+    return launch
+
+
+def choose_device(name: str, gpu: int | None, local_rank: int) -> torch.device:
+    """`--device` and `--gpu` to a torch device; a clear error where there is no such GPU."""
+    if name == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        if name == "cuda" or gpu is not None:
+            raise UserError("--device cuda: PyTorch sees no GPU; check the driver, or use --device cpu")
+        return torch.device("cpu")
+    index = gpu if gpu is not None else local_rank
+    if index >= count:
+        raise UserError(
+            f"GPU {index} does not exist, this machine has {count}; start fewer processes or change --gpu"
+        )
+    return torch.device("cuda", index)
+
+
+class World:
+    """The processes of a run, this one's place in it, and its device."""
+
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu", control=None):
+        self.rank, self.size, self.device = rank, size, torch.device(device)
+        self._control = control
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """A picklable value of every process, in rank order, on every process."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._control)
+        return box[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on at least one process. A CPU message of four bytes."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor([int(flag)], dtype=torch.int32)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._control)
+        return bool(value.item())
+
+    def mean(self, values: list[float]) -> list[float]:
+        """Means over the processes, in float64."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self._control)
+        return (total / self.size).tolist()
+
+    @contextlib.contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Leave this block on all processes or on none.
+
+        An error on one process is raised on the others too, so that nobody waits for a process that has
+        given up. The block must not communicate: an error before its first message would leave the rest waiting.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as e:
+            if self.size == 1:
+                raise
+            error = e
+        if self.size == 1:
+            return
+        errors = self.gather(None if error is None else str(error) or type(error).__name__)
+        if error is not None:
+            raise error
+        failed = [f"process {r}: {e}" for r, e in enumerate(errors) if e is not None]
+        if failed:
+            raise PeerError(f"{what} failed on {failed[0]}")
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Raise UserError on all processes where they differ in any of the named values."""
+        everyone = self.gather(dict(facts))
+        for name in facts:
+            values = [other.get(name) for other in everyone]
+            if any(v != values[0] for v in values):
+                listed = ", ".join(f"process {r}: {v!r}" for r, v in enumerate(values))
+                raise UserError(
+                    f"processes disagree on {name} ({listed}); start all of them with the same flags, code and data"
+                )
+
+
+class PeerError(UserError):
+    """Another process failed; it reports its own error, this one only leaves with it."""
+
+
+def init_world(args: Any, env: Mapping[str, str] = os.environ) -> World:
+    """Find the other processes and meet them; the device is chosen on the way.
+
+    A single process starts no process group.
+    """
+    launch = detect_launch(args, env)
+    device = choose_device(args.device, args.gpu, launch.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if launch.size == 1:
+        return World(device=device)
+    timeout = datetime.timedelta(minutes=args.dist_timeout)
+    backend = args.dist_backend if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(
+            backend, init_method=launch.url, rank=launch.rank, world_size=launch.size, timeout=timeout
+        )
+    except (RuntimeError, ValueError) as e:
+        raise UserError(
+            f"process {launch.rank} of {launch.size} ({launch.by}) could not meet the others at {launch.url}: "
+            f"{str(e).splitlines()[0]}"
+        ) from e
+    control = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else None
+    logger.info("%d processes (%s), backend %s", launch.size, launch.by, backend)
+    return World(launch.rank, launch.size, device, control)
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

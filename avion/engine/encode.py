@@ -1,0 +1,139 @@
+"""Features of whole datasets, the same for any number of processes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from avion.errors import UserError
+
+from .distributed import World
+from .loader import EvalBatchSampler, build_loader
+from .steps import Precision, to_device
+
+
+@dataclass
+class Features:
+    """values (n, E) float32, row i belongs to sample i; `errors`: what was wrong with samples that are not there."""
+
+    values: np.ndarray
+    errors: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def readable(self) -> np.ndarray:
+        """Indices of the samples whose features are there, ascending (int64)."""
+        return np.array([i for i in range(len(self.values)) if i not in self.errors], dtype=np.int64)
+
+
+def _assemble(parts: list[tuple[np.ndarray, np.ndarray, dict[int, str]]], count: int) -> Features:
+    """Rows from all processes, each sample once, in order."""
+    width = next((p[1].shape[1] for p in parts if len(p[0])), 0)
+    values = np.zeros((count, width), dtype=np.float32)
+    seen = np.zeros(count, dtype=bool)
+    errors: dict[int, str] = {}
+    for indices, rows, failed in parts:
+        values[indices] = rows
+        seen[indices] = True
+        errors.update(failed)
+    assert seen.all(), f"{(~seen).sum()} of {count} samples were never encoded"
+    return Features(values, dict(sorted(errors.items())))
+
+
+def _gather(world: World, indices: list, rows: list, errors: dict[int, str], count: int) -> Features:
+    own = (
+        np.concatenate(indices) if indices else np.zeros(0, dtype=np.int64),
+        np.concatenate(rows) if rows else np.zeros((0, 0), dtype=np.float32),
+        errors,
+    )
+    return _assemble(world.gather(own), count)
+
+
+@torch.inference_mode()
+def encode_clips(
+    model: nn.Module,
+    dataset: Dataset,
+    world: World,
+    precision: Precision,
+    *,
+    batch_size: int,
+    workers: int,
+    norm_style: str,
+    strict: bool = False,
+    prepare: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Features:
+    """`model.encode_image` of every clip of the dataset, on every process.
+
+    `prepare` is applied to the normalised clips (B, 3, T, H, W) on the device. A clip that cannot be read is named in
+    `errors`; with `strict` it is a UserError on all processes.
+    """
+    model.eval()
+    sampler = EvalBatchSampler(len(dataset), batch_size, rank=world.rank, size=world.size)
+    indices, rows, errors = [], [], {}
+    with world.together("encoding the clips"):
+        for batch in build_loader(dataset, sampler, workers=workers, device=world.device):
+            if "fatal" in batch:
+                raise UserError(batch["fatal"])
+            numbers = batch["index"].numpy()
+            errors.update({int(i): e for i, e in zip(numbers, batch["error"], strict=True) if e})
+            if strict and errors:
+                raise UserError(f"--strict-data: {next(iter(errors.values()))}")
+            video = to_device(batch, world.device, norm_style)["video"]
+            if prepare is not None:
+                video = prepare(video)
+            with precision.autocast():
+                features = model.encode_image(video)
+            indices.append(numbers)
+            rows.append(features.float().cpu().numpy())
+    return _gather(world, indices, rows, errors, len(dataset))
+
+
+@torch.inference_mode()
+def encode_texts(
+    model: nn.Module,
+    texts: Sequence[str],
+    tokenizer: Callable[[Sequence[str]], torch.Tensor],
+    world: World,
+    precision: Precision,
+    *,
+    batch_size: int = 64,
+) -> Features:
+    """`model.encode_text` of every text, on every process."""
+    model.eval()
+    indices, rows = [], []
+    with world.together("encoding the texts"):
+        for batch in EvalBatchSampler(len(texts), batch_size, rank=world.rank, size=world.size):
+            tokens = tokenizer([texts[i] for i in batch]).to(world.device)
+            with precision.autocast():
+                features = model.encode_text(tokens)
+            indices.append(np.array(batch))
+            rows.append(features.float().cpu().numpy())
+    return _gather(world, indices, rows, {}, len(texts))
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine similarities (n, m) float32 of the rows of a (n, E) and b (m, E)."""
+
+    def unit(x: np.ndarray) -> np.ndarray:
+        return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+    return (unit(a) @ unit(b).T).astype(np.float32)
+
+
+def describe(errors: dict[int, str], limit: int = 3) -> str:
+    """The first few errors on one line."""
+    shown = "; ".join(list(errors.values())[:limit])
+    return shown + (f"; and {len(errors) - limit} more" if len(errors) > limit else "")
+
+
+def settings(args: Any) -> dict[str, Any]:
+    """The keyword arguments of `encode_clips` that come from flags."""
+    return {
+        "batch_size": args.eval_batch_size or args.batch_size,
+        "workers": args.workers,
+        "norm_style": args.norm_style,
+        "strict": args.strict_data,
+    }

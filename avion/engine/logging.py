@@ -1,0 +1,178 @@
+"""What a run tells people: lines in a log, a bar on a terminal, JSON for programs."""
+
+import json
+import logging
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .distributed import World
+
+logger = logging.getLogger(__name__)
+
+
+class _BarFriendly(logging.StreamHandler):
+    """Writes lines above a progress bar rather than through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def setup_logging(world: World, output_dir: str | None = None) -> None:
+    """Lines of rank 0 to stderr and to `train.log`; of the others, warnings and errors with their number."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if getattr(handler, "of_this_project", False):
+            root.removeHandler(handler)
+            handler.close()
+    name = "" if world.size == 1 else f" [{world.rank}]"
+    line = logging.Formatter(f"%(asctime)s{name} %(levelname).1s %(message)s", datefmt="%H:%M:%S")
+    handlers: list[logging.Handler] = [_BarFriendly()]
+    if world.is_main and output_dir is not None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(Path(output_dir) / "train.log", encoding="utf-8"))
+    for handler in handlers:
+        handler.of_this_project = True
+        handler.setFormatter(line)
+        root.addHandler(handler)
+    root.setLevel(logging.INFO if world.is_main else logging.WARNING)
+
+
+def append_json(path: Path, row: dict[str, Any]) -> None:
+    """Add one JSON line; a line is written whole, so a reader never sees half of one."""
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(row) + "\n")
+
+
+def memory_gb(device: torch.device) -> float:
+    """Largest memory so far in GB (10⁹ bytes): of the GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss."""
+    seconds = int(seconds + 0.5)
+    return f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
+
+
+class Meter:
+    """A running mean of the finite values: since the beginning, and since the last line."""
+
+    def __init__(self):
+        self.total = self.count = 0.0
+        self._recent_total = self._recent_count = 0.0
+
+    def add(self, value: float) -> None:
+        if not math.isfinite(value):  # of a skipped step, which is counted elsewhere
+            return
+        self.total += value
+        self.count += 1
+        self._recent_total += value
+        self._recent_count += 1
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(self.count, 1)
+
+    def recent(self) -> float:
+        """The mean since this was last asked."""
+        value = self._recent_total / max(self._recent_count, 1)
+        self._recent_total = self._recent_count = 0.0
+        return value
+
+
+class Progress:
+    """Rate, time left, share of time spent waiting for data, memory: for one epoch of training.
+
+    Call `data_ready()` when a batch has arrived and `step(...)` when the optimizer step is done.
+    """
+
+    def __init__(
+        self, world: World, *, epoch: int, epochs: int, steps: int, done: int, print_freq: int, log: Path
+    ):
+        self.world, self.epoch, self.epochs, self.steps = world, epoch, epochs, steps
+        self.print_freq, self.log = print_freq, log
+        self.meters: dict[str, Meter] = {}
+        self._start = self._last = time.perf_counter()
+        self._window_start, self._window_clips = self._start, 0
+        self._waited = self._window_waited = 0.0
+        self._done_before, self._done, self._clips = done, done, 0
+        on_terminal = world.is_main and sys.stderr.isatty()
+        self.bar = (
+            tqdm(total=steps, initial=done, desc=f"epoch {epoch}", unit="step", leave=False)
+            if on_terminal
+            else None
+        )
+
+    def data_ready(self) -> None:
+        waited = time.perf_counter() - self._last
+        self._waited += waited
+        self._window_waited += waited
+
+    def step(self, clips: int, figures: dict[str, float]) -> None:
+        """`clips`: of all processes in this step; `figures`: loss and the like."""
+        now = time.perf_counter()
+        self._last = now
+        self._done += 1
+        self._clips += clips
+        self._window_clips += clips
+        for name, value in figures.items():
+            self.meters.setdefault(name, Meter()).add(value)
+        if self.bar is not None:
+            self.bar.update()
+        if self._done % self.print_freq == 0 or self._done == self.steps:
+            self._line(now, figures)
+
+    def _line(self, now: float, figures: dict[str, float]) -> None:
+        elapsed = max(now - self._window_start, 1e-9)
+        row = {
+            "epoch": self.epoch,
+            "step": self._done,
+            **{name: meter.recent() for name, meter in self.meters.items()},
+            "clips_per_s": self._window_clips / elapsed,
+            "wait": self._window_waited / elapsed,
+            "memory_gb": memory_gb(self.world.device),
+        }
+        row["lr"] = figures["lr"]
+        per_step = (now - self._start) / max(self._done - self._done_before, 1)
+        left = duration(per_step * (self.steps - self._done + (self.epochs - self.epoch - 1) * self.steps))
+        self._window_start, self._window_clips, self._window_waited = now, 0, 0.0
+        if not self.world.is_main:
+            return
+        append_json(self.log, row)
+        text = (
+            f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, {row['clips_per_s']:.1f} clips/s, "
+            f"waiting for data {100 * row['wait']:.0f} %, {row['memory_gb']:.2f} GB, {left} left"
+        )
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        else:
+            logger.info("epoch %d [%d/%d] %s", self.epoch, self._done, self.steps, text)
+
+    def close(self) -> dict[str, float]:
+        """Means of the epoch, and its rate and waiting share."""
+        if self.bar is not None:
+            self.bar.close()
+        elapsed = max(time.perf_counter() - self._start, 1e-9)
+        means = {name: meter.mean for name, meter in self.meters.items()}
+        return {**means, "clips_per_s": self._clips / elapsed, "wait": self._waited / elapsed}
+
+
+def table(title: str, rows: dict[str, dict[str, float]], scale: float = 100.0) -> str:
+    """Figures as text: rows by name, columns in the order of the first row."""
+    columns = list(next(iter(rows.values())))
+    width = max(len(name) for name in [title, *rows])
+    head = f"{title:<{width}}  " + "  ".join(f"{c:>9}" for c in columns)
+    lines = [head, "-" * len(head)]
+    for name, figures in rows.items():
+        lines.append(f"{name:<{width}}  " + "  ".join(f"{scale * figures[c]:>9.2f}" for c in columns))
+    return "\n".join(lines)

@@ -1,0 +1,100 @@
+"""An entry point: flags in, a trained or evaluated model out, one line and a status for what goes wrong."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from avion.errors import UserError
+
+from . import distributed, state
+from .args import parse
+from .distributed import PeerError, World
+from .logging import append_json, setup_logging
+from .tasks import Task
+from .trainer import Trainer, choose_precision
+
+logger = logging.getLogger(__name__)
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def run(task_class: type[Task], args: Any) -> dict[str, float]:
+    """Train (or with `--evaluate` evaluate) and return the figures of the last evaluation."""
+    world = distributed.init_world(args)
+    try:
+        setup_logging(world, None if args.evaluate else args.output_dir)
+        return _run(task_class, args, world)
+    finally:
+        distributed.shutdown()
+
+
+def _run(task_class: type[Task], args: Any, world: World) -> dict[str, float]:
+    source = state.find_resume(args)
+    # Before anything slow: a process started with other flags would only be noticed much later.
+    world.agree({**_shared_flags(args), "checkpoint to go on from": source, "torch": torch.__version__})
+    with world.together("reading the data"):
+        precision = choose_precision(args, world.device)
+        task = task_class(args, world)
+    world.agree(task.facts())
+    with world.together("building the model"):
+        torch.manual_seed(args.seed)
+        model = task.build_model(source)
+    if args.evaluate:
+        return _evaluate(task, model, args, world, precision, source)
+    with world.together("preparing the training"):
+        trainer = Trainer(task, model, args, world, precision)
+        if source is not None:
+            trainer.restore(source)
+    trainer.wrap()
+    logger.info(
+        "%s: %d clips, %d steps of %d clips per epoch, epochs %d to %d, %s on %s",
+        model.config.name, trainer.sampler.count, trainer.sampler.steps, trainer.sampler.global_batch,
+        trainer.position.epoch, args.epochs - 1, str(precision.dtype).removeprefix("torch."), world.device,
+    )  # fmt: skip
+    return trainer.fit()
+
+
+def _evaluate(task: Task, model, args: Any, world: World, precision, source: str | None) -> dict[str, float]:
+    if source is None:
+        logger.info("no checkpoint given (--resume): evaluating the initial weights")
+    figures = task.evaluate(model.to(world.device), precision)
+    if world.is_main:
+        if "output_dir" in args.given:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            append_json(Path(args.output_dir) / "eval_log.txt", {**figures, "checkpoint": source})
+        print(task.table(figures))
+    return figures
+
+
+def _shared_flags(args: Any) -> dict[str, Any]:
+    """All flags but those that are a process's own."""
+    own = {"rank", "local_rank", "gpu", "workers", "decode_threads", "debug"}
+    return {"--" + k.replace("_", "-"): v for k, v in vars(args).items() if k not in own and k != "given"}
+
+
+def run_main(
+    task_class: type[Task], config: type, argv: Sequence[str] | None, prog: str, description: str
+) -> int:
+    """The body of a `main(argv)`: 0, or 2 after one line on stderr for a mistake of the user's."""
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    try:
+        run(task_class, parse(config, argv, prog, description))
+    except PeerError as e:
+        return _fail(f"{prog}: stopped because {e}", debug)
+    except UserError as e:
+        return _fail(f"{prog}: error: {str(e).removeprefix(prog + ': ')}", debug)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _fail(line: str, debug: bool) -> int:
+    if debug:
+        raise
+    print(line, file=sys.stderr, flush=True)
+    return USER_ERROR

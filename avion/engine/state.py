@@ -1,0 +1,151 @@
+"""Training checkpoints: written whole or not at all, with everything a run needs to go on.
+
+Keys are AVION's (epoch, state_dict, optimizer, scaler, best_acc1, args) and ours: `model_config`,
+`preprocess`, `step` (optimizer steps done within `epoch`), `rng` (one entry per process).
+"""
+
+import logging
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from avion.constants import NORM_STYLES
+from avion.errors import UserError
+
+from .args import as_namespace
+from .distributed import World
+
+logger = logging.getLogger(__name__)
+
+LATEST, BEST = "checkpoint.pt", "checkpoint_best.pt"
+
+
+@dataclass
+class Position:
+    """Where a run stands: `step` optimizer steps into `epoch`; the best figure so far."""
+
+    epoch: int = 0
+    step: int = 0
+    best: float = float("-inf")
+
+
+def save_atomically(content: Mapping[str, Any], path: Path) -> None:
+    """Write beside the target, flush to disk, rename over it: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as f:
+            torch.save(dict(content), f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except OSError as e:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({e.strerror}); free space or change --output-dir") from e
+
+
+def copy_atomically(source: Path, target: Path) -> None:
+    """The same for a file that is already complete on this disk."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.copyfile(source, partial)
+    with open(partial, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(partial, target)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The generators of this process, as values that load under `weights_only`."""
+    numpy_name, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": [numpy_name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put back what `rng_state` returned."""
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def save_checkpoint(
+    args: Any, world: World, model, optimizer, scaler, position: Position, *, is_best: bool = False
+) -> None:
+    """All processes call it; rank 0 writes `checkpoint.pt`, and `checkpoint_best.pt` where it is the best."""
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.consolidate_state_dict(to=0)
+    rng = world.gather(rng_state(world.device))
+    with world.together("writing the checkpoint"):
+        if world.is_main:
+            content = {
+                "epoch": position.epoch,
+                "step": position.step,
+                "state_dict": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "best_acc1": position.best,
+                "args": as_namespace(args),
+                "model_config": asdict(model.config),
+                "preprocess": {"norm_style": args.norm_style, **NORM_STYLES[args.norm_style]._asdict()},
+                "rng": rng,
+            }
+            folder = Path(args.output_dir)
+            save_atomically(content, folder / LATEST)
+            if is_best:
+                copy_atomically(folder / LATEST, folder / BEST)
+
+
+def find_resume(args: Any) -> str | None:
+    """What to go on from: `--resume`, else the checkpoint of an earlier run in `--output-dir`."""
+    if args.resume:
+        return args.resume
+    latest = Path(args.output_dir) / LATEST
+    return str(latest) if latest.exists() else None
+
+
+def restore(
+    checkpoint: Mapping[str, Any], source: str, args: Any, world: World, optimizer, scaler
+) -> Position:
+    """Optimizer, scaler, generators and position from a checkpoint whose weights are already loaded.
+
+    A checkpoint of weights alone (a released one) starts a new run from them.
+    """
+    if checkpoint.get("optimizer") is None:
+        logger.info("%s holds weights only: a new run starts from them", source)
+        return Position(epoch=args.start_epoch)
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except (ValueError, KeyError) as e:
+        raise UserError(
+            f"{source}: its optimizer state does not fit --optimizer {args.optimizer} ({e}); resume with the "
+            "flags it was trained with"
+        ) from e
+    if checkpoint.get("scaler"):
+        scaler.load_state_dict(checkpoint["scaler"])
+    states = checkpoint.get("rng")
+    if states and len(states) == world.size:
+        set_rng_state(states[world.rank], world.device)
+    elif states:
+        logger.warning(
+            "%s was written by %d processes and goes on with %d: same data order, other dropout draws",
+            source, len(states), world.size,
+        )  # fmt: skip
+    best = checkpoint.get("best_acc1")
+    best = float("-inf") if best is None else float(best)
+    return Position(int(checkpoint.get("epoch", 0)), int(checkpoint.get("step", 0)), best)

@@ -1,0 +1,209 @@
+"""The training loop: epochs, optimizer steps, checkpoints, evaluations. What is learnt is the task's business."""
+
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from avion.errors import UserError
+from avion.models.checkpoint import read_checkpoint
+from avion.optim import build_optimizer, constant_scheduler, cosine_scheduler
+
+from . import state
+from .distributed import PeerError, World
+from .loader import TrainBatchSampler, build_loader
+from .logging import Progress, append_json
+from .steps import Precision, to_device
+from .tasks import Task
+
+logger = logging.getLogger(__name__)
+
+# A run whose gradients are not finite so many steps in a row will not recover by itself.
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+def choose_precision(args: Any, device: torch.device) -> Precision:
+    """`--precision`, `--use-bf16` and `--disable-amp` to autocast settings; contradictions are refused."""
+    named = {
+        "--precision " + str(args.precision): args.precision,
+        "--use-bf16": "bf16" if args.use_bf16 else None,
+        "--disable-amp": "fp32" if args.disable_amp else None,
+    }
+    wanted = {flag: value for flag, value in named.items() if value is not None}
+    if len(set(wanted.values())) > 1:
+        raise UserError(f"{' and '.join(wanted)} contradict each other; give one of them")
+    name = next(iter(wanted.values()), "bf16" if device.type == "cuda" else "fp32")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return Precision(device.type, dtype)
+
+
+class Trainer:
+    """Trains a task's model from wherever its checkpoint stands to the last epoch."""
+
+    def __init__(self, task: Task, model: nn.Module, args: Any, world: World, precision: Precision):
+        self.task, self.args, self.world, self.precision = task, args, world, precision
+        self.bare = model.to(world.device)
+        self.output = Path(args.output_dir)
+        dataset = task.train_dataset()
+        self.sampler = TrainBatchSampler(
+            len(dataset), args.batch_size, update_freq=args.update_freq,
+            rank=world.rank, size=world.size, seed=args.seed,
+        )  # fmt: skip
+        self.loader = build_loader(dataset, self.sampler, workers=args.workers, device=world.device)
+        self.schedule = self._schedule()
+        self.optimizer = build_optimizer(
+            self.bare, args.optimizer, lr=args.lr, weight_decay=args.wd, betas=tuple(args.betas), eps=args.eps,
+            use_zero=args.use_zero and world.size > 1,
+        )  # fmt: skip
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision.dtype is torch.float16)
+        self.position = state.Position(epoch=args.start_epoch)
+        self.skipped = self._skipped_in_a_row = 0
+
+    def _schedule(self) -> np.ndarray:
+        a = self.args
+        if a.fix_lr:
+            return constant_scheduler(a.lr, a.epochs, self.sampler.steps)
+        return cosine_scheduler(
+            a.lr,
+            a.lr_end,
+            a.epochs,
+            self.sampler.steps,
+            warmup_epochs=a.warmup_epochs,
+            start_warmup_value=a.lr_start,
+        )
+
+    def restore(self, source: str) -> None:
+        """Optimizer, generators and position from a checkpoint whose weights the model already has."""
+        checkpoint = read_checkpoint(source)
+        self.position = state.restore(checkpoint, source, self.args, self.world, self.optimizer, self.scaler)
+        if self.position.step >= self.sampler.steps:  # written with more steps per epoch than there are now
+            self.position = state.Position(self.position.epoch + 1, 0, self.position.best)
+        logger.info("going on from %s: epoch %d, step %d", source, self.position.epoch, self.position.step)
+
+    def wrap(self) -> None:
+        """Compile and distribute the model, once its weights are in place."""
+        model = torch.compile(self.bare) if self.args.compile else self.bare
+        if self.world.size > 1:
+            ids = [self.world.device.index] if self.world.device.type == "cuda" else None
+            model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        self.model = model
+
+    def fit(self) -> dict[str, float]:
+        """Train to the last epoch. Returns the figures of the last evaluation."""
+        figures: dict[str, float] = {}
+        if self.position.epoch >= self.args.epochs:
+            logger.info(
+                "nothing left to train: epoch %d of %d is done; raise --epochs or change --output-dir",
+                self.position.epoch, self.args.epochs,
+            )  # fmt: skip
+        while self.position.epoch < self.args.epochs:
+            epoch = self.position.epoch
+            row = {f"train_{k}": v for k, v in self.train_epoch(epoch).items()}
+            self.position = state.Position(epoch + 1, 0, self.position.best)
+            self.save()  # before the evaluation, so that nothing is lost should that fail
+            if (epoch + 1) % self.args.eval_freq == 0 or epoch + 1 == self.args.epochs:
+                figures = self.evaluate(epoch)
+                row |= {f"test_{k}": v for k, v in figures.items()}
+                if figures[self.task.metric] > self.position.best:
+                    self.position.best = figures[self.task.metric]
+                    self.save(is_best=True)
+            if self.world.is_main:
+                append_json(self.output / "log.txt", {**row, "epoch": epoch})
+        return figures
+
+    def save(self, is_best: bool = False) -> None:
+        state.save_checkpoint(
+            self.args, self.world, self.bare, self.optimizer, self.scaler, self.position, is_best=is_best
+        )
+
+    def evaluate(self, epoch: int) -> dict[str, float]:
+        """The task's figures, on every process; a line of eval_log.txt and of the log."""
+        figures = self.task.evaluate(self.bare, self.precision)
+        if self.world.is_main:
+            append_json(self.output / "eval_log.txt", {**figures, "epoch": epoch})
+        logger.info("epoch %d evaluation: %s", epoch, self.task.summary(figures))
+        return figures
+
+    def train_epoch(self, epoch: int) -> dict[str, float]:
+        """One epoch, or what is left of it. Returns the means of its figures over steps and processes."""
+        self.model.train()
+        first = self.position.step
+        self.sampler.set_position(epoch, first)
+        if first == 0:
+            seed = np.random.SeedSequence((self.args.seed, epoch, self.world.rank)).generate_state(1)[0]
+            torch.manual_seed(int(seed))  # of dropout; data order and augmentation have their own
+        progress = Progress(
+            self.world, epoch=epoch, epochs=self.args.epochs, steps=self.sampler.steps, done=first,
+            print_freq=self.args.print_freq, log=self.output / "steps.txt",
+        )  # fmt: skip
+        batches = iter(self.loader)
+        for step in range(first, self.sampler.steps):
+            micro_batches = self._next(batches)
+            progress.data_ready()
+            figures = self._optimizer_step(micro_batches, self.schedule[epoch * self.sampler.steps + step])
+            progress.step(self.sampler.global_batch, figures)
+            self.position.step = step + 1
+            if (
+                self.args.save_steps
+                and (step + 1) % self.args.save_steps == 0
+                and step + 1 < self.sampler.steps
+            ):
+                self.save()
+        means = progress.close()
+        values = self.world.mean([*means.values(), self.task.replaced])
+        replaced = round(values.pop() * self.world.size)
+        return dict(zip(means, values, strict=True)) | {
+            "skipped_steps": self.skipped,
+            "replaced_clips": replaced,
+        }
+
+    def _next(self, batches: Iterator) -> list[dict[str, Any]]:
+        """The micro-batches of one step, on the device. An error of any process stops all of them."""
+        error: Exception | None = None
+        micro_batches = []
+        try:
+            for _ in range(self.args.update_freq):
+                batch = next(batches)
+                if "fatal" in batch:
+                    raise UserError(batch["fatal"])
+                micro_batches.append(batch)
+        except Exception as e:
+            error = e
+        if self.world.any(error is not None):
+            raise error or PeerError("another process could not read its data")
+        self.task.report(micro_batches)
+        return [to_device(b, self.world.device, self.args.norm_style) for b in micro_batches]
+
+    def _optimizer_step(self, micro_batches: list[dict[str, Any]], lr: float) -> dict[str, float]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        figures = self.task.step(self.model, micro_batches, self.precision, self.scaler.scale)
+        self.scaler.unscale_(self.optimizer)
+        limit = self.args.grad_clip_norm if self.args.grad_clip_norm is not None else math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.bare.parameters(), limit))
+        # Gradients are the same on all processes, so all of them skip or none does.
+        if math.isfinite(norm):
+            self._skipped_in_a_row = 0
+            self.scaler.step(self.optimizer)
+            self.task.after_step(self.bare)
+        else:
+            self._skip()
+        self.scaler.update()
+        return {**{k: float(v) for k, v in figures.items()}, "grad_norm": norm, "lr": float(lr)}
+
+    def _skip(self) -> None:
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        logger.warning("gradients are not finite: step skipped (%d so far)", self.skipped)
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"gradients were not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row; the last good checkpoint is in "
+                f"{self.output}; lower --lr, set --grad-clip-norm or use --precision bf16"
+            )

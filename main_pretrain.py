@@ -1,0 +1,21 @@
+"""Pretrain a video-language model on narrated clips and evaluate it on EPIC-Kitchens-100 retrieval, zero-shot.
+
+python main_pretrain.py --dataset demo --model TIMEMAMBA_VITT16
+torchrun --nproc_per_node=8 main_pretrain.py --model TIMEMAMBA_VITB16 --output-dir runs/id6
+"""
+
+import sys
+from collections.abc import Sequence
+
+from avion.engine.options import PretrainOptions
+from avion.engine.run import run_main
+from avion.engine.tasks import Pretrain
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these command-line words (None: `sys.argv`); returns the exit status."""
+    return run_main(Pretrain, PretrainOptions, argv, "main_pretrain.py", __doc__.splitlines()[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
