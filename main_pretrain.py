@@ -1,7 +1,8 @@
 """Pretrain a video-language model on narrated clips and evaluate it on EPIC-Kitchens-100 retrieval, zero-shot.
 
-python main_pretrain.py --dataset demo --model TIMEMAMBA_VITT16
-torchrun --nproc_per_node=8 main_pretrain.py --model TIMEMAMBA_VITB16 --output-dir runs/id6
+Examples:
+    python main_pretrain.py --dataset demo --model TIMEMAMBA_VITT16
+    torchrun --nproc_per_node=8 main_pretrain.py --model TIMEMAMBA_VITB16 --output-dir runs/id6
 """
 
 import sys

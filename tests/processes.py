@@ -48,9 +48,7 @@ def run_processes(function: Callable, size: int, folder: Path, *args) -> list:
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
     port = free_port()
-    children = [
-        context.Process(target=_child, args=(r, size, port, str(folder), function, args)) for r in range(size)
-    ]
+    children = [context.Process(target=_child, args=(r, size, port, str(folder), function, args)) for r in range(size)]
     for child in children:
         child.start()
     for child in children:

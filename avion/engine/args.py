@@ -148,28 +148,20 @@ def _yaml_arguments(path: str, config: type) -> list[str]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
-        raise UserError(
-            f"--config {path}: cannot be read ({e.strerror}); give the path of a YAML file"
-        ) from e
+        raise UserError(f"--config {path}: cannot be read ({e.strerror}); give the path of a YAML file") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         mark = getattr(e, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(
-            f"--config {path}: not valid YAML{where}; expected lines of the form `flag: value`"
-        ) from e
+        raise UserError(f"--config {path}: not valid YAML{where}; expected lines of the form `flag: value`") from e
     if not isinstance(content, dict):
-        raise UserError(
-            f"--config {path}: expected a mapping of flags to values, found {type(content).__name__}"
-        )
+        raise UserError(f"--config {path}: expected a mapping of flags to values, found {type(content).__name__}")
     fields = {f.name: f for f in dataclasses.fields(config) if "flag" in f.metadata}
     words: list[str] = []
     for key, value in content.items():
         field = fields.get(str(key).replace("-", "_"))
         if field is None:
             near = difflib.get_close_matches(str(key).replace("-", "_"), fields, n=3)
-            cure = (
-                f"did you mean {' or '.join(near)}?" if near else "keys are the flags of --help without `--`"
-            )
+            cure = f"did you mean {' or '.join(near)}?" if near else "keys are the flags of --help without `--`"
             raise UserError(f"--config {path}: unknown key {key!r}: {cure}")
         words += _yaml_words(path, str(key), value, field)
     return words

@@ -61,9 +61,7 @@ def detect_launch(args: Any, env: Mapping[str, str] = os.environ) -> Launch:
         local = _integer(env, "LOCAL_RANK") if "LOCAL_RANK" in env else args.local_rank
         launch = Launch(_integer(env, "RANK"), _integer(env, "WORLD_SIZE"), local, "env://", "torchrun")
     elif _integer({"n": env.get("SLURM_STEP_NUM_TASKS", "1")}, "n") > 1:
-        host = env.get("MASTER_ADDR") or first_host(
-            env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
-        )
+        host = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", ""))
         # A port that all tasks of the step agree on without talking, clear of the ephemeral ones.
         port = env.get("MASTER_PORT") or str(15000 + (int(env.get("SLURM_JOB_ID", "0")) * 7
                                                       + int(env.get("SLURM_STEP_ID", "0"))) % 15000)  # fmt: skip
@@ -79,9 +77,7 @@ def detect_launch(args: Any, env: Mapping[str, str] = os.environ) -> Launch:
                 "give --dist-url tcp://host:port, or start with torchrun"
             )
     if not 0 <= launch.rank < launch.size:
-        raise UserError(
-            f"rank {launch.rank} of {launch.size} processes ({launch.by}) does not exist; ranks begin at 0"
-        )
+        raise UserError(f"rank {launch.rank} of {launch.size} processes ({launch.by}) does not exist; ranks begin at 0")
     return launch
 
 
@@ -96,9 +92,7 @@ def choose_device(name: str, gpu: int | None, local_rank: int) -> torch.device:
         return torch.device("cpu")
     index = gpu if gpu is not None else local_rank
     if index >= count:
-        raise UserError(
-            f"GPU {index} does not exist, this machine has {count}; start fewer processes or change --gpu"
-        )
+        raise UserError(f"GPU {index} does not exist, this machine has {count}; start fewer processes or change --gpu")
     return torch.device("cuda", index)
 
 

@@ -96,9 +96,7 @@ class Progress:
     Call `data_ready()` when a batch has arrived and `step(...)` when the optimizer step is done.
     """
 
-    def __init__(
-        self, world: World, *, epoch: int, epochs: int, steps: int, done: int, print_freq: int, log: Path
-    ):
+    def __init__(self, world: World, *, epoch: int, epochs: int, steps: int, done: int, print_freq: int, log: Path):
         self.world, self.epoch, self.epochs, self.steps = world, epoch, epochs, steps
         self.print_freq, self.log = print_freq, log
         self.meters: dict[str, Meter] = {}
@@ -108,9 +106,7 @@ class Progress:
         self._done_before, self._done, self._clips = done, done, 0
         on_terminal = world.is_main and sys.stderr.isatty()
         self.bar = (
-            tqdm(total=steps, initial=done, desc=f"epoch {epoch}", unit="step", leave=False)
-            if on_terminal
-            else None
+            tqdm(total=steps, initial=done, desc=f"epoch {epoch}", unit="step", leave=False) if on_terminal else None
         )
 
     def data_ready(self) -> None:

@@ -22,9 +22,7 @@ class VideoOptions:
         "auto", "chunks as AVION ({video}.mp4/{start}.mp4) or Video Mamba Suite ({video}/{number}.mp4) lay "
         "them out, or whole videos", choices=["auto", "avion", "vms", "whole"],
     )  # fmt: skip
-    decoder: str = flag(
-        "auto", "video decoder; auto: decord where it is installed", choices=["auto", "decord", "pyav"]
-    )
+    decoder: str = flag("auto", "video decoder; auto: decord where it is installed", choices=["auto", "decord", "pyav"])
     decode_threads: int = flag(1, "threads of one decoder")
     clip_length: int = flag(4, "frames per clip")
     clip_stride: int = flag(16, "frames from one to the next, used with --frame-sampling strided")
@@ -40,9 +38,7 @@ class VideoOptions:
         False, "crop and resize as uint8 in the worker, normalise on the device: less memory and copying, "
         "same crops",
     )  # fmt: skip
-    strict_data: bool = flag(
-        False, "stop at the first clip that cannot be read instead of replacing and reporting it"
-    )
+    strict_data: bool = flag(False, "stop at the first clip that cannot be read instead of replacing and reporting it")
 
 
 @dataclass
@@ -62,9 +58,7 @@ class ModelOptions:
     drop_path_rate: float = flag(0.0, "stochastic depth, rising linearly to this rate in the last block")
     scan_backend: str = flag("auto", "selective-scan backend of the Mamba models", metavar="NAME")
     compile: bool = flag(False, "torch.compile the model")
-    resume: str = flag(
-        "", "checkpoint to go on from, or to evaluate: a path or hf:owner/repo/file", metavar="PATH"
-    )
+    resume: str = flag("", "checkpoint to go on from, or to evaluate: a path or hf:owner/repo/file", metavar="PATH")
 
 
 @dataclass
@@ -72,9 +66,7 @@ class OptimOptions:
     TITLE: ClassVar[str] = "optimisation"
 
     epochs: int = flag(5, "epochs to train")
-    start_epoch: int = flag(
-        0, "number of the first epoch; a resumed checkpoint's own number takes precedence"
-    )
+    start_epoch: int = flag(0, "number of the first epoch; a resumed checkpoint's own number takes precedence")
     warmup_epochs: int = flag(1, "epochs of linear warm-up")
     batch_size: int = flag(16, "clips per process and micro-batch")
     update_freq: int = flag(1, "micro-batches per optimizer step; gradients are those of the whole batch")
@@ -94,9 +86,7 @@ class OptimOptions:
 class RunOptions:
     TITLE: ClassVar[str] = "run"
 
-    output_dir: str = flag(
-        "./", "where checkpoints and logs go; a checkpoint.pt there is resumed", metavar="DIR"
-    )
+    output_dir: str = flag("./", "where checkpoints and logs go; a checkpoint.pt there is resumed", metavar="DIR")
     evaluate: bool = flag(False, "evaluate only", off="")
     eval_freq: int = flag(1, "epochs between evaluations; the last epoch is always evaluated")
     eval_batch_size: int = flag(0, "clips per forward pass in evaluation; 0: as --batch-size")
@@ -112,9 +102,7 @@ class DeviceOptions:
     TITLE: ClassVar[str] = "device and processes"
 
     device: str = flag("auto", "auto: cuda where there is one", choices=["auto", "cpu", "cuda"])
-    precision: str | None = flag(
-        None, "autocast type [bf16 on GPUs, fp32 on CPUs]", choices=["fp32", "bf16", "fp16"]
-    )
+    precision: str | None = flag(None, "autocast type [bf16 on GPUs, fp32 on CPUs]", choices=["fp32", "bf16", "fp16"])
     use_bf16: bool = flag(False, "the same as --precision bf16", off="")
     disable_amp: bool = flag(False, "the same as --precision fp32", off="")
     gpu: int | None = flag(None, "GPU of a single process")
@@ -135,9 +123,7 @@ class PretrainOptions(VideoOptions, ModelOptions, OptimOptions, RunOptions, Devi
     dataset: str = flag("ego4d", "training data; demo: the embedded demo dataset", choices=["ego4d", "demo"])
     root: str = flag("datasets/Ego4D/videos_320px_15sec/", "training videos", metavar="DIR")
     root_val: str = flag("datasets/EK100/EK100_320p_15sec/", "evaluation videos", metavar="DIR")
-    train_metadata: str = flag(
-        "datasets/Ego4D/ego4d_train.pkl", "narrations of the training videos", metavar="FILE"
-    )
+    train_metadata: str = flag("datasets/Ego4D/ego4d_train.pkl", "narrations of the training videos", metavar="FILE")
     train_metadata_aux: list[str] = flag([], "more narrations, e.g. of LaViLa's narrator", metavar="FILE")
     val_metadata: str = flag(f"{_EK100}/EPIC_100_retrieval_test.csv", "clips to evaluate on", metavar="FILE")
     relevancy_path: str = flag(

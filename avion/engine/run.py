@@ -76,9 +76,7 @@ def _shared_flags(args: Any) -> dict[str, Any]:
     return {"--" + k.replace("_", "-"): v for k, v in vars(args).items() if k not in own and k != "given"}
 
 
-def run_main(
-    task_class: type[Task], config: type, argv: Sequence[str] | None, prog: str, description: str
-) -> int:
+def run_main(task_class: type[Task], config: type, argv: Sequence[str] | None, prog: str, description: str) -> int:
     """The body of a `main(argv)`: 0, or 2 after one line on stderr for a mistake of the user's."""
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     try:

@@ -119,9 +119,7 @@ def find_resume(args: Any) -> str | None:
     return str(latest) if latest.exists() else None
 
 
-def restore(
-    checkpoint: Mapping[str, Any], source: str, args: Any, world: World, optimizer, scaler
-) -> Position:
+def restore(checkpoint: Mapping[str, Any], source: str, args: Any, world: World, optimizer, scaler) -> Position:
     """Optimizer, scaler, generators and position from a checkpoint whose weights are already loaded.
 
     A checkpoint of weights alone (a released one) starts a new run from them.

@@ -28,9 +28,7 @@ class Precision:
 
 def to_device(batch: dict[str, Any], device: torch.device, norm_style: str) -> dict[str, Any]:
     """Move tensors without waiting; clips that are still uint8 are normalised there."""
-    moved = {
-        k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()
-    }
+    moved = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     moved["video"] = normalize_clip(moved["video"], norm_style)
     return moved
 
@@ -66,8 +64,8 @@ def contrastive_step(
     """Leave in `.grad` what one batch of all k·b clips would; memory is that of one micro-batch.
 
     A contrastive loss couples all clips, so gradients of the micro-batches cannot simply be added up. With
-    k > 1: (1) features of all micro-batches without a graph; (2) the loss over all of them and its gradient with respect
-    to the features; (3) each micro-batch again, with a graph and the same random draws, and the
+    k > 1: (1) features of all micro-batches without a graph; (2) the loss over all of them and its gradient with
+    respect to the features; (3) each micro-batch again, with a graph and the same random draws, and the
     features' gradient pushed through it. (Gradient caching: Gao et al., arXiv 2101.06983.)
 
     Args:

@@ -137,9 +137,7 @@ class Pretrain(Task):
     def build_model(self, source: str | None) -> nn.Module:
         model = super().build_model(source)
         self.img_size = model.config.img_size
-        self.num_frames = (
-            self.args.clip_length if "clip_length" in self.args.given else model.config.num_frames
-        )
+        self.num_frames = self.args.clip_length if "clip_length" in self.args.given else model.config.num_frames
         self.tokenizer = functools.partial(tokenize, context_length=model.config.context_length)
         return model
 
@@ -184,9 +182,7 @@ class Pretrain(Task):
             model.logit_scale.clamp_(*_LOG_TEMPERATURE_RANGE)
 
     def evaluate(self, model: nn.Module, precision: Precision) -> dict[str, float]:
-        clips = encode.encode_clips(
-            model, self.val_dataset(), self.world, precision, **encode.settings(self.args)
-        )
+        clips = encode.encode_clips(model, self.val_dataset(), self.world, precision, **encode.settings(self.args))
         texts = encode.encode_texts(model, self.sentences, self.tokenizer, self.world, precision)
         figures: dict[str, float] = {}
         with self.world.together("computing the retrieval figures"):
@@ -214,10 +210,7 @@ class Pretrain(Task):
 
     def table(self, figures: dict[str, float]) -> str:
         rows = {
-            name: {
-                label: figures[f"{side}_{kind}"]
-                for label, side in (("V2T", "vis"), ("T2V", "txt"), ("Avg", "avg"))
-            }
+            name: {label: figures[f"{side}_{kind}"] for label, side in (("V2T", "vis"), ("T2V", "txt"), ("Avg", "avg"))}
             for name, kind in (("mAP", "map"), ("nDCG", "ndcg"))
         }
         left_out = f" ({figures['unreadable']} could not be read)" if figures["unreadable"] else ""

@@ -149,11 +149,7 @@ class Trainer:
             figures = self._optimizer_step(micro_batches, self.schedule[epoch * self.sampler.steps + step])
             progress.step(self.sampler.global_batch, figures)
             self.position.step = step + 1
-            if (
-                self.args.save_steps
-                and (step + 1) % self.args.save_steps == 0
-                and step + 1 < self.sampler.steps
-            ):
+            if self.args.save_steps and (step + 1) % self.args.save_steps == 0 and step + 1 < self.sampler.steps:
                 self.save()
         means = progress.close()
         values = self.world.mean([*means.values(), self.task.replaced])

@@ -13,14 +13,12 @@ E = 5
 
 def features(n, seed=None):
     g = torch.Generator().manual_seed(seed) if seed is not None else None
-    return F.normalize(torch.randn(n, E, generator=g), dim=-1), F.normalize(
-        torch.randn(n, E, generator=g), dim=-1
-    )
+    return F.normalize(torch.randn(n, E, generator=g), dim=-1), F.normalize(torch.randn(n, E, generator=g), dim=-1)
 
 
 def clip_loss_by_hand(images, texts, scale):
     n, total, hits = len(images), 0.0, 0
-    logits = [[scale * sum(float(a) * float(b) for a, b in zip(v, t)) for t in texts] for v in images]
+    logits = [[scale * sum(float(a) * float(b) for a, b in zip(v, t, strict=True)) for t in texts] for v in images]
     for i in range(n):
         row, column = logits[i], [logits[j][i] for j in range(n)]
         total += math.log(sum(math.exp(x) for x in row)) - row[i]
@@ -39,7 +37,7 @@ def test_clip_loss_is_the_mean_of_two_cross_entropies():
 
 def max_margin_by_hand(images, texts, margin, weight=None):
     n, total = len(images), 0.0
-    s = [[sum(float(a) * float(b) for a, b in zip(t, v)) for v in images] for t in texts]
+    s = [[sum(float(a) * float(b) for a, b in zip(t, v, strict=True)) for v in images] for t in texts]
     for i in range(n):
         for j in range(n):
             if i != j:

@@ -17,12 +17,7 @@ def test_cosine_schedule_by_hand():
 
 def test_cosine_schedule_without_warmup_starts_at_the_top_and_ends_above_the_bottom():
     values = cosine_scheduler(3e-5, 1e-5, epochs=2, niter_per_ep=5)
-    assert (
-        values[0] == pytest.approx(3e-5)
-        and len(values) == 10
-        and np.all(np.diff(values) < 0)
-        and values[-1] > 1e-5
-    )
+    assert values[0] == pytest.approx(3e-5) and len(values) == 10 and np.all(np.diff(values) < 0) and values[-1] > 1e-5
 
 
 def test_constant_schedule():
