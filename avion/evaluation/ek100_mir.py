@@ -58,13 +58,13 @@ def retrieval_metrics(similarity, relevancy, *, graded_precision: bool = True) -
     }
 
 
-def get_mAP(similarity_matrix, rel_matrix, *, graded_precision: bool = True) -> tuple[float, float, float]:  # noqa: N802
+def get_mAP(similarity_matrix, rel_matrix, *, graded_precision: bool = True) -> tuple[float, float, float]:
     """(V2T, T2V, mean) mAP as fractions of 1; arguments and errors as `retrieval_metrics`."""
     similarity, relevancy = _checked(similarity_matrix, rel_matrix)
     return _both_directions(similarity, relevancy, {"map": _ap_scorer(graded_precision)})["map"]
 
 
-def get_nDCG(similarity_matrix, rel_matrix) -> tuple[float, float, float]:  # noqa: N802
+def get_nDCG(similarity_matrix, rel_matrix) -> tuple[float, float, float]:
     """(V2T, T2V, mean) nDCG as fractions of 1; arguments and errors as `retrieval_metrics`."""
     similarity, relevancy = _checked(similarity_matrix, rel_matrix)
     return _both_directions(similarity, relevancy, {"ndcg": _ndcg})["ndcg"]

@@ -24,8 +24,7 @@ def test_a_class_without_actions_scores_zero():
     assert nouns.tolist() == [[0, 0.75, 0.125, 0, 0.125, 0], [0, 0, 1, 0, 0, 0]]
 
 
-def test_probabilities_keep_their_sum():
-    rng = np.random.default_rng()
+def test_probabilities_keep_their_sum(rng):
     actions = {"verb": rng.integers(0, 97, 300), "noun": rng.integers(0, 300, 300)}
     probs = rng.dirichlet(np.ones(300), 20)
     for mode, classes in (("verb", 97), ("noun", 300)):

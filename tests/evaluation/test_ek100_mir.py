@@ -95,9 +95,8 @@ def plain_mean(values):
 @pytest.mark.parametrize("graded", [True, False])
 @pytest.mark.parametrize("block_elements", [1, 50, 1 << 18])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_against_plain_python(dtype, block_elements, graded, monkeypatch):
+def test_against_plain_python(dtype, block_elements, graded, monkeypatch, rng):
     monkeypatch.setattr(ek100_mir, "_BLOCK_ELEMENTS", block_elements)
-    rng = np.random.default_rng()
     for decimals in (1, 6):  # with many ties, and with few
         similarity = rng.normal(size=(31, 17)).round(decimals).astype(dtype)
         relevancy = rng.choice([0, 0, 0, 1 / 6, 0.5, 2 / 3, 1], (31, 17)).astype(np.float32)
@@ -142,7 +141,7 @@ def test_values_that_are_not_finite_are_located(bad):
     with pytest.raises(UserError, match=r"similarity: -?(nan|inf) at clip 1, sentence 2") as error:
         retrieval_metrics(broken, np.ones((3, 4)))
     one_line(error)
-    with pytest.raises(UserError, match="relevancy: .* at clip 1, sentence 2"):
+    with pytest.raises(UserError, match=r"relevancy: .* at clip 1, sentence 2"):
         retrieval_metrics(np.ones((3, 4)), broken)
 
 

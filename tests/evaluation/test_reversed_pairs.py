@@ -15,8 +15,7 @@ def test_by_hand():
     assert pair_accuracy(video[1:], [EAST] * 2, [NORTH] * 2) == {"pair_acc": 0.25, "n": 2}
 
 
-def test_a_model_blind_to_time_gets_exactly_one_half():
-    rng = np.random.default_rng()
+def test_a_model_blind_to_time_gets_exactly_one_half(rng):
     clips, put, take = (rng.normal(size=(50, 8)) for _ in range(3))
     figures = pair_accuracy(
         np.concatenate([clips, clips]), np.concatenate([put, take]), np.concatenate([take, put])
@@ -24,8 +23,7 @@ def test_a_model_blind_to_time_gets_exactly_one_half():
     assert figures == {"pair_acc": 0.5, "n": 100}
 
 
-def test_lengths_do_not_count_only_directions():
-    rng = np.random.default_rng()
+def test_lengths_do_not_count_only_directions(rng):
     video, own, other = (rng.normal(size=(40, 8)) for _ in range(3))
     scale = rng.uniform(0.1, 100, (3, 40, 1))
     expected = pair_accuracy(video, own, other)

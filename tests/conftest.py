@@ -1,0 +1,40 @@
+"""What every test runs under: one thread, no network, seeds that change from run to run."""
+
+import os
+import random
+import zlib
+
+# Before torch and numpy start their thread pools; children, such as torchrun's, inherit these.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_configure(config):
+    # Through the environment, so that the workers of pytest-xdist draw the same tests' seeds.
+    os.environ.setdefault("TEST_SEED", str(random.SystemRandom().randrange(2**31)))
+
+
+def pytest_report_header(config):
+    return f"random inputs: TEST_SEED={os.environ['TEST_SEED']} (set it to repeat this run)"
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed(request) -> int:
+    """This test's seed, from TEST_SEED and the test's name; the global generators start from it."""
+    seed = zlib.crc32(f"{os.environ['TEST_SEED']} {request.node.nodeid}".encode())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return seed
+
+
+@pytest.fixture
+def rng(fresh_seed) -> np.random.Generator:
+    return np.random.default_rng(fresh_seed)

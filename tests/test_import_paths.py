@@ -1,0 +1,33 @@
+"""The import paths that scripts written for AVION use."""
+
+import importlib
+
+import pytest
+
+PATHS = {
+    "avion.data.clip_dataset": ["VideoCaptionDatasetCLIP"],
+    "avion.data.tokenizer": ["tokenize"],
+    "avion.losses.losses": ["ClipLoss", "MaxMarginRankingLoss"],
+    "avion.models.model_clip": ["CLIP", "CLIP_VITB32", "CLIP_VITB16", "CLIP_VITL14", "CLIP_VITL14_336PX"],
+    "avion.models.utils": ["inflate_positional_embeds"],
+    "avion.optim.schedulers": ["cosine_scheduler"],
+    "avion.utils.evaluation_ek100mir": ["get_mAP", "get_nDCG"],
+    "avion.utils.evaluation_ek100cls": ["get_marginal_indexes", "marginalize", "get_mean_accuracy"],
+}
+
+
+@pytest.mark.parametrize(("module", "name"), [(m, name) for m, names in PATHS.items() for name in names])
+def test_path_exists(module, name):
+    assert callable(getattr(importlib.import_module(module), name))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("avion.utils.evaluation_ek100mir", "avion.evaluation.ek100_mir"),
+        ("avion.utils.evaluation_ek100cls", "avion.evaluation.ek100_cls"),
+    ],
+)
+def test_old_path_gives_the_thing_itself(old, new):
+    for name in importlib.import_module(old).__all__:
+        assert getattr(importlib.import_module(old), name) is getattr(importlib.import_module(new), name)

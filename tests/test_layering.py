@@ -1,0 +1,87 @@
+"""The shape of the house, checked from the source: who imports whom, sizes, what `avion.utils` is."""
+
+import ast
+
+import pytest
+
+from tests.layering import imported_names, project_sources, violations
+
+SOURCES = project_sources()
+MAX_FILE_LINES = 500
+MAX_FUNCTION_LINES = 70
+
+
+def test_imports_point_down_only():
+    assert violations(SOURCES) == []
+
+
+def test_every_room_was_read():
+    rooms = {module.split(".")[1] for module in SOURCES if module.startswith("avion.")}
+    assert {"models", "ops", "data", "losses", "optim", "evaluation", "engine", "utils", "errors"} <= rooms
+
+
+@pytest.mark.parametrize(
+    ("module", "statement", "imported"),
+    [
+        ("avion.models.vim", "from avion.data import tokenizer", "avion.data.tokenizer"),
+        ("avion.models.vim", "from ..data.tokenizer import tokenize", "avion.data.tokenizer.tokenize"),
+        ("avion.models.__init__", "from ..engine import args", "avion.engine.args"),
+        ("avion.data.ek100", "def read():\n    import avion.evaluation.ek100_mir", "avion.evaluation.ek100_mir"),
+        ("avion.ops.selective_scan.torch", "from ...models import vim", "avion.models.vim"),
+        ("avion.errors", "import avion.constants", "avion.constants"),
+        ("avion.engine.trainer", "from avion.utils import misc", "avion.utils.misc"),
+        ("avion.engine.trainer", "import main_pretrain", "main_pretrain"),
+        ("avion.data.demo", "import importlib\nimportlib.import_module('tools.demo')", "tools.demo"),
+        ("avion.losses.losses", "from tests.layering import ROOT", "tests.layering.ROOT"),
+        ("main_pretrain", "from avion.utils.misc import x", "avion.utils.misc.x"),
+        ("tools.demo", "import benchmarks.bench", "benchmarks.bench"),
+    ],
+)
+def test_a_wrong_import_is_seen(module, statement, imported):
+    assert [line.split(" imports ")[1] for line in violations({module: statement})] == [imported]
+
+
+@pytest.mark.parametrize(
+    ("module", "statement"),
+    [
+        ("avion.models.vim", "from avion.ops.selective_scan import selective_scan"),
+        ("avion.models.timemamba", "from .vim import BiMambaMixer\nfrom . import registry"),
+        ("avion.models.__init__", "from . import vim\nfrom .registry import create_model"),
+        ("avion.ops.selective_scan.torch", "import torch\nfrom ...errors import UserError"),
+        ("avion.engine.tasks", "from avion import __version__\nfrom avion.evaluation import ek100_mir"),
+        ("avion.utils.evaluation_ek100mir", "from avion.evaluation.ek100_mir import get_mAP"),
+        ("tools.demo", "import main_pretrain\nfrom avion.data.demo import ensure_demo_dataset"),
+        ("main_pretrain", "from avion.engine.args import parse"),
+    ],
+)
+def test_a_right_import_is_allowed(module, statement):
+    assert violations({module: statement}) == []
+
+
+def test_evaluation_is_pure():
+    """Arrays in, figures out: no files, no process group."""
+    forbidden = ("torch.distributed", "pathlib", "pickle", "json", "csv", "logging")
+    for module, source in SOURCES.items():
+        if module.startswith("avion.evaluation."):
+            names = [name for _, name in imported_names(module, source)]
+            assert not [name for name in names if name.startswith(forbidden)], module
+            assert "open(" not in source, module
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_files_and_functions_are_of_a_readable_size(module):
+    source = SOURCES[module]
+    assert len(source.splitlines()) <= MAX_FILE_LINES
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
+
+
+def test_utils_only_re_exports():
+    modules = [module for module in SOURCES if module.startswith("avion.utils.")]
+    assert len(modules) > 1
+    for module in modules:
+        for statement in ast.parse(SOURCES[module]).body:
+            docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+            names = isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__"
+            assert docstring or names or isinstance(statement, ast.ImportFrom), f"{module}:{statement.lineno}"
