@@ -104,9 +104,7 @@ class LaViLaTower(nn.Module):
         self.use_fast_conv1 = config.use_fast_conv1
         self.grad_checkpointing = config.grad_checkpointing
         self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(
-            config.in_chans, dim, config.patch_size, config.patch_size, bias=False
-        )
+        self.patch_embed.proj = nn.Conv2d(config.in_chans, dim, config.patch_size, config.patch_size, bias=False)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + patches, dim))
         self.temporal_embed = nn.Parameter(torch.empty(1, config.num_frames, dim))

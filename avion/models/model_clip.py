@@ -38,17 +38,15 @@ class CLIP(nn.Module):
         """tokens (B, L) int64, L at most the context length → (B, E), of any length."""
         return self.textual(tokens)
 
-    def forward(
-        self, video: torch.Tensor, tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, video: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, C, T, height, width) and (B, L) → two (B, E) of length 1, and the logit scale, 0-d."""
         video_embed = F.normalize(self.encode_image(video), dim=-1)
         text_embed = F.normalize(self.encode_text(tokens), dim=-1)
         return video_embed, text_embed, self.logit_scale.exp()
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that take no weight decay though they are matrices: the state matrices of the scans."""
-        return {name for name, _ in self.named_parameters() if name.endswith(("A_log", "A_b_log"))}
+        """Full names of the matrices that take no weight decay."""
+        return _state_matrices(self)
 
 
 class VideoClassifier(nn.Module):
@@ -72,7 +70,12 @@ class VideoClassifier(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """As `CLIP.no_weight_decay`."""
-        return {name for name, _ in self.named_parameters() if name.endswith(("A_log", "A_b_log"))}
+        return _state_matrices(self)
+
+
+def _state_matrices(module: nn.Module) -> set[str]:
+    """The selective scans' A in both directions: decay would pull every state to the same memory."""
+    return {name for name, _ in module.named_parameters() if name.endswith(("A_log", "A_b_log"))}
 
 
 # ---- AVION's models, registered ----------------------------------------------------------------
@@ -137,7 +140,7 @@ def _avion_factory(name: str) -> Callable[..., CLIP]:
     build.__name__ = build.__qualname__ = name
     build.__doc__ = (
         f"`create_model({name!r})` with AVION's arguments and defaults, and initial weights from\n"
-        '    pretrain_zoo ("openai", "open_clip", or "none" for new ones). An unknown argument is a TypeError.\n'
+        '    pretrain_zoo ("openai", "open_clip", or "none"). An unknown argument is a TypeError.\n'
         "    use_flash_attn: True fused kernels only, False plain math, None PyTorch's choice."
     )
     return build

@@ -79,14 +79,11 @@ def _check_sizes(config: ModelConfig) -> None:
         if field.type is bool and not isinstance(value, bool):
             raise UserError(f"{config.name}: {field.name} must be True or False, found {value!r}")
     if config.dt_rank is not None and (not isinstance(config.dt_rank, int) or config.dt_rank < 1):
-        raise UserError(
-            f"{config.name}: dt_rank must be None or a whole number above 0, found {config.dt_rank!r}"
-        )
+        raise UserError(f"{config.name}: dt_rank must be None or a whole number above 0, found {config.dt_rank!r}")
     for part, whole in (("num_heads", "embed_dim"), ("text_heads", "text_width"), ("patch_size", "img_size")):
         if getattr(config, whole) % getattr(config, part):
             raise UserError(
-                f"{config.name}: {whole}={getattr(config, whole)} must be a multiple of "
-                f"{part}={getattr(config, part)}"
+                f"{config.name}: {whole}={getattr(config, whole)} must be a multiple of {part}={getattr(config, part)}"
             )
     for name in ("drop_path_rate", "patch_dropout"):
         if not 0 <= getattr(config, name) < 1:
@@ -191,9 +188,7 @@ def create_model(name: str, **overrides) -> nn.Module:
     known = [field.name for field in dataclasses.fields(entry.config) if field.name not in ("name", "tower")]
     for field in overrides:
         if field in ("name", "tower"):
-            raise UserError(
-                f"{entry.config.name}: {field} cannot be overridden; register a model of your own"
-            )
+            raise UserError(f"{entry.config.name}: {field} cannot be overridden; register a model of your own")
         if field not in known:
             hint = _near(field, known) or f"fields are {', '.join(known)}"
             raise UserError(f"{entry.config.name}: unknown field {field!r}; {hint}")

@@ -90,14 +90,12 @@ class DividedBlock(nn.Module):
         return self.time_mamba(tokens.flatten(1, 2)).view_as(tokens)  # (B, N·T, D)
 
     def mix_space(self, cls: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention over [CLS, patches] of each frame; the CLS goes into every frame and comes back averaged."""
+        """Attention over [CLS, patches] of each frame. Every frame gets the CLS; its results are averaged."""
         clips, patches, frames, dim = tokens.shape
         per_frame = [cls[:, None].expand(-1, frames, -1, -1), tokens.transpose(1, 2)]  # (B, T, 1 and N, D)
         rows = torch.cat(per_frame, dim=2).flatten(0, 1)  # (B·T, 1+N, D)
         out = self.attn(rows).view(clips, frames, 1 + patches, dim)
-        return out[:, :, 0].mean(dim=1, keepdim=True), out[:, :, 1:].transpose(
-            1, 2
-        )  # (B, 1, D), (B, N, T, D)
+        return out[:, :, 0].mean(dim=1, keepdim=True), out[:, :, 1:].transpose(1, 2)  # (B, 1, D), (B, N, T, D)
 
     def drop_paths(self, cls: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stochastic depth that drops the CLS and the tokens of a clip together."""
@@ -126,9 +124,7 @@ class DividedTower(nn.Module):
         self.grad_checkpointing = config.grad_checkpointing
         # Named as timm's PatchEmbed, whose parameters the checkpoints hold.
         self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(
-            config.in_chans, dim, config.patch_size, config.patch_size, bias=False
-        )
+        self.patch_embed.proj = nn.Conv2d(config.in_chans, dim, config.patch_size, config.patch_size, bias=False)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + patches, dim))
         # A ViM mixer knows the order of its tokens, attention has to be told.

@@ -94,7 +94,7 @@ class TextAttention(nn.Module):
 
 
 class QuickGELU(nn.Module):
-    """x · sigmoid(1.702 x), CLIP's activation. Written with SiLU, which keeps one tensor for backward, not two."""
+    """x · sigmoid(1.702 x), CLIP's activation; through SiLU, which keeps one tensor for backward, not two."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.silu(1.702 * x) / 1.702
@@ -144,7 +144,7 @@ class ResidualBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: torch.Tensor, cls_only: bool = False) -> torch.Tensor:
-        """cls_only: the MLP of nothing but the first token, (B, 1, D); what the last block of a tower needs."""
+        """cls_only: the MLP of the first token alone, (B, 1, D); what the last block of a tower needs."""
         x = x + self.drop_path(self.attn(self.ln_1(x)))
         if cls_only:
             x = x[:, :1]
@@ -190,6 +190,7 @@ def embed_patches(video: torch.Tensor, conv: nn.Conv2d, fast: bool) -> torch.Ten
     writes the tokens in this order at once; otherwise the convolution.
     """
     assert video.is_floating_point(), f"video must be normalised to floats first, found {video.dtype}"
+    video = video.to(conv.weight.dtype)
     patch = conv.kernel_size[0]
     clips, chans, frames, height, width = video.shape
     if height % patch or width % patch or chans != conv.in_channels:
@@ -217,9 +218,7 @@ def drop_patches(x: torch.Tensor, rate: float) -> torch.Tensor:
     """
     clips, patches = x.shape[:2]
     kept = max(1, round(patches * (1 - rate)))
-    chosen = (
-        torch.rand(clips, patches, device=x.device).argsort(dim=1)[:, :kept].sort(dim=1).values
-    )  # (B, N')
+    chosen = torch.rand(clips, patches, device=x.device).argsort(dim=1)[:, :kept].sort(dim=1).values  # (B, N')
     rows = chosen + patches * torch.arange(clips, device=x.device)[:, None]
     return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, (clips, kept))
 
