@@ -1,0 +1,187 @@
+"""What a checkpoint says about itself: which model, which activation, which normalisation of its input.
+
+Everything in a checkpoint comes from outside: each field is checked before it is believed.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from avion.constants import NORM_STYLES
+from avion.errors import UserError
+
+from .layouts import Layout, canonical, has_time_mamba, layout_of, sizes_of
+from .registry import ModelConfig, model_config
+from .weight_files import checkpoint_state_dict
+
+
+def few(names: Iterable[str], count: int = 4) -> str:
+    """The first few of many names, for a message."""
+    names = [name if name.isprintable() else repr(name) for name in names]
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What a checkpoint says about the model in it and the input that it was trained on; None where unknown.
+
+    mean, std: of the normalisation, per RGB channel, on 0-255. img_size in pixels. config: the full config,
+    in our own checkpoints only. layout: see layouts.py.
+    """
+
+    model_name: str | None = None
+    act_layer: str | None = None
+    norm_style: str | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    num_frames: int | None = None
+    img_size: int | None = None
+    config: ModelConfig | None = None
+    layout: str | None = None
+    path: str = "checkpoint"
+
+
+def checkpoint_facts(checkpoint: Mapping[str, Any], path: str | os.PathLike = "checkpoint") -> CheckpointFacts:
+    """Read what a checkpoint (from `read_checkpoint`) says about itself; `path` is for messages.
+
+    Our own say it in `model_config` and `preprocess`. Of upstream's, `args` give the model and the
+    frames, the layout the rest: Video Mamba Suite trains with exact GELU and CLIP's mean, AVION with exact
+    GELU and LaViLa with QuickGELU, both with the mistyped red mean.
+    Raises UserError where a field holds something impossible.
+    """
+    path = os.fspath(path)
+    return facts_of(checkpoint, canonical(checkpoint_state_dict(checkpoint, path), path), path)
+
+
+def facts_of(checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor], path: str) -> CheckpointFacts:
+    """`checkpoint_facts` where the canonical weights are at hand."""
+    layout = layout_of(weights)
+    sizes = sizes_of(weights, layout, path) if layout else {}
+    layout_name = layout.name if layout else None
+    if "model_config" in checkpoint:
+        config = _config_of(checkpoint["model_config"], path)
+        _check_sizes(config, sizes, path)
+        return CheckpointFacts(
+            config.name,
+            config.act_layer,
+            *parse_preprocess(checkpoint.get("preprocess"), path),
+            config.num_frames,
+            config.img_size,
+            config,
+            layout_name,
+            path,
+        )
+    args = saved_args(checkpoint)
+    act_layer = {"divided": "gelu", "joint": "gelu", "lavila": "quick_gelu"}.get(layout_name)
+    styles = {"divided": "openai", "clip": "openai", "joint": "openai_legacy", "lavila": "openai_legacy"}
+    style = "timm" if layout and args.get("norm_style") == "timm" else styles.get(layout_name)
+    mean, std = NORM_STYLES[style] if style else (None, None)
+    frames = sizes.get("num_frames", _positive(args.get("clip_length")))
+    return CheckpointFacts(
+        _believable_name(args.get("model"), layout, weights),
+        act_layer,
+        style,
+        mean,
+        std,
+        frames,
+        sizes.get("img_size"),
+        None,
+        layout_name,
+        path,
+    )
+
+
+def _check_sizes(config: ModelConfig, sizes: Mapping[str, Any], path: str) -> None:
+    """A config that contradicts the weights beside it would build another model, of any size."""
+    for name, found in sizes.items():
+        said = getattr(config, name)
+        if name == "dt_rank":
+            said, found = (rank or math.ceil(config.embed_dim / 16) for rank in (said, found))
+        if said != found and name != "img_size":  # two image sizes can give one grid
+            raise UserError(f"{path}: model_config says {name}={said}, the weights beside it have {found}")
+
+
+def saved_args(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Upstream's command line, empty if there is none."""
+    args = checkpoint.get("args")
+    return dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
+
+
+def _positive(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _believable_name(name: Any, layout: Layout | None, weights: Mapping[str, Tensor]) -> str | None:
+    """`args.model` in canonical form; a name that we do not know stays as it is.
+
+    None where the weights are plainly of another model: upstream's fine-tuning scripts build the model that the
+    pretrained file names, and save an `args.model` that they never used.
+    """
+    if not isinstance(name, str) or not name.isprintable():
+        return None
+    try:
+        config = model_config(name)
+    except UserError:
+        return name
+    if layout is None or config.tower != layout.name:
+        return None
+    return config.name if config.mixer.startswith("vim") == has_time_mamba(weights) else None
+
+
+def _config_of(fields: Any, path: str) -> ModelConfig:
+    if not isinstance(fields, Mapping):
+        raise UserError(f"{path}: field model_config is a {type(fields).__name__}, expected a dict")
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    if foreign := sorted(str(name) for name in fields if name not in known):
+        raise UserError(f"{path}: model_config has unknown fields {few(foreign)}: was it written by a newer version?")
+    for name in ("name", "tower"):
+        if not isinstance(fields.get(name), str):
+            raise UserError(f"{path}: model_config has no {name}")
+    try:
+        return ModelConfig(**fields)
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path}: model_config: {error}") from error
+
+
+def parse_preprocess(fields: Any, path: str) -> tuple[str | None, Any, Any]:
+    """(norm_style, mean, std) of the field `preprocess`, three times None if there is none."""
+    if fields is None:
+        return None, None, None
+    try:
+        style = fields["norm_style"]
+        mean, std = (tuple(float(v) for v in fields[name]) for name in ("mean", "std"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: field preprocess must hold norm_style, mean and std, found {fields!r}") from error
+    if len(mean) != 3 or len(std) != 3 or not isinstance(style, str):
+        raise UserError(f"{path}: field preprocess must hold three means and stds, found {fields!r}")
+    return style, mean, std
+
+
+def check_preprocess(facts: CheckpointFacts, norm_style: str) -> None:
+    """Raise UserError if the weights were trained on input normalised otherwise than `norm_style` does.
+
+    Says nothing where the checkpoint does not tell.
+    """
+    if facts.mean is None or facts.std is None:
+        return
+    run = NORM_STYLES[norm_style]
+    trained = [*facts.mean, *facts.std]
+    if all(abs(a - b) < 1e-3 for a, b in zip(trained, [*run.mean, *run.std], strict=True)):
+        return
+    why = ""
+    if facts.norm_style == "openai_legacy":
+        why = " (the mistyped red mean of AVION and LaViLa, whose checkpoints need it)"
+    elif facts.norm_style == "openai":
+        why = " (CLIP's own mean, with which Video Mamba Suite trains)"
+    known = facts.norm_style in NORM_STYLES
+    cure = f"give --norm-style {facts.norm_style}" if known else "no --norm-style has these figures"
+    raise UserError(
+        f"{facts.path}: trained with norm style {facts.norm_style}{why}, red mean {facts.mean[0]:.4f}, "
+        f"this run normalises with {norm_style}, red mean {run.mean[0]:.4f}: {cure}"
+    )

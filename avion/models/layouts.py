@@ -1,0 +1,266 @@
+"""Which project a state dict comes from, and how its names and shapes map to ours.
+
+Pure functions on dicts of tensors. Layouts, told apart by names alone:
+
+    divided  Video Mamba Suite and ours: `visual.blocks.i.{attn,timeattn}.Wqkv` or `.time_mamba`, `textual.`
+    joint    AVION's ViT: `visual.transformer.resblocks.i`, `visual.temporal_embedding`, `textual.`
+    lavila   LaViLa-CLIP: `visual.blocks.i.attn.qkv`, the text tower at the top
+    clip     image CLIP (OpenAI, open_clip): `visual.transformer.resblocks.i`, `visual.proj`, text at the top
+
+D width, N patches, T frames, P patch size, C channels, E embedding.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from avion.errors import UserError
+
+from .registry import list_models, model_config
+from .utils import resize_position_embed, resize_temporal_embed
+
+# Parameters that were saved under two names, by the attention and MLP in use. In our video towers they
+# have the left names, in our text towers the right ones.
+_TWINS = (
+    ("attn.Wqkv.weight", "attn.in_proj_weight"),
+    ("attn.Wqkv.bias", "attn.in_proj_bias"),
+    ("mlp.fc1.weight", "mlp.c_fc.weight"),
+    ("mlp.fc1.bias", "mlp.c_fc.bias"),
+    ("mlp.fc2.weight", "mlp.c_proj.weight"),
+    ("mlp.fc2.bias", "mlp.c_proj.bias"),
+)
+
+TEMPORAL = ("visual.temporal_embed", "visual.temporal_embedding")  # (1, T, D), (T, D)
+POSITION = ("visual.pos_embed", "visual.positional_embedding")  # (1, 1 + N, D), (1 + N, D)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a layout keeps what tells its sizes."""
+
+    name: str
+    position: str
+    patches: str
+    blocks: str
+    text: str
+    projection: str
+    temporal: str | None = None
+
+
+_BLOCKS = {
+    "position": "visual.pos_embed",
+    "patches": "visual.patch_embed.proj.weight",
+    "blocks": "visual.blocks.",
+}
+_RESBLOCKS = {
+    "position": "visual.positional_embedding",
+    "patches": "visual.conv1.weight",
+    "blocks": "visual.transformer.resblocks.",
+}
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout(
+            "divided",
+            text="textual.",
+            projection="visual.image_projection",
+            temporal="visual.temporal_embed",
+            **_BLOCKS,
+        ),
+        Layout("lavila", text="", projection="image_projection", temporal="visual.temporal_embed", **_BLOCKS),
+        Layout(
+            "joint",
+            text="textual.",
+            projection="visual.image_projection",
+            temporal="visual.temporal_embedding",
+            **_RESBLOCKS,
+        ),
+        Layout("clip", text="", projection="visual.proj", **_RESBLOCKS),
+    )
+}
+
+
+# --- names -----------------------------------------------------------------------------------
+
+
+def canonical(state_dict: Mapping[str, Tensor], path: str = "checkpoint") -> dict[str, Tensor]:
+    """The same tensors under our names: one name per parameter, conv1 as (D, C, P, P).
+
+    The prefixes of DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) are stripped.
+
+    Raises UserError if two entries end up under one name.
+    """
+    weights: dict[str, Tensor] = {}
+    for saved, value in state_dict.items():
+        name = _canonical_name(saved)
+        if name in weights:
+            raise UserError(f"{path}: holds {name} twice (under another prefix or layout): {saved}")
+        weights[name] = value
+    fast = weights.get("visual.conv1.weight")
+    if fast is not None and fast.ndim == 2:
+        side = round((fast.shape[1] / 3) ** 0.5)
+        if 3 * side * side == fast.shape[1]:
+            weights["visual.conv1.weight"] = fast.reshape(-1, 3, side, side)  # (D, C·P·P), in (C, h, w) order
+    return weights
+
+
+def _canonical_name(name: str) -> str:
+    parts = [part for part in name.split(".") if part != "_orig_mod"]  # compile can wrap one tower alone
+    while parts[0] == "module" and len(parts) > 1:
+        parts.pop(0)
+    if parts[0] == "text" and len(parts) > 1:  # open_clip's newer models
+        parts.pop(0)
+    name = ".".join(parts)
+    visual = name.startswith("visual.")
+    for flash, plain in _TWINS:
+        old, new = (plain, flash) if visual else (flash, plain)
+        if name.endswith(f".{old}"):
+            return name.removesuffix(old) + new
+    return name
+
+
+def layout_of(weights: Mapping[str, Tensor]) -> Layout | None:
+    """The layout that canonical `weights` are in, None if they are of no known one."""
+    if any(name.startswith("visual.blocks.") for name in weights):
+        return LAYOUTS["lavila" if "visual.blocks.0.attn.qkv.weight" in weights else "divided"]
+    if any(name.startswith("visual.transformer.resblocks.") for name in weights):
+        return LAYOUTS["clip" if "visual.proj" in weights else "joint"]
+    return None
+
+
+def has_time_mamba(weights: Mapping[str, Tensor]) -> bool:
+    return any(".time_mamba." in name for name in weights)
+
+
+def likely_models(weights: Mapping[str, Tensor], layout: Layout) -> list[str]:
+    """Registered models of this layout and mixer, narrowed to those of the same sizes if there are any.
+
+    Vanilla and Frozen residuals, and ViM in time and in space-time, have the same parameters.
+    """
+    vim = has_time_mamba(weights)
+    configs = [model_config(name) for name in list_models()]
+    configs = [c for c in configs if c.tower == layout.name and c.mixer.startswith("vim") == vim]
+    sizes = sizes_of(weights, layout, "checkpoint")
+    for fields in (("embed_dim", "depth", "patch_size", "img_size"), ("embed_dim", "depth", "patch_size")):
+        same = [c.name for c in configs if all(getattr(c, f) == sizes.get(f) for f in fields)]
+        if same:
+            return same
+    return [c.name for c in configs if c.name.endswith("B16")]
+
+
+# --- shapes ----------------------------------------------------------------------------------
+
+
+def sizes_of(weights: Mapping[str, Tensor], layout: Layout, path: str) -> dict[str, Any]:
+    """The fields of `ModelConfig` that the shapes of canonical `weights` tell.
+
+    Numbers of heads cannot be seen in shapes. Fields whose parameters are absent (a video tower without
+    a text tower) are left out. Raises UserError for a shape that no model has.
+    """
+
+    def shape(name: str, ndim: int) -> tuple[int, ...] | None:
+        if name not in weights:
+            return None
+        found = tuple(weights[name].shape)
+        if len(found) != ndim or 0 in found:
+            raise UserError(f"{path}: {name} has shape {found}, expected {ndim} dimensions above 0")
+        return found
+
+    sizes: dict[str, Any] = {"depth": _count_blocks(weights, layout.blocks)}
+    if found := shape(layout.patches, 4):
+        sizes |= {"embed_dim": found[0], "in_chans": found[1], "patch_size": found[2]}
+        if layout.position in weights:
+            sizes["img_size"] = found[2] * _grid_side(weights, layout.position, path)
+        if hidden := shape(f"{layout.blocks}0.mlp.fc1.weight", 2):
+            sizes["mlp_ratio"] = hidden[0] / found[0]
+    if layout.temporal in weights:
+        sizes["num_frames"] = weights[layout.temporal].shape[-2]
+    if found := shape(layout.projection, 2):
+        sizes["project_embed_dim"] = found[1]
+    if found := shape(f"{layout.text}positional_embedding", 2):
+        sizes["context_length"], sizes["text_width"] = found
+        sizes["text_layers"] = _count_blocks(weights, f"{layout.text}transformer.resblocks.")
+    if found := shape(f"{layout.text}token_embedding.weight", 2):
+        sizes["vocab_size"] = found[0]
+    if layout.name == "lavila":
+        sizes["gated_time"] = f"{layout.blocks}0.alpha_timeattn" in weights
+    mixer = f"{layout.blocks}0.time_mamba."
+    if "embed_dim" in sizes and (found := shape(f"{mixer}A_log", 2)):
+        width = sizes["embed_dim"]
+        sizes["ssm_expand"], sizes["d_state"] = max(1, found[0] // width), found[1]
+        if conv := shape(f"{mixer}conv1d.weight", 3):
+            sizes["d_conv"] = conv[2]
+        if rank := shape(f"{mixer}dt_proj.weight", 2):
+            sizes["dt_rank"] = None if rank[1] == math.ceil(width / 16) else rank[1]
+    return sizes
+
+
+def _grid_side(weights: Mapping[str, Tensor], name: str, path: str) -> int:
+    """Patches along one side of the image, from a position embedding (…, 1 + N, D)."""
+    found = tuple(weights[name].shape)
+    side = math.isqrt(max(found[-2] - 1, 0)) if len(found) > 1 else 0
+    if side < 1 or side * side != found[-2] - 1:
+        raise UserError(f"{path}: {name} has shape {found}, expected positions of a CLS and a square grid")
+    return side
+
+
+def _count_blocks(weights: Mapping[str, Tensor], prefix: str) -> int:
+    numbers = (name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix))
+    return len(set(numbers))
+
+
+@dataclass
+class Fit:
+    """What of a state dict can be put into a model, and what cannot."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    resized: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
+
+
+def fit(weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Fit:
+    """Match canonical `weights` with a model's state dict `target`, which stays untouched.
+
+    Temporal embeddings are resized linearly to the model's number of frames and position embeddings
+    bicubically to its grid; a one-element tensor takes the shape of another; anything else must have the
+    model's shape.
+    """
+    result = Fit(unexpected=[name for name in weights if name not in target])
+    for name, wanted in target.items():
+        if name not in weights:
+            result.missing.append(name)
+            continue
+        value = weights[name]
+        found = tuple(value.shape)
+        if value.is_floating_point() != wanted.is_floating_point() or value.is_complex():
+            result.misshapen.append(f"{name} {value.dtype} for {wanted.dtype}")
+        elif value.shape == wanted.shape:
+            result.values[name] = value
+        elif value.numel() == wanted.numel() == 1:
+            result.values[name] = value.reshape(wanted.shape)
+        elif (resized := _resize(name, value, wanted)) is not None:
+            result.values[name] = resized
+            result.resized.append(f"{name} {found} -> {tuple(wanted.shape)}")
+        else:
+            result.misshapen.append(f"{name} {found} for {tuple(wanted.shape)}")
+    return result
+
+
+def _resize(name: str, value: Tensor, wanted: Tensor) -> Tensor | None:
+    """`value` in `wanted`'s shape if it is an embedding that differs in its number of positions only."""
+    same_width = value.ndim == wanted.ndim and value.shape[-1:] == wanted.shape[-1:]
+    if name not in TEMPORAL + POSITION or not same_width or value.ndim < 2 or value.shape[:-2] != wanted.shape[:-2]:
+        return None
+    if 0 in value.shape:
+        return None
+    if name in TEMPORAL:
+        return resize_temporal_embed(value.float(), wanted.shape[-2])
+    found, side = (math.isqrt(max(tensor.shape[-2] - 1, 0)) for tensor in (value, wanted))
+    if found < 1 or found**2 + 1 != value.shape[-2] or side**2 + 1 != wanted.shape[-2]:
+        return None
+    return resize_position_embed(value.float(), (side, side))

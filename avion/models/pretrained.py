@@ -1,0 +1,328 @@
+"""Initial weights for pretraining: image CLIPs (OpenAI's, open_clip's) and LaViLa's dual encoder.
+
+Their parameters are first given the names of the divided tower (timemamba.py), then those of the model's own
+tower. A source has less than a video model, or more: `load_pretrained` allows the differences listed in
+docs/checkpoints.md and no other.
+"""
+
+import difflib
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from avion.constants import NORM_STYLES
+from avion.errors import UserError
+
+from .checkpoint import LoadReport, unwrap
+from .checkpoint_facts import few
+from .layouts import canonical, fit, layout_of
+from .registry import ModelConfig
+from .weight_files import HF_PREFIX, checkpoint_state_dict, hub_file, read_checkpoint, resolve_path
+
+logger = logging.getLogger(__name__)
+
+ZOOS = ("openai", "open_clip", "lavila", "none")
+_FLAG = "--pretrain-path"
+
+# open_clip's name: patch size, width, blocks, text width, text blocks, image size
+OPEN_CLIP_MODELS = {
+    "ViT-B-32": (32, 768, 12, 512, 12, 224),
+    "ViT-B-16": (16, 768, 12, 512, 12, 224),
+    "ViT-L-14": (14, 1024, 24, 768, 12, 224),
+    "ViT-L-14-336": (14, 1024, 24, 768, 12, 336),
+}
+
+
+@dataclass(frozen=True)
+class _Source:
+    file: Path
+    title: str
+    quick_gelu: bool | None = None  # None: the file does not say
+    notes: tuple[str, ...] = ()
+
+
+def load_pretrained(model: nn.Module, zoo: str, path: str | os.PathLike | None = None) -> LoadReport:
+    """Give a newly built video model its initial weights, in place.
+
+    zoo: "openai" (OpenAI's CLIP of the model's size, through open_clip's table, or the file `path`),
+    "open_clip" (`path` is one of open_clip's pretrained tags for this size, or a file), "lavila" (`path`, a
+    LaViLa-CLIP dual encoder), "none". Files may be `hf:owner/repo/file`; any of torch's, safetensors or
+    OpenAI's TorchScript archives.
+
+    Left as they were, and listed as missing: the temporal parts where the source has none; both projections and
+    the logit scale where the embedding has another size. Resized: position and temporal embeddings, and the
+    text's positions, which are cut or, past the source's context, kept.
+    Raises UserError, one line, for anything else, and then the model is untouched.
+    """
+    if zoo not in ZOOS:
+        raise UserError(f"--pretrain-zoo {zoo}: must be one of {', '.join(ZOOS)}")
+    path = None if path is None or os.fspath(path) == "" else os.fspath(path)
+    if zoo == "none":
+        if path is not None:
+            raise UserError(f"{_FLAG} {path}: would not be read with --pretrain-zoo none: name the zoo it is of")
+        return LoadReport("none", notes=("no initial weights",))
+    model = unwrap(model)
+    config = model.config
+    if config.tower not in ("divided", "joint", "lavila"):
+        raise UserError(f"{config.name}: no initial weights are known for tower {config.tower!r}")
+    source = _source(zoo, path, config)
+    weights = canonical(checkpoint_state_dict(read_checkpoint(source.file), source.title), source.title)
+    _check_layout(weights, zoo, source.title)
+    divided = _from_lavila(weights) if zoo == "lavila" else _from_clip(weights)
+    report = _copy(model, _to_tower(divided, config.tower), zoo, source)
+    logger.info(report.summary())
+    return report
+
+
+# --- where the file is -----------------------------------------------------------------------
+
+
+def _source(zoo: str, path: str | None, config: ModelConfig) -> _Source:
+    if zoo == "lavila":
+        if path is None:
+            raise UserError(f"--pretrain-zoo lavila needs {_FLAG}, a LaViLa-CLIP checkpoint")
+        legacy = NORM_STYLES["openai_legacy"].mean[0]
+        note = f"LaViLa trains with --norm-style openai_legacy (red mean {legacy})"
+        return _Source(resolve_path(path), path, True, (note,))
+    if path is not None and _is_address(path, zoo):
+        return _Source(resolve_path(path), path, True if zoo == "openai" else None)
+    tag = "openai" if zoo == "openai" else path
+    name = _open_clip_name(config, tag)
+    if name is None:
+        sizes = ", ".join(f"{n} (patch {s[0]}, width {s[1]}, depth {s[2]})" for n, s in OPEN_CLIP_MODELS.items())
+        raise UserError(
+            f"--pretrain-zoo {zoo}: no image CLIP has the size of {config.name} (patch {config.patch_size}, width "
+            f"{config.embed_dim}, depth {config.depth}, text {config.text_width} x {config.text_layers}); there "
+            f"are {sizes}: use --pretrain-zoo none or give a file with {_FLAG}"
+        )
+    return _open_clip_source(name, tag)
+
+
+def _is_address(path: str, zoo: str) -> bool:
+    """A file rather than one of open_clip's tags, which have no slash and no suffix."""
+    return zoo == "openai" or path.startswith(HF_PREFIX) or os.path.exists(path) or "/" in path or "." in path
+
+
+def _open_clip_name(config: ModelConfig, tag: str | None) -> str | None:
+    """open_clip's model of the same size; image sizes may differ, since position embeddings are resized."""
+    wanted = (config.patch_size, config.embed_dim, config.depth, config.text_width, config.text_layers)
+    same = {name: sizes[-1] for name, sizes in OPEN_CLIP_MODELS.items() if sizes[:-1] == wanted}
+    if tag != "openai":
+        same = {name: size for name, size in same.items() if size == 224}  # the others have OpenAI's weights only
+    return min(same, key=lambda name: abs(same[name] - config.img_size), default=None)
+
+
+def _open_clip_source(name: str, tag: str | None) -> _Source:
+    from open_clip import pretrained as zoo  # takes seconds: only where its table is needed
+    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+
+    tags = zoo.list_pretrained_tags_by_model(name)
+    if tag is None:
+        raise UserError(f"--pretrain-zoo open_clip needs {_FLAG}: a file, or a tag of {name} ({', '.join(tags)})")
+    if tag not in tags:
+        near = difflib.get_close_matches(tag, tags, n=3) or tags
+        raise UserError(f"{_FLAG} {tag}: neither a file nor a tag that open_clip has for {name}: try {few(near)}")
+    cfg = zoo.get_pretrained_cfg(name, tag)
+    if cfg.get("hf_hub"):
+        repo, filename = os.path.split(cfg["hf_hub"])
+        file = hub_file(repo, [filename] if filename else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME], _FLAG)
+    else:
+        file = _download(cfg["url"])
+    notes = ()
+    mean = cfg.get("mean")
+    clip_mean = NORM_STYLES["openai"].mean
+    if mean and any(abs(255 * a - b) > 0.01 for a, b in zip(mean, clip_mean, strict=True)):
+        notes = (f"trained with mean {tuple(round(255 * m, 1) for m in mean)} on 0-255, not CLIP's",)
+    return _Source(file, f"{name} {tag}", bool(cfg.get("quick_gelu", False)), notes)
+
+
+def _download(url: str) -> Path:
+    """Weights that open_clip's table has outside the hub."""
+    from open_clip import pretrained as zoo
+
+    try:
+        return Path(zoo.download_pretrained_from_url(url))
+    except OSError as error:
+        name = url.rpartition("/")[2]
+        raise UserError(
+            f"{name} cannot be downloaded ({' '.join(str(error).split())}): fetch {url} elsewhere and give its "
+            f"path with {_FLAG}, or put it into {Path('~/.cache/clip').expanduser()}"
+        ) from error
+
+
+def _check_layout(weights: Mapping[str, Tensor], zoo: str, title: str) -> None:
+    layout = layout_of(weights)
+    found = layout.name if layout else None
+    wanted = "lavila" if zoo == "lavila" else "clip"
+    if found == wanted:
+        return
+    what = {"lavila": "a LaViLa-CLIP dual encoder", "clip": "an image CLIP with a vision transformer"}
+    cures = {
+        "clip": "give --pretrain-zoo open_clip",
+        "lavila": "give --pretrain-zoo lavila",
+        "divided": "a video model's own checkpoint is loaded with --resume or load_checkpoint",
+        "joint": "a video model's own checkpoint is loaded with --resume or load_checkpoint",
+        None: f"its first names are {few(weights)}",
+    }
+    raise UserError(f"{title}: is not {what[wanted]}: {cures[found]}")
+
+
+# --- names -----------------------------------------------------------------------------------
+
+_CLIP_TO_DIVIDED = (
+    (r"visual\.class_embedding", "visual.cls_token"),
+    (r"visual\.positional_embedding", "visual.pos_embed"),
+    (r"visual\.conv1\.", "visual.patch_embed.proj."),
+    (r"visual\.ln_post\.", "visual.norm."),
+    (r"visual\.proj$", "visual.image_projection"),
+    (r"visual\.transformer\.resblocks\.(\d+)\.ln_([12])\.", r"visual.blocks.\1.norm\2."),
+    (r"visual\.transformer\.resblocks\.(\d+)\.", r"visual.blocks.\1."),
+)
+_DIVIDED_TO_JOINT = (
+    (r"visual\.cls_token", "visual.class_embedding"),
+    (r"visual\.pos_embed", "visual.positional_embedding"),
+    (r"visual\.temporal_embed$", "visual.temporal_embedding"),
+    (r"visual\.patch_embed\.proj\.", "visual.conv1."),
+    (r"visual\.norm\.", "visual.ln_post."),
+    (r"visual\.blocks\.(\d+)\.norm([12])\.", r"visual.transformer.resblocks.\1.ln_\2."),
+    (r"visual\.blocks\.(\d+)\.", r"visual.transformer.resblocks.\1."),
+)
+_LAVILA_TO_DIVIDED = (
+    (r"(visual\.blocks\.\d+\.(?:time)?attn)\.qkv\.", r"\1.Wqkv."),
+    (r"(visual\.blocks\.\d+\.(?:time)?attn)\.proj\.", r"\1.out_proj."),
+    (r"image_projection$", "visual.image_projection"),
+)
+_DIVIDED_TO_LAVILA = (
+    (r"(visual\.blocks\.\d+\.(?:time)?attn)\.Wqkv\.", r"\1.qkv."),
+    (r"(visual\.blocks\.\d+\.(?:time)?attn)\.out_proj\.", r"\1.proj."),
+    (r"visual\.image_projection$", "image_projection"),
+    (r"textual\.", ""),
+)
+_NOT_TEXT = ("visual.", "logit_", "image_projection")
+_BLOCK = r"visual\.(?:blocks|transformer\.resblocks)\.\d+\."
+_TIME_GATE = re.compile(_BLOCK + "alpha_timeattn")
+_TEMPORAL_PARTS = re.compile(rf"visual\.temporal_embed(?:ding)?$|{_BLOCK}(?:norm3|timeattn|time_mamba|alpha_timeattn)")
+
+
+def _rename(weights: Mapping[str, Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+    """Every name by the first rule that matches its beginning."""
+    renamed = {}
+    for name, value in weights.items():
+        for pattern, replacement in rules:
+            if match := re.match(pattern, name):
+                name = match.expand(replacement) + name[match.end() :]
+                break
+        renamed[name] = value
+    return renamed
+
+
+def _with_text_tower(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n if n.startswith(_NOT_TEXT) else f"textual.{n}": v for n, v in weights.items()}
+
+
+def _from_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    renamed = _rename(_with_text_tower(weights), _CLIP_TO_DIVIDED)
+    for name, lead in (("visual.cls_token", 2), ("visual.pos_embed", 1)):  # (D,), (1 + N, D)
+        if name in renamed:
+            renamed[name] = renamed[name][(None,) * lead]  # (1, 1, D), (1, 1 + N, D)
+    return renamed
+
+
+def _from_lavila(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return _rename(_with_text_tower(weights), _LAVILA_TO_DIVIDED)
+
+
+def _to_tower(divided: Mapping[str, Tensor], tower: str) -> dict[str, Tensor]:
+    if tower == "lavila":
+        return _rename(divided, _DIVIDED_TO_LAVILA)
+    if tower == "divided":
+        return dict(divided)
+    renamed = _rename(divided, _DIVIDED_TO_JOINT)
+    for name, lead in (("class_embedding", 2), ("positional_embedding", 1), ("temporal_embedding", 1)):
+        name = f"visual.{name}"
+        if name in renamed and renamed[name].shape[:lead] == (1,) * lead:
+            renamed[name] = renamed[name][(0,) * lead]  # (1, 1, D) -> (D,), (1, T, D) -> (T, D)
+    return renamed
+
+
+# --- what fits -------------------------------------------------------------------------------
+
+
+def _copy(model: nn.Module, weights: dict[str, Tensor], zoo: str, source: _Source) -> LoadReport:
+    """`weights` under the tower's names into the model, if nothing differs but what may differ."""
+    config, target = model.config, model.state_dict()
+    notes = [*source.notes, *_activation_note(source, config)]
+    absent = _TIME_GATE if zoo == "lavila" and _takes_time_attention(config) else _TEMPORAL_PARTS
+    left_out = _other_embedding(weights, target)
+    dropped = _time_without_a_place(weights, config) if zoo == "lavila" else []
+    _fit_context(weights, target, notes)
+    found = fit({n: v for n, v in weights.items() if n not in left_out + dropped}, target)
+    missing = [n for n in found.missing if n not in left_out and not absent.match(n)]
+    wrong = {"of another shape": found.misshapen, "unexpected": found.unexpected, "missing": missing}
+    if any(wrong.values()):
+        listed = "; ".join(f"{len(names)} {what} ({few(names)})" for what, names in wrong.items() if names)
+        raise UserError(f"{source.title}: cannot start {config.name}: {listed}: give weights of the model's size")
+    if left_out:
+        notes.append("embedding of another size: projections and temperature start anew")
+    elif config.freeze_temperature and "logit_scale" in found.values:
+        notes.append(f"the frozen temperature is the source's, 1 / {weights['logit_scale'].exp().item():.2f}")
+    gates = [n for n in found.missing if _TIME_GATE.match(n)]
+    if zoo == "lavila" and gates and _takes_time_attention(config):
+        notes.append("the source is not gated: time attention is loaded behind closed gates (alpha 0)")
+    # Names, shapes and types were all checked: from here on nothing can stop half-way.
+    model.load_state_dict(found.values, strict=False)
+    return LoadReport(
+        source.title,
+        len(found.values),
+        tuple(found.resized),
+        tuple(found.missing),
+        tuple(left_out + dropped),
+        tuple(notes),
+    )
+
+
+def _takes_time_attention(config: ModelConfig) -> bool:
+    return config.tower == "lavila" or (config.tower == "divided" and config.mixer == "attention")
+
+
+def _time_without_a_place(weights: Mapping[str, Tensor], config: ModelConfig) -> list[str]:
+    """LaViLa's temporal parts that the model does not have, or has for another mixer."""
+    if _takes_time_attention(config):
+        return []
+    temporal = [name for name in weights if _TEMPORAL_PARTS.match(name)]
+    return [name for name in temporal if config.tower != "joint" or name != "visual.temporal_embedding"]
+
+
+def _other_embedding(weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:
+    """The projections and the logit scale, where the source embeds into another number of dimensions."""
+    names = [n for n in target if n.endswith(("image_projection", "text_projection"))]
+    pairs = [(weights[n].shape, target[n].shape) for n in names if n in weights]
+    if pairs and all(len(a) == 2 and a[0] == b[0] and a[1] != b[1] for a, b in pairs):
+        return [n for n in (*names, "logit_scale") if n in weights]
+    return []
+
+
+def _fit_context(weights: dict[str, Tensor], target: Mapping[str, Tensor], notes: list[str]) -> None:
+    """Cut the text's positions, or continue them with the model's own: attention is causal, so either is exact
+    for texts that both can hold."""
+    for name in ("textual.positional_embedding", "positional_embedding"):
+        if name not in weights or name not in target:
+            continue
+        value, wanted = weights[name], target[name]
+        if value.ndim == 2 and value.shape[1] == wanted.shape[1] and len(value) != len(wanted):
+            weights[name] = torch.cat([value.to(wanted), wanted[len(value) :]])[: len(wanted)]
+            notes.append(f"text context {len(value)} -> {len(wanted)}")
+
+
+def _activation_note(source: _Source, config: ModelConfig) -> list[str]:
+    if source.quick_gelu is None or source.quick_gelu == (config.act_layer == "quick_gelu"):
+        return []
+    trained, built = ("QuickGELU", "exact GELU") if source.quick_gelu else ("exact GELU", "QuickGELU")
+    usual = ", as Video Mamba Suite and AVION do" if source.quick_gelu else ""
+    return [f"trained with {trained}, the model computes {built}{usual}"]

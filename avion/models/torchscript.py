@@ -1,0 +1,125 @@
+"""Weights out of a TorchScript archive (OpenAI's original CLIP files) without running it.
+
+`torch.load(weights_only=True)` refuses such archives, and `torch.jit.load` compiles the code inside and can
+execute it. The archive is a zip: `NAME/data.pkl` holds the tree of modules as a pickle, `NAME/data/KEY` the
+raw bytes of each tensor. Here the pickle is read by an unpickler that knows a handful of names, every module
+of the archive becomes an inert bag of attributes, and the code is never looked at.
+"""
+
+import collections
+import math
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from avion.errors import UserError
+
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+class _Module:
+    """An object of the archive, whatever its class: only its attributes are kept."""
+
+    def __init__(self) -> None:
+        self.attributes: dict[str, Any] = {}
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.attributes = state
+
+
+def _rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
+    return torch.as_strided(storage, size, stride, offset)  # raises where the storage is too short
+
+
+def _first(value: Any, *_: Any) -> Any:
+    """Typed lists and dicts are wrapped in a call that only names their type."""
+    return value
+
+
+class _ArchiveUnpickler(pickle.Unpickler):
+    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(archive.open(f"{root}/data.pkl"))
+        self.archive = archive
+        self.root = root
+        self.storages: dict[str, Tensor] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "__torch__" or module.startswith("__torch__."):
+            return _Module
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
+            return _rebuild_tensor
+        if module == "torch.jit._pickle":
+            return _first
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name} was not an allowed global")
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        kind, dtype, key, _device, numel = pid
+        if kind != "storage" or dtype not in _STORAGES.values():
+            raise pickle.UnpicklingError(f"unknown persistent id {kind!r}")
+        if key not in self.storages:
+            entry = self.archive.getinfo(f"{self.root}/data/{key}")
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise pickle.UnpicklingError(f"compressed tensor {key!r}")  # torch never writes one
+            if not 0 <= numel <= entry.file_size // dtype.itemsize:
+                raise EOFError(f"tensor {key!r} is shorter than its {numel} elements")
+            data = bytearray(self.archive.read(entry))
+            self.storages[key] = torch.frombuffer(data, dtype=dtype, count=numel) if numel else torch.empty(0)
+        return self.storages[key]
+
+
+def archive_root(archive: zipfile.ZipFile) -> str | None:
+    """The folder inside the zip if it is a TorchScript archive, else None.
+
+    Files of `torch.save` have no constants.pkl.
+    """
+    roots = [name.rpartition("/")[0] for name in archive.namelist() if name.endswith("/constants.pkl")]
+    return min(roots, key=len) if roots else None
+
+
+def read_torchscript(path: Path) -> dict[str, Tensor]:
+    """Parameters and buffers of the archived module, by dotted name.
+
+    Raises UserError for an archive that holds anything but modules and tensors.
+    """
+    with zipfile.ZipFile(path) as archive:
+        root = archive_root(archive)
+        if root is None:
+            raise UserError(f"{path}: not a TorchScript archive")
+        module = _ArchiveUnpickler(archive, root).load()
+    if not isinstance(module, _Module):
+        raise UserError(f"{path}: a TorchScript archive without a module in it")
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    todo = [("", module)]
+    while todo:
+        prefix, node = todo.pop()
+        if id(node) in seen:  # hostile archives can be cyclic
+            continue
+        seen.add(id(node))
+        for name, value in node.attributes.items():
+            if isinstance(value, Tensor):
+                tensors[f"{prefix}{name}"] = value
+            elif isinstance(value, _Module):
+                todo.append((f"{prefix}{name}.", value))
+    # OpenAI keeps three sizes as 0-d integer buffers: they are no weights.
+    return {k: v for k, v in tensors.items() if v.is_floating_point() or math.prod(v.shape) > 1}

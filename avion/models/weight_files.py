@@ -1,0 +1,266 @@
+"""Files of weights in and out, without ever running what is inside.
+
+Addresses are local paths or `hf:owner/repo/file` (Hugging Face Hub, through its local cache). safetensors
+files are read by safetensors, TorchScript archives by `avion.models.torchscript`, everything else by
+`torch.load(weights_only=True)` with two additions: `argparse.Namespace` (upstream's `args`) and plain numpy
+numbers (upstream's `best_acc1`). Tensors stay memory-mapped where the format allows it, so that the optimizer
+state beside the weights is never read.
+"""
+
+import argparse
+import json
+import logging
+import os
+import pickle
+import re
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from avion.errors import UserError
+
+from .torchscript import archive_root, read_torchscript
+
+logger = logging.getLogger(__name__)
+
+HF_PREFIX = "hf:"
+_METADATA_KEY = "avion"
+
+
+# --- addresses -------------------------------------------------------------------------------
+
+
+def resolve_path(path: str | os.PathLike) -> Path:
+    """The local file behind a path or an `hf:owner/repo/file` address.
+
+    A file already in the hub's cache is used as it is. Raises UserError with one line for a missing file, a
+    malformed address, or a file that can be had neither from the cache nor from the hub.
+    """
+    text = os.fspath(path)
+    if text.startswith(HF_PREFIX):
+        return _resolve_hub_address(text)
+    local = Path(text).expanduser()
+    if local.is_dir():
+        raise UserError(f"{text}: is a folder, a checkpoint file is needed (for example {text}/checkpoint.pt)")
+    if not local.is_file():
+        raise UserError(f"{text}: no such file (give a path or hf:owner/repo/file)")
+    return local
+
+
+def _resolve_hub_address(address: str) -> Path:
+    parts = address.removeprefix(HF_PREFIX).split("/")
+    if len(parts) < 3 or not all(parts) or ".." in parts:
+        raise UserError(f"{address}: not a hub address, expected hf:owner/repo/file")
+    return hub_file("/".join(parts[:2]), ["/".join(parts[2:])])
+
+
+def hub_file(repo: str, filenames: list[str], flag: str = "") -> Path:
+    """The first of `filenames` that `repo` has: from the local cache, else downloaded into it.
+
+    Raises UserError within seconds when there is no network; the hub's own client would retry for half a
+    minute. `flag`, for its message: the one that takes the file's path.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    for name in filenames:
+        try:
+            return Path(hub.hf_hub_download(repo, name, local_files_only=True))
+        except LocalEntryNotFoundError:
+            continue
+        except ValueError as error:  # the hub's word on a malformed owner, repo or file name
+            raise UserError(f"hf:{repo}/{name}: {_one_line(error)}") from error
+    wanted = " or ".join(filenames)
+    give = f"give its path with {flag}" if flag else "give its path"
+    cure = (
+        f"download it from {hub.constants.ENDPOINT}/{repo} elsewhere and {give}, or copy that machine's hub cache "
+        f"(models--{repo.replace('/', '--')}) into {hub.constants.HF_HUB_CACHE}"
+    )
+    if hub.constants.HF_HUB_OFFLINE:
+        raise UserError(f"hf:{repo}: {wanted} is not in the cache and HF_HUB_OFFLINE is set: {cure}")
+    try:
+        hub.utils.get_session().head(hub.constants.ENDPOINT, timeout=5)
+    except Exception as error:  # requests' or httpx's, by the hub's version
+        raise UserError(f"hf:{repo}: {wanted} is not in the cache and the hub cannot be reached: {cure}") from error
+    problem = ""
+    for name in filenames:
+        try:
+            return Path(hub.hf_hub_download(repo, name))
+        except LocalEntryNotFoundError as error:
+            raise UserError(f"hf:{repo}: {name} cannot be downloaded: {cure}") from error
+        except EntryNotFoundError as error:
+            problem = f"the repository has no file {wanted} ({_one_line(error)})"
+        except (HfHubHTTPError, OSError) as error:
+            raise UserError(f"hf:{repo}/{name}: {_one_line(error)}") from error
+    raise UserError(f"hf:{repo}: {problem}")
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+class _NumpyDtype:
+    """Stands for `numpy.dtype` while a checkpoint is read: remembers the code, nothing else."""
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        self.code = code if code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "b1") else None
+        self.byteorder = "="
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "=", "|"):
+            self.byteorder = state[1]
+
+
+def _numpy_number(dtype: Any, data: Any = b"") -> float | int | bool:
+    """Stands for numpy's scalar constructor: a plain Python number."""
+    if not isinstance(dtype, _NumpyDtype) or dtype.code is None or not isinstance(data, bytes):
+        raise pickle.UnpicklingError("a numpy scalar that is not a plain number")
+    return np.frombuffer(data, np.dtype(dtype.byteorder + dtype.code), count=1)[0].item()
+
+
+_SAFE_GLOBALS: list[Any] = [
+    argparse.Namespace,
+    (_NumpyDtype, "numpy.dtype"),
+    (_numpy_number, "numpy.core.multiarray.scalar"),
+    (_numpy_number, "numpy._core.multiarray.scalar"),
+]
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """The contents of a checkpoint, tensors on the CPU, memory-mapped where the format allows it.
+
+    A safetensors file gives `state_dict` and, if we wrote it, `model_config` and `preprocess`; a TorchScript
+    archive gives `state_dict`; any other file what `torch.save` put into it, which must be a dict.
+    Raises UserError (one line: file, found, cure) for a missing, empty, shortened or foreign file and for
+    one that asks for anything but data.
+    """
+    local = resolve_path(path)
+    _refuse_lookalikes(local)
+    try:
+        if local.suffix == ".safetensors":
+            contents: Any = _read_safetensors(local)
+        elif zipfile.is_zipfile(local):
+            with zipfile.ZipFile(local) as archive:
+                scripted = archive_root(archive) is not None
+            contents = {"state_dict": read_torchscript(local)} if scripted else _torch_load(local, mmap=True)
+        else:
+            contents = _torch_load(local, mmap=False)  # files from before PyTorch 1.6
+    except UserError:
+        raise
+    except Exception as error:  # hostile bytes can raise anything from within the readers
+        raise UserError(_why_unreadable(local, error)) from error
+    if not isinstance(contents, dict):
+        raise UserError(f"{local}: holds a {type(contents).__name__}, a checkpoint is a dict with a state_dict in it")
+    return contents
+
+
+def _torch_load(path: Path, *, mmap: bool) -> Any:
+    with warnings.catch_warnings(), torch.serialization.safe_globals(_SAFE_GLOBALS):
+        # Only hostile and foreign files have another pickle protocol: they get one line, the error's.
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def _refuse_lookalikes(path: Path) -> None:
+    """Files that are no checkpoint but often sit under a checkpoint's name."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        raise UserError(f"{path}: the file is empty: fetch it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: a git-lfs pointer, not the weights: run `git lfs pull` where it was cloned")
+    if head.lstrip()[:1] == b"<":
+        raise UserError(f"{path}: a web page, not a checkpoint: fetch the file itself")
+    if head.startswith(b"PK\x03\x04") and path.suffix != ".safetensors" and not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: the file is cut short ({path.stat().st_size} bytes): fetch or write it again")
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    text = _one_line(error)
+    wanted = re.search(r"(?:GLOBAL|function) <?(?:built-in function )?([\w.]+)", text)
+    if isinstance(error, pickle.UnpicklingError) and wanted:
+        return (
+            f"{path}: refused, the pickle asks for {wanted.group(1)}, which is code and not weights: "
+            "get the checkpoint from its authors, or have them save the state_dict alone"
+        )
+    # PyTorch's own text on a malformed pickle advises to switch the safety off.
+    detail = "malformed pickle" if isinstance(error, pickle.UnpicklingError) else text[:160] or "it ends early"
+    return f"{path}: cannot be read, cut short or no checkpoint ({detail}): fetch or write it again"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    with safetensors.safe_open(str(path), framework="pt", device="cpu") as file:
+        metadata = file.metadata() or {}
+        contents: dict[str, Any] = {"state_dict": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+    if _METADATA_KEY in metadata:
+        ours = json.loads(metadata[_METADATA_KEY])
+        if not isinstance(ours, dict):
+            raise UserError(f"{path}: metadata field {_METADATA_KEY!r} is no JSON object")
+        contents |= {key: ours[key] for key in ("model_config", "preprocess") if key in ours}
+    return contents
+
+
+def checkpoint_state_dict(checkpoint: Mapping[str, Any], path: str | os.PathLike = "checkpoint") -> dict[str, Tensor]:
+    """The weights by name: `checkpoint["state_dict"]`, or the checkpoint itself if it is a bare state dict.
+
+    `path` is for messages. Raises UserError if there are none, or if something among them is no dense
+    tensor.
+    """
+    weights = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(weights, Mapping) or not weights:
+        raise UserError(f"{path}: field state_dict holds no weights")
+    foreign = [k for k, v in weights.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
+    if foreign:
+        found = ", ".join(repr(k) for k in foreign[:4])
+        raise UserError(f"{path}: no state_dict among its fields, and not all of them are weights (found {found})")
+    for name, value in weights.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            raise UserError(f"{path}: {name} is no dense tensor ({value.layout}, {value.device})")
+        # A stride of 0 lets a few bytes claim any shape, and a model of that shape would be built.
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(f"{path}: {name} has shape {tuple(value.shape)} but not the data for it")
+    return dict(weights)
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+def write_safetensors(weights: Mapping[str, Tensor], path: str | os.PathLike, **fields: Any) -> None:
+    """Write `weights` atomically; `fields` (`model_config`, `preprocess`) travel as JSON in the metadata."""
+    metadata = {"format": "pt", _METADATA_KEY: json.dumps(fields)}
+    dense = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
+    _write_atomically(path, lambda temporary: safetensors.torch.save_file(dense, temporary, metadata))
+
+
+def write_pt(contents: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """`torch.save` to a neighbouring file, then rename: a reader sees the old file or the whole new one."""
+    _write_atomically(path, lambda temporary: torch.save(dict(contents), temporary))
+
+
+def _write_atomically(path: str | os.PathLike, write: Any) -> None:
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise UserError(f"{target}: folder {target.parent} does not exist")
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    try:
+        write(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
