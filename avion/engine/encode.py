@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from avion.errors import UserError
 
 from .distributed import World
-from .loader import EvalBatchSampler, build_loader
-from .steps import Precision, to_device
+from .loader import EvalBatchSampler, build_loader, to_device
+from .steps import Precision
 
 
 @dataclass

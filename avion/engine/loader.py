@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from avion.data.transforms import normalize_clip
 from avion.errors import UserError
 
 
@@ -103,3 +104,10 @@ def build_loader(dataset: Dataset, sampler: Sampler, *, workers: int, device: to
         # Its own generator: starting an epoch must not advance the one that dropout draws from.
         generator=torch.Generator(),
     )  # fmt: skip
+
+
+def to_device(batch: dict[str, Any], device: torch.device, norm_style: str) -> dict[str, Any]:
+    """Move tensors without waiting; clips that are still uint8 are normalised there."""
+    moved = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    moved["video"] = normalize_clip(moved["video"], norm_style)
+    return moved

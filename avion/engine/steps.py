@@ -12,8 +12,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from avion.data.transforms import normalize_clip
-
 
 @dataclass(frozen=True)
 class Precision:
@@ -24,13 +22,6 @@ class Precision:
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
-
-
-def to_device(batch: dict[str, Any], device: torch.device, norm_style: str) -> dict[str, Any]:
-    """Move tensors without waiting; clips that are still uint8 are normalised there."""
-    moved = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    moved["video"] = normalize_clip(moved["video"], norm_style)
-    return moved
 
 
 class _Generators:

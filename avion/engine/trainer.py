@@ -17,9 +17,9 @@ from avion.optim import build_optimizer, constant_scheduler, cosine_scheduler
 
 from . import state
 from .distributed import PeerError, World
-from .loader import TrainBatchSampler, build_loader
+from .loader import TrainBatchSampler, build_loader, to_device
 from .logging import Progress, append_json
-from .steps import Precision, to_device
+from .steps import Precision
 from .tasks import Task
 
 logger = logging.getLogger(__name__)

@@ -50,7 +50,11 @@ dist-url env://
 dist-backend nccl
 seed 0
 """
-AVION_SWITCHES = ["--fused-decode-crop", "--no-fused-decode-crop", "--grad-checkpointing", "--no-grad-checkpointing", "--use-fast-conv1", "--disable-fast-conv1", "--use-flash-attn", "--disable-flash-attn", "--freeze-temperature", "--no-freeze-temperature", "--use-zero", "--no-use-zero", "--local-loss", "--gather-with-grad", "--no-gather-with-grad", "--fix-lr", "--disable-amp", "--evaluate", "--use-bf16"]
+AVION_SWITCHES = """
+--fused-decode-crop --no-fused-decode-crop --grad-checkpointing --no-grad-checkpointing --use-fast-conv1
+--disable-fast-conv1 --use-flash-attn --disable-flash-attn --freeze-temperature --no-freeze-temperature --use-zero
+--no-use-zero --local-loss --gather-with-grad --no-gather-with-grad --fix-lr --disable-amp --evaluate --use-bf16
+"""
 
 
 def read(*words):
@@ -64,7 +68,7 @@ def test_avions_flags_keep_their_defaults(line):
     assert default == type(default)(value)
 
 
-@pytest.mark.parametrize("switch", AVION_SWITCHES)
+@pytest.mark.parametrize("switch", AVION_SWITCHES.split())
 def test_avions_switches_are_accepted_and_do_something(switch):
     opposite = re.sub(r"^--(no|disable)-(?!amp)", "--", switch)
     before = (
