@@ -1,0 +1,298 @@
+"""Files of weights: what is read, what is refused, and that nothing in them is ever run."""
+
+import argparse
+import io
+import pickle
+import warnings
+import zipfile
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from avion.errors import UserError
+from avion.models import weight_files
+from avion.models.checkpoint import read_checkpoint, resolve_path
+from avion.models.weight_files import checkpoint_state_dict, write_pt, write_safetensors
+
+
+def refusal(path) -> str:
+    """The one line with which `path` is refused."""
+    with pytest.raises(UserError) as caught:
+        read_checkpoint(path)
+    text = str(caught.value)
+    assert "\n" not in text and str(path) in text
+    return text
+
+
+# --- what is read ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before-1.6"])
+def test_reads_what_upstream_saves(tmp_path, zipped):
+    weights = {"module.w": torch.randn(3, 4), "module.half": torch.randn(5).half()}
+    saved = {
+        "epoch": 5,
+        "state_dict": weights,
+        "best_acc1": np.float64(28.625),
+        "best32": np.float32(0.5),
+        "count": np.int64(-7),
+        "flag": np.bool_(True),
+        "args": argparse.Namespace(model="CLIP_VITB16", betas=[0.9, 0.999], resume=None),
+    }
+    torch.save(saved, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    found = read_checkpoint(tmp_path / "a.pt")
+    assert found["args"] == saved["args"] and found["epoch"] == 5
+    assert [found[k] for k in ("best_acc1", "best32", "count", "flag")] == [28.625, 0.5, -7, True]
+    for name, value in weights.items():
+        assert torch.equal(found["state_dict"][name], value)
+
+
+def test_weights_are_mapped_not_copied(tmp_path):
+    torch.save({"state_dict": {"w": torch.full((1000,), 3.0)}}, tmp_path / "a.pt")
+    before = read_checkpoint(tmp_path / "a.pt")["state_dict"]["w"]
+    start = (tmp_path / "a.pt").read_bytes().find(np.full(1000, 3, np.float32).tobytes())
+    with open(tmp_path / "a.pt", "r+b") as file:
+        file.seek(start)
+        file.write(np.float32(7).tobytes())
+    assert before[0] == 7  # seen through the mapping
+
+
+class Scripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4).half())
+        self.layers = nn.ModuleList([nn.Linear(4, 2), nn.Linear(2, 2)])
+        self.register_buffer("scale", torch.randn(2, 3).t())
+        self.register_buffer("context_length", torch.tensor(77))
+        self.sizes = [1, 2]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[0](x)
+
+
+@pytest.fixture
+def scripted(tmp_path):
+    model = Scripted()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, its files are not gone
+        torch.jit.script(model).save(str(tmp_path / "ts.pt"))
+    return model, tmp_path / "ts.pt"
+
+
+def test_reads_torchscript_without_running_it(scripted, monkeypatch):
+    model, path = scripted
+    monkeypatch.setattr(torch.jit, "load", None)
+    found = read_checkpoint(path)["state_dict"]
+    wanted = {k: v for k, v in model.state_dict().items() if k != "context_length"}
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+
+
+def test_safetensors_and_pt_round_trip(tmp_path):
+    weights = {"a": torch.randn(2, 3).t(), "b": torch.randn(4).bfloat16(), "c": torch.tensor(1.5)}
+    fields = {"model_config": {"name": "x"}, "preprocess": {"norm_style": "openai"}}
+    write_safetensors(weights, tmp_path / "a.safetensors", **fields)
+    write_pt({"state_dict": weights, **fields}, tmp_path / "a.pt")
+    for path in (tmp_path / "a.safetensors", tmp_path / "a.pt"):
+        found = read_checkpoint(path)
+        assert found["model_config"] == {"name": "x"} and found["preprocess"] == {"norm_style": "openai"}
+        assert all(torch.equal(found["state_dict"][k], v) for k, v in weights.items())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    write_pt({"state_dict": {"w": torch.ones(2)}}, path)
+    old = path.read_bytes()
+
+    def breaks_off(contents, target):
+        with open(target, "wb") as file:
+            file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", breaks_off)
+    with pytest.raises(OSError, match="disk full"):
+        write_pt({"state_dict": {}}, path)
+    assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_writing_into_a_missing_folder(tmp_path):
+    with pytest.raises(UserError, match=r"no_such.*does not exist"):
+        write_pt({}, tmp_path / "no_such" / "a.pt")
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+class Runs:
+    """A pickle that would make a file."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return (open, (self.marker, "w"))
+
+
+def hostile_torchscript(path, payload):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/constants.pkl", b"\x80\x02N.")
+        archive.writestr("x/data.pkl", pickle.dumps(payload, protocol=2))
+
+
+@pytest.mark.parametrize("how", ["zip", "before-1.6", "plain pickle", "torchscript", "beside the weights"])
+def test_pickled_code_is_refused_and_not_run(tmp_path, how):
+    marker, path = tmp_path / "marker", tmp_path / "evil.pt"
+    evil = Runs(marker)
+    if how == "plain pickle":
+        path.write_bytes(pickle.dumps({"state_dict": evil}, protocol=2))
+    elif how == "torchscript":
+        hostile_torchscript(path, evil)
+    elif how == "beside the weights":
+        torch.save({"state_dict": {"w": torch.ones(2)}, "args": argparse.Namespace(model=evil)}, path)
+    else:
+        torch.save({"state_dict": evil}, path, _use_new_zipfile_serialization=how == "zip")
+    assert "is code and not weights" in refusal(path) or how == "plain pickle"
+    assert not marker.exists()
+    buffer = io.BytesIO(pickle.dumps(Runs(marker)))  # the payload is live: an ordinary unpickler runs it
+    pickle.load(buffer).close()
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("value", [np.ones(3), nn.Linear(2, 2), np.dtype("O")], ids=["array", "module", "object"])
+def test_other_objects_are_refused(tmp_path, value):
+    torch.save({"state_dict": {"w": torch.ones(2)}, "extra": value}, tmp_path / "a.pt")
+    if isinstance(value, np.dtype):
+        read_checkpoint(tmp_path / "a.pt")  # a dtype alone is inert: it is only remembered
+    else:
+        assert "is code and not weights" in refusal(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("kind", ["zip", "before-1.6", "torchscript", "safetensors"])
+def test_a_file_cut_anywhere_is_refused(tmp_path, rng, scripted, kind):
+    whole = tmp_path / ("whole.safetensors" if kind == "safetensors" else "whole.pt")
+    weights = {f"layer{i}.w": torch.randn(40, 8) for i in range(4)}
+    if kind == "torchscript":
+        whole = scripted[1]
+    elif kind == "safetensors":
+        write_safetensors(weights, whole, model_config={"name": "x"})
+    else:
+        torch.save({"state_dict": weights}, whole, _use_new_zipfile_serialization=kind == "zip")
+    data = whole.read_bytes()
+    read_checkpoint(whole)
+    cut = tmp_path / f"cut{whole.suffix}"
+    lengths = [0, 1, 3, 4, 8, 30, 64, len(data) // 2, len(data) - 1, *rng.integers(1, len(data), 12).tolist()]
+    for length in lengths:
+        cut.write_bytes(data[:length])
+        assert refusal(cut), length
+
+
+@pytest.mark.parametrize(
+    ("head", "says"),
+    [
+        (b"", "empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
+        (b"\n<!doctype html><html>", "web page"),
+        (b"just some text that is no checkpoint", "cannot be read"),
+    ],
+)
+def test_lookalikes_are_named(tmp_path, head, says):
+    (tmp_path / "a.pt").write_bytes(head)
+    assert says in refusal(tmp_path / "a.pt")
+
+
+def test_contents_that_are_no_weights(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save([torch.ones(2)], path)
+    assert "holds a list" in refusal(path)
+    for contents, says in [
+        ({"epoch": 3, "optimizer": {}}, "epoch"),
+        ({"state_dict": {}}, "holds no weights"),
+        ({"state_dict": [1, 2]}, "holds no weights"),
+        ({"state_dict": {"w": "text"}}, "'w'"),
+        ({"state_dict": {3: torch.ones(2)}}, "3"),
+        ({"state_dict": {"w": torch.ones(2).to_sparse()}}, "no dense tensor"),
+        ({"state_dict": {"w": torch.ones(1).expand(10**9)}}, "not the data"),
+        ({"state_dict": {"w": torch.empty(2, device="meta")}}, "no dense tensor"),
+    ]:
+        with pytest.raises(UserError) as caught:
+            checkpoint_state_dict(contents, path)
+        assert str(path) in str(caught.value) and says in str(caught.value)
+
+
+def test_a_bare_state_dict_is_one():
+    weights = {"w": torch.ones(2)}
+    assert checkpoint_state_dict(weights) == weights
+
+
+def test_a_tensor_longer_than_its_data_in_torchscript(tmp_path, scripted):
+    short = tmp_path / "short.pt"
+    with zipfile.ZipFile(scripted[1]) as old, zipfile.ZipFile(short, "w") as new:
+        for entry in old.infolist():
+            data = old.read(entry)
+            new.writestr(entry.filename, data[:-2] if entry.filename.endswith("/data/0") else data)
+    assert "shorter" in refusal(short)
+
+
+def test_missing_paths(tmp_path):
+    assert "no such file" in refusal(tmp_path / "none.pt")
+    assert "is a folder" in refusal(tmp_path)
+
+
+# --- the hub ---------------------------------------------------------------------------------
+
+
+def fake_cache(tmp_path, monkeypatch, repo, files):
+    """A hub cache as the hub's client leaves it behind."""
+    commit = "0" * 40
+    folder = tmp_path / "hub" / f"models--{repo.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    for name, source in files.items():
+        target = folder / "snapshots" / commit / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def test_a_hub_address_in_the_cache_needs_no_network(tmp_path, monkeypatch):
+    torch.save({"state_dict": {"w": torch.arange(3.0)}}, tmp_path / "a.pt")
+    fake_cache(tmp_path, monkeypatch, "own-er/re.po", {"sub/a.pt": tmp_path / "a.pt"})
+    assert resolve_path("hf:own-er/re.po/sub/a.pt").read_bytes() == (tmp_path / "a.pt").read_bytes()
+    assert read_checkpoint("hf:own-er/re.po/sub/a.pt")["state_dict"]["w"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("offline", [True, False], ids=["HF_HUB_OFFLINE", "unreachable"])
+def test_a_hub_address_without_network_is_one_line_without_retries(tmp_path, monkeypatch, offline):
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    download = huggingface_hub.hf_hub_download
+
+    def local_only(*args, local_files_only=False, **kwargs):
+        assert local_files_only  # the hub's own client retries for half a minute
+        return download(*args, local_files_only=True, **kwargs)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", local_only)
+    with pytest.raises(UserError) as caught:
+        read_checkpoint("hf:owner/repo/model.pt")
+    text = str(caught.value)
+    assert "\n" not in text
+    assert all(part in text for part in ("owner/repo", "model.pt", str(tmp_path / "hub"), "give its path"))
+    assert ("HF_HUB_OFFLINE" in text) == offline
+
+
+@pytest.mark.parametrize("address", ["hf:", "hf:owner/file.pt", "hf:a//b/c", "hf:a/b/../c", "hf:a b/c/d.pt"])
+def test_malformed_hub_addresses(address):
+    with pytest.raises(UserError, match="hf:"):
+        resolve_path(address)
+
+
+def test_flag_of_the_caller_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="a.bin or b.bin .*--some-flag"):
+        weight_files.hub_file("owner/repo", ["a.bin", "b.bin"], "--some-flag")
