@@ -1,0 +1,1 @@
+"""Data: annotation readers, video decoding, clips, transforms, tokens, the demo dataset."""

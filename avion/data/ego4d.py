@@ -1,0 +1,46 @@
+"""Ego4D narrations in LaViLa's pickles.
+
+Three kinds, told apart row by row: (video, start, end, text); the rephraser's (video, start, end, [texts]); the
+narrator's (video, start, end, [texts], [negative log-likelihoods]). Times in seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from avion.data.narrations import NarrationTable, TableBuilder, checked_not_empty
+from avion.data.safe_pickle import load_pickle
+from avion.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def read_ego4d(path: str | os.PathLike, *aux: str | os.PathLike) -> NarrationTable:
+    """The narrations of one or several pickles, in order, `aux` after `path`.
+
+    Raises UserError, one line with file, row and field, for anything that is not as described above. What real
+    files are known to hold (ends before starts, ...) is mended and reported in the log.
+    """
+    builder = TableBuilder()
+    for file in (path, *aux):
+        before = len(builder)
+        _add_rows(builder, file)
+        logger.info("%s: %d narrations", file, len(builder) - before)
+    if builder.report():
+        logger.warning("Ego4D narrations, mended of %d: %s", len(builder), builder.report())
+    return checked_not_empty(builder.build(), str(path))
+
+
+def _add_rows(builder: TableBuilder, path: str | os.PathLike) -> None:
+    rows = load_pickle(path, "narrations")
+    if not isinstance(rows, (list, tuple)):
+        raise UserError(f"narrations {path}: a list of rows is due, the pickle holds a {type(rows).__name__}")
+    for i, row in enumerate(rows):
+        if not isinstance(row, (list, tuple)) or len(row) not in (4, 5):
+            found = f"{len(row)} fields" if isinstance(row, (list, tuple)) else type(row).__name__
+            raise UserError(f"narrations {path}: row {i}: (video, start, end, narration) is due, found {found}")
+        try:
+            builder.add(row[0], row[1], row[2], row[3])
+        except ValueError as error:
+            raise UserError(f"narrations {path}: row {i}: {error}") from None

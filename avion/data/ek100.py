@@ -1,0 +1,159 @@
+"""EPIC-KITCHENS-100 annotations for multi-instance retrieval: clips, sentences, relevancy."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from avion.data.narrations import NarrationTable, TableBuilder, checked_not_empty
+from avion.data.safe_pickle import load_pickle
+from avion.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_CLIP_COLUMNS = ("narration_id", "participant_id", "video_id", "start_timestamp", "stop_timestamp", "narration")
+_CLASS_COLUMNS = ("verb_class", "noun_class", "all_noun_classes")
+_TIMESTAMP = re.compile(r"(\d{1,3}):([0-5]?\d):([0-5]?\d(?:\.\d+)?)")
+
+
+class EK100Table(NarrationTable):
+    """Clips of EPIC-KITCHENS-100. Besides NarrationTable's columns, where the CSV has them (else None):
+    verb_class, noun_class: (n,) int64; all_noun_classes: a tuple of ints per clip."""
+
+    verb_class: np.ndarray | None = None
+    noun_class: np.ndarray | None = None
+    all_noun_classes: list[tuple[int, ...]] | None = None
+
+
+def parse_timestamp(text: str) -> float:
+    """ "HH:MM:SS.ss" -> seconds. ValueError if it is something else."""
+    match = _TIMESTAMP.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text[:40]!r} is not a timestamp of the form HH:MM:SS.ss")
+    hours, minutes, seconds = match.groups()
+    return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+
+
+def read_ek100_retrieval(path: str | os.PathLike) -> EK100Table:
+    """The clips of a retrieval (or train, or validation) CSV, in its order.
+
+    A clip's video is "{participant_id}/{video_id}". Raises UserError, one line with file, line and column, for a
+    missing file or column, an empty file and a malformed field.
+    """
+    builder, classes = TableBuilder(), {name: [] for name in _CLASS_COLUMNS}
+    present: list[str] = []
+    for line, row in _rows(path, _CLIP_COLUMNS):
+        present = present or [name for name in _CLASS_COLUMNS if name in row]
+        column = ""
+        try:
+            column = "start_timestamp"
+            start = parse_timestamp(row[column])
+            column = "stop_timestamp"
+            stop = parse_timestamp(row[column])
+            for column in present:
+                classes[column].append(_classes(row[column]) if column == "all_noun_classes" else _class(row[column]))
+            column = "clip"
+            video = f"{row['participant_id']}/{row['video_id']}"
+            builder.add(video, start, stop, row["narration"], narration_id=row["narration_id"])
+        except ValueError as error:
+            raise UserError(f"annotations {path}: line {line}: {column}: {error}") from None
+    if builder.report():
+        logger.warning("annotations %s, mended of %d: %s", path, len(builder), builder.report())
+    return _with_classes(builder.build(), classes, present, path)
+
+
+def _with_classes(table: NarrationTable, classes: dict[str, list], present: list[str], path) -> EK100Table:
+    checked_not_empty(table, f"annotations {path}")
+    result = EK100Table(**vars(table))
+    for name in present:
+        column = classes[name]
+        setattr(result, name, column if name == "all_noun_classes" else np.array(column, dtype=np.int64))
+    return result
+
+
+def read_sentences(path: str | os.PathLike) -> tuple[list[str], list[str]]:
+    """The sentences of a retrieval split: narration ids and texts, in the order of the relevancy's columns."""
+    ids, texts = [], []
+    for line, row in _rows(path, ("narration_id", "narration")):
+        if not row["narration"].strip():
+            raise UserError(f"sentences {path}: line {line}: narration: is empty, a text is due")
+        ids.append(row["narration_id"])
+        texts.append(row["narration"].strip())
+    if not ids:
+        raise UserError(f"sentences {path}: holds no sentences")
+    return ids, texts
+
+
+def sentence_path(clips_path: str | os.PathLike) -> Path:
+    """Where the sentences of a retrieval split lie: `..._test.csv` -> `..._test_sentence.csv`, beside it."""
+    clips_path = Path(clips_path)
+    return clips_path.with_name(f"{clips_path.stem}_sentence{clips_path.suffix}")
+
+
+def load_relevancy(path: str | os.PathLike, num_clips: int, num_sentences: int) -> np.ndarray:
+    """The relevancy matrix of a retrieval split. -> (num_clips, num_sentences) float32, values in [0, 1]
+
+    One sentence too many, as in LaViLa's copy of the train split, is cut off with a warning. Any other shape, and
+    any value outside [0, 1], is a UserError.
+    """
+    matrix = load_pickle(path, "relevancy")
+    if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or matrix.dtype.kind not in "biuf":
+        found = f"shape {matrix.shape}" if isinstance(matrix, np.ndarray) else type(matrix).__name__
+        raise UserError(f"relevancy {path}: a numeric matrix of clips x sentences is due, found {found}")
+    if matrix.shape == (num_clips, num_sentences + 1):
+        logger.warning("relevancy %s: has one sentence more than the sentence list, the last is left out", path)
+        matrix = matrix[:, :num_sentences]
+    if matrix.shape != (num_clips, num_sentences):
+        raise UserError(
+            f"relevancy {path}: its shape is {matrix.shape[0]} x {matrix.shape[1]}, "
+            f"the annotations have {num_clips} clips and {num_sentences} sentences; give the file of the same split"
+        )
+    if matrix.size and not (matrix.min() >= 0 and matrix.max() <= 1):  # NaN fails both
+        raise UserError(f"relevancy {path}: has values outside 0 to 1 (or not numbers)")
+    return np.ascontiguousarray(matrix, dtype=np.float32)
+
+
+def _rows(path: str | os.PathLike, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a CSV with their line numbers. UserError if the file is missing, empty, lacks one of the
+    columns `required`, or has a row of another length than its header."""
+    name = f"annotations {path}"
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            if not reader.fieldnames:
+                raise UserError(f"{name}: the file is empty")
+            missing = [column for column in required if column not in reader.fieldnames]
+            if missing:
+                found = ", ".join(map(str, reader.fieldnames))[:200]
+                raise UserError(f"{name}: the column {missing[0]!r} is missing; found {found}")
+            for row in reader:
+                if None in row or None in row.values():
+                    raise UserError(
+                        f"{name}: line {reader.line_num}: has not the header's {len(reader.fieldnames)} fields"
+                    )
+                yield reader.line_num, row
+    except FileNotFoundError:
+        raise UserError(f"{name}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{name}: is not a CSV in UTF-8 ({error})") from None
+
+
+def _class(text: str) -> int:
+    if not text.strip().isdecimal():
+        raise ValueError(f"{text[:40]!r} is not a class number")
+    return int(text)
+
+
+def _classes(text: str) -> tuple[int, ...]:
+    inside = re.fullmatch(r"\s*\[\s*(\d+(?:\s*,\s*\d+)*)?\s*,?\s*\]\s*", text)
+    if inside is None:
+        raise ValueError(f"{text[:40]!r} is not a list of class numbers")
+    return tuple(int(number) for number in (inside[1] or "").split(",") if number.strip())

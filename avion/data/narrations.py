@@ -1,0 +1,204 @@
+"""Narrated clips as a table of columns.
+
+Four million rows as Python tuples take gigabytes, and forked DataLoader workers copy them page by page as
+reference counts change. Numpy columns and one UTF-8 blob for all the texts take a few hundred megabytes and stay
+shared.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from avion.errors import UserError
+
+
+@dataclass(frozen=True)
+class Narration:
+    """One clip: seconds [start, end) of a video (its path below the video root, without extension) and what is
+    said about it, in one or several wordings."""
+
+    video: str
+    start: float
+    end: float
+    texts: tuple[str, ...]
+    narration_id: str | None
+
+
+class StringColumn(Sequence):
+    """Strings in one blob: blob (bytes, UTF-8), ends (n,) int64, the position after each string's last byte."""
+
+    def __init__(self, blob: bytes, ends: np.ndarray):
+        self._blob, self._ends = blob, ends
+
+    @classmethod
+    def of(cls, strings: Sequence[str]) -> StringColumn:
+        encoded = [s.encode() for s in strings]
+        return cls(b"".join(encoded), np.cumsum([len(e) for e in encoded], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, i: int) -> str:
+        i = range(len(self._ends))[i]
+        start = self._ends[i - 1] if i > 0 else 0
+        return self._blob[start : self._ends[i]].decode()
+
+    @property
+    def nbytes(self) -> int:
+        return len(self._blob) + self._ends.nbytes
+
+
+class NarrationTable(Sequence):
+    """A read-only sequence of `Narration`s, kept as columns.
+
+    videos: the distinct video names; video (n,) int32: which of them; start, end (n,) float64, seconds;
+    texts: all wordings; text_ends (n,) int64: the position in `texts` after each row's last wording;
+    narration_ids: one per row, or None.
+    """
+
+    def __init__(
+        self,
+        videos: list[str],
+        video: np.ndarray,
+        start: np.ndarray,
+        end: np.ndarray,
+        texts: StringColumn,
+        text_ends: np.ndarray,
+        narration_ids: StringColumn | None = None,
+    ):
+        assert len(video) == len(start) == len(end) == len(text_ends), "columns of different lengths"
+        assert narration_ids is None or len(narration_ids) == len(video), "columns of different lengths"
+        self.videos, self.video, self.start, self.end = videos, video, start, end
+        self.texts, self.text_ends, self.narration_ids = texts, text_ends, narration_ids
+
+    def __len__(self) -> int:
+        return len(self.video)
+
+    def __getitem__(self, i: int) -> Narration:
+        i = range(len(self))[i]  # IndexError, and negative numbers, as in a list
+        first = int(self.text_ends[i - 1]) if i > 0 else 0
+        return Narration(
+            video=self.videos[self.video[i]],
+            start=float(self.start[i]),
+            end=float(self.end[i]),
+            texts=tuple(self.texts[j] for j in range(first, int(self.text_ends[i]))),
+            narration_id=None if self.narration_ids is None else self.narration_ids[i],
+        )
+
+    def __iter__(self) -> Iterator[Narration]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the columns, in bytes."""
+        columns = (self.video, self.start, self.end, self.text_ends, self.texts, self.narration_ids)
+        return sum(column.nbytes for column in columns if column is not None)
+
+
+class TableBuilder:
+    """Collects checked rows. `add` raises ValueError with one clause ("end is nan, ...") for a bad field.
+
+    Real annotations hold rows that are odd rather than wrong; they are mended and counted in `mended`: a start
+    before 0, an end not after the start (such a clip is read from its start on), an empty text among others.
+    """
+
+    def __init__(self):
+        self._number_of: dict[str, int] = {}
+        self._video, self._start, self._end = array("i"), array("d"), array("d")
+        self._text_blob, self._text_ends, self._row_ends = bytearray(), array("q"), array("q")
+        self._ids: list[str] = []
+        self.mended = {"start before 0": 0, "end not after its start": 0, "empty wording": 0}
+
+    def __len__(self) -> int:
+        return len(self._video)
+
+    def add(self, video: object, start: object, end: object, texts: object, narration_id: str | None = None) -> None:
+        number = self._number_of.get(video) if type(video) is str else None
+        if number is None:
+            number = self._number_of[_checked_video(video)] = len(self._number_of)
+        start, end = _checked_seconds("start", start), _checked_seconds("end", end)
+        wordings = self._checked_texts(texts)
+        if start < 0.0:
+            start = 0.0
+            self.mended["start before 0"] += 1
+        if end <= start:
+            end = start
+            self.mended["end not after its start"] += 1
+        self._video.append(number)
+        self._start.append(start)
+        self._end.append(end)
+        for wording in wordings:
+            self._text_blob += wording
+            self._text_ends.append(len(self._text_blob))
+        self._row_ends.append(len(self._text_ends))
+        if narration_id is not None:
+            self._ids.append(narration_id)
+
+    def _checked_texts(self, texts: object) -> list[bytes]:
+        if type(texts) is str:
+            texts = (texts,)
+        elif not isinstance(texts, (list, tuple)):
+            raise ValueError(f"narration is of type {type(texts).__name__}, a text or a list of texts is due")
+        wordings = []
+        for text in texts:
+            if not isinstance(text, str):
+                raise ValueError(f"narration holds a {type(text).__name__}, texts are due")
+            try:
+                encoded = text.strip().encode()
+            except UnicodeEncodeError:
+                raise ValueError("narration is not valid Unicode text") from None
+            if encoded:
+                wordings.append(encoded)
+        if not wordings:
+            raise ValueError("narration is empty, a text is due")
+        self.mended["empty wording"] += len(texts) - len(wordings)
+        return wordings
+
+    def build(self) -> NarrationTable:
+        assert not self._ids or len(self._ids) == len(self), "narration ids on some rows only"
+        return NarrationTable(
+            videos=list(self._number_of),
+            video=np.frombuffer(self._video, dtype=np.int32).copy() if self._video else np.empty(0, np.int32),
+            start=np.array(self._start, dtype=np.float64),
+            end=np.array(self._end, dtype=np.float64),
+            texts=StringColumn(bytes(self._text_blob), np.array(self._text_ends, dtype=np.int64)),
+            text_ends=np.array(self._row_ends, dtype=np.int64),
+            narration_ids=StringColumn.of(self._ids) if self._ids else None,
+        )
+
+    def report(self) -> str:
+        """What was mended, as one clause; "" if nothing was."""
+        return ", ".join(f"{count} x {what}" for what, count in self.mended.items() if count)
+
+
+def _checked_video(video: object) -> str:
+    """A path below the video root; a row must not lead out of it."""
+    if not isinstance(video, str):
+        raise ValueError(f"video is of type {type(video).__name__}, a text is due")
+    parts = video.split("/")
+    if not video or "\0" in video or "\\" in video or any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"video is {video[:80]!r}, a name or a relative path below the video root is due")
+    return video
+
+
+def _checked_seconds(field: str, value: object) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise ValueError(f"{field} is of type {type(value).__name__}, a number of seconds is due")
+    try:
+        seconds = float(value)
+    except OverflowError:
+        seconds = math.inf
+    if not math.isfinite(seconds):
+        raise ValueError(f"{field} is {seconds}, a finite number of seconds is due")
+    return seconds
+
+
+def checked_not_empty(table: NarrationTable, source: str) -> NarrationTable:
+    if len(table) == 0:
+        raise UserError(f"{source}: holds no clips")
+    return table
