@@ -1,0 +1,141 @@
+"""Crops and normalisation of clips.
+
+Two paths with the same crops. The plain one works in float32 and normalises in the worker. The fused one
+(`--fused-decode-crop`) crops and resizes on uint8, a quarter of the memory to move, and `normalize_clip` does the
+rest on the device. They differ by uint8's rounding only.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from avion.constants import NORM_STYLES
+from avion.errors import UserError
+
+CropBox = tuple[int, int, int, int]  # top, left, height, width, in pixels
+
+
+def random_crop_box(
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.5, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> CropBox:
+    """A box of random area (`scale`, as a share of the picture's, uniform) and aspect ratio width/height (`ratio`,
+    log-uniform), anywhere in the picture: Inception's crop, torchvision's RandomResizedCrop.
+
+    Ten boxes are tried; if none fits, the largest central one of a permitted ratio is taken.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    h, w = min(height, round(width / aspect)), min(width, round(height * aspect))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def short_side_size(height: int, width: int, size: int) -> tuple[int, int]:
+    """The size of a picture whose shorter side was resized to `size`, ratio kept. -> height, width"""
+    if height <= width:
+        return size, int(size * width / height)
+    return int(size * height / width), size
+
+
+class _ClipTransform:
+    """frames (T, H, W, 3) uint8 -> (3, T, crop_size, crop_size): float32 normalised, or uint8 where fused."""
+
+    def __init__(self, crop_size: int, norm_style: str = "openai", fused: bool = False):
+        if crop_size < 1:
+            raise UserError(f"crop size: {crop_size} is not at least 1 pixel")
+        _check_norm_style(norm_style)
+        self.crop_size, self.norm_style, self.fused = crop_size, norm_style, fused
+
+    def __call__(self, frames: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+            raise ValueError(f"frames: (T, H, W, 3) uint8 is due, {frames.shape} {frames.dtype} was given")
+        clip = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (T, 3, H, W), channels last in memory
+        clip = self._crop(clip, rng).permute(1, 0, 2, 3)  # (3, T, h, w)
+        return clip if self.fused else _normalized(clip, self.norm_style)
+
+    def _crop(self, clip: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _resize(self, clip: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """(T, 3, H, W) uint8 -> (T, 3, *size), uint8 where fused, else float32. Bilinear with antialiasing."""
+        clip = clip if self.fused else clip.float()
+        return F.interpolate(clip, size=size, mode="bilinear", antialias=True, align_corners=False)
+
+
+class TrainTransform(_ClipTransform):
+    """A random box of the clip (the same one in all its frames), resized to crop_size x crop_size.
+
+    scale, ratio: as in `random_crop_box`. The box depends on the generator and the frames' size only.
+    """
+
+    def __init__(
+        self,
+        crop_size: int,
+        scale: tuple[float, float] = (0.5, 1.0),
+        norm_style: str = "openai",
+        fused: bool = False,
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    ):
+        super().__init__(crop_size, norm_style, fused)
+        if not 0.0 < scale[0] <= scale[1]:
+            raise UserError(f"crop scale: {scale} is not an ascending pair of positive shares")
+        if not 0.0 < ratio[0] <= ratio[1]:
+            raise UserError(f"crop ratio: {ratio} is not an ascending pair of positive ratios")
+        self.scale, self.ratio = tuple(scale), tuple(ratio)
+
+    def _crop(self, clip: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        top, left, height, width = random_crop_box(*clip.shape[-2:], rng, self.scale, self.ratio)
+        return self._resize(clip[..., top : top + height, left : left + width], (self.crop_size, self.crop_size))
+
+
+class EvalTransform(_ClipTransform):
+    """The shorter side resized to crop_size, then the central crop_size x crop_size. Draws nothing from rng."""
+
+    def _crop(self, clip: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        clip = self._resize(clip, short_side_size(*clip.shape[-2:], self.crop_size))
+        top, left = (round((side - self.crop_size) / 2) for side in clip.shape[-2:])
+        return clip[..., top : top + self.crop_size, left : left + self.crop_size]
+
+
+def normalize_clip(video: torch.Tensor, norm_style: str) -> torch.Tensor:
+    """Normalise clips that come as uint8, wherever they are; floats are already normalised and pass unchanged.
+
+    video: (B, 3, T, H, W) or (3, T, H, W). Returns float32 of the same shape and memory order.
+    norm_style: a key of NORM_STYLES; UserError for another.
+    """
+    _check_norm_style(norm_style)
+    if video.dtype != torch.uint8:
+        if not video.is_floating_point():
+            raise ValueError(f"video: uint8 or float is due, {video.dtype} was given")
+        return video
+    return _normalized(video, norm_style)
+
+
+def _normalized(video: torch.Tensor, norm_style: str) -> torch.Tensor:
+    mean, std = _statistics(norm_style, video.device)  # (3, 1, 1, 1)
+    return video.to(torch.float32, memory_format=torch.preserve_format).sub(mean).div_(std)
+
+
+@lru_cache(maxsize=16)
+def _statistics(norm_style: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    style = NORM_STYLES[norm_style]
+    mean, std = (torch.tensor(v, dtype=torch.float32, device=device).view(3, 1, 1, 1) for v in style)
+    return mean, std
+
+
+def _check_norm_style(norm_style: str) -> None:
+    if norm_style not in NORM_STYLES:
+        raise UserError(f"norm style: {norm_style!r} is not one of {', '.join(NORM_STYLES)}")
