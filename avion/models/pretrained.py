@@ -227,6 +227,8 @@ def _with_text_tower(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _from_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # The causal mask is a constant, which TorchScript archives hold among the weights.
+    weights = {name: value for name, value in weights.items() if not name.endswith("attn_mask")}
     renamed = _rename(_with_text_tower(weights), _CLIP_TO_DIVIDED)
     for name, lead in (("visual.cls_token", 2), ("visual.pos_embed", 1)):  # (D,), (1 + N, D)
         if name in renamed:
