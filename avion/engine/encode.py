@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from avion.errors import UserError
 
 from .distributed import World
-from .loader import EvalBatchSampler, build_loader, to_device
+from .loader import EvalBatchSampler, build_loader, read, to_device
 from .steps import Precision
 
 
@@ -74,9 +74,9 @@ def encode_clips(
     sampler = EvalBatchSampler(len(dataset), batch_size, rank=world.rank, size=world.size)
     indices, rows, errors = [], [], {}
     with world.together("encoding the clips"):
-        for batch in build_loader(dataset, sampler, workers=workers, device=world.device):
-            if "fatal" in batch:
-                raise UserError(batch["fatal"])
+        batches = iter(build_loader(dataset, sampler, workers=workers, device=world.device))
+        for _ in range(len(sampler)):
+            batch = read(batches)
             numbers = batch["index"].numpy()
             errors.update({int(i): e for i, e in zip(numbers, batch["error"], strict=True) if e})
             if strict and errors:

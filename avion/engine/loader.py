@@ -77,8 +77,33 @@ class EvalBatchSampler(Sampler):
             yield [min(i, self.count - 1) for i in range(first, first + self.batch_size)]
 
 
+class _ErrorsAsSamples(Dataset):
+    """A dataset whose UserErrors come out as {"fatal": message}.
+
+    A DataLoader would wrap an exception of a worker in that worker's traceback; a message stays one line.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Any) -> dict[str, Any]:
+        try:
+            return self.dataset[key]
+        except UserError as e:
+            return {"fatal": str(e)}
+
+
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Tensors are stacked, numbers become int64 tensors, everything else stays a list."""
+    """Tensors are stacked, numbers become int64 tensors, everything else stays a list.
+
+    If a sample is {"fatal": message}, so is the batch.
+    """
+    fatal = next((s for s in samples if "fatal" in s), None)
+    if fatal is not None:
+        return fatal
     batch: dict[str, Any] = {}
     for key, first in samples[0].items():
         values = [s[key] for s in samples]
@@ -96,14 +121,32 @@ LOADER_TIMEOUT_S = 900
 
 
 def build_loader(dataset: Dataset, sampler: Sampler, *, workers: int, device: torch.device) -> DataLoader:
-    """A loader over the sampler's batches. Workers live as long as the loader."""
+    """A loader over the sampler's batches. Workers live as long as the loader.
+
+    A UserError in the dataset arrives as a batch {"fatal": message}; `read` raises it.
+    """
     return DataLoader(
-        dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate,
+        _ErrorsAsSamples(dataset), batch_sampler=sampler, num_workers=workers, collate_fn=collate,
         pin_memory=device.type == "cuda", persistent_workers=workers > 0,
         timeout=LOADER_TIMEOUT_S if workers > 0 else 0,
         # Its own generator: starting an epoch must not advance the one that dropout draws from.
         generator=torch.Generator(),
     )  # fmt: skip
+
+
+def read(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """The next batch; what went wrong in the dataset or its workers is a UserError here."""
+    try:
+        batch = next(batches)
+    except RuntimeError as e:
+        if "DataLoader" not in str(e):
+            raise
+        raise UserError(
+            f"a data-loading process died or hung ({str(e).splitlines()[0]}); lower --workers if memory ran out"
+        ) from e
+    if "fatal" in batch:
+        raise UserError(batch["fatal"])
+    return batch
 
 
 def to_device(batch: dict[str, Any], device: torch.device, norm_style: str) -> dict[str, Any]:

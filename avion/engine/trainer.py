@@ -17,7 +17,7 @@ from avion.optim import build_optimizer, constant_scheduler, cosine_scheduler
 
 from . import state
 from .distributed import PeerError, World
-from .loader import TrainBatchSampler, build_loader, to_device
+from .loader import TrainBatchSampler, build_loader, read, to_device
 from .logging import Progress, append_json
 from .steps import Precision
 from .tasks import Task
@@ -165,10 +165,7 @@ class Trainer:
         micro_batches = []
         try:
             for _ in range(self.args.update_freq):
-                batch = next(batches)
-                if "fatal" in batch:
-                    raise UserError(batch["fatal"])
-                micro_batches.append(batch)
+                micro_batches.append(read(batches))
         except Exception as e:
             error = e
         if self.world.any(error is not None):
