@@ -67,9 +67,12 @@ def write_video(
     bframes: int | None = None,
     scenecut: bool = True,
     with_audio: bool = False,
+    rotation: int = 0,
+    x264: str = "",
 ) -> Path:
     """Write frames `first`, `first + 1`, … as H.264 with x264's defaults (GOP 250, three B-frames, CRF 23)
-    wherever nothing else is asked for. -> path"""
+    wherever nothing else is asked for. x264: further settings, as x264 writes them ("open-gop=1:keyint=30").
+    rotation: degrees by which players turn the picture. -> path"""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {"crf": "23", "preset": "medium", "threads": "1"}
@@ -79,9 +82,13 @@ def write_video(
         options["bf"] = str(bframes)
     if not scenecut:
         options["sc_threshold"] = "0"
-    with av.open(str(path), "w", format="mp4") as container:
+    if x264:
+        options["x264-params"] = x264
+    with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        if rotation:
+            stream.set_display_rotation(rotation)
         audio = container.add_stream("aac", rate=16000, layout="mono") if with_audio else None
         for i in range(num_frames):
             picture = av.VideoFrame.from_ndarray(barcode_frame(first + i, height, width), format="rgb24")

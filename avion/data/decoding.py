@@ -47,13 +47,25 @@ class VideoError(UserError):
 
 
 class VideoReader:
-    """An open video. `num_frames`, `fps` (frames per second), `height`, `width` (pixels) are of the file."""
+    """An open video: `path`, `num_frames`, `fps` (frames per second), `height` and `width` (pixels, upright)."""
 
     path: str
     num_frames: int
     fps: float
-    height: int
-    width: int
+    _size: tuple[int, int] | None = None  # known from the first frame on: only there a rotation is stated
+
+    @property
+    def height(self) -> int:
+        return self._frame_size()[0]
+
+    @property
+    def width(self) -> int:
+        return self._frame_size()[1]
+
+    def _frame_size(self) -> tuple[int, int]:
+        if self._size is None:
+            self._size = self._decode_sorted(np.zeros(1, dtype=np.int64)).shape[1:3]
+        return self._size
 
     def get_frames(self, indices: Sequence[int]) -> np.ndarray:
         """Decode the frames of these numbers, in the order given, repeats included.
@@ -160,13 +172,9 @@ class _PyAVReader(VideoReader):
             raise VideoError(self.path, "is of a codec that this PyAV cannot decode")
         context.thread_count = threads
         context.thread_type = "FRAME" if threads > 1 else "NONE"
-        rate = self._stream.average_rate or self._stream.guessed_rate
-        self.fps = float(rate) if rate else 0.0
-        self.height, self.width = context.height, context.width
-        if not 0.0 < self.fps <= MAX_FPS:
-            raise VideoError(self.path, f"states {self.fps:g} frames per second")
-        if self.height < 1 or self.width < 1:
-            raise VideoError(self.path, f"states a picture of {self.width} x {self.height} pixels")
+        self._stored_size = {"width": context.width, "height": context.height}
+        if context.width < 1 or context.height < 1:
+            raise VideoError(self.path, f"states a picture of {context.width} x {context.height} pixels")
         self._skip_unreferenced = context.name == "h264"
 
     def _index_packets(self) -> None:
@@ -201,30 +209,35 @@ class _PyAVReader(VideoReader):
             raise VideoError(self.path, "holds no frames")
         if len(np.unique(self._pts[self._display])) != self.num_frames:
             raise VideoError(self.path, "has two frames with one timestamp")
+        rate = self._stream.average_rate or self._stream.guessed_rate
+        self.fps = float(rate) if rate else 0.0
+        if not 0.0 < self.fps <= MAX_FPS:
+            raise VideoError(self.path, f"states {self.fps:g} frames per second")
 
     def _decode_sorted(self, indices: np.ndarray) -> np.ndarray:
-        frames = np.empty((len(indices), self.height, self.width, 3), dtype=np.uint8)
-        slot_of = {int(self._pts[self._display[i]]): slot for slot, i in enumerate(indices)}
-        missing = dict(slot_of)
-        for start, stop in self._runs(indices):
-            self._decode_run(start, stop, missing, frames, self._skip_unreferenced)
-        if missing and self._skip_unreferenced:
-            # A stream may lie about what is referred to, or rely on the skipped frames for its output order.
-            for start, stop in self._runs(np.array([indices[slot] for slot in missing.values()])):
-                self._decode_run(start, stop, missing, frames, skip_unreferenced=False)
+        stamps = [int(self._pts[self._display[i]]) for i in indices]
+        wanted, found = set(stamps), {}
+        # Twice more for what is then still missing: a stream may rely on the skipped frames for its output order,
+        # and one without true keyframes (intra refresh) needs what lies before the last of them.
+        for skip_unreferenced, keys_back in ((self._skip_unreferenced, 0), (False, 0), (False, 2)):
+            missing = [i for i, stamp in zip(indices, stamps, strict=True) if stamp not in found]
+            for start, stop in self._runs(missing, keys_back):
+                self._decode_run(start, stop, wanted, found, skip_unreferenced)
+        missing = [i for i, stamp in zip(indices, stamps, strict=True) if stamp not in found]
         if missing:
-            raise VideoError(self.path, f"frame {indices[next(iter(missing.values()))]} cannot be decoded")
-        return frames
+            raise VideoError(self.path, f"frame {missing[0]} cannot be decoded")
+        return np.stack([found[stamp] for stamp in stamps])
 
-    def _runs(self, indices: np.ndarray) -> list[tuple[int, int]]:
-        """The stretches [start, stop) of packets, in decode order, that decode these frames."""
+    def _runs(self, indices: Sequence[int], keys_back: int) -> list[tuple[int, int]]:
+        """The stretches [start, stop) of packets, in decode order, that decode these frames: from the keyframe
+        before each of them, or from `keys_back` keyframes earlier."""
         runs: list[tuple[int, int]] = []
         for i in indices:
             position = self._display[i]
             keys = self._keys[(self._keys <= position) & (self._pts[self._keys] <= self._pts[position])]
             if keys.size == 0:
                 raise VideoError(self.path, f"frame {i} comes before the first keyframe")
-            start, stop = int(keys[-1]), int(position) + 1
+            start, stop = int(keys[max(len(keys) - 1 - keys_back, 0)]), int(position) + 1
             if runs and start <= runs[-1][1]:
                 runs[-1] = (runs[-1][0], max(runs[-1][1], stop))
             else:
@@ -232,26 +245,24 @@ class _PyAVReader(VideoReader):
         return runs
 
     def _decode_run(
-        self, start: int, stop: int, missing: dict[int, int], frames: np.ndarray, skip_unreferenced: bool
+        self, start: int, stop: int, wanted: set[int], found: dict[int, np.ndarray], skip_unreferenced: bool
     ) -> None:
-        """Decode packets [start, stop); put each frame whose timestamp is in `missing` in its slot of `frames`
-        and take it out of `missing`."""
+        """Decode packets [start, stop); add the pictures whose timestamp is in `wanted` to `found`."""
         context = self._stream.codec_context
         reformatter = self._av.video.reformatter.VideoReformatter()
         first_pts = self._pts[start]
         try:
             for packet in self._packets(start, stop):
                 if packet is not None:
-                    skip = skip_unreferenced and packet.pts not in missing
+                    skip = skip_unreferenced and packet.pts not in wanted
                     context.skip_frame = "NONREF" if skip else "DEFAULT"
                 for picture in context.decode(packet):
                     if picture.pts is None or picture.pts < first_pts:
                         continue  # shown before the keyframe, refers to frames that were not decoded
                     if picture.is_corrupt:
                         raise VideoError(self.path, f"is damaged at {self._where(picture.pts)}")
-                    slot = missing.pop(picture.pts, None)
-                    if slot is not None:
-                        frames[slot] = self._to_rgb(picture, reformatter)
+                    if picture.pts in wanted and picture.pts not in found:
+                        found[picture.pts] = self._upright_rgb(picture, reformatter)
         except self._av.error.FFmpegError as error:
             where = self._where(self._pts[start])
             raise VideoError(self.path, f"cannot be decoded after {where} ({_one_line(error)})") from error
@@ -281,9 +292,10 @@ class _PyAVReader(VideoReader):
             raise VideoError(self.path, f"cannot be searched: {self._where(self._pts[start])} was not found")
         yield None
 
-    def _to_rgb(self, picture, reformatter) -> np.ndarray:
-        rgb = reformatter.reformat(picture, width=self.width, height=self.height, format="rgb24")
-        return rgb.to_ndarray()
+    def _upright_rgb(self, picture, reformatter) -> np.ndarray:
+        rgb = reformatter.reformat(picture, format="rgb24", **self._stored_size).to_ndarray()
+        turns = round(getattr(picture, "rotation", 0) / 90) % 4  # older PyAV does not tell
+        return np.rot90(rgb, turns)
 
     def _where(self, pts: int) -> str:
         found = np.nonzero(self._pts[self._display] == pts)[0]
@@ -319,7 +331,6 @@ class _DecordReader(VideoReader):
         times = self._reader.get_frame_timestamp(list(range(self.num_frames)))  # (n, 2) seconds
         if not np.isfinite(times).all() or times[0, 0] < 0:
             raise VideoError(path, "has an edit list that hides frames, which decord miscounts: use pyav")
-        self.height, self.width = self._bounded(lambda: self._reader[0]).shape[:2]
 
     def _decode_sorted(self, indices: np.ndarray) -> np.ndarray:
         return self._bounded(lambda: self._reader.get_batch(indices.tolist()).asnumpy())
