@@ -28,8 +28,11 @@ def parameter_counts(name: str) -> tuple[int, int, int]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m avion.models", description=__doc__)
     parser.add_argument("pattern", nargs="?", default="*", help="shell pattern, e.g. 'TIMEMAMBA*'")
-    names = list_models(parser.parse_args(argv).pattern)
-    width = max(map(len, names), default=5)
+    pattern = parser.parse_args(argv).pattern
+    names = list_models(pattern)
+    if not names:
+        parser.error(f"no model matches {pattern!r}")
+    width = max(map(len, names))
     print(f"{'model':<{width}}  {'video tower':>13}  {'text tower':>13}  {'total':>13}  upstream names")
     for name in names:
         counts = "".join(f"  {count:>13,}" for count in parameter_counts(name))

@@ -187,8 +187,8 @@ def create_model(name: str, **overrides) -> nn.Module:
     entry = _MODELS[resolve_name(name)]
     known = [field.name for field in dataclasses.fields(entry.config) if field.name not in ("name", "tower")]
     for field in overrides:
-        if field in ("name", "tower"):
-            raise UserError(f"{entry.config.name}: {field} cannot be overridden; register a model of your own")
+        if field == "tower":
+            raise UserError(f"{entry.config.name}: tower cannot be overridden; register a model of your own")
         if field not in known:
             hint = _near(field, known) or f"fields are {', '.join(known)}"
             raise UserError(f"{entry.config.name}: unknown field {field!r}; {hint}")
