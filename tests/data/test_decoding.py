@@ -188,7 +188,8 @@ class TestDamage:
         elif kind == "text":
             path.write_text("this is not a video\n" * 50)
         elif kind == "playlist":
-            path.write_text(f"ffconcat version 1.0\nfile '{videos.gop250}'\n")
+            (tmp_path / "target.mp4").hardlink_to(videos.gop250)
+            path.write_text("ffconcat version 1.0\nfile 'target.mp4'\n")
         elif kind == "hls":
             path.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{videos.gop250}\n#EXT-X-ENDLIST\n")
         elif kind == "audio only":
