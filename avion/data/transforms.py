@@ -71,7 +71,8 @@ class _ClipTransform:
 
     def _resize(self, clip: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """(T, 3, H, W) uint8 -> (T, 3, *size), uint8 where fused, else float32. Bilinear with antialiasing."""
-        clip = clip if self.fused else clip.float()
+        if not self.fused:
+            clip = clip.contiguous().float()  # planes: what float interpolation and normalisation are fast on
         return F.interpolate(clip, size=size, mode="bilinear", antialias=True, align_corners=False)
 
 
