@@ -5,7 +5,6 @@ What loads, and what is reported, is described in docs/checkpoints.md. Files are
 """
 
 import dataclasses
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,8 +47,6 @@ __all__ = [
     "save_weights",
 ]
 
-logger = logging.getLogger(__name__)
-
 # How a model is run, not what it is: a checkpoint from a GPU run must open anywhere.
 RUN_FIELDS = (
     "drop_path_rate",
@@ -81,7 +78,7 @@ class LoadReport:
     unexpected: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def summary(self) -> str:
+    def __str__(self) -> str:
         """One line for a log."""
         parts = [f"{self.path}: {self.loaded} tensors loaded"]
         for what in ("resized", "missing", "unexpected"):
@@ -129,7 +126,7 @@ def load_contents(model: nn.Module, checkpoint: Mapping[str, Any], path: str, *,
     notes = [] if strict else [f"differs in {text}" for text in contradictions]
     if isinstance(config, ModelConfig) and facts.num_frames not in (None, config.num_frames):
         notes.append(f"trained with {facts.num_frames} frames, the model is built for {config.num_frames}")
-    report = LoadReport(
+    return LoadReport(
         path,
         len(found.values),
         tuple(found.resized),
@@ -137,8 +134,6 @@ def load_contents(model: nn.Module, checkpoint: Mapping[str, Any], path: str, *,
         tuple(found.unexpected),
         tuple(notes),
     )
-    logger.info(report.summary())
-    return report
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -193,7 +188,8 @@ def _cure(weights: Mapping[str, Tensor], facts: CheckpointFacts, config: Any) ->
             f"build the model as {names[0]} (--model {names[0]})"
         )
     if facts.act_layer not in (None, config.act_layer):
-        return f"build the model with act_layer={facts.act_layer}, which the weights were trained with"
+        act = f"act_layer={facts.act_layer}"
+        return f"build the model with {act} (--model-args {act}), which the weights were trained with"
     saved = dataclasses.asdict(facts.config) if facts.config else sizes_of(weights, layout, facts.path)
     other = [f"{k}={v}" for k, v in saved.items() if k not in RUN_FIELDS and getattr(config, k) != v]
     if other:
@@ -256,7 +252,7 @@ def _name_of(facts: CheckpointFacts, weights: Mapping[str, Tensor], layout: Layo
     if len(names) != 1:
         raise UserError(
             f"{facts.path}: does not say which model it is, and these have the same parameters: "
-            f"{', '.join(names)}: give name="
+            f"{', '.join(names)}: give name= (--model)"
         )
     return names[0]
 
@@ -275,7 +271,7 @@ def _upstream_fields(
         if fields[width] % 64:
             raise UserError(
                 f"{facts.path}: {width}={fields[width]} is no multiple of 64, and the shapes do not show the "
-                f"number of heads: give {heads}="
+                f"number of heads: give {heads}= (--model-args {heads}=...)"
             )
         fields[heads] = fields[width] // 64
     if facts.num_frames is not None:

@@ -6,7 +6,6 @@ docs/checkpoints.md and no other.
 """
 
 import difflib
-import logging
 import os
 import re
 from collections.abc import Mapping
@@ -24,8 +23,6 @@ from .checkpoint_facts import few
 from .layouts import canonical, fit, layout_of
 from .registry import ModelConfig
 from .weight_files import HF_PREFIX, checkpoint_state_dict, hub_file, read_checkpoint, resolve_path
-
-logger = logging.getLogger(__name__)
 
 ZOOS = ("openai", "open_clip", "lavila", "none")
 _FLAG = "--pretrain-path"
@@ -75,9 +72,7 @@ def load_pretrained(model: nn.Module, zoo: str, path: str | os.PathLike | None =
     weights = canonical(checkpoint_state_dict(read_checkpoint(source.file), source.title), source.title)
     _check_layout(weights, zoo, source.title)
     divided = _from_lavila(weights) if zoo == "lavila" else _from_clip(weights)
-    report = _copy(model, _to_tower(divided, config.tower), zoo, source)
-    logger.info(report.summary())
-    return report
+    return _copy(model, _to_tower(divided, config.tower), zoo, source)
 
 
 # --- where the file is -----------------------------------------------------------------------

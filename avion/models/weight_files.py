@@ -9,7 +9,6 @@ state beside the weights is never read.
 
 import argparse
 import json
-import logging
 import os
 import pickle
 import re
@@ -29,8 +28,6 @@ from torch import Tensor
 from avion.errors import UserError
 
 from .torchscript import archive_root, read_torchscript
-
-logger = logging.getLogger(__name__)
 
 HF_PREFIX = "hf:"
 _METADATA_KEY = "avion"

@@ -96,12 +96,20 @@ def refused(model, zoo, path=None) -> str:
 # --- image CLIPs -----------------------------------------------------------------------------
 
 
+def with_epsilon_of_clip(*models):
+    """The video towers' LayerNorms have an epsilon of 1e-6, CLIP's have 1e-5: too far apart to compare."""
+    for model in models:
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.LayerNorm):
+                layer.eps = 1e-5
+
+
 @torch.no_grad()
 def assert_features_of(image_clip, model, frames=1):
     pictures, tokens = images(), texts()
     video = pictures[:, :, None].expand(-1, -1, frames, -1, -1)
-    # The video towers' LayerNorms have an epsilon of 1e-6, CLIP's 1e-5.
-    torch.testing.assert_close(model.encode_image(video), image_clip.encode_image(pictures), rtol=1e-3, atol=1e-4)
+    with_epsilon_of_clip(model)
+    torch.testing.assert_close(model.encode_image(video), image_clip.encode_image(pictures), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.encode_text(tokens), image_clip.encode_text(tokens), rtol=1e-4, atol=1e-5)
 
 
@@ -111,7 +119,6 @@ def test_one_frame_gives_what_open_clip_gives(tmp_path, image_clip, name, zoo):
     model = tiny(name)
     start = {k: v.clone() for k, v in model.state_dict().items()}
     report = load_pretrained(model, zoo, save(image_clip.state_dict(), tmp_path / "clip.pt"))
-    assert_features_of(image_clip, model)
     assert model.logit_scale.item() == 3.5
     assert (report.resized, report.unexpected) == ((), ())
     assert report.loaded + len(report.missing) == len(start)
@@ -119,6 +126,7 @@ def test_one_frame_gives_what_open_clip_gives(tmp_path, image_clip, name, zoo):
     for key in report.missing:  # temporal parts only, and they start as they were
         assert any(part in key for part in temporal) and torch.equal(model.state_dict()[key], start[key])
     assert any("norm3" in key for key in report.missing) == (name != "CLIP_VITB16")
+    assert_features_of(image_clip, model)
 
 
 @pytest.mark.parametrize("name", ["TIMESFORMER_VITB16", "TIMEMAMBA_FROZEN_VITB16", "TIMEMAMBA_SPACETIME_VITB16"])
@@ -275,11 +283,10 @@ def test_lavila_without_its_time_is_the_same_image_model(tmp_path, name):
     if name == "CLIP_VITB16":
         assert torch.equal(model.visual.temporal_embedding, source.visual.temporal_embed[0])
         assert all("timeattn" in n or "norm3" in n for n in report.unexpected)
-        source.visual.temporal_embed.data.zero_()
-        model.visual.temporal_embedding.data.zero_()
+    with_epsilon_of_clip(model, source)
     video, tokens = images()[:, :, None], texts()
     with torch.no_grad():
-        torch.testing.assert_close(model.encode_image(video), source.encode_image(video), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(model.encode_image(video), source.encode_image(video), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(model.encode_text(tokens), source.encode_text(tokens), rtol=1e-4, atol=1e-5)
 
 
