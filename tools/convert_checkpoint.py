@@ -1,0 +1,87 @@
+"""Rewrite any readable checkpoint as one of ours: weights under our names, with config and preprocessing.
+
+    python tools/convert_checkpoint.py hf:cg1177/video-mamba-suite/clip_timemamba_vanilla_base_ego4d4m_bs512_f4.pt \\
+        timemamba.safetensors
+
+The new file needs no further word on what is in it: `model_from_checkpoint` reads the model's sizes, heads,
+activation and normalisation from it. Optimizer state is left behind.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from avion.constants import NORM_STYLES
+from avion.engine.build import parse_model_args
+from avion.errors import UserError
+from avion.models.checkpoint import (
+    check_preprocess,
+    checkpoint_facts,
+    model_from_checkpoint,
+    read_checkpoint,
+    save_weights,
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    summary, _, example = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="checkpoint to read: a path or hf:owner/repo/file")
+    parser.add_argument("target", help="file to write, .safetensors or .pt")
+    parser.add_argument("--model", metavar="NAME", help="the model in it, if the checkpoint does not say")
+    parser.add_argument(
+        "--model-args",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="what its shapes do not show (num_heads=4), or other frames and image sizes (num_frames=16)",
+    )
+    parser.add_argument(
+        "--norm-style", choices=sorted(NORM_STYLES), help="normalisation it was trained with, if it does not say"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite the target")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def convert(args: argparse.Namespace) -> str:
+    """Write `args.target`; returns what was done, for the screen."""
+    if Path(args.target).exists() and not args.force:
+        raise UserError(f"{args.target}: exists already: give another name, or --force to overwrite it")
+    facts = checkpoint_facts(read_checkpoint(args.source), args.source)
+    style = args.norm_style or facts.norm_style
+    if style is None:
+        raise UserError(f"{args.source}: does not say how its input was normalised: give --norm-style")
+    if args.norm_style is not None:
+        check_preprocess(facts, args.norm_style)
+    known = facts.mean is not None
+    mean, std = (facts.mean, facts.std) if known else NORM_STYLES[style]
+    model = model_from_checkpoint(args.source, name=args.model, **parse_model_args(args.model_args))
+    save_weights(model, args.target, {"norm_style": style, "mean": mean, "std": std})
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"{model.load_report}\n{args.target}: {model.config.name}, {count:,} parameters, "
+        f"{model.config.num_frames} frames of {model.config.img_size} px, {model.config.act_layer}, "
+        f"--norm-style {style}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        print(convert(args))
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
