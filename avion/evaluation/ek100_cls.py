@@ -31,8 +31,7 @@ def get_marginal_indexes(actions: Mapping, mode: str, num_classes: int | None = 
         num_classes = int(classes.max()) + 1
     if classes.min() < 0 or classes.max() >= num_classes:
         raise UserError(
-            f"actions: {mode} classes run from {classes.min()} to {classes.max()}, "
-            f"expected 0 to {num_classes - 1}"
+            f"actions: {mode} classes run from {classes.min()} to {classes.max()}, expected 0 to {num_classes - 1}"
         )
     return [np.flatnonzero(classes == c) for c in range(num_classes)]
 

@@ -38,9 +38,7 @@ def pair_accuracy(video_embed, own_text, other_text) -> dict[str, float | int]:
 def _unit_rows(value, name: str) -> np.ndarray:
     rows = np.asarray(value, dtype=np.float64)
     if rows.ndim != 2 or not rows.size:
-        raise UserError(
-            f"reversed pairs: {name} has shape {rows.shape}, expected (clips, embed) with entries"
-        )
+        raise UserError(f"reversed pairs: {name} has shape {rows.shape}, expected (clips, embed) with entries")
     if not np.isfinite(rows).all():
         clip = int(np.argwhere(~np.isfinite(rows))[0, 0])
         raise UserError(f"reversed pairs: {name} of clip {clip} is not finite; check the model's weights")

@@ -93,7 +93,7 @@ def plain_mean(values):
 
 
 @pytest.mark.parametrize("graded", [True, False])
-@pytest.mark.parametrize("block_elements", [1, 50, 1 << 18])
+@pytest.mark.parametrize("block_elements", [1, 50, 1 << 20])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_against_plain_python(dtype, block_elements, graded, monkeypatch, rng):
     monkeypatch.setattr(ek100_mir, "_BLOCK_ELEMENTS", block_elements)

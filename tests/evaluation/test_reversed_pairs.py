@@ -17,9 +17,7 @@ def test_by_hand():
 
 def test_a_model_blind_to_time_gets_exactly_one_half(rng):
     clips, put, take = (rng.normal(size=(50, 8)) for _ in range(3))
-    figures = pair_accuracy(
-        np.concatenate([clips, clips]), np.concatenate([put, take]), np.concatenate([take, put])
-    )
+    figures = pair_accuracy(np.concatenate([clips, clips]), np.concatenate([put, take]), np.concatenate([take, put]))
     assert figures == {"pair_acc": 0.5, "n": 100}
 
 
