@@ -1,0 +1,41 @@
+import pickle
+from functools import partial
+
+import pytest
+import torch
+
+from avion.data.tokenizer import tokenize
+from avion.errors import UserError
+
+START, END = 49406, 49407
+
+
+def test_known_ids():
+    """From CLIP's own vocabulary: "a photo of a cat" is 320 1125 539 320 2368."""
+    assert tokenize("a photo of a cat")[0, :8].tolist() == [START, 320, 1125, 539, 320, 2368, END, 0]
+
+
+@pytest.mark.parametrize("context", [8, 32, 77])
+def test_shape_and_end_of_text(context):
+    texts = ["cut", "put the knife down", "a " * 300, ""]
+    tokens = tokenize(texts, context)
+    assert tokens.shape == (4, context) and tokens.dtype == torch.int64
+    assert (tokens[:, 0] == START).all()
+    assert ((tokens == END).sum(1) == 1).all() and (tokens.max(1).values == END).all()
+    assert tokens[2, -1] == END and (tokens[2, 1:-1] == 320).all()  # cut off, the end stays
+    assert tokens[3].tolist() == [START, END] + [0] * (context - 2)
+
+
+def test_case_spaces_and_html_do_not_matter():
+    assert torch.equal(tokenize("Cut  the &amp; Bread\n"), tokenize("cut the & bread"))
+
+
+def test_it_can_be_sent_to_workers():
+    there = pickle.loads(pickle.dumps(partial(tokenize, context_length=16)))
+    assert torch.equal(there("cut bread"), tokenize(["cut bread"], 16))
+
+
+def test_edges():
+    assert tokenize([]).shape == (0, 77)
+    with pytest.raises(UserError, match="context length"):
+        tokenize("a", 2)
