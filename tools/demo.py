@@ -122,9 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print()
     print(table("zero-shot, %", {"untrained": before, "trained": after}))
     print()
-    print(
-        f"mAP is {after['mAP'] / before['mAP']:.1f} times that of the untrained model, after {duration(spent)} of training"
-    )
+    print(f"mAP: {after['mAP'] / before['mAP']:.1f} times the untrained model's, after {duration(spent)} of training")
     print("pairs: right text out of the verb's and its reversal's; one frame: the same, fed one frame of each clip")
     print(f"loss curve: {output / 'loss.png'}; checkpoint: {output / 'checkpoint.pt'}")
     return 0

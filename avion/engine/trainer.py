@@ -194,7 +194,10 @@ class Trainer:
     def _skip(self) -> None:
         self.skipped += 1
         self._skipped_in_a_row += 1
-        logger.warning("gradients are not finite: step skipped (%d so far)", self.skipped)
+        if self.scaler.is_enabled():
+            logger.info("fp16 overflow: step skipped, loss scale %g is lowered", self.scaler.get_scale())
+        else:
+            logger.warning("gradients are not finite: step skipped (%d so far)", self.skipped)
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
                 f"gradients were not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row; the last good checkpoint is in "
