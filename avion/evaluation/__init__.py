@@ -1,0 +1,1 @@
+"""Evaluation: arrays in, figures out. No files, no process group."""
