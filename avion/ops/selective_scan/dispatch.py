@@ -1,0 +1,120 @@
+"""`selective_scan` and the table of its backends. The package's docstring has the shapes and the maths."""
+
+import difflib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from avion.errors import UserError
+
+from .reference import selective_scan_reference
+from .torch import selective_scan_torch
+
+_log = logging.getLogger(__name__)
+
+
+def _runs_anywhere(device: torch.device) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`run` takes selective_scan's arguments less `backend`, positionally; `unavailable(device)` gives the
+    reason why it cannot run on that device, or None where it can."""
+
+    run: Callable[..., torch.Tensor]
+    unavailable: Callable[[torch.device], str | None] = _runs_anywhere
+
+
+# `auto` takes the first one that can run: the fastest come first.
+_BACKENDS: dict[str, Backend] = {
+    "torch": Backend(selective_scan_torch),
+    "reference": Backend(selective_scan_reference),
+}
+_logged_picks: set[tuple[str, str]] = set()
+
+
+def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
+    """Names of the backends that can run on `device`, in the order in which `auto` prefers them."""
+    device = torch.device(device)
+    return tuple(name for name, backend in _BACKENDS.items() if backend.unavailable(device) is None)
+
+
+def check_backend_name(name: str) -> None:
+    """Raises UserError with the near names where `name` is neither `auto` nor a backend's."""
+    if name == "auto" or name in _BACKENDS:
+        return
+    names = ["auto", *_BACKENDS]
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names
+    raise UserError(f"scan backend {name!r} does not exist: did you mean {' or '.join(near)}?")
+
+
+def resolve_backend(name: str = "auto", device: torch.device | str = "cpu") -> str:
+    """The name of the backend that `name` means on `device`.
+
+    Raises UserError for an unknown name (with the near ones) and for one that cannot run there (with the reason).
+    """
+    device = torch.device(device)
+    check_backend_name(name)
+    if name != "auto":
+        reason = _BACKENDS[name].unavailable(device)
+        if reason is not None:
+            runnable = " or ".join(available_backends(device))
+            raise UserError(f"scan backend {name!r} cannot run on {device.type}: {reason}; use {runnable}")
+        return name
+    for candidate, backend in _BACKENDS.items():
+        if backend.unavailable(device) is None:
+            # Logging would break the graph of torch.compile.
+            if not torch.compiler.is_compiling() and (candidate, device.type) not in _logged_picks:
+                _logged_picks.add((candidate, device.type))
+                _log.info("selective scan on %s: backend %s", device.type, candidate)
+            return candidate
+    raise AssertionError("the reference runs everywhere")
+
+
+def selective_scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    *,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = True,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """y (R, T, D) of the recurrence; gradients flow to every tensor argument.
+
+    Raises UserError for a backend that does not exist or cannot run, ValueError for shapes that do not fit.
+    """
+    _check_shapes(u, delta, A, B, C, D, delta_bias)
+    run = _BACKENDS[resolve_backend(backend, u.device)].run
+    return run(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
+
+
+def _check_shapes(u, delta, A, B, C, D, delta_bias) -> None:
+    if u.ndim != 3 or A.ndim != 2:
+        raise ValueError(f"selective_scan: u must be (R, T, D) and A (D, N), got {_shape(u)} and {_shape(A)}")
+    rows, steps, channels = u.shape
+    states = A.shape[1]
+    expected = {
+        "delta": (delta, (rows, steps, channels)),
+        "A": (A, (channels, states)),
+        "B": (B, (rows, steps, states)),
+        "C": (C, (rows, steps, states)),
+        "D": (D, (channels,)),
+        "delta_bias": (delta_bias, (channels,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"selective_scan: {name} must be {tuple(shape)} for u {_shape(u)}, got {_shape(tensor)}")
+    if steps < 1:
+        raise ValueError("selective_scan: T must be at least 1")
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
