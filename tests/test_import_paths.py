@@ -8,7 +8,7 @@ PATHS = {
     "avion.data.clip_dataset": ["VideoCaptionDatasetCLIP"],
     "avion.data.tokenizer": ["tokenize"],
     "avion.losses.losses": ["ClipLoss", "MaxMarginRankingLoss"],
-    "avion.models.model_clip": ["CLIP", "CLIP_VITB32", "CLIP_VITB16", "CLIP_VITL14", "CLIP_VITL14_336PX"],
+    "avion.models.model_clip": "CLIP VideoClassifier CLIP_VITB32 CLIP_VITB16 CLIP_VITL14 CLIP_VITL14_336PX".split(),
     "avion.models.utils": ["inflate_positional_embeds"],
     "avion.optim.schedulers": ["cosine_scheduler"],
     "avion.utils.evaluation_ek100mir": ["get_mAP", "get_nDCG"],

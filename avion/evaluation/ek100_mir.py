@@ -7,11 +7,11 @@ item at rank j = 1, 2, ...:
     AP   = mean over the ranks k with rel_k = 1 of (rel_1 + ... + rel_k) / k
     nDCG = sum_{j <= K} rel_j / log2(j + 1)  /  the same sum for the ideal order,   K = #{j: rel_j > 0}
 
-and mAP, nDCG are the means over the queries (Damen et al., arXiv 2006.13256, section 5.5, as scored by
-the challenge). Only pairs of relevancy 1 are relevant in AP: they alone are averaged over and counted.
-The precision at such a rank sums the relevancies, though, so that a half-relevant item ahead of it adds
-one half, not nothing. Every published figure is computed so: with random similarities the validation
-split gives 5.7 / 5.6, which are the paper's chance levels, against 0.35 / 0.24 with a precision that
+and mAP, nDCG are the means over the queries: the definition of the dataset (Damen et al., arXiv
+2006.13256) as its challenge, LaViLa and AVION score it. Only pairs of relevancy 1 are relevant in AP: their
+ranks alone enter the mean. The precision at such a rank sums the relevancies, though, so that a
+half-relevant item ahead of it adds one half, not nothing. It matters: random similarities on the validation
+split give 5.7 / 5.6 % so, the chance level of the published tables, and 0.35 / 0.24 % with a precision that
 counts relevant items only. `graded_precision=False` gives the latter, the textbook's.
 
 A query for which a figure is undefined (nothing relevant for AP, only zeros for nDCG) is left out of
