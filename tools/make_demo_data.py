@@ -1,0 +1,42 @@
+"""Makes the embedded demo dataset (docs/demo.md), or draws its contact sheet.
+
+    python tools/make_demo_data.py --root datasets/demo
+    python tools/make_demo_data.py --contact-sheet docs/images/demo_contact_sheet.png
+
+A dataset that this generator has already made with the same seed is left as it is.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from avion.data.demo import ensure_demo_dataset
+from avion.data.demo.sheet import contact_sheet
+from avion.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="datasets/demo", help="the dataset's folder [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="another seed films other videos [%(default)s]")
+    parser.add_argument("--contact-sheet", metavar="FILE", help="write a PNG of every verb pair's frames, no dataset")
+    given = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        if given.contact_sheet:
+            contact_sheet(Path(given.contact_sheet), given.seed)
+            print(given.contact_sheet)
+        else:
+            print(ensure_demo_dataset(given.root, seed=given.seed).root)
+    except UserError as e:
+        print(f"tools/make_demo_data.py: error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
