@@ -1,6 +1,8 @@
 """The list of models, its errors, and a model added from outside."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,12 +190,13 @@ def clean_registry(monkeypatch):
     monkeypatch.setattr(registry, "_ALIASES", dict(registry._ALIASES))
 
 
-def test_a_model_from_outside(clean_registry):
-    """The example of docs/models.md."""
-    small = dataclasses.replace(model_config("TIMEMAMBA_VITS16"), name="MY_TIMEMAMBA", depth=6, ssm_expand=2)
-    register_model(small, build_divided, aliases=("my_timemamba",))
+def test_the_example_of_the_docs(clean_registry):
+    page = Path(__file__).parents[2] / "docs" / "models.md"
+    exec(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)[-1], {})
 
-    assert "MY_TIMEMAMBA" in list_models("MY_*")
+    assert list_models("MY_*") == ["MY_TIMEMAMBA"]
+    config = model_config("my_timemamba")
+    assert (config.depth, config.ssm_expand, config.embed_dim) == (6, 2, 384)
     model = create_model("my_timemamba", **{**TINY, "depth": 3})
     assert len(model.visual.blocks) == 3 and model.config.name == "MY_TIMEMAMBA"
     assert model(*tiny_inputs())[0].shape == (2, 16)
