@@ -1,0 +1,168 @@
+"""Check that the videos which annotations speak of are there, long enough and decodable.
+
+    python tools/check_data.py ego4d_train.pkl --root datasets/Ego4D/videos_320px_15sec/ --workers 8
+    python tools/check_data.py EPIC_100_retrieval_test.csv --root datasets/EK100/EK100_320p_15sec/ --decode all
+
+Every file that a clip needs is opened once. Lists what is missing, shorter than its clips need, or cannot be
+decoded, each with the number of clips that suffer. Exit status: 0 all is well, 1 something was listed, 2 the
+annotations or the root themselves cannot be read.
+"""
+
+import argparse
+import functools
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from avion.data.decoding import VideoError, open_video
+from avion.data.ego4d import read_ego4d
+from avion.data.ek100 import read_ek100_retrieval
+from avion.data.narrations import NarrationTable
+from avion.data.video_store import LAYOUTS, TOLERANCE_S, VideoStore
+from avion.errors import UserError
+
+BATCH = 64  # frames decoded at a time
+
+
+@dataclass(frozen=True)
+class Need:
+    """A file that clips need: seconds of it, counted from its own beginning, and how many clips."""
+
+    path: str
+    seconds: float
+    clips: int
+    whole_length: float | None  # seconds that it must hold because a later chunk of the video exists
+
+
+@dataclass(frozen=True)
+class Finding:
+    kind: str  # "missing", "short" or "undecodable"
+    path: str
+    clips: int
+    detail: str
+
+
+def read_annotations(paths: Sequence[str]) -> NarrationTable:
+    """One EPIC-KITCHENS CSV, or one or several Ego4D pickles."""
+    if any(path.endswith(".csv") for path in paths):
+        if len(paths) > 1:
+            raise UserError(f"{paths[1]}: only pickles can be given several at a time")
+        return read_ek100_retrieval(paths[0])
+    return read_ego4d(*paths)
+
+
+def chunks_needed(table: NarrationTable, store: VideoStore) -> Iterator[tuple[str, int, float, int]]:
+    """(video, chunk, seconds needed of that chunk, clips) for every chunk that a clip touches."""
+    length = store.chunk_length if store.chunked else np.inf
+    first = np.zeros(len(table), np.int64) if not store.chunked else (table.start // length).astype(np.int64)
+    last = first if not store.chunked else np.maximum(np.ceil(table.end / length).astype(np.int64) - 1, first)
+    touched = last - first + 1
+    row = np.repeat(np.arange(len(table)), touched)
+    chunk = first[row] + np.arange(len(row)) - np.repeat(np.cumsum(touched) - touched, touched)
+    seconds = np.minimum(table.end[row] - (chunk * length if store.chunked else 0.0), length)
+    key = np.stack([table.video[row].astype(np.int64), chunk], axis=1)
+    unique, inverse, clips = np.unique(key, axis=0, return_inverse=True, return_counts=True)
+    longest = np.zeros(len(unique))
+    np.maximum.at(longest, inverse.reshape(-1), seconds)
+    for (video, number), need, count in zip(unique.tolist(), longest.tolist(), clips.tolist(), strict=True):
+        yield table.videos[video], number, need, count
+
+
+def needs_of(table: NarrationTable, store: VideoStore) -> tuple[list[Need], list[Finding]]:
+    """The files to open, and what can be said without opening any: files that are missing, and clips that go on
+    after their video's last chunk."""
+    needs, findings = [], []
+    last_chunk = functools.lru_cache(maxsize=None)(store.last_chunk)
+    for video, chunk, seconds, clips in chunks_needed(table, store):
+        path, last = str(store.chunk_path(video, chunk)), last_chunk(video)
+        if last is not None and chunk > last:
+            detail = f"the video ends before it, with {store.chunk_path(video, last).name}"
+            if seconds > TOLERANCE_S:
+                findings.append(Finding("short", path, clips, detail))
+        elif not store.chunk_path(video, chunk).exists():
+            findings.append(Finding("missing", path, clips, ""))
+        else:
+            inner = store.chunked and chunk < last
+            needs.append(Need(path, seconds, clips, float(store.chunk_length) if inner else None))
+    return needs, findings
+
+
+def check_file(need: Need, decode: str, decoder: str) -> Finding | None:
+    """Open one file and, as `decode` says, decode none, the two ends or all of it."""
+    try:
+        with open_video(need.path, decoder) as reader:
+            if decode == "ends":
+                reader.get_frames(sorted({0, reader.num_frames - 1}))
+            elif decode == "all":
+                for first in range(0, reader.num_frames, BATCH):
+                    reader.get_frames(range(first, min(first + BATCH, reader.num_frames)))
+            length = reader.num_frames / reader.fps
+    except VideoError as error:
+        return Finding("undecodable", need.path, need.clips, error.reason)
+    due = need.whole_length or need.seconds
+    if length < due - TOLERANCE_S:
+        return Finding("short", need.path, need.clips, f"holds {length:.2f} s, {due:.2f} s are needed")
+    return None
+
+
+def check_files(needs: list[Need], decode: str, decoder: str, workers: int) -> Iterator[Finding]:
+    check = functools.partial(check_file, decode=decode, decoder=decoder)
+    if workers == 0:
+        yield from filter(None, map(check, needs))
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        yield from filter(None, pool.map(check, needs, chunksize=8))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    summary, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("annotations", nargs="+", help="Ego4D pickles, or one EPIC-KITCHENS-100 CSV")
+    parser.add_argument("--root", required=True, help="folder of the videos")
+    parser.add_argument("--video-chunk-length", type=int, default=15, metavar="S", help="seconds per chunk (15)")
+    parser.add_argument("--video-layout", default="auto", choices=("auto", *LAYOUTS))
+    parser.add_argument("--decoder", default="auto", choices=("auto", "pyav", "decord"))
+    parser.add_argument("--decode", default="ends", choices=("open", "ends", "all"), help="how much of each file")
+    parser.add_argument("-j", "--workers", type=int, default=0, metavar="N", help="processes (0: this one)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    table = read_annotations(args.annotations)
+    store = VideoStore(args.root, chunk_length=args.video_chunk_length, layout=args.video_layout, decoder=args.decoder)
+    needs, known = needs_of(table, store)
+    print(f"{len(table)} clips of {len(table.videos)} videos need {len(needs) + len(known)} files ({store.pattern})")
+    counts: dict[str, int] = {}
+    for group in (known, check_files(needs, args.decode, store.decoder, args.workers)):
+        for finding in group:
+            counts[finding.kind] = counts.get(finding.kind, 0) + 1
+            detail = f": {finding.detail}" if finding.detail else ""
+            print(f"{finding.kind}  {finding.path}  ({finding.clips} clips){detail}", flush=True)
+    print(", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) or "all is well")
+    return 1 if counts else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        if args.workers < 0:
+            raise UserError(f"--workers {args.workers}: must not be negative")
+        return run(args)
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
