@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from avion.errors import UserError
+
 from .distributed import World
 
 logger = logging.getLogger(__name__)
@@ -35,8 +37,11 @@ def setup_logging(world: World, output_dir: str | None = None) -> None:
     line = logging.Formatter(f"%(asctime)s{name} %(levelname).1s %(message)s", datefmt="%H:%M:%S")
     handlers: list[logging.Handler] = [_BarFriendly()]
     if world.is_main and output_dir is not None:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(Path(output_dir) / "train.log", encoding="utf-8"))
+        try:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(Path(output_dir) / "train.log", encoding="utf-8"))
+        except OSError as e:
+            raise UserError(f"--output-dir {output_dir}: cannot be written ({e.strerror}); choose another") from e
     for handler in handlers:
         handler.of_this_project = True
         handler.setFormatter(line)

@@ -26,7 +26,8 @@ def run(task_class: type[Task], args: Any) -> dict[str, float]:
     """Train (or with `--evaluate` evaluate) and return the figures of the last evaluation."""
     world = distributed.init_world(args)
     try:
-        setup_logging(world, None if args.evaluate else args.output_dir)
+        with world.together("opening the log"):
+            setup_logging(world, None if args.evaluate else args.output_dir)
         return _run(task_class, args, world)
     finally:
         distributed.shutdown()

@@ -119,6 +119,21 @@ def find_resume(args: Any) -> str | None:
     return str(latest) if latest.exists() else None
 
 
+def _restore_optimizer(optimizer, saved: Mapping[str, Any], source: str, args: Any) -> None:
+    try:
+        groups = saved["param_groups"]
+        # PyTorch would take AdamW's state for SGD's and fail in the first step.
+        unknown = [name for name in optimizer.defaults if any(name not in group for group in groups)]
+        if unknown:
+            raise ValueError(f"it has no {unknown[0]}")
+        optimizer.load_state_dict(saved)
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f"{source}: its optimizer state does not fit --optimizer {args.optimizer} ({e}); resume with the "
+            "flags it was trained with"
+        ) from e
+
+
 def restore(checkpoint: Mapping[str, Any], source: str, args: Any, world: World, optimizer, scaler) -> Position:
     """Optimizer, scaler, generators and position from a checkpoint whose weights are already loaded.
 
@@ -127,13 +142,7 @@ def restore(checkpoint: Mapping[str, Any], source: str, args: Any, world: World,
     if checkpoint.get("optimizer") is None:
         logger.info("%s holds weights only: a new run starts from them", source)
         return Position(epoch=args.start_epoch)
-    try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    except (ValueError, KeyError) as e:
-        raise UserError(
-            f"{source}: its optimizer state does not fit --optimizer {args.optimizer} ({e}); resume with the "
-            "flags it was trained with"
-        ) from e
+    _restore_optimizer(optimizer, checkpoint["optimizer"], source, args)
     if checkpoint.get("scaler"):
         scaler.load_state_dict(checkpoint["scaler"])
     states = checkpoint.get("rng")
