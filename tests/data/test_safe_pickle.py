@@ -137,7 +137,6 @@ class TestCode:
             Runs(np.ndarray, (10**9,)),
             Runs(_codecs.encode, "a", "rot13"),
         ],
-        ids=str,
     )
     def test_other_arrays_and_calls_are_refused(self, load, value):
         with pytest.raises(UserError, match="x.pkl"):
