@@ -4,12 +4,14 @@ import fcntl
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
+import pickle
 import shutil
+import subprocess
+import sys
 import time
 import uuid
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -185,7 +187,7 @@ def _lock(path: Path):
 
 
 @dataclass(frozen=True)
-class _VideoTask:
+class VideoTask:
     """One video to film: everything about it follows from here, so that workers may take them in any order."""
 
     split: str
@@ -202,13 +204,13 @@ class _VideoTask:
         return np.random.default_rng((self.seed, _SPLITS.index(self.split), 1, self.index))
 
 
-def _film(task: _VideoTask) -> tuple[Clip, ...]:
+def film(task: VideoTask) -> tuple[Clip, ...]:
     video = film_video(list(task.labels), task.rng(), task.fps)
     write_chunks(task.folder, video)
     return video.clips
 
 
-def _plan(split: str, seed: int, size: DemoSize, paths: DemoPaths) -> list[_VideoTask]:
+def _plan(split: str, seed: int, size: DemoSize, paths: DemoPaths) -> list[VideoTask]:
     """Deals out the takes of a split to its videos."""
     rng = np.random.default_rng((seed, _SPLITS.index(split), 0))
     takes = size.train_takes if split == "train" else size.val_takes
@@ -221,7 +223,7 @@ def _plan(split: str, seed: int, size: DemoSize, paths: DemoPaths) -> list[_Vide
         else:
             participant = f"P{index % 4 + 1:02d}"
             folder = paths.val_videos / participant / f"{participant}_{101 + index // 4}.MP4"
-        tasks.append(_VideoTask(split, index, tuple(dealt[first : first + size.takes_per_video]), seed, folder))
+        tasks.append(VideoTask(split, index, tuple(dealt[first : first + size.takes_per_video]), seed, folder))
     return tasks
 
 
@@ -247,9 +249,22 @@ def _make(paths: DemoPaths, seed: int, size: DemoSize, workers: int | None) -> N
     write_reversed_pairs(paths.reversed_pairs, evaluation)
 
 
-def _film_all(tasks: list[_VideoTask], workers: int) -> list[tuple[Clip, ...]]:
+def _film_all(tasks: list[VideoTask], workers: int) -> list[tuple[Clip, ...]]:
     if workers <= 1 or len(tasks) == 1:
-        return [_film(task) for task in tasks]
-    # Not "fork": the caller may have threads running, torch's for one.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(_film, tasks))
+        return [film(task) for task in tasks]
+    # Not multiprocessing: fork is unsafe beside torch's threads, and spawn imports the caller's main module again.
+    with ThreadPoolExecutor(workers) as threads:
+        parts = list(threads.map(_film_elsewhere, [tasks[i::workers] for i in range(workers)]))
+    return [parts[i % workers][i // workers] for i in range(len(tasks))]
+
+
+def _film_elsewhere(tasks: list[VideoTask]) -> list[tuple[Clip, ...]]:
+    """Films in a process of its own: `python -m avion.data.demo`."""
+    project = str(Path(__file__).resolve().parents[3])
+    path = os.pathsep.join([project, os.environ["PYTHONPATH"]]) if os.environ.get("PYTHONPATH") else project
+    command = [sys.executable, "-m", "avion.data.demo"]
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, input=pickle.dumps(tasks), stdout=subprocess.PIPE, env=environment)
+    if done.returncode != 0:
+        raise RuntimeError(f"demo dataset: {' '.join(command)} ended with status {done.returncode}; its error is above")
+    return pickle.loads(done.stdout)
