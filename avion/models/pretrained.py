@@ -306,8 +306,10 @@ def _other_embedding(weights: Mapping[str, Tensor], target: Mapping[str, Tensor]
 
 
 def _fit_context(weights: dict[str, Tensor], target: Mapping[str, Tensor], notes: list[str]) -> None:
-    """Cut the text's positions, or continue them with the model's own: attention is causal, so either is exact
-    for texts that both can hold."""
+    """Cut the text's positions, or continue them with the model's own.
+
+    Attention is causal, so either is exact for texts that both contexts can hold.
+    """
     for name in ("textual.positional_embedding", "positional_embedding"):
         if name not in weights or name not in target:
             continue

@@ -140,16 +140,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     one that asks for anything but data.
     """
     local = resolve_path(path)
-    _refuse_lookalikes(local)
     try:
-        if local.suffix == ".safetensors":
-            contents: Any = _read_safetensors(local)
-        elif zipfile.is_zipfile(local):
-            with zipfile.ZipFile(local) as archive:
-                scripted = archive_root(archive) is not None
-            contents = {"state_dict": read_torchscript(local)} if scripted else _torch_load(local, mmap=True)
-        else:
-            contents = _torch_load(local, mmap=False)  # files from before PyTorch 1.6
+        contents = _read(local)
     except UserError:
         raise
     except Exception as error:  # hostile bytes can raise anything from within the readers
@@ -157,6 +149,17 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise UserError(f"{local}: holds a {type(contents).__name__}, a checkpoint is a dict with a state_dict in it")
     return contents
+
+
+def _read(path: Path) -> Any:
+    _refuse_lookalikes(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if not zipfile.is_zipfile(path):
+        return _torch_load(path, mmap=False)  # files from before PyTorch 1.6
+    with zipfile.ZipFile(path) as archive:
+        scripted = archive_root(archive) is not None
+    return {"state_dict": read_torchscript(path)} if scripted else _torch_load(path, mmap=True)
 
 
 def _torch_load(path: Path, *, mmap: bool) -> Any:

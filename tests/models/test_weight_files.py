@@ -1,10 +1,13 @@
 """Files of weights: what is read, what is refused, and that nothing in them is ever run."""
 
 import argparse
+import http.server
 import io
 import pickle
+import threading
 import warnings
 import zipfile
+from typing import ClassVar
 
 import huggingface_hub
 import numpy as np
@@ -190,6 +193,28 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, rng, scripted, kind):
         assert refusal(cut), length
 
 
+@pytest.mark.parametrize("kind", ["zip", "before-1.6", "torchscript", "safetensors"])
+def test_changed_bytes_raise_nothing_but_user_errors(tmp_path, rng, scripted, kind):
+    path = tmp_path / ("a.safetensors" if kind == "safetensors" else "a.pt")
+    weights = {"w": torch.randn(2, 3), "v": torch.randn(4)}
+    if kind == "torchscript":
+        path = scripted[1]
+    elif kind == "safetensors":
+        write_safetensors(weights, path, model_config={"name": "x"})
+    else:
+        torch.save({"state_dict": weights, "best": np.float64(2)}, path, _use_new_zipfile_serialization=kind == "zip")
+    data = path.read_bytes()
+    ends = np.arange(max(0, len(data) - 40), len(data))  # where a zip's table of contents is found
+    for at in [*rng.integers(0, len(data), 30), *rng.choice(ends, 10)]:
+        changed = bytearray(data)
+        changed[at] = (changed[at] + rng.integers(1, 256)) % 256
+        path.write_bytes(changed)
+        try:
+            checkpoint_state_dict(read_checkpoint(path), path)
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
 @pytest.mark.parametrize(
     ("head", "says"),
     [
@@ -284,6 +309,55 @@ def test_a_hub_address_without_network_is_one_line_without_retries(tmp_path, mon
     assert "\n" not in text
     assert all(part in text for part in ("owner/repo", "model.pt", str(tmp_path / "hub"), "give its path"))
     assert ("HF_HUB_OFFLINE" in text) == offline
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as a download needs, on this machine."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def do_HEAD(self):
+        name = self.path.removeprefix("/owner/repo/resolve/main/")
+        data = self.files.get(name)
+        self.send_response(200 if data is not None or self.path == "/" else 404)
+        if data is None:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        else:
+            self.send_header("ETag", '"0123"')
+            self.send_header("X-Repo-Commit", "c" * 40)
+        self.send_header("Content-Length", str(len(data or b"")))
+        self.end_headers()
+        return data
+
+    def do_GET(self):
+        self.wfile.write(self.do_HEAD() or b"")
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_download_from_a_hub(tmp_path, monkeypatch):
+    buffer = io.BytesIO()
+    torch.save({"state_dict": {"w": torch.arange(4.0)}}, buffer)
+    monkeypatch.setattr(Hub, "files", {"sub/a.pt": buffer.getvalue()})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    try:
+        assert read_checkpoint("hf:owner/repo/sub/a.pt")["state_dict"]["w"].tolist() == [0, 1, 2, 3]
+        assert weight_files.hub_file("owner/repo", ["none.pt", "sub/a.pt"]).name == "a.pt"
+        with pytest.raises(UserError, match="has no file other.pt"):
+            read_checkpoint("hf:owner/repo/other.pt")
+    finally:
+        server.shutdown()
+        server.server_close()
+    read_checkpoint("hf:owner/repo/sub/a.pt")  # from the cache by now
 
 
 @pytest.mark.parametrize("address", ["hf:", "hf:owner/file.pt", "hf:a//b/c", "hf:a/b/../c", "hf:a b/c/d.pt"])
