@@ -1,23 +1,140 @@
-"""Depthwise causal convolution over time on (R, T, D), for sequences of a few steps or of thousands.
+"""Depthwise causal convolution over time followed by SiLU, on (R, T, D), for a few steps or for thousands.
 
-With K taps w (D, K) and bias b (D,):  y_t = b + sum_k w[:, k] x_{t - (K - 1) + k},  x = 0 outside [0, T).
-With `reverse=True` time runs the other way, y_t = b + sum_k w[:, k] x_{t + (K - 1) - k}: what flipping x in
-time, convolving causally and flipping back gives, without any flip.
+With K taps w (D, K) and bias b (D,):  y_t = SiLU(b + sum_s w[:, K-1-s] x_{t-s}),  s = 0 … K-1, x = 0 before 0.
+With `reverse=True` time runs the other way, x_{t+s} in place of x_{t-s}: what flipping x in time, convolving
+causally and flipping back gives, without any flip.
+
+K shifted multiply-adds on blocks that fit the cache; nn.Conv1d would want the layout (R, D, T). Backward
+recomputes what is before the SiLU from x, so that x alone is kept.
 """
 
+from collections.abc import Iterator
+
 import torch
-import torch.nn.functional as F
+from torch import Tensor
+
+_BLOCK_ELEMENTS = 200_000  # of a block's (rows, steps, D) on a CPU, so that its few buffers fit the cache
+_BLOCK_ELEMENTS_ELSEWHERE = 64_000_000
 
 
-def causal_conv_silu(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, reverse: bool = False
-) -> torch.Tensor:
-    """SiLU of the convolution. x (R, T, D), weight (D, K), bias (D,) -> (R, T, D) in x's dtype."""
-    taps, steps = weight.shape[1], x.shape[1]
-    compute = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-    padded = F.pad(x.to(compute), (0, 0, 0, taps - 1) if reverse else (0, 0, taps - 1, 0))
-    y = bias.to(compute)
-    for k in range(taps):
-        start = taps - 1 - k if reverse else k
-        y = y + padded[:, start : start + steps] * weight[:, k].to(compute)  # (R, T, D)
-    return F.silu(y).to(x.dtype)
+def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = False) -> Tensor:
+    """x (R, T, D) of any strides, weight (D, K), bias (D,) -> (R, T, D) in x's dtype.
+
+    The sums are float32 (float64 where an argument is float64). Raises ValueError for shapes that do not fit.
+    """
+    if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[2] or bias.shape != x.shape[2:]:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (x, weight, bias))
+        raise ValueError(f"causal_conv_silu: expected x (R, T, D), weight (D, K), bias (D,), got {shapes}")
+    return _conv_silu(x, weight, bias, reverse)
+
+
+def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in {t.dtype for t in tensors} else torch.float32
+
+
+def _blocks(x: Tensor) -> Iterator[tuple[slice, int, int]]:
+    """Rows, first step and end of each block."""
+    rows, steps, channels = x.shape
+    budget = _BLOCK_ELEMENTS if x.device.type == "cpu" else _BLOCK_ELEMENTS_ELSEWHERE
+    in_steps = max(1, min(steps, budget // channels))
+    in_rows = max(1, budget // (in_steps * channels))
+    for row in range(0, rows, in_rows):
+        for start in range(0, steps, in_steps):
+            yield slice(row, row + in_rows), start, min(start + in_steps, steps)
+
+
+def _overlap(start: int, stop: int, shift: int, low: int, high: int) -> tuple[slice, slice] | None:
+    """Steps t of [start, stop) with t - shift in [low, high): as a slice from `start`, and of t - shift
+    from `low`; None where there are none."""
+    first, end = max(start, low + shift), min(stop, high + shift)
+    if first >= end:
+        return None
+    return slice(first - start, end - start), slice(first - shift - low, end - shift - low)
+
+
+def _convolve(x: Tensor, taps: list[Tensor], bias: Tensor, start: int, stop: int, sign: int) -> Tensor:
+    """Steps [start, stop) before the SiLU, of x (rows, T, D); taps[s] (D,) weighs x_{t - sign·s}."""
+    y = torch.addcmul(bias, x[:, start:stop], taps[0])
+    for s, tap in enumerate(taps[1:], 1):
+        overlap = _overlap(start, stop, sign * s, 0, x.shape[1])
+        if overlap is not None:
+            y[:, overlap[0]].addcmul_(x[:, overlap[1]], tap)
+    return y
+
+
+@torch.library.custom_op("avion::causal_conv_silu", mutates_args=())
+def _conv_silu(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
+    dtype, sign = _compute_dtype(x, weight, bias), -1 if reverse else 1
+    taps, bias = _taps(weight, dtype), bias.to(dtype)
+    y = x.new_empty(x.shape)
+    for rows, start, stop in _blocks(x):
+        block, first = _with_halo(x, rows, start, stop, len(taps) - 1, dtype)
+        conv = _convolve(block, taps, bias, start - first, stop - first, sign)
+        y[rows, start:stop] = torch.nn.functional.silu(conv, inplace=True)
+    return y
+
+
+def _taps(weight: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """The weights of x_t, x_{t-1}, …, (D,) each."""
+    return list(weight.to(dtype).t().flip(0).contiguous().unbind(0))
+
+
+def _with_halo(x: Tensor, rows: slice, start: int, stop: int, halo: int, dtype: torch.dtype):
+    """Rows of x with up to `halo` steps around [start, stop), in the compute dtype, and their first step."""
+    first = max(0, start - halo)
+    return x[rows, first : min(stop + halo, x.shape[1])].to(dtype), first
+
+
+@_conv_silu.register_fake
+def _(x, weight, bias, reverse):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("avion::causal_conv_silu_backward", mutates_args=())
+def _conv_silu_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
+    dtype, sign = _compute_dtype(x, weight, bias), -1 if reverse else 1
+    taps, bias_compute = _taps(weight, dtype), bias.to(dtype)
+    dx = x.new_empty(x.shape)
+    d_taps = torch.zeros(len(taps), x.shape[2], dtype=dtype, device=x.device)
+    d_bias = torch.zeros_like(bias_compute)
+    halo = len(taps) - 1
+    for rows, start, stop in _blocks(x):
+        # The steps of y that x_t reaches, t in [start, stop): up to `halo` later ones, earlier in reverse.
+        low = max(0, start - halo) if reverse else start
+        high = stop if reverse else min(stop + halo, x.shape[1])
+        block, first = _with_halo(x, rows, low, high, halo, dtype)
+        conv = _convolve(block, taps, bias_compute, low - first, high - first, sign)
+        d_conv = torch.ops.aten.silu_backward(dy[rows, low:high].to(dtype), conv)
+
+        own = slice(start - low, stop - low)  # a step's weight gradients belong to one block
+        d_bias += d_conv[:, own].sum((0, 1))
+        d_block = d_conv[:, own] * taps[0]
+        for s, tap in enumerate(taps):
+            seen = _overlap(start, stop, sign * s, first, first + block.shape[1])
+            if seen is not None:
+                d_taps[s] += (d_conv[:, own][:, seen[0]] * block[:, seen[1]]).sum((0, 1))
+            reached = _overlap(start, stop, -sign * s, low, high)
+            if s > 0 and reached is not None:
+                d_block[:, reached[0]].addcmul_(d_conv[:, reached[1]], tap)
+        dx[rows, start:stop] = d_block
+    return dx, d_taps.flip(0).t().contiguous().to(weight.dtype), d_bias.to(bias.dtype)
+
+
+@_conv_silu_backward.register_fake
+def _(dy, x, weight, bias, reverse):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+def _keep_for_backward(ctx, inputs, output) -> None:
+    x, weight, bias, ctx.reverse = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _backward(ctx, dy: Tensor):
+    return (*_conv_silu_backward(dy, *ctx.saved_tensors, ctx.reverse), None)
+
+
+_conv_silu.register_autograd(_backward, setup_context=_keep_for_backward)
