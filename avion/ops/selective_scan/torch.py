@@ -88,7 +88,7 @@ class _Inputs:
         target[cut.slice, steps].unflatten(0, (cut.blocks, cut.rows)).copy_(group.transpose(1, 2))
 
 
-def _softplus_(x: Tensor, out: Tensor) -> None:
+def _softplus(x: Tensor, out: Tensor) -> None:
     """out = log(1 + exp(x)). As max(x, 0) + 2·atanh(1 / (2·exp(|x|) + 1)), equal to it and as exact near 0:
     log1p takes three times as long on CPUs."""
     torch.abs(x, out=out).mul_(_LOG2_E).add_(1).exp2_().add_(1).reciprocal_().atanh_()
@@ -125,7 +125,7 @@ class _Scratch:
         x.gather(x.u, cut, steps, self.u)
         x.gather(x.delta, cut, steps, self.raw).add_(x.bias)
         if x.softplus:
-            _softplus_(self.raw, self.step)
+            _softplus(self.raw, self.step)
         else:
             self.step.copy_(self.raw)
         torch.mul(self.step, self.u, out=self.step_u)

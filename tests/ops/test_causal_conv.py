@@ -1,0 +1,103 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from avion.ops import causal_conv
+from avion.ops.causal_conv import causal_conv_silu
+from tests.ops.named import assert_close, poisoned_memory
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    with poisoned_memory():
+        yield
+
+
+def by_conv1d(x, weight, bias, reverse):
+    """The definition: flip, pad on the left, depthwise conv1d in (R, D, T), flip back."""
+    taps = weight.shape[1]
+    x = (x.flip(1) if reverse else x).transpose(1, 2)
+    y = F.conv1d(F.pad(x, (taps - 1, 0)), weight[:, None], bias, groups=weight.shape[0]).transpose(1, 2)
+    return F.silu(y.flip(1) if reverse else y)
+
+
+def random_inputs(rows, steps, channels, taps, dtype=torch.float64):
+    """x is half of a wider tensor, as in the mixer."""
+    wide = torch.randn(rows, steps, 2 * channels, dtype=dtype, requires_grad=True)
+    weight = torch.randn(channels, taps, dtype=dtype, requires_grad=True)
+    bias = torch.randn(channels, dtype=dtype, requires_grad=True)
+    return wide, weight, bias
+
+
+@pytest.mark.parametrize("block", [200_000, 12])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(5, 4, 7, 4), (3, 1, 6, 4), (0, 4, 5, 4), (2, 23, 3, 3), (4, 5, 8, 2), (3, 2, 5, 4), (2, 9, 4, 1)]
+)
+def test_outputs_and_gradients_equal_conv1ds(shape, reverse, block, monkeypatch):
+    monkeypatch.setattr(causal_conv, "_BLOCK_ELEMENTS", block)  # 12: blocks of one row and a few steps
+    wide, weight, bias = random_inputs(*shape)
+    x = wide[..., : shape[2]]
+    expected, actual = by_conv1d(x, weight, bias, reverse), causal_conv_silu(x, weight, bias, reverse=reverse)
+    assert_close("y", actual, expected, 1e-12)
+    loss_weight = torch.randn_like(actual)
+    inputs = (wide, weight, bias)
+    pairs = zip(
+        ("dx", "dweight", "dbias"),
+        torch.autograd.grad(actual, inputs, loss_weight),
+        torch.autograd.grad(expected, inputs, loss_weight),
+        strict=True,
+    )
+    for name, left, right in pairs:
+        assert_close(name, left, right, 1e-12)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_by_hand(reverse):
+    x, weight, bias = [1.0, -2.0, 3.0], [0.5, 2.0], 0.25
+    # Forward: y_t = b + 2 x_t + 0.5 x_{t-1}; reverse: y_t = b + 2 x_t + 0.5 x_{t+1}.
+    sums = [2.25 - 1.0, -3.75 + 1.5, 6.25] if reverse else [2.25, -3.75 + 0.5, 6.25 - 1.0]
+    expected = [value / (1 + math.exp(-value)) for value in sums]
+    y = causal_conv_silu(torch.tensor(x).view(1, 3, 1), torch.tensor([weight]), torch.tensor([bias]), reverse=reverse)
+    assert y.flatten().tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_gradcheck(reverse, monkeypatch):
+    monkeypatch.setattr(causal_conv, "_BLOCK_ELEMENTS", 6)
+    inputs = random_inputs(2, 5, 3, 4)
+    assert torch.autograd.gradcheck(
+        lambda *args: causal_conv_silu(*args, reverse=reverse), (inputs[0][..., :3], *inputs[1:])
+    )
+
+
+@pytest.mark.parametrize("half, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+def test_half_precision_x_is_summed_in_float32(half, tolerance):
+    wide, weight, bias = random_inputs(4, 6, 5, 4, torch.float32)
+    x = wide[..., :5].detach().to(half).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = causal_conv_silu(x, weight, bias)
+    loss_weight = torch.randn(4, 6, 5).to(half)
+    actual = torch.autograd.grad(y, (x, weight, bias), loss_weight)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight, bias)]
+    expected_y = by_conv1d(*exact, False)
+    expected = torch.autograd.grad(expected_y, exact, loss_weight.double())
+    assert (y.dtype, actual[0].dtype, actual[1].dtype) == (half, half, torch.float32)
+    assert_close("y", y.double(), expected_y, tolerance)
+    assert_close("dx", actual[0].double(), expected[0], tolerance)
+    assert_close("dweight", actual[1].double(), expected[1], 1e-5)
+    assert_close("dbias", actual[2].double(), expected[2], 1e-5)
+
+
+def test_the_operator_keeps_torch_librarys_rules():
+    wide, weight, bias = random_inputs(2, 5, 3, 4)
+    x = wide[..., :3].detach().requires_grad_()
+    torch.library.opcheck(torch.ops.avion.causal_conv_silu.default, (x, weight, bias, True))
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    wide, weight, bias = random_inputs(2, 5, 3, 4)
+    with pytest.raises(ValueError, match=r"expected x \(R, T, D\), weight \(D, K\), bias \(D,\), got \(2, 5, 6\)"):
+        causal_conv_silu(wide, weight, bias)
