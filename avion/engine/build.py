@@ -46,7 +46,7 @@ def build_model(args: Any, source: str | None) -> nn.Module:
     overrides = {**behaviour, **parse_model_args(args.model_args)}
     if source is not None:
         checkpoint = read_checkpoint(source)
-        facts = checkpoint_facts(checkpoint)
+        facts = checkpoint_facts(checkpoint, source)
         check_preprocess(facts, args.norm_style)
         if "model" not in args.given and facts.model_name is not None:
             sizes = {name: getattr(args, name) for name in _SIZES if name in args.given}
