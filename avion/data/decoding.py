@@ -20,6 +20,7 @@ from avion.errors import UserError
 
 DECODERS = ("pyav", "decord")  # in the order in which `auto` tries them
 MAX_FPS = 1000.0
+MAX_PIXELS = 2**26  # of a frame; 8K video has half of it
 HELD_BYTES = 64 * 2**20  # packets of a file up to this size stay in memory: it is then read once
 DECORD_TIMEOUT_S = 60.0  # decord has native loops that never end on some damaged files
 
@@ -173,7 +174,7 @@ class _PyAVReader(VideoReader):
         context.thread_count = threads
         context.thread_type = "FRAME" if threads > 1 else "NONE"
         self._stored_size = {"width": context.width, "height": context.height}
-        if context.width < 1 or context.height < 1:
+        if context.width < 1 or context.height < 1 or context.width * context.height > MAX_PIXELS:
             raise VideoError(self.path, f"states a picture of {context.width} x {context.height} pixels")
         self._skip_unreferenced = context.name == "h264"
 

@@ -16,6 +16,9 @@ import numpy as np
 
 from avion.errors import UserError
 
+_MAX_SECONDS = 1e6  # eleven days
+_MAX_NAME = 200  # bytes; file systems allow 255, of which extensions take some
+
 
 @dataclass(frozen=True)
 class Narration:
@@ -181,6 +184,8 @@ def _checked_video(video: object) -> str:
     if not isinstance(video, str):
         raise ValueError(f"video is of type {type(video).__name__}, a text is due")
     parts = video.split("/")
+    if any(len(part.encode(errors="replace")) > _MAX_NAME for part in parts):
+        raise ValueError(f"video is a name of {len(video)} characters, longer than file names can be")
     if not video or "\0" in video or "\\" in video or any(part in ("", ".", "..") for part in parts):
         raise ValueError(f"video is {video[:80]!r}, a name or a relative path below the video root is due")
     return video
@@ -195,6 +200,8 @@ def _checked_seconds(field: str, value: object) -> float:
         seconds = math.inf
     if not math.isfinite(seconds):
         raise ValueError(f"{field} is {seconds}, a finite number of seconds is due")
+    if abs(seconds) > _MAX_SECONDS:
+        raise ValueError(f"{field} is {seconds:g} seconds, longer than videos can be")
     return seconds
 
 

@@ -235,6 +235,11 @@ class TestDamage:
         with pytest.raises(VideoError):
             open_video(self.broken(tmp_path, videos, kind), "pyav")
 
+    def test_pictures_too_large_to_hold(self, videos, monkeypatch):
+        monkeypatch.setattr(decoding, "MAX_PIXELS", 64 * 96 - 1)
+        with pytest.raises(VideoError, match="states a picture of 96 x 64 pixels"):
+            open_video(videos.short_gop, "pyav")
+
     @each_decoder
     def test_packets_wiped_in_the_middle(self, tmp_path, videos, decoder):
         packets = packets_of(videos.gop250)
