@@ -206,6 +206,7 @@ class _PyAVReader(VideoReader):
         (positions,) = np.nonzero(np.array(shown, dtype=bool))
         self._display = positions[np.argsort(self._pts[positions], kind="stable")]  # display -> decode order
         self.num_frames = len(self._display)
+        self.hides_frames = self.num_frames < len(pts)
         if self.num_frames == 0:
             raise VideoError(self.path, "holds no frames")
         if len(np.unique(self._pts[self._display])) != self.num_frames:
@@ -313,13 +314,15 @@ _abandoned: list = []  # readers whose native call never returned; freeing them 
 
 class _DecordReader(VideoReader):
     """Stock decord. It counts frames rather than naming them, so three things are refused or bounded here:
-    files with an edit list (its two ways of counting disagree on them), a frame that it repeats in place of
-    one that it could not get, and native calls that do not return. Damage inside a frame it conceals."""
+    files with an edit list that hides frames (it miscounts them or never returns), a frame that it repeats in
+    place of one that it could not get, and native calls that do not return. Damage inside a frame it conceals.
+    Where PyAV is installed as well, its index of the packets is what decides about the first."""
 
     def __init__(self, path: str, threads: int):
         import decord
 
         self.path = path
+        num_frames = self._count_with_pyav() if importlib.util.find_spec("av") else None
         decord.logging.set_level(decord.logging.QUIET)
         # fault_tol between 0 and 1 is a share of the frames: any repeated frame is an error.
         self._reader = self._bounded(
@@ -330,8 +333,14 @@ class _DecordReader(VideoReader):
         if not 0.0 < self.fps <= MAX_FPS:
             raise VideoError(path, f"states {self.fps:g} frames per second")
         times = self._reader.get_frame_timestamp(list(range(self.num_frames)))  # (n, 2) seconds
-        if not np.isfinite(times).all() or times[0, 0] < 0:
-            raise VideoError(path, "has an edit list that hides frames, which decord miscounts: use pyav")
+        if not np.isfinite(times).all() or times[0, 0] < 0 or num_frames not in (None, self.num_frames):
+            raise VideoError(path, "has frames that decord miscounts: use pyav")
+
+    def _count_with_pyav(self) -> int:
+        with _PyAVReader(self.path, threads=1) as check:
+            if check.hides_frames:
+                raise VideoError(self.path, "has an edit list that hides frames, which decord miscounts: use pyav")
+            return check.num_frames
 
     def _decode_sorted(self, indices: np.ndarray) -> np.ndarray:
         return self._bounded(lambda: self._reader.get_batch(indices.tolist()).asnumpy())
