@@ -7,7 +7,6 @@ gloo group on the CPU, so that they never wait for the GPU.
 
 import contextlib
 import datetime
-import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -18,8 +17,6 @@ import torch
 import torch.distributed as dist
 
 from avion.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,8 +96,11 @@ def choose_device(name: str, gpu: int | None, local_rank: int) -> torch.device:
 class World:
     """The processes of a run, this one's place in it, and its device."""
 
-    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu", control=None):
+    def __init__(
+        self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu", control=None, how: str = "alone"
+    ):
         self.rank, self.size, self.device = rank, size, torch.device(device)
+        self.how = how  # the processes came together, for the log
         self._control = control
 
     @property
@@ -201,8 +201,7 @@ def init_world(args: Any, env: Mapping[str, str] = os.environ) -> World:
             f"{str(e).splitlines()[0]}"
         ) from e
     control = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else None
-    logger.info("%d processes (%s), backend %s", launch.size, launch.by, backend)
-    return World(launch.rank, launch.size, device, control)
+    return World(launch.rank, launch.size, device, control, how=f"{launch.by}, {backend}")
 
 
 def shutdown() -> None:

@@ -36,6 +36,8 @@ def _assemble(parts: list[tuple[np.ndarray, np.ndarray, dict[int, str]]], count:
     seen = np.zeros(count, dtype=bool)
     errors: dict[int, str] = {}
     for indices, rows, failed in parts:
+        if len(indices) == 0:  # more processes than batches
+            continue
         values[indices] = rows
         seen[indices] = True
         errors.update(failed)

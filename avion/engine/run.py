@@ -52,9 +52,10 @@ def _run(task_class: type[Task], args: Any, world: World) -> dict[str, float]:
             trainer.restore(source)
     trainer.wrap()
     logger.info(
-        "%s: %d clips, %d steps of %d clips per epoch, epochs %d to %d, %s on %s",
+        "%s: %d clips, %d steps of %d clips per epoch, epochs %d to %d, %s on %s, %d process%s (%s)",
         model.config.name, trainer.sampler.count, trainer.sampler.steps, trainer.sampler.global_batch,
-        trainer.position.epoch, args.epochs - 1, str(precision.dtype).removeprefix("torch."), world.device,
+        trainer.position.epoch, args.epochs - 1, str(precision.dtype).removeprefix("torch."),
+        world.device.type, world.size, "" if world.size == 1 else "es", world.how,
     )  # fmt: skip
     return trainer.fit()
 

@@ -226,7 +226,7 @@ def test_processes_under_srun_find_each_other(tiny_flags, tmp_path):
     ]  # fmt: skip
     outputs = [task.communicate(timeout=240)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], "\n".join(outputs)
-    assert "2 processes (srun), backend gloo" in outputs[0]
+    assert "2 processes (srun, gloo)" in outputs[0]
     assert len(lines(tmp_path / "log.txt")) == 1
 
 
