@@ -22,7 +22,9 @@ class VideoOptions:
         "auto", "chunks as AVION ({video}.mp4/{start}.mp4) or Video Mamba Suite ({video}/{number}.mp4) lay "
         "them out, or whole videos", choices=["auto", "avion", "vms", "whole"],
     )  # fmt: skip
-    decoder: str = flag("auto", "video decoder; auto: decord where it is installed", choices=["auto", "decord", "pyav"])
+    decoder: str = flag(
+        "auto", "video decoder; auto: PyAV, else decord (docs/data.md says why)", choices=["auto", "decord", "pyav"]
+    )
     decode_threads: int = flag(1, "threads of one decoder")
     clip_length: int = flag(4, "frames per clip")
     clip_stride: int = flag(16, "frames from one to the next, used with --frame-sampling strided")
