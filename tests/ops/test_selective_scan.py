@@ -28,7 +28,7 @@ def poison():
 def small_blocks(monkeypatch):
     """Several blocks, ragged ones among them, in a group; several groups; several blocks of time."""
     monkeypatch.setattr(fast, "_MAX_STEPS", 4)
-    monkeypatch.setattr(fast, "_CPU_BUDGET", fast._Budget(block=2 * 4 * 5 * 4, group=2 * 2 * 4 * 5))
+    monkeypatch.setattr(fast, "_budget", lambda device: fast._Budget(block=2 * 4 * 5 * 4, group=2 * 2 * 4 * 5))
 
 
 def random_inputs(rows, steps, channels, states, dtype=torch.float64, device="cpu") -> dict[str, torch.Tensor]:
@@ -243,7 +243,8 @@ class _LargestTensor(TorchDispatchMode):
 
 def test_nothing_of_size_rows_times_steps_times_channels_times_states_is_made(monkeypatch):
     rows, steps, channels, states = 40, 4, 24, 8
-    monkeypatch.setattr(fast, "_CPU_BUDGET", fast._Budget(block=4 * channels * states, group=rows * steps * channels))
+    budget = fast._Budget(block=4 * channels * states, group=rows * steps * channels)
+    monkeypatch.setattr(fast, "_budget", lambda device: budget)
     inputs = [tensor.detach() for tensor in random_inputs(rows, steps, channels, states).values()]
     with _LargestTensor() as forward:
         _, entering = fast._scan._init_fn(*inputs, True, False, True)

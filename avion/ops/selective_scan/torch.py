@@ -26,10 +26,12 @@ class _Budget(NamedTuple):
     group: int
 
 
-# On a CPU the two or three scratch buffers should stay in the cores' second-level caches; on an accelerator
-# launching kernels costs more than memory traffic saves.
-_CPU_BUDGET = _Budget(block=400_000, group=100_000)
-_ACCELERATOR_BUDGET = _Budget(block=32_000_000, group=32_000_000)
+def _budget(device: torch.device) -> _Budget:
+    if device.type == "cpu":
+        # A thread's share of the two or three scratch buffers should stay in its core's second-level cache.
+        return _Budget(block=400_000 * torch.get_num_threads(), group=100_000 * torch.get_num_threads())
+    # Launching kernels costs more than memory traffic saves.
+    return _Budget(block=32_000_000, group=32_000_000)
 
 
 class _Cut(NamedTuple):
@@ -74,9 +76,8 @@ class _Inputs:
         self.D = D.to(self.dtype)
         self.bias = torch.zeros_like(self.D) if delta_bias is None else delta_bias.to(self.dtype)
         self.softplus, self.reverse = delta_softplus, reverse
-        budget = _CPU_BUDGET if u.device.type == "cpu" else _ACCELERATOR_BUDGET
         self.steps = _cut_steps(u.shape[1], reverse)
-        self.rows = list(_cut_rows(u.shape, A.shape[1], budget))
+        self.rows = list(_cut_rows(u.shape, A.shape[1], _budget(u.device)))
 
     def gather(self, source: Tensor, cut: _Cut, steps: slice, out: Tensor) -> Tensor:
         """`source` (R, T, X) at the group -> `out` (blocks, steps, rows, X), in the compute dtype."""
