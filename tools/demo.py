@@ -103,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
 
     shutil.rmtree(output, ignore_errors=True)
+    # The model is so small that a second thread would mostly wait; the second core decodes video.
+    torch.set_num_threads(1)
     setup_logging(World())
     try:
         paths = ensure_demo_dataset(given.root)

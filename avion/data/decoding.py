@@ -295,7 +295,8 @@ class _PyAVReader(VideoReader):
         yield None
 
     def _upright_rgb(self, picture, reformatter) -> np.ndarray:
-        rgb = reformatter.reformat(picture, format="rgb24", **self._stored_size).to_ndarray()
+        # One thread: left to itself, libswscale starts one per core for every small picture.
+        rgb = reformatter.reformat(picture, format="rgb24", threads=1, **self._stored_size).to_ndarray()
         turns = round(getattr(picture, "rotation", 0) / 90) % 4  # older PyAV does not tell
         return np.rot90(rgb, turns)
 

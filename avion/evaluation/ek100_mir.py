@@ -11,8 +11,8 @@ and mAP, nDCG are the means over the queries: the definition of the dataset (Dam
 2006.13256) as its challenge, LaViLa and AVION score it. Only pairs of relevancy 1 are relevant in AP: their
 ranks alone enter the mean. The precision at such a rank sums the relevancies, though, so that a
 half-relevant item ahead of it adds one half, not nothing. It matters: random similarities on the validation
-split give 5.7 / 5.6 % so, the chance level of the published tables, and 0.35 / 0.24 % with a precision that
-counts relevant items only. `graded_precision=False` gives the latter, the textbook's.
+split give 5.7 / 5.6 % so, and 0.35 / 0.24 % with a precision that counts relevant items only.
+`graded_precision=False` gives the latter, the textbook's.
 
 A query for which a figure is undefined (nothing relevant for AP, only zeros for nDCG) is left out of
 that mean. The annotations of EPIC-KITCHENS have none; they appear when clips are dropped.

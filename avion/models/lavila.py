@@ -75,7 +75,7 @@ class LaViLaBlock(nn.Module):
         dim, heads, use_flash = config.embed_dim, config.num_heads, config.use_flash_attn
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)
         self.timeattn = DividedAttention(dim, heads, "time", use_flash)
-        self.alpha_timeattn = nn.Parameter(torch.zeros([])) if config.gated_time else None
+        self.alpha_timeattn = nn.Parameter(torch.full([], float(config.time_gate_init))) if config.gated_time else None
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = DividedAttention(dim, heads, "space", use_flash)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)

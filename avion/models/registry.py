@@ -65,6 +65,8 @@ class ModelConfig:
     scan_backend: str = "auto"
 
     gated_time: bool = False  # LaViLa's tower: tanh(alpha) in front of time attention
+    # alpha at the start. 0 leaves an image model as it was; training from scratch has none to spare, see docs/models.md
+    time_gate_init: float = 0.0
 
     def __post_init__(self) -> None:
         _check_sizes(self)
@@ -116,7 +118,9 @@ def _check_choices(config: ModelConfig) -> None:
     if config.tower == "divided":
         ignored["gated_time"] = "the divided towers are always gated; this is LaViLa's choice"
     if config.tower == "joint":
-        ignored["gated_time"] = "this model has no time attention of its own"
+        ignored |= dict.fromkeys(("gated_time", "time_gate_init"), "this model has no time attention of its own")
+    if config.tower == "lavila" and not config.gated_time:
+        ignored["time_gate_init"] = "time attention has a gate only with gated_time=True"
     for field in dataclasses.fields(config):
         if field.name in ignored and getattr(config, field.name) != field.default:
             raise UserError(

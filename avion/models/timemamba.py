@@ -56,7 +56,8 @@ class DividedBlock(nn.Module):
             self.time_mamba = BiMambaMixer(
                 dim, config.d_state, config.d_conv, config.ssm_expand, config.dt_rank, config.scan_backend
             )
-        self.alpha_timeattn = nn.Parameter(torch.zeros([]))  # closed: the image model is the starting point
+        # Closed (0) unless asked otherwise: the image model is the starting point.
+        self.alpha_timeattn = nn.Parameter(torch.full([], float(config.time_gate_init)))
 
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, config.num_heads, config.use_flash_attn)

@@ -68,9 +68,7 @@ class BiMambaMixer(nn.Module):
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         x, z = self.in_proj(h).chunk(2, dim=-1)  # (R, T, I) each
         y_forward = self._scan(x, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D, reverse=False)
-        y_backward = self._scan(
-            x, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True
-        )
+        y_backward = self._scan(x, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True)
         return self.out_proj((y_forward + y_backward) * F.silu(z))  # (R, T, D)
 
     def _scan(
@@ -89,9 +87,7 @@ class BiMambaMixer(nn.Module):
         # The bias is added within the scan, in float32: under autocast it would drown in bf16's rounding.
         delta = F.linear(dt, dt_proj.weight)  # (R, T, I)
         A = -torch.exp(A_log.float() if A_log.dtype in (torch.float16, torch.bfloat16) else A_log)  # (I, N)
-        return selective_scan(
-            u, delta, A, B, C, D, delta_bias=dt_proj.bias, reverse=reverse, backend=self.scan_backend
-        )
+        return selective_scan(u, delta, A, B, C, D, delta_bias=dt_proj.bias, reverse=reverse, backend=self.scan_backend)
 
 
 def _initial_A_log(channels: int, states: int) -> torch.Tensor:

@@ -157,3 +157,15 @@ def test_avions_defaults(monkeypatch):
 def test_an_unknown_argument_of_a_factory_is_refused():
     with pytest.raises(TypeError, match="use_fast_conv"):
         model_clip.CLIP_VITB16(use_fast_conv=True)
+
+
+@pytest.mark.parametrize("start", [0.0, 1.5])
+def test_time_gates_start_where_asked(start):
+    model = create_model("TIMEMAMBA_VITT16", **TINY, time_gate_init=start)
+    assert [float(block.alpha_timeattn) for block in model.visual.blocks] == [start] * TINY["depth"]
+
+
+@pytest.mark.parametrize("name", ["CLIP_VITB16", "LAVILA_TSF_B16"])
+def test_a_gate_that_does_not_exist_cannot_be_set(name):
+    with pytest.raises(UserError, match="time_gate_init=1.0 would have no effect"):
+        create_model(name, time_gate_init=1.0)
