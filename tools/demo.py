@@ -35,7 +35,7 @@ import matplotlib.pyplot as plt
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo_pretrain.yaml"
 # Enough to see that everything works, not enough to learn much.
-SHORT = ["--epochs", "2", "--eval-freq", "2"]
+SHORT = ["--epochs", "2", "--eval-freq", "2", "--warmup-epochs", "0"]
 FP32 = Precision("cpu", torch.float32)
 
 
