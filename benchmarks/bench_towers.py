@@ -11,7 +11,6 @@ when model and video stood ready, and in all. Ratios are ID6 over ID4.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -78,15 +77,16 @@ def peak_memory(name: str, args: argparse.Namespace) -> tuple[float, float]:
         forward_backward(tower, video)
         peak = torch.cuda.max_memory_allocated()
         return peak / 1e6, (peak - before) / 1e6
-    before = resident_kb()
+    before = resident_kb("VmRSS")
     forward_backward(tower, video)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resident_kb("VmHWM")
     return peak / 1e3, (peak - before) / 1e3
 
 
-def resident_kb() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") // 1024
+def resident_kb(what: str) -> int:
+    """VmRSS (now) or VmHWM (at most so far), of Linux; getrusage's peak would include the parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
 def compare_memory(args: argparse.Namespace, argv: list[str]) -> None:
@@ -114,8 +114,8 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(peak_memory(args.peak_memory_of, args)))
         return
     print(f"torch {torch.__version__}, {args.device}, {args.threads} threads, load average {os.getloadavg()[0]:.1f}")
-    compare_times(args)
     compare_memory(args, argv)
+    compare_times(args)
     print(f"load average afterwards {os.getloadavg()[0]:.1f}")
 
 

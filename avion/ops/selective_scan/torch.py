@@ -29,7 +29,7 @@ class _Budget(NamedTuple):
 def _budget(device: torch.device) -> _Budget:
     if device.type == "cpu":
         # A thread's share of the two or three scratch buffers should stay in its core's second-level cache.
-        return _Budget(block=400_000 * torch.get_num_threads(), group=100_000 * torch.get_num_threads())
+        return _Budget(block=400_000 * torch.get_num_threads(), group=200_000 * torch.get_num_threads())
     # Launching kernels costs more than memory traffic saves.
     return _Budget(block=32_000_000, group=32_000_000)
 
