@@ -44,7 +44,7 @@ class DemoSize:
     combinations (None: all).
     """
 
-    train_takes: int = 20
+    train_takes: int = 34
     val_takes: int = 4
     takes_per_video: int = 10
     labels: int | None = None
