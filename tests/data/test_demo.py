@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import functools
 import io
 import json
 import multiprocessing
@@ -33,6 +34,7 @@ SMALL = DemoSize(train_takes=3, val_takes=1, takes_per_video=4, labels=4)
 TINY = DemoSize(train_takes=1, val_takes=1, takes_per_video=1, labels=1)
 
 
+@functools.cache
 def decode(folder: Path) -> tuple[np.ndarray, list[int], float]:
     """All frames of a chunked video (F, H, W, 3), the frames of each chunk, the frame rate; with PyAV alone."""
     frames, counts, rates = [], [], set()
@@ -303,7 +305,7 @@ def test_same_seed_same_bytes_whatever_the_workers(demo, tmp_path):
         if name.lower().endswith(".mp4"):
             continue
         assert one[name] == two[name], name
-    for folder in [p for p in demo.train_videos.iterdir()]:
+    for folder in demo.train_videos.iterdir():
         frames, _, _ = decode(folder)
         np.testing.assert_array_equal(frames, decode(again.train_videos / folder.name)[0])
 
