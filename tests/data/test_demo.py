@@ -214,8 +214,9 @@ def test_classes_and_combinations_are_consistent():
 
 def test_every_evaluated_sentence_is_trained(tmp_path):
     """Both splits of the full-size plan deal every combination, equally often."""
-    for split, takes in (("train", 20), ("val", 4)):
-        dealt = [label for task in dataset._plan(split, 0, DemoSize(), DemoPaths(tmp_path)) for label in task.labels]
+    size = DemoSize()
+    for split, takes in (("train", size.train_takes), ("val", size.val_takes)):
+        dealt = [label for task in dataset._plan(split, 0, size, DemoPaths(tmp_path)) for label in task.labels]
         assert {label: dealt.count(label) for label in dealt} == {x: takes for x in LABELS if not x.backward}
 
 
