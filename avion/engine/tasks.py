@@ -162,11 +162,11 @@ class Pretrain(Task):
             max_replacements=0 if a.strict_data else 10,
         )  # fmt: skip
 
-    def val_dataset(self) -> ClipDataset:
-        """The evaluation clips, in the order of their CSV, without texts."""
+    def val_dataset(self, num_frames: int | None = None) -> ClipDataset:
+        """The evaluation clips, in the order of their CSV, without texts; `num_frames` if not the model's."""
         a = self.args
         return ClipDataset(
-            self.clips, self._store(_folder(a.root_val, "root-val")), num_frames=self.num_frames,
+            self.clips, self._store(_folder(a.root_val, "root-val")), num_frames=num_frames or self.num_frames,
             transform=EvalTransform(self.img_size, norm_style=a.norm_style, fused=a.fused_decode_crop),
             tokenizer=None, train=False, sampling=a.frame_sampling, stride=a.clip_stride,
         )  # fmt: skip
