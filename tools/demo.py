@@ -126,9 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table("zero-shot, %", {"untrained": before, "trained": after}))
     print()
     print(f"mAP: {after['mAP'] / before['mAP']:.1f} times the untrained model's, after {duration(spent)} of training")
-    print(
-        "pairs: right text out of the verb's and its reversal's; one frame: the same, fed the middle frame of each clip only"
-    )
+    print("pairs: right text out of the verb's and its reversal's; one frame: fed the middle frame of each clip only")
     print(f"loss curve: {output / 'loss.png'}; checkpoint: {output / 'checkpoint.pt'}")
     return 0
 
