@@ -24,7 +24,7 @@ SUPERSAMPLING = 2
 LEAD_SECONDS = 0.4  # the hand's way in and out, before and after an action
 PAN_SECONDS = 0.4
 CHUNK_SECONDS = 15
-FRAME_RATES = (8, 10, 12)
+FRAME_RATES = (10, 12, 15)
 KEYFRAME_INTERVAL = 15
 
 
