@@ -14,8 +14,11 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.evaluation.ek100_mir import retrieval_metrics
 

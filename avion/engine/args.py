@@ -41,6 +41,13 @@ def flag(
     return dataclasses.field(default=default, metadata={"flag": spec})
 
 
+def other_default(group: type, name: str, default: Any, help: str | None = None) -> Any:
+    """The flag `name` of a shared group with another default (and help), for a task's own dataclass."""
+    (field,) = (f for f in dataclasses.fields(group) if f.name == name)
+    spec = field.metadata["flag"]
+    return flag(default, help or spec["help"], **{k: v for k, v in spec.items() if k != "help"})
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are UserErrors with a suggestion."""
 
@@ -118,12 +125,16 @@ def _add(group, field: dataclasses.Field, annotation: Any) -> None:
 
 
 def _groups(config: type) -> dict[str, list[dataclasses.Field]]:
-    """Fields by the title of the class that declares them: the task's own first, then the shared ones."""
-    groups: dict[str, list[dataclasses.Field]] = {}
+    """Fields by the title of the class that declares them first: the task's own, then the shared ones.
+
+    A field whose default a task changes (`other_default`) stays in the shared group that it comes from.
+    """
     fields = {f.name: f for f in dataclasses.fields(config) if "flag" in f.metadata}
+    owner = {name: cls for cls in config.__mro__ for name in cls.__dict__.get("__annotations__", {}) if name in fields}
+    groups: dict[str, list[dataclasses.Field]] = {}
     for cls in config.__mro__:
         for name in cls.__dict__.get("__annotations__", {}):
-            if name in fields and not any(name in (f.name for f in g) for g in groups.values()):
+            if owner.get(name) is cls:
                 groups.setdefault(cls.__dict__.get("TITLE", "options"), []).append(fields[name])
     return groups
 

@@ -36,38 +36,56 @@ def parse_model_args(words: list[str]) -> dict[str, Any]:
 
 
 def build_model(args: Any, source: str | None) -> nn.Module:
-    """The model of a run on the CPU, with the weights it starts from.
+    """The two-tower model of a run on the CPU, with the weights it starts from.
 
     `source` is the checkpoint to go on from or to evaluate. Without `--model` on the command line, the
     model is what that checkpoint says it is; with it, the checkpoint must fit. Without a `source` the
     weights come from `--pretrain-zoo`.
     """
-    behaviour = {name: getattr(args, name) for name in _BEHAVIOUR if getattr(args, name) is not None}
-    overrides = {**behaviour, **parse_model_args(args.model_args)}
     if source is not None:
-        checkpoint = read_checkpoint(source)
-        facts = checkpoint_facts(checkpoint, source)
-        check_preprocess(facts, args.norm_style)
-        if "model" not in args.given and facts.model_name is not None:
-            sizes = {name: getattr(args, name) for name in _SIZES if name in args.given}
-            if "clip_length" in args.given:
-                sizes["num_frames"] = args.clip_length
-            model = model_from_checkpoint(source, **sizes, **overrides)
-            logger.info("%s", model.load_report)
-            return model
-    sizes = {name: getattr(args, name) for name in _SIZES} | {"num_frames": args.clip_length}
-    model = create_model(args.model, **{**sizes, **overrides})
-    if source is not None:
-        report = load_checkpoint(model, source)
-    elif args.pretrain_zoo == "none":
-        if args.pretrain_path is not None:
-            raise UserError(
-                f"--pretrain-path {args.pretrain_path}: --pretrain-zoo none does not use it; name the zoo, or "
-                "give a checkpoint of this model as --resume"
-            )
-        logger.info("%s: new weights", model.config.name)
-        return model
-    else:
-        report = load_pretrained(model, args.pretrain_zoo, args.pretrain_path)
-    logger.info("%s", report)
+        return _from_checkpoint(args, source)
+    model = create_model(args.model, **_sizes(args), num_frames=args.clip_length, **_behaviour(args))
+    logger.info("%s", load_pretrained(model, args.pretrain_zoo, args.pretrain_path))
     return model
+
+
+def build_finetuned(args: Any, source: str | None) -> nn.Module:
+    """The same for fine-tuning: without a `source`, the model and its weights are `--pretrain-model`'s.
+
+    Its number of frames becomes `--clip-length`, which resizes a temporal embedding; a checkpoint that is gone on
+    from or evaluated keeps its own unless `--clip-length` was given.
+    """
+    if source is not None:
+        return _from_checkpoint(args, source)
+    if args.pretrain_model is None:
+        raise UserError(
+            "--pretrain-model: not given; name the pretrained checkpoint to start from (a path or "
+            "hf:owner/repo/file), or a fine-tuned one as --resume"
+        )
+    return _from_checkpoint(args, args.pretrain_model, num_frames=args.clip_length)
+
+
+def _from_checkpoint(args: Any, source: str, **overrides: Any) -> nn.Module:
+    if "clip_length" in args.given:
+        overrides["num_frames"] = args.clip_length
+    facts = checkpoint_facts(read_checkpoint(source), source)
+    check_preprocess(facts, args.norm_style)
+    if "model" in args.given or facts.model_name is None:
+        overrides.setdefault("num_frames", args.clip_length)
+        model = create_model(args.model, **_sizes(args), **overrides, **_behaviour(args))
+        logger.info("%s", load_checkpoint(model, source))
+        return model
+    given = {name: value for name, value in _sizes(args).items() if name in args.given}
+    model = model_from_checkpoint(source, **given, **overrides, **_behaviour(args))
+    logger.info("%s", model.load_report)
+    return model
+
+
+def _sizes(args: Any) -> dict[str, Any]:
+    """Fine-tuning has no flags for them: there they are the checkpoint's."""
+    return {name: getattr(args, name) for name in _SIZES if hasattr(args, name)}
+
+
+def _behaviour(args: Any) -> dict[str, Any]:
+    fields = {name: getattr(args, name, None) for name in _BEHAVIOUR}
+    return {name: value for name, value in fields.items() if value is not None} | parse_model_args(args.model_args)

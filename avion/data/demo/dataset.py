@@ -40,12 +40,12 @@ _SPLITS = ("train", "val")
 class DemoSize:
     """How much is filmed. Every take gives two clips, one in each direction.
 
-    train_takes, val_takes: per noun of a pair (there are 25 such combinations); labels: only the first so many
+    train_takes, val_takes: per noun of a pair (there are 17 such combinations); labels: only the first so many
     combinations (None: all).
     """
 
-    train_takes: int = 34
-    val_takes: int = 4
+    train_takes: int = 50
+    val_takes: int = 6
     takes_per_video: int = 10
     labels: int | None = None
 

@@ -1,0 +1,6 @@
+"""A file per task: what differs between them. `base.Task` is the interface that the trainer knows."""
+
+from .base import Task
+from .pretrain import Pretrain
+
+__all__ = ["Pretrain", "Task"]

@@ -1,0 +1,95 @@
+"""Tasks that are judged by EPIC-KITCHENS-100 multi-instance retrieval."""
+
+import functools
+import logging
+from typing import Any
+
+from torch import nn
+
+from avion.data.clip_dataset import ClipDataset
+from avion.data.ek100 import load_relevancy, read_ek100_retrieval, read_sentences, sentence_path
+from avion.data.tokenizer import tokenize
+from avion.data.transforms import EvalTransform
+from avion.engine import encode
+from avion.engine.distributed import World
+from avion.engine.logging import table
+from avion.engine.steps import Precision
+from avion.errors import UserError
+from avion.evaluation.ek100_mir import retrieval_metrics
+
+from .base import Task
+
+logger = logging.getLogger(__name__)
+
+
+class RetrievalTask(Task):
+    """A two-tower model; mAP and nDCG of a retrieval split, both directions.
+
+    root, root_flag: the split's videos, and the flag that names them in errors. clips, relevancy: its CSV, with
+    the sentences' CSV beside it, and its relevancy pickle.
+    """
+
+    metric = "avg_map"
+
+    def __init__(self, args: Any, world: World, *, root: str, root_flag: str, clips: str, relevancy: str):
+        super().__init__(args, world)
+        if args.frame_sampling == "uniform" and "clip_stride" in args.given:
+            logger.info("--clip-stride has no effect with --frame-sampling uniform (nor had it in AVION)")
+        self.eval_root, self.eval_root_flag = root, root_flag
+        self.clips = read_ek100_retrieval(clips)
+        _, self.sentences = read_sentences(sentence_path(clips))
+        self.relevancy = load_relevancy(relevancy, len(self.clips), len(self.sentences))
+
+    def facts(self) -> dict[str, Any]:
+        return {"evaluation clips": len(self.clips), "sentences": len(self.sentences)}
+
+    def build_model(self, source: str | None) -> nn.Module:
+        model = super().build_model(source)
+        self.img_size = model.config.img_size
+        self.num_frames = self.args.clip_length if "clip_length" in self.args.given else model.config.num_frames
+        self.tokenizer = functools.partial(tokenize, context_length=model.config.context_length)
+        return model
+
+    def val_dataset(self, num_frames: int | None = None) -> ClipDataset:
+        """The evaluation clips, in the order of their CSV, without texts; `num_frames` if not the model's."""
+        a = self.args
+        return ClipDataset(
+            self.clips, self.store(self.eval_root, self.eval_root_flag), num_frames=num_frames or self.num_frames,
+            transform=EvalTransform(self.img_size, norm_style=a.norm_style, fused=a.fused_decode_crop),
+            tokenizer=None, train=False, sampling=a.frame_sampling, stride=a.clip_stride,
+        )  # fmt: skip
+
+    def evaluate(self, model: nn.Module, precision: Precision) -> dict[str, float]:
+        clips = encode.encode_clips(model, self.val_dataset(), self.world, precision, **encode.settings(self.args))
+        texts = encode.encode_texts(model, self.sentences, self.tokenizer, self.world, precision)
+        figures: dict[str, float] = {}
+        with self.world.together("computing the retrieval figures"):
+            if clips.errors:
+                logger.warning(
+                    "%d of %d clips cannot be read and are left out of the figures: %s",
+                    len(clips.errors), len(self.clips), encode.describe(clips.errors),
+                )  # fmt: skip
+            if len(clips.readable) == 0:
+                raise UserError(
+                    f"{self.eval_root_flag} {self.eval_root}: no clip can be read: {encode.describe(clips.errors, 1)}"
+                )
+            if self.world.is_main:
+                similarity = (encode.cosine(clips.values[clips.readable], texts.values) + 1) / 2
+                figures = retrieval_metrics(similarity, self.relevancy[clips.readable])
+                figures |= {"clips": len(clips.readable), "unreadable": len(clips.errors)}
+        return self.world.broadcast(figures)
+
+    def summary(self, figures: dict[str, float]) -> str:
+        def row(kind: str) -> str:
+            return "/".join(f"{100 * figures[f'{side}_{kind}']:.2f}" for side in ("vis", "txt", "avg"))
+
+        left_out = f", {figures['unreadable']} clips unreadable" if figures["unreadable"] else ""
+        return f"V2T/T2V/avg mAP {row('map')}, nDCG {row('ndcg')} on {figures['clips']} clips{left_out}"
+
+    def table(self, figures: dict[str, float]) -> str:
+        rows = {
+            name: {label: figures[f"{side}_{kind}"] for label, side in (("V2T", "vis"), ("T2V", "txt"), ("Avg", "avg"))}
+            for name, kind in (("mAP", "map"), ("nDCG", "ndcg"))
+        }
+        left_out = f" ({figures['unreadable']} could not be read)" if figures["unreadable"] else ""
+        return table(f"{figures['clips']} clips{left_out}", rows)
