@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _CLIP_COLUMNS = ("narration_id", "participant_id", "video_id", "start_timestamp", "stop_timestamp", "narration")
 _CLASS_COLUMNS = ("verb_class", "noun_class", "all_noun_classes")
+_CLASS = re.compile(r"[0-9]{1,6}")
 _TIMESTAMP = re.compile(r"(\d{1,3}):([0-5]?\d):([0-5]?\d(?:\.\d+)?)")
 
 
@@ -48,7 +49,7 @@ def read_ek100_retrieval(path: str | os.PathLike) -> EK100Table:
     """
     builder, classes = TableBuilder(), {name: [] for name in _CLASS_COLUMNS}
     present: list[str] = []
-    for line, row in _rows(path, _CLIP_COLUMNS):
+    for line, row in csv_rows(path, _CLIP_COLUMNS):
         present = present or [name for name in _CLASS_COLUMNS if name in row]
         column = ""
         try:
@@ -57,7 +58,8 @@ def read_ek100_retrieval(path: str | os.PathLike) -> EK100Table:
             column = "stop_timestamp"
             stop = parse_timestamp(row[column])
             for column in present:
-                classes[column].append(_classes(row[column]) if column == "all_noun_classes" else _class(row[column]))
+                parse = _classes if column == "all_noun_classes" else class_number
+                classes[column].append(parse(row[column]))
             column = "clip"
             video = f"{row['participant_id']}/{row['video_id']}"
             builder.add(video, start, stop, row["narration"], narration_id=row["narration_id"])
@@ -80,7 +82,7 @@ def _with_classes(table: NarrationTable, classes: dict[str, list], present: list
 def read_sentences(path: str | os.PathLike) -> tuple[list[str], list[str]]:
     """The sentences of a retrieval split: narration ids and texts, in the order of the relevancy's columns."""
     ids, texts = [], []
-    for line, row in _rows(path, ("narration_id", "narration")):
+    for line, row in csv_rows(path, ("narration_id", "narration")):
         if not row["narration"].strip():
             raise UserError(f"sentences {path}: line {line}: narration: is empty, a text is due")
         ids.append(row["narration_id"])
@@ -88,6 +90,23 @@ def read_sentences(path: str | os.PathLike) -> tuple[list[str], list[str]]:
     if not ids:
         raise UserError(f"sentences {path}: holds no sentences")
     return ids, texts
+
+
+def sentence_texts(clips: EK100Table, path: str | os.PathLike) -> list[str]:
+    """The sentences as the published figures are computed: each is the narration of the clip of the same id.
+
+    They are the list's own texts but for six rows of the released test list, which carry another clip's narration.
+    A sentence whose clip is not among `clips` keeps the list's text.
+    """
+    ids, texts = read_sentences(path)
+    rows = {} if clips.narration_ids is None else {name: i for i, name in enumerate(clips.narration_ids)}
+    spoken = [clips[rows[name]].texts[0] if name in rows else text for name, text in zip(ids, texts, strict=True)]
+    if different := sum(a != b for a, b in zip(texts, spoken, strict=True)):
+        logger.info(
+            "sentences %s: %d of %d read otherwise than the clip of their id, whose narration is used",
+            path, different, len(texts),
+        )  # fmt: skip
+    return spoken
 
 
 def sentence_path(clips_path: str | os.PathLike) -> Path:
@@ -119,7 +138,7 @@ def load_relevancy(path: str | os.PathLike, num_clips: int, num_sentences: int) 
     return np.ascontiguousarray(matrix, dtype=np.float32)
 
 
-def _rows(path: str | os.PathLike, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+def csv_rows(path: str | os.PathLike, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
     """The rows of a CSV with their line numbers. UserError if the file is missing, empty, lacks one of the
     columns `required`, or has a row of another length than its header."""
     name = f"annotations {path}"
@@ -146,14 +165,15 @@ def _rows(path: str | os.PathLike, required: tuple[str, ...]) -> Iterator[tuple[
         raise UserError(f"{name}: is not a CSV in UTF-8 ({error})") from None
 
 
-def _class(text: str) -> int:
-    if not text.strip().isdecimal():
+def class_number(text: str) -> int:
+    """ "17" -> 17. ValueError if it is something else."""
+    if not _CLASS.fullmatch(text.strip()):
         raise ValueError(f"{text[:40]!r} is not a class number")
     return int(text)
 
 
 def _classes(text: str) -> tuple[int, ...]:
-    inside = re.fullmatch(r"\s*\[\s*(\d+(?:\s*,\s*\d+)*)?\s*,?\s*\]\s*", text)
+    inside = re.fullmatch(r"\s*\[\s*([0-9]{1,6}(?:\s*,\s*[0-9]{1,6})*)?\s*,?\s*\]\s*", text)
     if inside is None:
         raise ValueError(f"{text[:40]!r} is not a list of class numbers")
     return tuple(int(number) for number in (inside[1] or "").split(",") if number.strip())

@@ -8,6 +8,9 @@ import torch
 
 from avion.errors import UserError
 
+VOCAB_SIZE = 49408
+_SPECIAL = 2  # start-of-text and end-of-text, the two largest ids
+
 
 @lru_cache(maxsize=4)
 def _encoder(context_length: int):
@@ -16,15 +19,22 @@ def _encoder(context_length: int):
     return SimpleTokenizer(context_length=context_length)
 
 
-def tokenize(texts: str | list[str], context_length: int = 77) -> torch.Tensor:
+def tokenize(texts: str | list[str], context_length: int = 77, vocab_size: int = VOCAB_SIZE) -> torch.Tensor:
     """Tokens of one or several sentences. -> (n, context_length) int64
 
     A row is start-of-text, the sentence, end-of-text (the largest id, 49407), zeros. What does not fit is cut off,
-    the end-of-text token stays.
+    the end-of-text token stays. For a model of a smaller vocabulary (of tests, say) ids are folded into it: words
+    share entries, start- and end-of-text remain the two largest ids.
     """
     if context_length < 3:
         raise UserError(f"context length: {context_length} leaves no room for a word")
+    if vocab_size <= _SPECIAL:
+        raise UserError(f"vocabulary size: {vocab_size} leaves no room for a word")
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts:
         return torch.zeros(0, context_length, dtype=torch.long)
-    return _encoder(context_length)(texts)
+    tokens = _encoder(context_length)(texts)
+    if vocab_size >= VOCAB_SIZE:
+        return tokens
+    words = tokens % (vocab_size - _SPECIAL)
+    return torch.where(tokens < VOCAB_SIZE - _SPECIAL, words, tokens - (VOCAB_SIZE - vocab_size))

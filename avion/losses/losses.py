@@ -37,10 +37,7 @@ class ClipLoss(nn.Module):
         of clips in its rows whose own text scores highest.
         """
         image_features, text_features = image_features.float(), text_features.float()
-        if self.local_loss:
-            mode = "sum" if self.gather_with_grad else "own"
-        else:
-            mode = "sum" if self.gather_with_grad else "copies"
+        mode = _backward_mode(self.local_loss, self.gather_with_grad)
         all_images = gather_features(image_features, mode)  # (W·B, E)
         all_texts = gather_features(text_features, mode)  # (W·B, E)
         first_row = world()[0] * image_features.shape[0] if self.local_loss else 0
@@ -58,29 +55,59 @@ class ClipLoss(nn.Module):
 
 
 class MaxMarginRankingLoss(nn.Module):
-    """Bidirectional max-margin ranking loss over S = T Vᵀ of the global batch (Frozen in Time, 2104.00650).
+    """Bidirectional max-margin ranking loss of the global batch (Frozen in Time, arXiv 2104.00650).
 
-    The mean over all off-diagonal pairs (i, j), both directions together, of
-    relu(margin - (S_ii - S_ij)) and relu(margin - (S_ii - S_ji)).
+    With S_ij the similarity of text i and clip j, n = W·B, and w_i the weight of pair i (1 without weights):
+
+        loss = 1 / (2 n (n - 1)) · sum over i ≠ j of w_i · [relu(margin - S_ii + S_ij) + relu(margin - S_ii + S_ji)]
+
+    so w_i scales all that pair i asks of the others, its text against their clips and its clip against their texts.
+    The sum is divided by the number of terms, not by the weights: a batch of small weights gives a small loss.
+
+    Args:
+        margin: in units of the cosine.
+        local_loss, gather_with_grad: as in `ClipLoss`; a process's own rows are its own pairs i.
+
+    The diagonal is left out, which AVION's class calls `fix_norm`; that is not accepted, nor are `rank` and
+    `world_size`, which are read from the process group.
     """
 
-    def __init__(self, margin: float = 0.2):
+    def __init__(self, margin: float = 0.2, local_loss: bool = False, gather_with_grad: bool = True):
         super().__init__()
         self.margin = margin
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
 
     def forward(self, image_features, text_features, weight=None) -> dict[str, torch.Tensor]:
-        """image_features, text_features (B, E), normalised; weight (B,), the importance of each pair's own
-        clip, or None. Returns `loss` (0-d float32) and `max_margin_loss`, the same without gradient."""
-        images = gather_features(image_features.float(), "sum")  # (W·B, E)
-        texts = gather_features(text_features.float(), "sum")
+        """image_features, text_features (B, E), normalised; weight (B,), not negative, or None.
+
+        Returns `loss` (0-d float32; with `local_loss` this process's share) and `max_margin_loss`, the same
+        without gradient.
+        """
+        images, texts = image_features.float(), text_features.float()  # (R, E), R rows: B or W·B
+        mode = _backward_mode(self.local_loss, self.gather_with_grad)
+        all_images = gather_features(images, mode)  # (W·B, E)
+        all_texts = gather_features(texts, mode)  # (W·B, E)
+        first_row = world()[0] * len(images) if self.local_loss else 0
+        if not self.local_loss:
+            images, texts = all_images, all_texts
+            weight = None if weight is None else gather_features(weight.float()[:, None])[:, 0]
         with torch.autocast(images.device.type, enabled=False):
-            similarity = texts @ images.T  # (W·B, W·B)
-            own = similarity.diagonal()[:, None]  # (W·B, 1)
-            per_text = F.relu(self.margin - own + similarity)
-            per_image = F.relu(self.margin - own + similarity.T)
-            pairs = per_text + per_image
+            per_text = texts @ all_images.T  # (R, W·B)
+            per_image = images @ all_texts.T  # (R, W·B)
+            own = per_text.diagonal(first_row)[:, None]  # (R, 1)
+            pairs = F.relu(self.margin - own + per_text) + F.relu(self.margin - own + per_image)
             if weight is not None:
-                pairs = pairs * gather_features(weight.float()[:, None], "sum")
-            off_diagonal = ~torch.eye(len(pairs), dtype=torch.bool, device=pairs.device)
-            loss = pairs[off_diagonal].mean() / 2 if len(pairs) > 1 else pairs.sum() * 0.0
+                pairs = pairs * weight.float()[:, None]
+            rows, columns = pairs.shape
+            column = torch.arange(columns, device=pairs.device)
+            is_own = column[:rows, None] + first_row == column  # (R, W·B)
+            loss = pairs.masked_fill(is_own, 0.0).sum() / (2 * rows * max(columns - 1, 1))
         return {"loss": loss, "max_margin_loss": loss.detach()}
+
+
+def _backward_mode(local_loss: bool, gather_with_grad: bool) -> str:
+    """How gradients come back through the gather; see `gather._AllGather`."""
+    if gather_with_grad:
+        return "sum"
+    return "own" if local_loss else "copies"

@@ -4,7 +4,14 @@ import pickle
 import numpy as np
 import pytest
 
-from avion.data.ek100 import load_relevancy, parse_timestamp, read_ek100_retrieval, read_sentences, sentence_path
+from avion.data.ek100 import (
+    load_relevancy,
+    parse_timestamp,
+    read_ek100_retrieval,
+    read_sentences,
+    sentence_path,
+    sentence_texts,
+)
 from avion.errors import UserError
 
 HEADER = (
@@ -76,6 +83,8 @@ class TestClips:
             ("00:00:00.00", "", "line 2: start_timestamp: '' is not a timestamp"),
             ("take plate,", ",", "line 2: clip: narration is empty"),
             (",0,plate", ",take,plate", "line 2: verb_class: 'take' is not a class number"),
+            (",0,plate", ",1234567,plate", "line 2: verb_class: '1234567' is not a class number"),
+            ("[2]", "[99999999999999999999]", "line 2: all_noun_classes: '[99999999999999999999]' is not a list"),
             ("[2]", "2;3", "line 2: all_noun_classes: '2;3' is not a list"),
             ("P01_11,", "../x,", "line 2: clip: video is 'P01/../x'"),
             (",[2]", "", "line 2: has not the header's 15 fields"),
@@ -122,6 +131,16 @@ class TestSentences:
             read_sentences(write("narration_id,narration"))
         with pytest.raises(UserError, match="line 3: narration: is empty"):
             read_sentences(write("narration_id,narration", "a,b", "c, "))
+
+    def test_texts_are_those_of_the_clips_of_the_same_id(self, write, caplog):
+        """As the published figures are computed; the released list says otherwise in six rows."""
+        clips = read_ek100_retrieval(write(HEADER, *ROWS))
+        path = write(
+            "narration_id,narration", "P02_03_7,take plate", "P01_11_0,take plate", "P09_9_9,cut", name="s.csv"
+        )
+        with caplog.at_level(logging.INFO):
+            assert sentence_texts(clips, path) == ["put knife, then fork", "take plate", "cut"]
+        assert "1 of 3 read otherwise" in caplog.text
 
     def test_where_they_lie(self):
         path = sentence_path("some/retrieval_annotations/EPIC_100_retrieval_test.csv")

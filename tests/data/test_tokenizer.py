@@ -30,6 +30,18 @@ def test_case_spaces_and_html_do_not_matter():
     assert torch.equal(tokenize("Cut  the &amp; Bread\n"), tokenize("cut the & bread"))
 
 
+@pytest.mark.parametrize("vocabulary", [3, 512, 49407])
+def test_a_smaller_vocabulary_shares_entries_but_keeps_start_and_end(vocabulary):
+    texts = ["a photo of a cat", "", "put the knife down " * 20]
+    tokens, whole = tokenize(texts, 16, vocabulary), tokenize(texts, 16)
+    assert tokens.dtype == torch.int64 and tokens.max() == vocabulary - 1 and tokens.min() >= 0
+    for folded, original in zip(tokens.flatten().tolist(), whole.flatten().tolist(), strict=True):
+        special = {START: vocabulary - 2, END: vocabulary - 1}
+        assert folded == special.get(original, original % (vocabulary - 2))
+    assert torch.equal(tokens.argmax(1), whole.argmax(1))
+    assert torch.equal(tokenize(texts, 16, 60000), whole)
+
+
 def test_it_can_be_sent_to_workers():
     there = pickle.loads(pickle.dumps(partial(tokenize, context_length=16)))
     assert torch.equal(there("cut bread"), tokenize(["cut bread"], 16))
@@ -39,3 +51,5 @@ def test_edges():
     assert tokenize([]).shape == (0, 77)
     with pytest.raises(UserError, match="context length"):
         tokenize("a", 2)
+    with pytest.raises(UserError, match="vocabulary size: 2 leaves"):
+        tokenize("a", 8, 2)

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from avion.data.clip_dataset import ClipDataset
-from avion.data.ek100 import load_relevancy, read_ek100_retrieval, read_sentences, sentence_path
-from avion.data.tokenizer import tokenize
+from avion.data.ek100 import load_relevancy, read_ek100_retrieval, sentence_path, sentence_texts
+from avion.data.tokenizer import VOCAB_SIZE, tokenize
 from avion.data.transforms import EvalTransform
 from avion.engine import encode
 from avion.engine.distributed import World
@@ -37,17 +37,28 @@ class RetrievalTask(Task):
             logger.info("--clip-stride has no effect with --frame-sampling uniform (nor had it in AVION)")
         self.eval_root, self.eval_root_flag = root, root_flag
         self.clips = read_ek100_retrieval(clips)
-        _, self.sentences = read_sentences(sentence_path(clips))
+        self.sentences = sentence_texts(self.clips, sentence_path(clips))
         self.relevancy = load_relevancy(relevancy, len(self.clips), len(self.sentences))
 
     def facts(self) -> dict[str, Any]:
         return {"evaluation clips": len(self.clips), "sentences": len(self.sentences)}
 
     def build_model(self, source: str | None) -> nn.Module:
-        model = super().build_model(source)
-        self.img_size = model.config.img_size
-        self.num_frames = self.args.clip_length if "clip_length" in self.args.given else model.config.num_frames
-        self.tokenizer = functools.partial(tokenize, context_length=model.config.context_length)
+        return self.fit_inputs(super().build_model(source))
+
+    def fit_inputs(self, model: nn.Module) -> nn.Module:
+        """Clips and tokens as the model takes them."""
+        config = model.config
+        self.img_size = config.img_size
+        self.num_frames = self.args.clip_length if "clip_length" in self.args.given else config.num_frames
+        if config.vocab_size < VOCAB_SIZE:
+            logger.warning(
+                "the model's vocabulary of %d is smaller than the tokenizer's of %d: words share entries",
+                config.vocab_size, VOCAB_SIZE,
+            )  # fmt: skip
+        self.tokenizer = functools.partial(
+            tokenize, context_length=config.context_length, vocab_size=config.vocab_size
+        )  # fmt: skip
         return model
 
     def val_dataset(self, num_frames: int | None = None) -> ClipDataset:
