@@ -5,6 +5,8 @@ Means and standard deviations are per RGB channel on the 0-255 scale.
 
 from typing import NamedTuple
 
+EK100_VERBS, EK100_NOUNS = 97, 300  # classes of EPIC-KITCHENS-100
+
 
 class Normalization(NamedTuple):
     mean: tuple[float, float, float]

@@ -60,10 +60,15 @@ class _ClipTransform:
         self.crop_size, self.norm_style, self.fused = crop_size, norm_style, fused
 
     def __call__(self, frames: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+        return self._finish(self._crop(self._begin(frames), rng))
+
+    def _begin(self, frames: np.ndarray) -> torch.Tensor:
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
             raise ValueError(f"frames: (T, H, W, 3) uint8 is due, {frames.shape} {frames.dtype} was given")
-        clip = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (T, 3, H, W), channels last in memory
-        clip = self._crop(clip, rng).permute(1, 0, 2, 3)  # (3, T, h, w)
+        return torch.from_numpy(frames).permute(0, 3, 1, 2)  # (T, 3, H, W), channels last in memory
+
+    def _finish(self, clip: torch.Tensor) -> torch.Tensor:
+        clip = clip.permute(1, 0, 2, 3)  # (3, T, h, w)
         return clip if self.fused else _normalized(clip, self.norm_style)
 
     def _crop(self, clip: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
@@ -111,10 +116,33 @@ class EvalTransform(_ClipTransform):
         return clip[..., top : top + self.crop_size, left : left + self.crop_size]
 
 
+class CropsTransform(_ClipTransform):
+    """The shorter side resized to crop_size, then crops along the longer one: frames (T, H, W, 3) uint8 ->
+    (num_crops, 3, T, crop_size, crop_size). Draws nothing.
+
+    num_crops: 1, the centre, as `EvalTransform`; or 3: left, centre, right (of upright pictures: top, centre, bottom).
+    """
+
+    def __init__(self, crop_size: int, num_crops: int, norm_style: str = "openai", fused: bool = False):
+        super().__init__(crop_size, norm_style, fused)
+        if num_crops not in (1, 3):
+            raise UserError(f"number of crops: 1 (centre) or 3 (left, centre, right) are due, found {num_crops}")
+        self.num_crops = num_crops
+
+    def __call__(self, frames: np.ndarray, rng: np.random.Generator | None = None) -> torch.Tensor:
+        clip = self._begin(frames)
+        clip = self._resize(clip, short_side_size(*clip.shape[-2:], self.crop_size))
+        size, crops = self.crop_size, []
+        for part in (1,) if self.num_crops == 1 else (0, 1, 2):  # halves of the room: 0 left, 1 centre, 2 right
+            top, left = (round(part * (side - size) / 2) for side in clip.shape[-2:])
+            crops.append(self._finish(clip[..., top : top + size, left : left + size]))
+        return torch.stack(crops)
+
+
 def normalize_clip(video: torch.Tensor, norm_style: str) -> torch.Tensor:
     """Normalise clips that come as uint8, wherever they are; floats are already normalised and pass unchanged.
 
-    video: (B, 3, T, H, W) or (3, T, H, W). Returns float32 of the same shape and memory order.
+    video: (..., 3, T, H, W). Returns float32 of the same shape and memory order.
     norm_style: a key of NORM_STYLES; UserError for another.
     """
     _check_norm_style(norm_style)

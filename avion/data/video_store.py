@@ -192,18 +192,24 @@ class VideoStore:
         rng: np.random.Generator | None = None,
         sampling: str = "uniform",
         stride: int = 1,
+        views: int = 1,
     ) -> ClipFrames:
         """Read `num_frames` frames of the seconds [start, end) of a video.
 
         sampling: "uniform" over the span, or "strided", `stride` frames apart. rng: None for the fixed frames of
-        evaluation, a Generator for training's jitter. A span of fewer than `num_frames` frames is widened to
-        that many. The frame rate is the file's. Frames after the video's end show its last frame and are
-        counted. Raises VideoError for a missing, damaged or cut-short file, and for a clip that starts more
-        than a second after the video's end.
+        evaluation, a Generator for training's jitter. views: so many times `num_frames`, one view after the other,
+        fixed frames only: `uniform` view v takes the middle of the v-th of `views` equal parts of each segment,
+        `strided` view v has its window in the middle of the v-th part of the room that there is.
+        A span of fewer than `num_frames` frames is widened to that many. The frame rate is the file's. Frames after
+        the video's end show its last frame and are counted. Raises VideoError for a missing, damaged or cut-short
+        file, and for a clip that starts more than a second after the video's end.
         """
         first_chunk = self.chunk_index(start)
         with self._open_first(video, first_chunk) as reader:
-            ids = _frame_ids(start, end, reader.fps, num_frames, rng, sampling, stride)
+            ids = _frame_ids(start, end, reader.fps, num_frames, rng, sampling, stride, views)
+            order: np.ndarray | slice = slice(None)
+            if views > 1:  # neither ascending nor distinct
+                ids, order = np.unique(ids, return_inverse=True)
             frames_per_chunk = self.chunk_length * reader.fps if self.chunked else np.inf
             chunks = (ids // frames_per_chunk).astype(np.int64)
             places = np.floor(ids - chunks * frames_per_chunk + 1e-6) if self.chunked else ids  # in their chunk
@@ -221,7 +227,7 @@ class VideoStore:
                     raise VideoError(self.chunk_path(video, chunk), reason)
                 pieces.append(piece)
                 clamped += late
-        return ClipFrames(pieces[0] if len(pieces) == 1 else np.concatenate(pieces), clamped)
+        return ClipFrames((pieces[0] if len(pieces) == 1 else np.concatenate(pieces))[order], clamped)
 
     def _open(self, video: str, chunk: int) -> VideoReader:
         return open_video(self.chunk_path(video, chunk), self.decoder, self.threads)
@@ -278,14 +284,21 @@ def _frame_ids(
     rng: np.random.Generator | None,
     sampling: str,
     stride: int,
+    views: int = 1,
 ) -> np.ndarray:
-    """Frame numbers in the whole video, ascending. -> (num_frames,) int64"""
-    if num_frames < 1 or stride < 1:
-        raise UserError(f"clip length {num_frames} and clip stride {stride} must be at least 1")
+    """Frame numbers in the whole video, those of each view ascending. -> (views · num_frames,) int64"""
+    if num_frames < 1 or stride < 1 or views < 1:
+        raise UserError(f"clip length {num_frames}, clip stride {stride} and views {views} must be at least 1")
+    assert rng is None or views == 1, "several views are for evaluation, which draws nothing"
     first = max(round(start * fps), 0)
     last = max(round(end * fps), first + num_frames)
     if sampling == "uniform":
-        return uniform_frame_ids(first, last, num_frames, rng)
+        return uniform_frame_ids(first, last, num_frames * views, rng).reshape(num_frames, views).T.ravel()
     if sampling == "strided":
-        return strided_frame_ids(first, last, num_frames, stride, rng)
+        middle = strided_frame_ids(first, last, num_frames, stride, rng)
+        if views == 1:
+            return middle
+        room = max((last - first) - ((num_frames - 1) * stride + 1), 0)
+        offsets = [(2 * v + 1) * room // (2 * views) - room // 2 for v in range(views)]
+        return np.concatenate([middle + offset for offset in offsets])
     raise UserError(f"frame sampling: {sampling!r} is not one of {', '.join(SAMPLINGS)}")

@@ -1,10 +1,14 @@
-"""EPIC-KITCHENS-100 action recognition: verb and noun scores from action scores, class accuracies."""
+"""EPIC-KITCHENS-100 action recognition: verb and noun scores from action scores, accuracies on the official subsets."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from avion.constants import EK100_NOUNS, EK100_VERBS
 from avion.errors import UserError
+
+KINDS = ("verb", "noun", "action")
+_ROWS_AT_ONCE = 1024
 
 
 def get_marginal_indexes(actions: Mapping, mode: str, num_classes: int | None = None) -> list[np.ndarray]:
@@ -66,3 +70,127 @@ def get_mean_accuracy(cm) -> tuple[float, float]:
     samples = cm.sum(axis=1)
     per_class = np.divide(cm.diagonal(), samples, out=np.zeros(len(cm)), where=samples > 0)
     return 100 * float(per_class.mean()), 100 * float(cm.trace() / cm.sum())
+
+
+def label_ranks(scores, labels) -> np.ndarray:
+    """How many classes score above the right one: 0 is top-1. Of equal scores the lower class comes first.
+
+    Args:
+        scores: (n, classes), larger is better.
+        labels: (n,) int; -1 is a class that the scores do not have, and ranks behind all of them.
+
+    Returns:
+        (n,) int64.
+
+    Raises:
+        UserError: a label that is no class, or scores that are not numbers.
+    """
+    scores, labels = np.asarray(scores), np.asarray(labels)
+    if scores.ndim != 2 or labels.shape != scores.shape[:1] or labels.dtype.kind not in "iu":
+        raise UserError(f"scores of shape {scores.shape} need one whole number per row as label, found {labels.shape}")
+    count = scores.shape[1]
+    if len(labels) and not -1 <= labels.min() <= labels.max() < count:
+        raise UserError(f"labels run from {labels.min()} to {labels.max()}, the scores have {count} classes")
+    ranks = np.empty(len(scores), dtype=np.int64)
+    for first in range(0, len(scores), _ROWS_AT_ONCE):  # the comparisons' memory, not the scores' size, counts
+        block, own = scores[first : first + _ROWS_AT_ONCE], labels[first : first + _ROWS_AT_ONCE, None]
+        if not np.isfinite(block).all():
+            row = first + int(np.flatnonzero(~np.isfinite(block).all(axis=1))[0])
+            raise UserError(f"scores: row {row} holds values that are not numbers; evaluate with --precision fp32")
+        right = np.take_along_axis(block, np.maximum(own, 0), axis=1)
+        ahead = (block > right) | ((block == right) & (np.arange(count) < own))
+        ranks[first : first + _ROWS_AT_ONCE] = np.where(own[:, 0] < 0, count, ahead.sum(axis=1))
+    return ranks
+
+
+def mean_class_accuracy(ranks, labels) -> float:
+    """The mean over classes of the share of their samples that are right; classes without samples do not count.
+
+    ranks: (n,) from `label_ranks`; labels: (n,) int, at least 0. Returns a fraction.
+    """
+    _, classes = np.unique(np.asarray(labels), return_inverse=True)
+    right = np.bincount(classes, weights=np.asarray(ranks) == 0)
+    return float((right / np.bincount(classes)).mean())
+
+
+def action_metrics(
+    probs,
+    actions: tuple[np.ndarray, np.ndarray],
+    verb_class,
+    noun_class,
+    *,
+    tail_verbs=None,
+    tail_nouns=None,
+    unseen=None,
+) -> dict[str, float]:
+    """Accuracies of verbs, nouns and actions, overall and on EPIC's official subsets.
+
+    Verb and noun scores are sums of action probabilities (`marginalize`).
+
+    Args:
+        probs: (n, actions) probabilities.
+        actions: the verb and the noun class of each action, (actions,) int each.
+        verb_class, noun_class: (n,) int, the right ones. An action that is not among `actions` counts as not found.
+        tail_verbs, tail_nouns: class numbers. An action is a tail action if its verb or its noun is a tail class.
+        unseen: (n,) bool, the clips of participants who are not in the training data.
+
+    Returns:
+        For each kind of verb, noun, action: `{kind}_top1`, `{kind}_top5`, `{kind}_mean_class`; where the lists are
+        given `tail_{kind}_top1`, `_top5` (of clips whose class is in the tail; for actions both lists are needed) and
+        `unseen_{kind}_...`, with `tail_{kind}_clips` and `unseen_clips`. Fractions. A subset without clips has its
+        count only.
+
+    Raises:
+        UserError: no clips, shapes that do not fit, classes that do not exist, scores that are not numbers.
+    """
+    probs = np.asarray(probs)
+    verb_class, noun_class = np.asarray(verb_class), np.asarray(noun_class)
+    columns = {"verb": np.asarray(actions[0]), "noun": np.asarray(actions[1])}
+    if probs.ndim != 2 or not len(probs) or probs.shape[1] != len(columns["verb"]):
+        raise UserError(f"probabilities: shape {probs.shape}, due are clips x {len(columns['verb'])} actions")
+    place = {(int(v), int(n)): i for i, (v, n) in enumerate(zip(columns["verb"], columns["noun"], strict=True))}
+    own = [place.get((int(v), int(n)), -1) for v, n in zip(verb_class, noun_class, strict=True)]
+    verbs, nouns = action_marginals(probs, actions)
+    ranks = {
+        "verb": label_ranks(verbs, verb_class),
+        "noun": label_ranks(nouns, noun_class),
+        "action": label_ranks(probs, np.array(own, dtype=np.int64)),
+    }
+    labels = {"verb": verb_class, "noun": noun_class, "action": verb_class * EK100_NOUNS + noun_class}
+    figures: dict[str, float] = {}
+    for kind in KINDS:
+        figures |= _top(f"{kind}_", ranks[kind])
+        figures[f"{kind}_mean_class"] = mean_class_accuracy(ranks[kind], labels[kind])
+    for kind, rows in _tail_rows(verb_class, noun_class, tail_verbs, tail_nouns).items():
+        figures |= _top(f"tail_{kind}_", ranks[kind][rows]) | {f"tail_{kind}_clips": int(rows.sum())}
+    if unseen is not None:
+        rows = np.asarray(unseen, dtype=bool)
+        figures |= {name: value for kind in KINDS for name, value in _top(f"unseen_{kind}_", ranks[kind][rows]).items()}
+        figures["unseen_clips"] = int(rows.sum())
+    return figures
+
+
+def action_marginals(probs, actions: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Verb scores (n, 97) and noun scores (n, 300) of action probabilities (n, actions)."""
+    columns = {"verb": actions[0], "noun": actions[1]}
+    counts = {"verb": EK100_VERBS, "noun": EK100_NOUNS}
+    verbs, nouns = (marginalize(probs, get_marginal_indexes(columns, k, counts[k])) for k in ("verb", "noun"))
+    return verbs, nouns
+
+
+def _tail_rows(verb_class, noun_class, tail_verbs, tail_nouns) -> dict[str, np.ndarray]:
+    """Which clips are in the tail, (n,) bool, for each kind that the given lists decide."""
+    rows = {}
+    if tail_verbs is not None:
+        rows["verb"] = np.isin(verb_class, tail_verbs)
+    if tail_nouns is not None:
+        rows["noun"] = np.isin(noun_class, tail_nouns)
+    if len(rows) == 2:
+        rows["action"] = rows["verb"] | rows["noun"]
+    return rows
+
+
+def _top(prefix: str, ranks: np.ndarray) -> dict[str, float]:
+    if len(ranks) == 0:
+        return {}
+    return {f"{prefix}top{k}": float((ranks < k).mean()) for k in (1, 5)}
