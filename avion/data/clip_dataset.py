@@ -37,6 +37,9 @@ class ClipDataset(Dataset):
     the middle frames and the first wording, and gives zeros for a clip that cannot be read: `error` says why, and
     whoever computes figures leaves it out.
 
+    captions: (row, Generator) -> (text, further fields of the sample): what training pairs a row with, in place of one
+    of its wordings.
+
     table: a sequence of Narration. transform: (frames (T, H, W, 3) uint8, Generator) -> Tensor. tokenizer: text or
     texts -> LongTensor (n, context). sampling, stride: as in `VideoStore.read_clip`.
     """
@@ -54,6 +57,7 @@ class ClipDataset(Dataset):
         sampling: str = "uniform",
         stride: int = 16,
         max_replacements: int = 10,
+        captions: Callable[[int, np.random.Generator], tuple[str, dict[str, torch.Tensor]]] | None = None,
     ):
         if len(table) == 0:
             raise UserError("the dataset is empty: its annotations hold no clips")
@@ -66,6 +70,7 @@ class ClipDataset(Dataset):
         self.table, self.store, self.transform, self.tokenizer = table, store, transform, tokenizer
         self.num_frames, self.sampling, self.stride = num_frames, sampling, stride
         self.train, self.seed, self.max_replacements = train, seed, max_replacements
+        self.captions = captions
 
     def __len__(self) -> int:
         return len(self.table)
@@ -83,7 +88,7 @@ class ClipDataset(Dataset):
         for attempt in range(self.max_replacements + 1):
             try:
                 return {
-                    **self._read(self.table[row], rng),
+                    **self._read(row, rng),
                     "error": error,
                     "replaced_by": int(row) if attempt > 0 else -1,
                 }
@@ -100,7 +105,7 @@ class ClipDataset(Dataset):
     def _evaluation_sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         narration = self.table[index]
         try:
-            return {**self._read(narration, rng), "error": "", "replaced_by": -1}
+            return {**self._read(index, rng), "error": "", "replaced_by": -1}
         except VideoError as failure:
             side = 2 * getattr(self.transform, "crop_size", 64)
             blank = self.transform(np.zeros((self.num_frames, side, side, 3), dtype=np.uint8), rng)
@@ -112,9 +117,9 @@ class ClipDataset(Dataset):
                 "replaced_by": -1,
             }
 
-    def _read(self, narration: Narration, rng: np.random.Generator) -> dict[str, Any]:
-        texts = narration.texts
-        text = texts[rng.integers(len(texts))] if self.train and len(texts) > 1 else texts[0]
+    def _read(self, row: int, rng: np.random.Generator) -> dict[str, Any]:
+        narration = self.table[row]
+        text, more = self._caption(row, narration, rng)
         clip = self.store.read_clip(
             narration.video,
             narration.start,
@@ -124,7 +129,13 @@ class ClipDataset(Dataset):
             sampling=self.sampling,
             stride=self.stride,
         )
-        return {"video": self.transform(clip.frames, rng), **self._tokens(text), "clamped": clip.clamped}
+        return {"video": self.transform(clip.frames, rng), **self._tokens(text), **more, "clamped": clip.clamped}
+
+    def _caption(self, row: int, narration: Narration, rng: np.random.Generator) -> tuple[str, dict[str, torch.Tensor]]:
+        if self.train and self.captions is not None:
+            return self.captions(row, rng)
+        texts = narration.texts
+        return texts[rng.integers(len(texts))] if self.train and len(texts) > 1 else texts[0], {}
 
     def _tokens(self, text: str) -> dict[str, torch.Tensor]:
         return {} if self.tokenizer is None else {"tokens": self.tokenizer(text).reshape(-1)}
