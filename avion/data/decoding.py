@@ -22,6 +22,7 @@ DECODERS = ("pyav", "decord")  # in the order in which `auto` tries them
 MAX_FPS = 1000.0
 MAX_PIXELS = 2**26  # of a frame; 8K video has half of it
 HELD_BYTES = 64 * 2**20  # packets of a file up to this size stay in memory: it is then read once
+_DECORD_BATCH = 32  # frames of a stream that decord holds at once
 DECORD_TIMEOUT_S = 60.0  # decord has native loops that never end on some damaged files
 
 # What PyAV may open. Other demuxers (playlists, concat scripts) follow names written inside the file.
@@ -77,12 +78,30 @@ class VideoReader:
         wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
         if wanted.size == 0:
             return np.empty((0, self.height, self.width, 3), dtype=np.uint8)
-        if wanted.min() < 0 or wanted.max() >= self.num_frames:
-            worst = int(wanted.max() if wanted.max() >= self.num_frames else wanted.min())
-            raise VideoError(self.path, f"frame {worst} was asked for, the file has {self.num_frames}")
+        self._check_range(wanted)
         unique, inverse = np.unique(wanted, return_inverse=True)
         frames = self._decode_sorted(unique)  # (k, H, W, 3)
         return frames if unique.size == wanted.size and np.array_equal(unique, wanted) else frames[inverse]
+
+    def stream_frames(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Decode the frames of these numbers in one pass, one at a time: (number, frame (height, width, 3) uint8).
+
+        Each distinct number comes once, mostly in ascending order (where a frame needed a second try, it comes
+        late). Only a few frames are in memory at once. Raises VideoError as `get_frames` does, at the latest when all
+        others have come.
+        """
+        wanted = np.unique(np.asarray(indices, dtype=np.int64))
+        self._check_range(wanted)
+        yield from self._stream_sorted(wanted)
+
+    def _check_range(self, wanted: np.ndarray) -> None:
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= self.num_frames):
+            worst = int(wanted.max() if wanted.max() >= self.num_frames else wanted.min())
+            raise VideoError(self.path, f"frame {worst} was asked for, the file has {self.num_frames}")
+
+    def _stream_sorted(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """indices: (k,) strictly increasing and in range -> k pairs (index, (H, W, 3) uint8)."""
+        raise NotImplementedError
 
     def _decode_sorted(self, indices: np.ndarray) -> np.ndarray:
         """indices: (k,) strictly increasing and in range -> (k, H, W, 3) uint8."""
@@ -217,18 +236,22 @@ class _PyAVReader(VideoReader):
             raise VideoError(self.path, f"states {self.fps:g} frames per second")
 
     def _decode_sorted(self, indices: np.ndarray) -> np.ndarray:
+        found = dict(self._stream_sorted(indices))
+        return np.stack([found[int(i)] for i in indices])
+
+    def _stream_sorted(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         stamps = [int(self._pts[self._display[i]]) for i in indices]
-        wanted, found = set(stamps), {}
+        index_of = {stamp: int(i) for stamp, i in zip(stamps, indices, strict=True)}
+        missing = set(stamps)
         # Twice more for what is then still missing: a stream may rely on the skipped frames for its output order,
         # and one without true keyframes (intra refresh) needs what lies before the last of them.
         for skip_unreferenced, keys_back in ((self._skip_unreferenced, 0), (False, 0), (False, 2)):
-            missing = [i for i, stamp in zip(indices, stamps, strict=True) if stamp not in found]
-            for start, stop in self._runs(missing, keys_back):
-                self._decode_run(start, stop, wanted, found, skip_unreferenced)
-        missing = [i for i, stamp in zip(indices, stamps, strict=True) if stamp not in found]
+            left = [i for i, stamp in zip(indices, stamps, strict=True) if stamp in missing]
+            for start, stop in self._runs(left, keys_back):
+                for stamp, picture in self._decode_run(start, stop, missing, skip_unreferenced):
+                    yield index_of[stamp], picture
         if missing:
-            raise VideoError(self.path, f"frame {missing[0]} cannot be decoded")
-        return np.stack([found[stamp] for stamp in stamps])
+            raise VideoError(self.path, f"frame {min(index_of[stamp] for stamp in missing)} cannot be decoded")
 
     def _runs(self, indices: Sequence[int], keys_back: int) -> list[tuple[int, int]]:
         """The stretches [start, stop) of packets, in decode order, that decode these frames: from the keyframe
@@ -247,24 +270,25 @@ class _PyAVReader(VideoReader):
         return runs
 
     def _decode_run(
-        self, start: int, stop: int, wanted: set[int], found: dict[int, np.ndarray], skip_unreferenced: bool
-    ) -> None:
-        """Decode packets [start, stop); add the pictures whose timestamp is in `wanted` to `found`."""
+        self, start: int, stop: int, missing: set[int], skip_unreferenced: bool
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Decode packets [start, stop): (timestamp, picture) of those in `missing`, which are then taken out of it."""
         context = self._stream.codec_context
         reformatter = self._av.video.reformatter.VideoReformatter()
         first_pts = self._pts[start]
         try:
             for packet in self._packets(start, stop):
                 if packet is not None:
-                    skip = skip_unreferenced and packet.pts not in wanted
+                    skip = skip_unreferenced and packet.pts not in missing
                     context.skip_frame = "NONREF" if skip else "DEFAULT"
                 for picture in context.decode(packet):
                     if picture.pts is None or picture.pts < first_pts:
                         continue  # shown before the keyframe, refers to frames that were not decoded
                     if picture.is_corrupt:
                         raise VideoError(self.path, f"is damaged at {self._where(picture.pts)}")
-                    if picture.pts in wanted and picture.pts not in found:
-                        found[picture.pts] = self._upright_rgb(picture, reformatter)
+                    if picture.pts in missing:
+                        missing.remove(picture.pts)
+                        yield picture.pts, self._upright_rgb(picture, reformatter)
         except self._av.error.FFmpegError as error:
             where = self._where(self._pts[start])
             raise VideoError(self.path, f"cannot be decoded after {where} ({_one_line(error)})") from error
@@ -345,6 +369,12 @@ class _DecordReader(VideoReader):
 
     def _decode_sorted(self, indices: np.ndarray) -> np.ndarray:
         return self._bounded(lambda: self._reader.get_batch(indices.tolist()).asnumpy())
+
+    def _stream_sorted(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        # It goes on from where it is, so that a part at a time costs no second decoding.
+        for first in range(0, len(indices), _DECORD_BATCH):
+            part = indices[first : first + _DECORD_BATCH]
+            yield from zip(part.tolist(), self._decode_sorted(part), strict=True)
 
     def _bounded(self, call):
         """Run a native call in a thread, so that one which never returns is an error and not a hang."""

@@ -387,3 +387,31 @@ class TestInterface:
         reader.close()
         reader.close()
         assert held() == before
+
+
+class TestStream:
+    @each_decoder
+    def test_frames_come_one_by_one_each_once(self, videos, decoder, rng):
+        wanted = rng.integers(0, 300, 40).tolist()
+        with open_video(videos.gop250, decoder) as reader:
+            found = dict((i, read_barcode(frame)) for i, frame in reader.stream_frames(wanted + wanted[:5]))
+        assert found == {i: i for i in set(wanted)}
+
+    def test_every_packet_is_decoded_once(self, videos, monkeypatch):
+        """300 frames in one pass; asking for them in tens would decode most of them over and over."""
+        sent = []
+        with open_video(videos.gop250, "pyav") as reader:
+            packets = reader._packets
+            monkeypatch.setattr(reader, "_packets", lambda *run: [sent.append(p) or p for p in packets(*run)])
+            assert sum(1 for _ in reader.stream_frames(range(300))) == 300
+        assert len([p for p in sent if p is not None]) == 300
+
+    @each_decoder
+    def test_a_number_that_does_not_exist(self, videos, decoder):
+        with open_video(videos.gop250, decoder) as reader, pytest.raises(VideoError, match="frame 300 was asked for"):
+            next(reader.stream_frames([0, 300]))
+
+    @each_decoder
+    def test_nothing_wanted(self, videos, decoder):
+        with open_video(videos.gop250, decoder) as reader:
+            assert list(reader.stream_frames([])) == []
