@@ -92,11 +92,16 @@ class DividedBlock(nn.Module):
 
     def mix_space(self, cls: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention over [CLS, patches] of each frame. Every frame gets the CLS; its results are averaged."""
+        cls, tokens = self.mix_space_of_frames(cls, tokens)
+        return cls.mean(dim=1, keepdim=True), tokens
+
+    def mix_space_of_frames(self, cls: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same with the CLS of each frame, (B, T, D), as no frame depends on another here."""
         clips, patches, frames, dim = tokens.shape
         per_frame = [cls[:, None].expand(-1, frames, -1, -1), tokens.transpose(1, 2)]  # (B, T, 1 and N, D)
         rows = torch.cat(per_frame, dim=2).flatten(0, 1)  # (B·T, 1+N, D)
         out = self.attn(rows).view(clips, frames, 1 + patches, dim)
-        return out[:, :, 0].mean(dim=1, keepdim=True), out[:, :, 1:].transpose(1, 2)  # (B, 1, D), (B, N, T, D)
+        return out[:, :, 0], out[:, :, 1:].transpose(1, 2)  # (B, T, D), (B, N, T, D)
 
     def drop_paths(self, cls: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stochastic depth that drops the CLS and the tokens of a clip together."""
@@ -152,6 +157,19 @@ class DividedTower(nn.Module):
 
     def features(self, video: torch.Tensor) -> torch.Tensor:
         """(B, C, T, height, width) → the CLS after the last norm, (B, D)."""
+        cls, _ = self.encode(video, cls_only=True)
+        return self.norm(cls[:, 0])
+
+    def token_features(self, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, C, T, height, width) → CLS (B, D) and patches (B, N, T, D) after the last norm."""
+        cls, tokens = self.encode(video, cls_only=False)
+        return self.norm(cls[:, 0]), self.norm(tokens)
+
+    def encode(self, video: torch.Tensor, cls_only: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, C, T, height, width) → what the blocks make of it: cls (B, 1, D), tokens (B, N, T, D).
+
+        cls_only: the last block computes no tokens.
+        """
         grid = patch_grid(video, self.patch_embed.proj.kernel_size[0])
         position = resize_position_embed(self.pos_embed, grid)  # (1, 1+N, D)
         tokens = embed_patches(video, self.patch_embed.proj, self.use_fast_conv1)  # (B, N, T, D)
@@ -165,8 +183,8 @@ class DividedTower(nn.Module):
         cls, tokens = self.ln_pre(cls), self.ln_pre(tokens)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            cls, tokens = run_block(block, cls, tokens, i == last, checkpointed=self.grad_checkpointing)
-        return self.norm(cls[:, 0])
+            cls, tokens = run_block(block, cls, tokens, cls_only and i == last, checkpointed=self.grad_checkpointing)
+        return cls, tokens
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
         return project(self.features(video), self.image_projection)

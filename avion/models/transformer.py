@@ -25,6 +25,9 @@ from .utils import resize_position_embed, resize_temporal_embed
 # CUDA puts rows × heads into a grid dimension of 16 bits; B·N rows of time attention exceed it.
 MAX_ROWS_X_HEADS = 65_535
 
+# The plain math kernel writes all scores down; of long sequences, some queries' at a time.
+MAX_MATH_SCORES = 2**26
+
 FUSED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
 
@@ -38,6 +41,10 @@ def attend(
     """
     rows, heads = q.shape[:2]
     per_call = max(1, MAX_ROWS_X_HEADS // heads)
+    if use_flash is False and not causal:
+        queries = max(1, MAX_MATH_SCORES // max(1, rows * heads * k.shape[2]))
+        if queries < q.shape[2]:
+            return torch.cat([attend(piece, k, v, use_flash) for piece in q.split(queries, dim=2)], dim=1)
     if rows <= per_call:
         return _sdpa(q, k, v, use_flash, causal).flatten(2)
     pieces = zip(q.split(per_call), k.split(per_call), v.split(per_call), strict=True)
@@ -270,6 +277,15 @@ class JointViT(nn.Module):
 
     def features(self, video: torch.Tensor) -> torch.Tensor:
         """(B, C, T, height, width) → the CLS after the last norm, (B, D)."""
+        return self.ln_post(self.encode(video, cls_only=True)[:, 0])
+
+    def token_features(self, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, C, T, height, width) → CLS (B, D) and patches (B, N, T, D) after the last norm."""
+        x = self.ln_post(self.encode(video, cls_only=False))  # (B, 1+T·N, D)
+        return x[:, 0], x[:, 1:].unflatten(1, (video.shape[2], -1)).transpose(1, 2)
+
+    def encode(self, video: torch.Tensor, cls_only: bool) -> torch.Tensor:
+        """(B, C, T, height, width) → what the blocks make of it, (B, 1+T·N, D); with cls_only (B, 1, D)."""
         grid = patch_grid(video, self.conv1.kernel_size[0])
         position = resize_position_embed(self.positional_embedding, grid)  # (1+N, D)
         temporal = resize_temporal_embed(self.temporal_embedding, video.shape[2])  # (T, D)
@@ -279,8 +295,7 @@ class JointViT(nn.Module):
             x = drop_patches(x, self.patch_dropout)
         cls = (self.class_embedding + position[0]).expand(len(x), 1, -1)  # (B, 1, D)
         x = torch.cat([cls, x.transpose(1, 2).flatten(1, 2)], dim=1)  # (B, 1+T·N, D)
-        x = self.transformer(self.ln_pre(x), cls_only=True)  # (B, 1, D)
-        return self.ln_post(x[:, 0])
+        return self.transformer(self.ln_pre(x), cls_only)
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
         return project(self.features(video), self.image_projection)

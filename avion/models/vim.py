@@ -12,6 +12,7 @@ N states per channel, K convolution taps, Q rank of the step size.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,27 +68,102 @@ class BiMambaMixer(nn.Module):
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         x, z = self.in_proj(h).chunk(2, dim=-1)  # (R, T, I) each
-        y_forward = self._scan(x, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D, reverse=False)
-        y_backward = self._scan(x, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True)
-        return self.out_proj((y_forward + y_backward) * F.silu(z))  # (R, T, D)
+        y = self._scan(x, reverse=False) + self._scan(x, reverse=True)
+        return self.out_proj(y * F.silu(z))  # (R, T, D)
 
-    def _scan(
-        self,
-        x: torch.Tensor,
-        conv: nn.Conv1d,
-        x_proj: nn.Linear,
-        dt_proj: nn.Linear,
-        A_log: torch.Tensor,
-        D: torch.Tensor,
-        *,
-        reverse: bool,
-    ) -> torch.Tensor:
-        u = causal_conv_silu(x, conv.weight.squeeze(1), conv.bias, reverse=reverse)  # (R, T, I)
-        dt, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+    def _scan(self, x: torch.Tensor, *, reverse: bool) -> torch.Tensor:
+        p = self._direction(reverse)
+        u = causal_conv_silu(x, p.conv.weight.squeeze(1), p.conv.bias, reverse=reverse)  # (R, T, I)
+        delta, B, C = self._step_inputs(u, p)
         # The bias is added within the scan, in float32: under autocast it would drown in bf16's rounding.
-        delta = F.linear(dt, dt_proj.weight)  # (R, T, I)
-        A = -torch.exp(A_log.float() if A_log.dtype in (torch.float16, torch.bfloat16) else A_log)  # (I, N)
-        return selective_scan(u, delta, A, B, C, D, delta_bias=dt_proj.bias, reverse=reverse, backend=self.scan_backend)
+        return selective_scan(
+            u, delta, _decay_rates(p.A_log), B, C, p.D,
+            delta_bias=p.dt_proj.bias, reverse=reverse, backend=self.scan_backend,
+        )  # fmt: skip
+
+    def _direction(self, reverse: bool) -> "_Direction":
+        if reverse:
+            return _Direction(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
+        return _Direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+
+    def _step_inputs(self, u: torch.Tensor, p: "_Direction") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """u (R, T, I) → delta before its bias and the softplus (R, T, I), B and C (R, T, N)."""
+        dt, B, C = p.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return F.linear(dt, p.dt_proj.weight), B, C
+
+    def scan_piece(
+        self, h: torch.Tensor, carry: "ScanCarry | None", *, reverse: bool
+    ) -> tuple[torch.Tensor, "ScanCarry"]:
+        """One direction's share of the output, for sequences too long to be held: a piece of the steps at a time.
+
+        h (R, S, D): the next S steps in walking order (with `reverse` pieces come from the end, each of them with its
+        steps in their usual order); carry: what the call before returned, None for the first piece. Returns (R, S, D)
+        and the carry. Both directions' results over all pieces add up to `forward` of the whole. Inference only.
+        """
+        p = self._direction(reverse)
+        x, z = self.in_proj(h).chunk(2, dim=-1)  # (R, S, I) each
+        steps, tail = x.shape[1], p.conv.weight.shape[-1] - 1
+        if carry is not None:
+            x = torch.cat([x, carry.x] if reverse else [carry.x, x], dim=1)
+        u = causal_conv_silu(x, p.conv.weight.squeeze(1), p.conv.bias, reverse=reverse)
+        u = u[:, :steps] if reverse else u[:, u.shape[1] - steps :]
+        delta, B, C = self._step_inputs(u, p)
+        y, state = _scan_from_state(self, p, (u, delta, B, C), None if carry is None else carry.state, reverse)
+        kept = x[:, :tail] if reverse else x[:, max(0, x.shape[1] - tail) :]
+        return self.out_proj(y.to(z.dtype) * F.silu(z)), ScanCarry(kept.clone(), state)
+
+
+class _Direction(NamedTuple):
+    """One direction's parameters."""
+
+    conv: nn.Conv1d
+    x_proj: nn.Linear
+    dt_proj: nn.Linear
+    A_log: torch.Tensor
+    D: torch.Tensor
+
+
+class ScanCarry(NamedTuple):
+    """What one piece of a sequence hands to the next: x (R, K-1, I), the convolution's last inputs (fewer where
+    fewer steps have been), and the scan's state (R, N, I)."""
+
+    x: torch.Tensor
+    state: torch.Tensor
+
+
+def _decay_rates(A_log: torch.Tensor) -> torch.Tensor:
+    """A (I, N), in float32 at least."""
+    return -torch.exp(A_log.float() if A_log.dtype in (torch.float16, torch.bfloat16) else A_log)
+
+
+# A step so small that nothing decays in it, exactly so in float64: exp(-1e-18 · A) rounds to 1. A power of two, so
+# that dividing by it is exact.
+_TINY_STEP = 2.0**-60
+
+
+def _scan_from_state(mixer: BiMambaMixer, p: _Direction, inputs, state, reverse: bool):
+    """The scan of (u, delta, B, C) that starts in `state` (R, N, I) or in none: y and the state that it ends in.
+
+    Any backend will do, since states go in and out through steps of the scan: N steps before the piece put one state
+    each in place (Δ·B·u with Δ tiny, B a unit vector, u = state / Δ), N after it read them (Δ = 0, C a unit vector).
+    """
+    u, delta, B, C = inputs
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    rows, steps, inner = u.shape
+    step = F.softplus(delta.to(dtype) + p.dt_proj.bias.to(dtype))
+    unit = torch.eye(mixer.d_state, dtype=dtype, device=u.device).expand(rows, -1, -1)  # (R, N, N)
+    zero, nothing = torch.zeros_like(unit), u.new_zeros(rows, mixer.d_state, inner, dtype=dtype)
+    # (u, Δ, B, C) of the steps before, of the piece, of those after, in walking order.
+    parts = [(u.to(dtype), step, B.to(dtype), C.to(dtype)), (nothing, nothing, zero, unit)]
+    if state is not None:
+        parts.insert(0, (state / _TINY_STEP, torch.full_like(nothing, _TINY_STEP), unit, zero))
+    first = mixer.d_state if reverse or state is not None else 0  # of the piece
+    u, step, B, C = (torch.cat(part[::-1] if reverse else part, dim=1) for part in zip(*parts, strict=True))
+    y = selective_scan(
+        u, step, _decay_rates(p.A_log), B, C, p.D, delta_softplus=False, reverse=reverse, backend=mixer.scan_backend
+    )
+    read = y[:, : mixer.d_state] if reverse else y[:, -mixer.d_state :]
+    return y[:, first : first + steps], read
 
 
 def _initial_A_log(channels: int, states: int) -> torch.Tensor:
