@@ -8,7 +8,13 @@ from torch import nn
 
 from avion.errors import UserError
 from avion.models import create_model, load_checkpoint, model_from_checkpoint
-from avion.models.checkpoint import check_preprocess, checkpoint_facts, read_checkpoint
+from avion.models.checkpoint import (
+    CheckpointFacts,
+    check_preprocess,
+    checkpoint_facts,
+    read_checkpoint,
+)
+from avion.models.checkpoint_facts import saved_args
 from avion.models.pretrained import load_pretrained
 
 logger = logging.getLogger(__name__)
@@ -56,13 +62,35 @@ def build_finetuned(args: Any, source: str | None) -> nn.Module:
     from or evaluated keeps its own unless `--clip-length` was given.
     """
     if source is not None:
+        _refuse_pretraining(args, source)
         return _from_checkpoint(args, source)
-    if args.pretrain_model is None:
+    if not args.pretrain_model:
         raise UserError(
             "--pretrain-model: not given; name the pretrained checkpoint to start from (a path or "
             "hf:owner/repo/file), or a fine-tuned one as --resume"
         )
     return _from_checkpoint(args, args.pretrain_model, num_frames=args.clip_length)
+
+
+def _refuse_pretraining(args: Any, source: str) -> None:
+    """A run goes on with the optimizer and the epoch of a checkpoint; those of pretraining are another run's."""
+    checkpoint = read_checkpoint(source)
+    if not args.evaluate and checkpoint.get("optimizer") is not None and "pretrain_model" not in saved_args(checkpoint):
+        raise UserError(
+            f"{source}: was written in pretraining, and fine-tuning cannot go on from it; give it as --pretrain-model, "
+            "with an --output-dir that holds no checkpoint.pt of another run"
+        )
+
+
+def build_as_saved(args: Any, source: str) -> nn.Module:
+    """The two-tower model that a checkpoint is, for use without training; `--model` where the file does not say it.
+
+    `--model-args` override fields of its configuration.
+    """
+    check_preprocess(checkpoint_facts(read_checkpoint(source), source), args.norm_style)
+    model = model_from_checkpoint(source, name=args.model, **_behaviour(args))
+    logger.info("%s", model.load_report)
+    return model
 
 
 def _from_checkpoint(args: Any, source: str, **overrides: Any) -> nn.Module:
@@ -73,12 +101,20 @@ def _from_checkpoint(args: Any, source: str, **overrides: Any) -> nn.Module:
     if "model" in args.given or facts.model_name is None:
         overrides.setdefault("num_frames", args.clip_length)
         model = create_model(args.model, **_sizes(args), **overrides, **_behaviour(args))
-        logger.info("%s", load_checkpoint(model, source))
+        logger.info("%s%s", load_checkpoint(model, source), _inflation(facts, model))
         return model
     given = {name: value for name, value in _sizes(args).items() if name in args.given}
     model = model_from_checkpoint(source, **given, **overrides, **_behaviour(args))
-    logger.info("%s", model.load_report)
+    logger.info("%s%s", model.load_report, _inflation(facts, model))
     return model
+
+
+def _inflation(facts: CheckpointFacts, model: nn.Module) -> str:
+    """What to add to a load report where clips get another length; not every model has a parameter that shows it."""
+    before, after = facts.num_frames, model.config.num_frames
+    if before in (None, after):
+        return ""
+    return f"; frames {'inflated' if after > before else 'reduced'} {before} -> {after}"
 
 
 def _sizes(args: Any) -> dict[str, Any]:

@@ -24,6 +24,10 @@ EVAL_CLIPS = [
     ("P02_07_3", "P02_07", 3.0, 4.5, 2, 0),
 ]  # fmt: skip
 VERBS, NOUNS = ("open", "close", "wash"), ("door", "drawer", "pan")
+# Clips of the same two videos to fine-tune on: of 14 there are sentences that fit 12.
+TRAIN_CLIPS = [(f"{v}_9{i}", v, 0.4 * i, 0.4 * i + 1.1, i % 3, (i + k) % 3) for k, v in enumerate(("P01_01", "P02_07"))
+               for i in range(6)]  # fmt: skip
+ODD_CLIPS = [("P01_01_80", "P01_01", 1.0, 2.0, 3, 3), ("P02_07_80", "P02_07", 2.0, 3.0, 3, 3)]
 
 
 def _write_chunks(folder: Path, first: int) -> None:
@@ -33,28 +37,32 @@ def _write_chunks(folder: Path, first: int) -> None:
         write_video(folder / name, count, first=first + k * count, fps=FPS, width=48, height=40)
 
 
-def _write_annotations(root: Path) -> None:
+def _write_split(root: Path, name: str, clips: list[tuple], unspoken: tuple[int, ...] = ()) -> None:
+    """{name}.csv, {name}_sentence.csv without the sentences of verb classes `unspoken`, {name}_relevancy.pkl"""
+    verbs, nouns = (*VERBS, "dance"), (*NOUNS, "floor")
     rows = []
-    for narration_id, video, start, stop, verb, noun in EVAL_CLIPS:
+    for narration_id, video, start, stop, verb, noun in clips:
         values = [
             narration_id, video[:3], video, "00:00:00.00", f"00:00:{start:05.2f}", f"00:00:{stop:05.2f}", 0, 1,
-            f"{VERBS[verb]} {NOUNS[noun]}", VERBS[verb], verb, NOUNS[noun], noun, f"['{NOUNS[noun]}']", f"[{noun}]",
+            f"{verbs[verb]} {nouns[noun]}", verbs[verb], verb, nouns[noun], noun, f"['{nouns[noun]}']", f"[{noun}]",
         ]  # fmt: skip
         rows.append(dict(zip(CSV_COLUMNS, values, strict=True)))
-    unique = {row["narration"]: row for row in reversed(rows)}
+    unique = {row["narration"]: row for row in reversed(rows) if row["verb_class"] not in unspoken}
     sentences = sorted(unique.values(), key=lambda row: row["narration_id"])
-    for name, columns, content in (
-        ("val.csv", CSV_COLUMNS, rows),
-        ("val_sentence.csv", ["narration_id", "narration"], sentences),
-    ):
-        with open(root / name, "w", newline="") as file:
+    for suffix, columns, content in (("", CSV_COLUMNS, rows), ("_sentence", ["narration_id", "narration"], sentences)):
+        with open(root / f"{name}{suffix}.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(content)
     relevancy = np.array(
         [[((a["verb"] == b["verb"]) + (a["noun"] == b["noun"])) / 2 for b in sentences] for a in rows]
     )  # fmt: skip
-    (root / "relevancy.pkl").write_bytes(pickle.dumps(relevancy))
+    (root / f"{name}_relevancy.pkl").write_bytes(pickle.dumps(relevancy))
+
+
+def _write_annotations(root: Path) -> None:
+    _write_split(root, "val", EVAL_CLIPS)
+    (root / "val_relevancy.pkl").rename(root / "relevancy.pkl")
     narrations = [
         (f"video{v}", 0.7 * i, 0.7 * i + 1.2, f"#C C {VERBS[i % 3]}s the {NOUNS[v % 3]}")
         for v in range(4)
@@ -78,6 +86,21 @@ def tiny_data(tmp_path_factory) -> SimpleNamespace:
         "--video-chunk-length", CHUNK_S,
     ]  # fmt: skip
     return SimpleNamespace(root=root, flags=[str(f) for f in flags])
+
+
+@pytest.fixture(scope="session")
+def mir_flags(tiny_data) -> list[str]:
+    """A complete, quick retrieval fine-tuning, but for `--pretrain-model` and `--output-dir`."""
+    root = tiny_data.root / "mir"
+    root.mkdir()
+    _write_split(root, "train", TRAIN_CLIPS + ODD_CLIPS, unspoken=(3,))
+    _write_split(root, "test", EVAL_CLIPS)
+    flags = [
+        "--root", tiny_data.root / "val", "--train-metadata", root / "train.csv", "--val-metadata", root / "test.csv",
+        "--relevancy-path", root / "test_relevancy.pkl", "--video-chunk-length", CHUNK_S, "--clip-length", 4,
+        *TINY_RUN,
+    ]  # fmt: skip
+    return [str(f) for f in flags]
 
 
 TINY_MODEL = (

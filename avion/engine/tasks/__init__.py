@@ -1,6 +1,7 @@
 """A file per task: what differs between them. `base.Task` is the interface that the trainer knows."""
 
 from .base import Task
+from .finetune_retrieval import FinetuneRetrieval
 from .pretrain import Pretrain
 
-__all__ = ["Pretrain", "Task"]
+__all__ = ["FinetuneRetrieval", "Pretrain", "Task"]

@@ -1,0 +1,126 @@
+"""Fine-tuning for multi-instance retrieval: a max-margin loss on clips and the sentences relevant to them."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from avion.data.clip_dataset import ClipDataset
+from avion.data.demo import ensure_demo_dataset
+from avion.data.ek100 import load_relevancy, read_ek100_retrieval, sentence_path, sentence_texts
+from avion.data.retrieval_dataset import ClipsWithPositives
+from avion.data.transforms import TrainTransform
+from avion.engine.build import build_finetuned
+from avion.engine.distributed import World
+from avion.engine.steps import contrastive_step
+from avion.errors import UserError
+from avion.losses import MaxMarginRankingLoss
+
+from .mir import RetrievalTask
+
+logger = logging.getLogger(__name__)
+
+_TRAIN_RELEVANCY = "caption_relevancy_EPIC_100_retrieval_train.pkl"
+
+
+class FinetuneRetrieval(RetrievalTask):
+    """Each clip of the train split with one of its relevant sentences, drawn anew in every epoch."""
+
+    def __init__(self, args: Any, world: World):
+        _check(args)
+        if args.dataset == "demo":
+            _use_demo_dataset(args)
+        super().__init__(
+            args, world, root=args.root, root_flag="--root", clips=args.val_metadata,
+            relevancy=relevancy_file(args.relevancy_path, "test"),
+        )  # fmt: skip
+        self.loss = MaxMarginRankingLoss(
+            args.margin, local_loss=args.local_loss, gather_with_grad=args.gather_with_grad
+        )  # fmt: skip
+        if args.use_multi_epochs_loader:
+            logger.info("--use-multi-epochs-loader: workers live as long as the run with or without it")
+        self.pairs = None if args.evaluate else self._read_pairs()
+
+    def _read_pairs(self) -> ClipsWithPositives:
+        a = self.args
+        clips = read_ek100_retrieval(a.train_metadata)
+        sentences = sentence_texts(clips, sentence_path(a.train_metadata))
+        path = a.train_relevancy_path or relevancy_file(a.relevancy_path, "train")
+        relevancy = load_relevancy(path, len(clips), len(sentences))
+        pairs = ClipsWithPositives(clips, sentences, relevancy, a.relevancy_threshold)
+        if len(pairs) == 0:
+            raise UserError(
+                f"relevancy {path}: no clip of {a.train_metadata} has a sentence of relevancy above "
+                f"{a.relevancy_threshold:g}; lower --relevancy-threshold or give the train split's file"
+            )
+        logger.info(
+            "%d training clips with %.1f sentences of relevancy above %g each; %d without any are skipped",
+            len(pairs), pairs.positives / len(pairs), a.relevancy_threshold, pairs.skipped,
+        )  # fmt: skip
+        return pairs
+
+    def facts(self) -> dict[str, Any]:
+        if self.pairs is None:
+            return super().facts()
+        return {"training clips": len(self.pairs), "positives": self.pairs.positives, **super().facts()}
+
+    def build_model(self, source: str | None) -> nn.Module:
+        model = build_finetuned(self.args, source)
+        model.logit_scale.requires_grad_(False)  # the loss knows no temperature
+        self.args.model = model.config.name  # of which model the checkpoints of this run are
+        return self.fit_inputs(model)
+
+    def train_dataset(self) -> Dataset:
+        a = self.args
+        return ClipDataset(
+            self.pairs, self.store(a.root, "--root"), num_frames=self.num_frames,
+            transform=TrainTransform(
+                self.img_size, scale=tuple(a.scale_range), norm_style=a.norm_style, fused=a.fused_decode_crop
+            ),
+            tokenizer=self.tokenizer, train=True, seed=a.seed, sampling=a.frame_sampling, stride=a.clip_stride,
+            max_replacements=0 if a.strict_data else 10, captions=self.pairs.draw,
+        )  # fmt: skip
+
+    def step(self, model, micro_batches, precision, scale):
+        def loss(video, text, _temperature, batch):
+            return self.loss(video, text, batch["relevancy"] if self.args.relevancy_weighting else None)
+
+        return contrastive_step(model, micro_batches, loss, precision, scale)
+
+
+def relevancy_file(path: str, split: str) -> str:
+    """The relevancy file of "train" or "test" that `--relevancy-path` means.
+
+    `{}` in it stands for the split. Without, it is the test split's, and the train split's lies beside it: the same
+    name with train for (the last) test, or the name of EPIC-KITCHENS' own file.
+    """
+    if "{}" in path or split == "test":
+        return path.replace("{}", split)
+    name = Path(path).name
+    before, test, after = name.rpartition("test")
+    return str(Path(path).with_name(before + "train" + after if test else _TRAIN_RELEVANCY))
+
+
+def _check(args: Any) -> None:
+    if not 0.0 <= args.relevancy_threshold < 1.0:
+        raise UserError(
+            f"--relevancy-threshold {args.relevancy_threshold:g}: relevancies run from 0 to 1 and a positive's lies "
+            "above the threshold; give a number of at least 0 and below 1"
+        )
+    if not 0.0 < args.margin <= 2.0:
+        raise UserError(f"--margin {args.margin:g}: cosines differ by 2 at most; give a number above 0, up to 2")
+
+
+def _use_demo_dataset(args: Any) -> None:
+    """The demo dataset's own files wherever no other was asked for; it is generated where it is missing."""
+    paths = ensure_demo_dataset(args.root if "root" in args.given else "datasets/demo")
+    files = {
+        "train_metadata": paths.train_csv, "train_relevancy_path": paths.train_relevancy,
+        "val_metadata": paths.val_csv, "relevancy_path": paths.relevancy,
+    }  # fmt: skip
+    args.root = str(paths.ek100_videos)
+    for name, path in files.items():
+        if name not in args.given:
+            setattr(args, name, str(path))

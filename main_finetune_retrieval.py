@@ -1,0 +1,25 @@
+"""Fine-tune a pretrained video-language model on EPIC-Kitchens-100 multi-instance retrieval, or evaluate one on it.
+
+Examples:
+    python main_finetune_retrieval.py --dataset demo --pretrain-model runs/demo/checkpoint.pt --output-dir runs/mir
+    torchrun --nproc_per_node=8 main_finetune_retrieval.py --pretrain-model runs/id6/checkpoint.pt \\
+        --batch-size 64 --grad-checkpointing --output-dir runs/id6_mir
+"""
+
+import sys
+from collections.abc import Sequence
+
+from avion.engine.options import FinetuneRetrievalOptions
+from avion.engine.run import run_main
+from avion.engine.tasks import FinetuneRetrieval
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these command-line words (None: `sys.argv`); returns the exit status."""
+    return run_main(
+        FinetuneRetrieval, FinetuneRetrievalOptions, argv, "main_finetune_retrieval.py", __doc__.splitlines()[0]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
