@@ -120,15 +120,20 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 LOADER_TIMEOUT_S = 900
 
 
-def build_loader(dataset: Dataset, sampler: Sampler, *, workers: int, device: torch.device) -> DataLoader:
+def build_loader(
+    dataset: Dataset, sampler: Sampler | Sequence, *, workers: int, device: torch.device, large_samples: bool = False
+) -> DataLoader:
     """A loader over the sampler's batches. Workers live as long as the loader.
 
-    A UserError in the dataset arrives as a batch {"fatal": message}; `read` raises it.
+    large_samples: of hundreds of megabytes; the sampler gives single keys, samples come as they are, and a worker has
+    at most one waiting. A UserError in the dataset arrives as a batch {"fatal": message}; `read` raises it.
     """
+    how = {"batch_sampler": sampler, "collate_fn": collate, "pin_memory": device.type == "cuda"}
+    if large_samples:
+        how = {"sampler": sampler, "batch_size": None, "prefetch_factor": 1 if workers > 0 else None}
     return DataLoader(
-        _ErrorsAsSamples(dataset), batch_sampler=sampler, num_workers=workers, collate_fn=collate,
-        pin_memory=device.type == "cuda", persistent_workers=workers > 0,
-        timeout=LOADER_TIMEOUT_S if workers > 0 else 0,
+        _ErrorsAsSamples(dataset), num_workers=workers, persistent_workers=workers > 0,
+        timeout=LOADER_TIMEOUT_S if workers > 0 else 0, **how,
         # Its own generator: starting an epoch must not advance the one that dropout draws from.
         generator=torch.Generator(),
     )  # fmt: skip

@@ -1,8 +1,10 @@
 """An entry point: flags in, a trained or evaluated model out, one line and a status for what goes wrong."""
 
+import contextlib
+import functools
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,18 @@ USER_ERROR, INTERRUPTED = 2, 130
 
 def run(task_class: type[Task], args: Any) -> dict[str, float]:
     """Train (or with `--evaluate` evaluate) and return the figures of the last evaluation."""
+    with joined(args, None if args.evaluate else args.output_dir) as world:
+        return _run(task_class, args, world)
+
+
+@contextlib.contextmanager
+def joined(args: Any, log_dir: str | None) -> Iterator[World]:
+    """The processes of a run, its log open (with a file in `log_dir`, where one is given), until the block is left."""
     world = distributed.init_world(args)
     try:
         with world.together("opening the log"):
-            setup_logging(world, None if args.evaluate else args.output_dir)
-        return _run(task_class, args, world)
+            setup_logging(world, log_dir)
+        yield world
     finally:
         distributed.shutdown()
 
@@ -36,7 +45,7 @@ def run(task_class: type[Task], args: Any) -> dict[str, float]:
 def _run(task_class: type[Task], args: Any, world: World) -> dict[str, float]:
     source = state.find_resume(args)
     # Before anything slow: a process started with other flags would only be noticed much later.
-    world.agree({**_shared_flags(args), "checkpoint to go on from": source, "torch": torch.__version__})
+    world.agree({**shared_flags(args), "checkpoint to go on from": source, "torch": torch.__version__})
     with world.together("reading the data"):
         precision = choose_precision(args, world.device)
         task = task_class(args, world)
@@ -72,17 +81,22 @@ def _evaluate(task: Task, model, args: Any, world: World, precision, source: str
     return figures
 
 
-def _shared_flags(args: Any) -> dict[str, Any]:
+def shared_flags(args: Any) -> dict[str, Any]:
     """All flags but those that are a process's own."""
     own = {"rank", "local_rank", "gpu", "workers", "decode_threads", "debug"}
     return {"--" + k.replace("_", "-"): v for k, v in vars(args).items() if k not in own and k != "given"}
 
 
 def run_main(task_class: type[Task], config: type, argv: Sequence[str] | None, prog: str, description: str) -> int:
-    """The body of a `main(argv)`: 0, or 2 after one line on stderr for a mistake of the user's."""
+    """The body of a `main(argv)` that trains a task or evaluates it; as `run_entry`."""
+    return run_entry(functools.partial(run, task_class), config, argv, prog, description)
+
+
+def run_entry(body: Callable[[Any], Any], config: type, argv: Sequence[str] | None, prog: str, description: str) -> int:
+    """`body(args)` with a command line's flags: 0, or 2 after one line on stderr for a mistake of the user's."""
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     try:
-        run(task_class, parse(config, argv, prog, description))
+        body(parse(config, argv, prog, description))
     except PeerError as e:
         return _fail(f"{prog}: stopped because {e}", debug)
     except UserError as e:
