@@ -44,9 +44,9 @@ def run_processes(function: Callable, size: int, folder: Path, *args) -> list:
     process fails the test with that process's traceback.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # The fork server imports torch once, for all processes of all tests.
+    # The fork server imports what takes seconds once, for all processes of all tests.
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "avion.engine.run"])
     port = free_port()
     children = [context.Process(target=_child, args=(r, size, port, str(folder), function, args)) for r in range(size)]
     for child in children:

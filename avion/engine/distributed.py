@@ -167,7 +167,7 @@ class World:
         everyone = self.gather(dict(facts))
         for name in facts:
             values = [other.get(name) for other in everyone]
-            if any(v != values[0] for v in values):
+            if any(v != values[0] and not (v != v and values[0] != values[0]) for v in values):  # NaN agrees with NaN
                 listed = ", ".join(f"process {r}: {v!r}" for r, v in enumerate(values))
                 raise UserError(
                     f"processes disagree on {name} ({listed}); start all of them with the same flags, code and data"

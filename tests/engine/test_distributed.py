@@ -101,7 +101,7 @@ def _conversation(rank, size):
         "any": [world.any(rank == 1), world.any(False)],
         "mean": world.mean([float(rank), 4.0]),
     }
-    world.agree({"same": 1})
+    world.agree({"same": 1, "NaN": float("nan")})
     try:
         world.agree({"same": 1, "--lr": rank})
     except UserError as e:
