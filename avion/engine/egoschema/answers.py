@@ -1,0 +1,100 @@
+"""What a run leaves behind: the server's two files for each number of frames, all scores, a table."""
+
+import csv
+import io
+import json
+import logging
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from avion.data.egoschema import Question
+from avion.errors import UserError
+from avion.evaluation.egoschema import accuracy, choose
+
+from .results import Scores
+
+logger = logging.getLogger(__name__)
+
+Answers = dict[str, int]
+_TIMEOUT_S = 120
+_SHOWN_REPLY = 2000  # characters
+
+
+def choose_answers(questions: Sequence[Question], results: Mapping[str, Scores], count: int) -> Answers:
+    """{q_uid: 0 to 4} from the scores at this number of frames, in the questions' order; without unread videos."""
+    uids = [question.uid for question in questions if count in results.get(question.uid, {})]
+    if not uids:
+        return {}
+    chosen = choose(np.array([results[uid][count] for uid in uids]))
+    return dict(zip(uids, chosen.tolist(), strict=True))
+
+
+def figures_of(answers: Answers, truth: Mapping[str, int], left_out: frozenset[str]) -> dict[str, float]:
+    """Accuracy over what has a public answer, was answered and is not left out; `unreadable`: public, not answered."""
+    judged = [uid for uid in truth if uid not in left_out]
+    answered = [uid for uid in judged if uid in answers]
+    figures = accuracy(np.array([answers[u] for u in answered], int), np.array([truth[u] for u in answered], int))
+    return {**figures, "unreadable": len(judged) - len(answered)}
+
+
+def write_answers(folder: Path, count: int, answers: Answers) -> tuple[Path, Path]:
+    """`egoschema_{count}.json`, {q_uid: int}, and `.csv`, q_uid,answer. -> their paths"""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["q_uid", "answer"])
+    writer.writerows(answers.items())
+    paths = folder / f"egoschema_{count}.json", folder / f"egoschema_{count}.csv"
+    write_atomically(paths[0], json.dumps(answers, indent=0) + "\n")
+    write_atomically(paths[1], table.getvalue())
+    return paths
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside the target, flush to disk, rename over it."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as e:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({e.strerror}); free space or change --output-dir") from e
+
+
+def table(figures: Mapping[int, Mapping[str, Any]], answered: Mapping[int, int], total: int) -> str:
+    """Lines of frames, accuracy in percent, its 95 % interval, how many were right and how many answered."""
+    head = f"{'frames':>6}  {'accuracy':>8}  {'95 % interval':>14}  {'right':>11}  {'answered':>11}"
+    lines = [head, "-" * len(head)]
+    for count, done in answered.items():
+        of_all = f"{done}/{total}"
+        f = figures.get(count)
+        if f is None or not f["total"]:
+            lines.append(f"{count:>6}  {'-':>8}  {'-':>14}  {'-':>11}  {of_all:>11}")
+            continue
+        interval = f"{100 * f['low']:.2f} - {100 * f['high']:.2f}"
+        right = f"{f['correct']}/{f['total']}"
+        lines.append(f"{count:>6}  {100 * f['accuracy']:>8.2f}  {interval:>14}  {right:>11}  {of_all:>11}")
+    return "\n".join(lines)
+
+
+def submit(url: str, answers: Answers) -> str:
+    """POST the answers as JSON, once; the server's reply. UserError, one line, where that fails."""
+    body = json.dumps(answers).encode()
+    request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"}, method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as reply:
+            return reply.read(_SHOWN_REPLY).decode("utf-8", errors="replace").strip()
+    except urllib.error.HTTPError as e:
+        said = " ".join(e.read(200).decode("utf-8", errors="replace").split())
+        reason = f"it answered {e.code} {e.reason}" + (f": {said}" if said else "")
+    except (OSError, ValueError) as e:
+        reason = str(getattr(e, "reason", e))
+    raise UserError(f"--submit: sending to {url} failed ({reason}); the files are written, send them by hand")

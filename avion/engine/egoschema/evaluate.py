@@ -1,0 +1,285 @@
+"""The run: read questions, encode texts once, then videos one by one, each process its own; gather, write, send."""
+
+import functools
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from avion.data.decoding import resolve_decoder
+from avion.data.demo import ensure_demo_dataset
+from avion.data.ego4d import read_ego4d
+from avion.data.egoschema import LongVideos, Question, read_answers, read_questions, read_sources
+from avion.data.transforms import normalize_clip
+from avion.engine import encode
+from avion.engine.build import build_as_saved
+from avion.engine.distributed import PeerError, World
+from avion.engine.loader import build_loader, read
+from avion.engine.logging import append_json, duration
+from avion.engine.run import joined, shared_flags
+from avion.engine.steps import Precision
+from avion.engine.trainer import choose_precision
+from avion.errors import UserError
+from avion.models.long_video import default_max_tokens, encode_long_video, memory_bytes
+
+from .answers import choose_answers, figures_of, submit, table, write_answers, write_atomically
+from .results import ResultLog, Scores, fingerprint, read_results
+from .texts import DEFAULT_PROMPT, OptionTexts, encode_options, parse_prompt, unit
+
+logger = logging.getLogger(__name__)
+
+_FRAMES = 16
+
+
+def run_egoschema(args: Any) -> dict[int, dict[str, float]]:
+    """Answer all questions and write the files; the figures by number of frames (empty without `--answers`)."""
+    _check(args)
+    with joined(args, args.output_dir) as world:
+        world.agree({**shared_flags(args), "torch": torch.__version__})
+        run = _Run(args, world)
+        results, errors = run.results()
+        with world.together("writing the answers"):
+            figures = run.write(results, errors) if world.is_main else {}
+        if args.submit:
+            with world.together("sending the answers"):
+                if world.is_main:
+                    run.send(results)
+        return world.broadcast(figures)
+
+
+def _check(args: Any) -> None:
+    """Settle the lists' defaults; refuse flags that cannot be meant."""
+    args.frames = sorted(set(args.frames)) or [_FRAMES]
+    args.prompt = args.prompt or [DEFAULT_PROMPT]
+    for prompt in args.prompt:
+        parse_prompt(prompt)
+    if args.frames[0] < 1:
+        raise UserError(f"--frames {args.frames[0]}: at least 1 is due")
+    if args.max_tokens < 0:
+        raise UserError(f"--max-tokens {args.max_tokens}: a positive number is due, or 0 for the default")
+    if args.print_freq < 1:
+        raise UserError(f"--print-freq {args.print_freq}: at least 1 is due")
+    if not args.pretrain_model:
+        raise UserError("--pretrain-model: not given; name the checkpoint to evaluate (a path or hf:owner/repo/file)")
+    if bool(args.uid_to_ego4d) != bool(args.pretrain_metadata):
+        raise UserError("--uid-to-ego4d and --pretrain-metadata: give both to find common videos, or neither")
+    if args.exclude_overlap and not args.uid_to_ego4d:
+        raise UserError("--exclude-overlap: needs --uid-to-ego4d and --pretrain-metadata to know what to leave out")
+    if args.exclude_overlap and not args.answers and args.dataset != "demo":
+        raise UserError("--exclude-overlap: leaves questions out of the accuracy, for which --answers is missing")
+    if args.submit and len(args.frames) > 1:
+        raise UserError(f"--submit: sends one set of answers, but --frames asks for {len(args.frames)}; give one")
+    if args.submit and not args.submit_url.startswith(("http://", "https://")):
+        raise UserError(f"--submit-url {args.submit_url}: an address that begins with http:// or https:// is due")
+
+
+def find_overlap(questions: Sequence[Question], sources: str, narrations: Sequence[str]) -> frozenset[str]:
+    """The q_uids of questions whose Ego4D video (`sources`: uid_to_ego4d.json) is in the pretraining narrations."""
+    source_of = read_sources(sources)
+    trained_on = set(read_ego4d(*narrations).videos)
+    unknown = sum(question.uid not in source_of for question in questions)
+    common = frozenset(q.uid for q in questions if source_of.get(q.uid) in trained_on)
+    videos = {source_of[uid] for uid in common}
+    logger.info(
+        "overlap: %d of %d EgoSchema videos (of %d Ego4D videos) lie in the pretraining narrations%s",
+        len(common), len(questions), len(videos), f"; the source of {unknown} is unknown" if unknown else "",
+    )  # fmt: skip
+    return common
+
+
+def _use_demo_dataset(args: Any) -> None:
+    """The demo dataset's own files wherever no other was asked for; it is generated where it is missing."""
+    paths = ensure_demo_dataset(args.root if "root" in args.given else "datasets/demo")
+    files = {
+        "root": paths.egoschema_videos,
+        "questions": paths.egoschema_questions,
+        "answers": paths.egoschema_answers,
+    }
+    for name, path in files.items():
+        if name == "root" or name not in args.given:
+            setattr(args, name, str(path))
+
+
+class _Run:
+    """One evaluation, up to the point where nothing but scores is needed."""
+
+    def __init__(self, args: Any, world: World):
+        self.args, self.world = args, world
+        self.folder = Path(args.output_dir)
+        with world.together("reading the data"):
+            if args.dataset == "demo":
+                _use_demo_dataset(args)
+            self.precision: Precision = choose_precision(args, world.device)
+            self.questions = read_questions(args.questions)
+            self.truth = read_answers(args.answers, self.questions) if args.answers else {}
+            self.decoder = resolve_decoder(args.decoder)
+        self.left_out = self._overlap()
+        with world.together("building the model"):
+            self.model: nn.Module = build_as_saved(args, args.pretrain_model).to(world.device).eval()
+            self.config = self.model.config
+            self.videos = LongVideos(
+                self.questions, args.root, size=self.config.img_size, sampling=args.sampling, decoder=args.decoder,
+                threads=args.decode_threads,
+            )  # fmt: skip
+            self.max_tokens = args.max_tokens or default_max_tokens(world.device)
+            mark = fingerprint(self.model, self._settings())
+        world.agree({"questions": len(self.questions), "weights and settings": mark})
+        self.log = ResultLog(self.folder, world.rank, mark)
+
+    def _settings(self) -> dict[str, Any]:
+        """What scores depend on besides the weights."""
+        a = self.args
+        return {
+            "model": asdict(self.config), "sampling": a.sampling, "prompts": a.prompt, "norm_style": a.norm_style,
+            "precision": str(self.precision.dtype), "device": self.world.device.type, "decoder": self.decoder,
+            "root": str(Path(a.root).resolve()),
+        }  # fmt: skip
+
+    def _overlap(self) -> frozenset[str]:
+        """q_uids to leave out of the figures; how many videos are common is reported either way."""
+        args, world = self.args, self.world
+        common: frozenset[str] = frozenset()
+        with world.together("comparing with the pretraining videos"):
+            if args.uid_to_ego4d and world.is_main:
+                common = find_overlap(self.questions, args.uid_to_ego4d, args.pretrain_metadata)
+        common = world.broadcast(common)
+        return common if args.exclude_overlap else frozenset()
+
+    def results(self) -> tuple[dict[str, Scores], dict[str, str]]:
+        """Scores and errors by q_uid, on every process: what was there before, and what is computed now."""
+        world, done = self.world, {}
+        with world.together("reading earlier results"):
+            if world.is_main:
+                done = read_results(self.folder, self.log.mark, self.questions)
+        done = world.broadcast(done)
+        todo = []
+        for i, question in enumerate(self.questions):
+            missing = tuple(n for n in self.args.frames if n not in done.get(question.uid, {}))
+            if missing:
+                todo.append((i, missing))
+        before = len(self.questions) - len(todo)
+        logger.info(
+            "%s: %d questions, %d of them answered before, %s frames (%s), %s on %s, %d process%s (%s)",
+            self.config.name, len(self.questions), before, ", ".join(map(str, self.args.frames)), self.args.sampling,
+            str(self.precision.dtype).removeprefix("torch."), world.device.type, world.size,
+            "" if world.size == 1 else "es", world.how,
+        )  # fmt: skip
+        own, errors = self._answer(todo) if todo else ({}, {})
+        for part, failed in world.gather((own, errors)):
+            errors.update(failed)
+            for uid, scores in part.items():
+                done.setdefault(uid, {}).update(scores)
+        with world.together("reading the videos"):
+            if errors and len(errors) == len(self.questions):
+                raise UserError(f"--root {self.args.root}: no video can be read: {encode.describe(errors, 1)}")
+        return done, errors
+
+    def _answer(self, todo: list[tuple[int, tuple[int, ...]]]) -> tuple[dict[str, Scores], dict[str, str]]:
+        """This process's share of the videos: every size-th of them. All processes go in step, a video at a time."""
+        world = self.world
+        texts = encode_options(self.model, self.questions, self.args.prompt, world, self.precision)
+        self._tell_memory()
+        own = todo[world.rank :: world.size]
+        loader = build_loader(self.videos, own, workers=self.args.workers, device=world.device, large_samples=True)
+        samples = iter(loader)
+        results: dict[str, Scores] = {}
+        errors: dict[str, str] = {}
+        start = time.perf_counter()
+        rounds = math.ceil(len(todo) / world.size)
+        for done in range(1, rounds + 1):
+            failure: Exception | None = None
+            if done <= len(own):
+                try:
+                    self._answer_one(read(samples), texts, results, errors)
+                except Exception as e:  # raised below, once the other processes know
+                    failure = e
+            if world.any(failure is not None):
+                raise failure or PeerError("another process could not answer its question")
+            if done % self.args.print_freq == 0 or done == rounds:
+                pace = (time.perf_counter() - start) / done
+                logger.info(
+                    "video %d of %d, %.2f s each, %s left",
+                    min(done * world.size, len(todo)), len(todo), pace / world.size, duration(pace * (rounds - done)),
+                )  # fmt: skip
+        self.log.close()
+        return results, errors
+
+    def _answer_one(
+        self, sample: dict[str, Any], texts: OptionTexts, results: dict[str, Scores], errors: dict[str, str]
+    ) -> None:
+        question = self.questions[sample["index"]]
+        if sample["error"]:
+            if self.args.strict:
+                raise UserError(f"--strict: {sample['error']}")
+            logger.warning("video cannot be read: %s", sample["error"])
+            errors[question.uid] = sample["error"]
+            return
+        options, scores = texts.of(question, self.args.prompt), {}
+        for count, positions in sample["clips"].items():
+            with self.precision.autocast():
+                feature = encode_long_video(
+                    self.model, functools.partial(self._frames, sample["frames"], positions), count,
+                    max_tokens=self.max_tokens,
+                )  # fmt: skip
+            scores[count] = (options @ unit(feature.float().cpu().numpy())).tolist()
+            if not all(map(math.isfinite, scores[count])):
+                raise UserError(f"{question.uid}: the features of {count} frames are not finite; use --precision bf16")
+        self.log.append(question, scores)
+        results[question.uid] = scores
+
+    def _frames(self, frames: torch.Tensor, positions: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Frames [start, stop) of a clip, normalised, (3, stop - start, size, size) on the device."""
+        some = frames[positions[start:stop]].to(self.world.device).transpose(0, 1)
+        return normalize_clip(some, self.args.norm_style)
+
+    def _tell_memory(self) -> None:
+        autocast = self.precision.dtype is not torch.float32
+        largest = self.args.frames[-1]
+        parts = memory_bytes(self.config, largest, autocast=autocast, max_tokens=self.max_tokens)
+        logger.info("memory for %d frames: at most %.1f GB beside the weights", largest, sum(parts.values()) / 1e9)
+
+    def write(self, results: dict[str, Scores], errors: dict[str, str]) -> dict[int, dict[str, float]]:
+        """All files, and the table on stdout; the figures by number of frames."""
+        answers = {n: choose_answers(self.questions, results, n) for n in self.args.frames}
+        figures = {n: figures_of(answers[n], self.truth, self.left_out) for n in answers} if self.truth else {}
+        for count in answers:
+            write_answers(self.folder, count, answers[count])
+        report = {
+            "checkpoint": self.args.pretrain_model, "settings": self._settings(), "figures": figures,
+            "left_out": sorted(self.left_out), "unreadable": errors,
+            "scores": {
+                q.uid: {n: row for n, row in results[q.uid].items() if n in answers}
+                for q in self.questions if q.uid in results
+            },
+        }  # fmt: skip
+        write_atomically(self.folder / "egoschema_scores.json", json.dumps(report, indent=1) + "\n")
+        for count, row in figures.items():
+            append_json(self.folder / "eval_log.txt", {"frames": count, **row, "checkpoint": self.args.pretrain_model})
+        if self.truth and self.left_out:
+            logger.info("%d questions about pretraining videos are in no accuracy", len(self.left_out))
+        if errors:
+            logger.warning(
+                "%d of %d videos cannot be read; their questions are in no answer file and in no accuracy: %s",
+                len(errors), len(self.questions), encode.describe(errors),
+            )  # fmt: skip
+        print(table(figures, {n: len(answers[n]) for n in answers}, len(self.questions)))
+        return figures
+
+    def send(self, results: dict[str, Scores]) -> None:
+        (count,) = self.args.frames
+        answers = choose_answers(self.questions, results, count)
+        if len(answers) < len(self.questions):
+            raise UserError(
+                f"--submit: nothing was sent, {len(self.questions) - len(answers)} of {len(self.questions)} questions "
+                "have no answer, since their videos cannot be read; the files are written"
+            )
+        reply = submit(self.args.submit_url, answers)
+        logger.info("%d answers sent to %s", len(answers), self.args.submit_url)
+        print(f"the server says: {reply}")

@@ -1,0 +1,98 @@
+"""Scores of finished videos, kept so that a run that was stopped goes on where it was."""
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from avion.data.egoschema import OPTIONS, Question
+from avion.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Scores = dict[int, list[float]]  # by number of frames, one per option
+
+_PATTERN = "egoschema_results.*.jsonl"
+
+
+def fingerprint(model: nn.Module, settings: Mapping[str, Any]) -> str:
+    """Changes with any weight and any of the settings (JSON values): scores of another one are not the same."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def _digest(question: Question) -> str:
+    """So that a question that was changed is answered anew."""
+    return hashlib.sha256("\0".join((question.text, *question.options)).encode()).hexdigest()[:16]
+
+
+class ResultLog:
+    """One process's file of finished videos: a JSON line each, on the disk before the next video is begun."""
+
+    def __init__(self, folder: Path, rank: int, mark: str):
+        self.path, self.mark = folder / f"egoschema_results.{rank}.jsonl", mark
+        self._file = None
+
+    def append(self, question: Question, scores: Scores) -> None:
+        row = {"fingerprint": self.mark, "q_uid": question.uid, "question": _digest(question), "scores": scores}
+        try:
+            if self._file is None:
+                self._file = open(self.path, "ab")  # noqa: SIM115  (until `close`)
+                if self._file.tell() and not _ends_with_newline(self.path):  # a process died while it wrote
+                    self._file.write(b"\n")
+            self._file.write(json.dumps(row).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as e:
+            raise UserError(f"{self.path}: cannot be written ({e.strerror}); free space or change --output-dir") from e
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def read_results(folder: Path, mark: str, questions: Sequence[Question]) -> dict[str, Scores]:
+    """What runs with this fingerprint, of any number of processes, left in the folder, by q_uid."""
+    digests = {question.uid: _digest(question) for question in questions}
+    found: dict[str, Scores] = {}
+    damaged = 0
+    for path in sorted(folder.glob(_PATTERN)):
+        try:
+            lines = path.read_bytes().splitlines()
+        except OSError as e:
+            raise UserError(f"{path}: cannot be read ({e.strerror}); remove it or change --output-dir") from e
+        for line in lines:
+            try:
+                row = json.loads(line)
+                if row["fingerprint"] == mark and digests.get(row["q_uid"]) == row["question"]:
+                    found.setdefault(row["q_uid"], {}).update(_checked_scores(row["scores"]))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                damaged += 1
+    if damaged:
+        logger.warning(
+            "%s: %d damaged lines (of processes that were killed) are passed over", folder / _PATTERN, damaged
+        )
+    return found
+
+
+def _checked_scores(scores: Mapping[str, Any]) -> Scores:
+    checked = {int(count): [float(s) for s in row] for count, row in scores.items()}
+    if not all(len(row) == OPTIONS and all(map(math.isfinite, row)) for row in checked.values()):
+        raise ValueError("scores")
+    return checked

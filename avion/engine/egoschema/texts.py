@@ -1,0 +1,104 @@
+"""The options' texts: prompt templates filled in, and each distinct text encoded once."""
+
+import functools
+import logging
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from avion.data.egoschema import Question
+from avion.data.tokenizer import VOCAB_SIZE, tokenize
+from avion.engine import encode
+from avion.engine.distributed import World
+from avion.engine.steps import Precision
+from avion.errors import UserError
+from avion.models.registry import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_PROMPT = "Is it '{option}'"  # upstream's
+
+
+def parse_prompt(prompt: str) -> list[tuple[str, str | None]]:
+    """(literal text, field after it) in order; the fields are `option` and `question`, and `option` must be there."""
+    try:
+        parts = list(string.Formatter().parse(prompt))
+    except ValueError as e:
+        raise UserError(f"--prompt {prompt!r}: {e}; write {{{{ and }}}} for plain braces") from e
+    for _, field, spec, conversion in parts:
+        if field is not None and (field not in ("option", "question") or spec or conversion):
+            raise UserError(f"--prompt {prompt!r}: the only fields are {{option}} and {{question}}")
+    if "option" not in [field for _, field, _, _ in parts]:
+        raise UserError(f"--prompt {prompt!r}: without {{option}} all five texts are the same")
+    return [(literal, field) for literal, field, _, _ in parts]
+
+
+def option_texts(question: Question, prompts: Sequence[str]) -> list[list[str]]:
+    """For each of the five options its text in each prompt; options in lower case."""
+    texts = []
+    for option in question.options:
+        values = {"option": option.lower(), "question": question.text, None: ""}
+        texts.append(["".join(text + values[field] for text, field in parse_prompt(p)) for p in prompts])
+    return texts
+
+
+@dataclass
+class OptionTexts:
+    """Unit features (n, E) float64 of distinct texts, and where each text's is."""
+
+    features: np.ndarray
+    place: dict[str, int]
+
+    def of(self, question: Question, prompts: Sequence[str]) -> np.ndarray:
+        """(5, E): the options' features, means over the prompts, of length 1."""
+        rows = [[self.place[text] for text in texts] for texts in option_texts(question, prompts)]
+        return unit(self.features[rows].mean(axis=1))
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float64)
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def _tokenizer(config: ModelConfig, cut: set[str]) -> Callable[[list[str]], torch.Tensor]:
+    """Tokens as the model takes them; texts that are too long for it are added to `cut`."""
+    encode_words = functools.partial(tokenize, context_length=config.context_length, vocab_size=config.vocab_size)
+
+    def tokens_of(texts: list[str]) -> torch.Tensor:
+        tokens = encode_words(texts)
+        cut.update(text for text, row in zip(texts, tokens, strict=True) if row[-1] != 0)
+        return tokens
+
+    return tokens_of
+
+
+def encode_options(
+    model: nn.Module, questions: Sequence[Question], prompts: Sequence[str], world: World, precision: Precision
+) -> OptionTexts:
+    """On every process the features of every distinct text of these questions.
+
+    Of all questions, even where some are answered already: the same batches give the same features.
+    """
+    config = model.config
+    if config.vocab_size < VOCAB_SIZE:
+        logger.warning(
+            "the model's vocabulary of %d is smaller than the tokenizer's of %d: words share entries",
+            config.vocab_size, VOCAB_SIZE,
+        )  # fmt: skip
+    distinct: dict[str, int] = {}
+    for question in questions:
+        for text in (text for texts in option_texts(question, prompts) for text in texts):
+            distinct.setdefault(text, len(distinct))
+    cut: set[str] = set()
+    features = encode.encode_texts(model, list(distinct), _tokenizer(config, cut), world, precision)
+    cut = set().union(*world.gather(cut))
+    if cut:
+        logger.warning(
+            "%d of %d texts fill the model's %d tokens, what goes beyond is cut off: %.60s ...",
+            len(cut), len(distinct), config.context_length, min(cut),
+        )  # fmt: skip
+    return OptionTexts(unit(features.values), distinct)

@@ -1,0 +1,23 @@
+"""Answer EgoSchema's questions about long videos, zero-shot, from any checkpoint of a video-language model.
+
+Examples:
+    python main_egoschema.py --dataset demo --pretrain-model runs/demo/checkpoint.pt --frames 16 32 64
+    torchrun --nproc_per_node=8 main_egoschema.py --pretrain-model runs/id6/checkpoint.pt \\
+        --answers datasets/EgoSchema/subset_answers.json --frames 16 32 64 128 256 512 1024 2048 4096 8192
+"""
+
+import sys
+from collections.abc import Sequence
+
+from avion.engine.egoschema import run_egoschema
+from avion.engine.options import EgoSchemaOptions
+from avion.engine.run import run_entry
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these command-line words (None: `sys.argv`); returns the exit status."""
+    return run_entry(run_egoschema, EgoSchemaOptions, argv, "main_egoschema.py", __doc__.splitlines()[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
