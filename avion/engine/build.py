@@ -1,6 +1,7 @@
 """From flags to a model with weights: registered sizes, `--model-args`, a checkpoint or a zoo."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -15,6 +16,8 @@ from avion.models.checkpoint import (
     read_checkpoint,
 )
 from avion.models.checkpoint_facts import saved_args
+from avion.models.classifier import classifier_from_checkpoint
+from avion.models.model_clip import VideoClassifier
 from avion.models.pretrained import load_pretrained
 
 logger = logging.getLogger(__name__)
@@ -90,6 +93,25 @@ def build_as_saved(args: Any, source: str) -> nn.Module:
     check_preprocess(checkpoint_facts(read_checkpoint(source), source), args.norm_style)
     model = model_from_checkpoint(source, name=args.model, **_behaviour(args))
     logger.info("%s", model.load_report)
+    return model
+
+
+def build_classifier(args: Any, source: str | None, actions: Sequence[str] | None) -> VideoClassifier:
+    """The classifier of a checkpoint, or without a `source` a new head for `actions` on `--pretrain-model`'s tower.
+
+    `--model` names the model where a checkpoint does not say which it is. Its list of actions is the checkpoint's;
+    the given one where that has none.
+    """
+    if source is None:
+        towers = build_finetuned(args, None)
+        return VideoClassifier(towers.visual, args.dropout_rate, len(actions), config=towers.config, actions=actions)
+    check_preprocess(checkpoint_facts(read_checkpoint(source), source), args.norm_style)
+    fields = _behaviour(args) | ({"num_frames": args.clip_length} if "clip_length" in args.given else {})
+    name = args.model if "model" in args.given else None
+    model = classifier_from_checkpoint(source, name=name, dropout=args.dropout_rate, **fields)
+    logger.info("%s", model.load_report)
+    if model.actions is None and actions is not None:
+        model.actions = tuple(actions)
     return model
 
 

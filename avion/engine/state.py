@@ -1,7 +1,7 @@
 """Training checkpoints: written whole or not at all, with everything a run needs to go on.
 
-Keys are AVION's (epoch, state_dict, optimizer, scaler, best_acc1, args) and ours: `model_config`,
-`preprocess`, `step` (optimizer steps done within `epoch`), `rng` (one entry per process).
+Keys are AVION's (epoch, state_dict, optimizer, scaler, best_acc1, args) and ours: `model_config` (and
+`classifier`, if it is one), `preprocess`, `step` (optimizer steps done within `epoch`), `rng` (one entry per process).
 """
 
 import logging
@@ -9,7 +9,7 @@ import os
 import random
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from avion.constants import NORM_STYLES
 from avion.errors import UserError
+from avion.models.checkpoint import model_fields
 
 from .args import as_namespace
 from .distributed import World
@@ -101,7 +102,7 @@ def save_checkpoint(
                 "scaler": scaler.state_dict(),
                 "best_acc1": position.best,
                 "args": as_namespace(args),
-                "model_config": asdict(model.config),
+                **model_fields(model),
                 "preprocess": {"norm_style": args.norm_style, **NORM_STYLES[args.norm_style]._asdict()},
                 "rng": rng,
             }

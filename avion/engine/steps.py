@@ -103,6 +103,39 @@ def contrastive_step(
     return {k: v.detach() for k, v in figures.items()}
 
 
+def supervised_step(
+    model: nn.Module,
+    micro_batches: Sequence[dict[str, Any]],
+    loss_fn: Callable[[torch.Tensor, dict[str, Any]], dict[str, torch.Tensor]],
+    precision: Precision,
+    scale: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Leave in `.grad` what one batch of all k·b clips would, for a loss that is a mean over clips.
+
+    Args:
+        model: video -> logits (b, classes), maybe in DDP.
+        loss_fn: (logits (b, classes) float32, micro-batch) -> dict with "loss", each a mean over the b clips.
+        scale: as in `contrastive_step`.
+
+    Returns the figures' means over the micro-batches, detached.
+    """
+    count = len(micro_batches)
+    totals: dict[str, torch.Tensor] = {}
+    for i, batch in enumerate(micro_batches):
+        is_last = i == count - 1
+        # DDP averages over processes once, in the last micro-batch's backward pass.
+        distributed = isinstance(model, DistributedDataParallel)
+        silent = model.no_sync() if distributed and not is_last else contextlib.nullcontext()
+        with silent:
+            with precision.autocast():
+                logits = model(batch["video"])
+            figures = loss_fn(logits.float(), batch)
+            scale(figures["loss"] / count).backward()
+        for name, value in figures.items():
+            totals[name] = totals.get(name, 0) + value.detach() / count
+    return totals
+
+
 def _concatenate(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The tensors besides video and tokens, over all micro-batches."""
     first = batches[0]

@@ -58,8 +58,8 @@ class Trainer:
         self.loader = build_loader(dataset, self.sampler, workers=args.workers, device=world.device)
         self.schedule = self._schedule()
         self.optimizer = build_optimizer(
-            self.bare, args.optimizer, lr=args.lr, weight_decay=args.wd, betas=tuple(args.betas), eps=args.eps,
-            use_zero=args.use_zero and world.size > 1,
+            self.bare, args.optimizer, lr=task.learning_rates()[0], weight_decay=args.wd, betas=tuple(args.betas),
+            eps=args.eps, use_zero=args.use_zero and world.size > 1,
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision.dtype is torch.float16)
         self.position = state.Position(epoch=args.start_epoch)
@@ -67,15 +67,11 @@ class Trainer:
 
     def _schedule(self) -> np.ndarray:
         a = self.args
+        peak, start, end = self.task.learning_rates()
         if a.fix_lr:
-            return constant_scheduler(a.lr, a.epochs, self.sampler.steps)
+            return constant_scheduler(peak, a.epochs, self.sampler.steps)
         return cosine_scheduler(
-            a.lr,
-            a.lr_end,
-            a.epochs,
-            self.sampler.steps,
-            warmup_epochs=a.warmup_epochs,
-            start_warmup_value=a.lr_start,
+            peak, end, a.epochs, self.sampler.steps, warmup_epochs=a.warmup_epochs, start_warmup_value=start
         )
 
     def restore(self, source: str) -> None:
@@ -136,8 +132,9 @@ class Trainer:
         first = self.position.step
         self.sampler.set_position(epoch, first)
         if first == 0:
-            seed = np.random.SeedSequence((self.args.seed, epoch, self.world.rank)).generate_state(1)[0]
-            torch.manual_seed(int(seed))  # of dropout; data order and augmentation have their own
+            seed = int(np.random.SeedSequence((self.args.seed, epoch, self.world.rank)).generate_state(1)[0])
+            torch.manual_seed(seed)  # of dropout; data order and augmentation have their own
+            np.random.seed(seed)  # of timm's mixup
         progress = Progress(
             self.world, epoch=epoch, epochs=self.args.epochs, steps=self.sampler.steps, done=first,
             print_freq=self.args.print_freq, log=self.output / "steps.txt",

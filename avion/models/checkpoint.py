@@ -24,6 +24,7 @@ from .checkpoint_facts import (
     saved_args,
 )
 from .layouts import LAYOUTS, Layout, canonical, fit, layout_of, likely_models, sizes_of
+from .model_clip import VideoClassifier
 from .registry import ModelConfig, create_model, model_config, resolve_name
 from .weight_files import (
     checkpoint_state_dict,
@@ -39,7 +40,9 @@ __all__ = [
     "check_preprocess",
     "checkpoint_facts",
     "checkpoint_state_dict",
+    "is_classifier",
     "load_checkpoint",
+    "model_fields",
     "model_from_checkpoint",
     "read_checkpoint",
     "resolve_path",
@@ -118,9 +121,8 @@ def load_contents(model: nn.Module, checkpoint: Mapping[str, Any], path: str, *,
     problems = [f"{len(names)} {what} ({few(names)})" for what, names in wrong if names]
     if problems or not found.values:
         where = f"does not fit {config.name}" if isinstance(config, ModelConfig) else "does not fit the model"
-        raise UserError(
-            f"{path}: {where}: {'; '.join(problems) or 'no weight in common'}: {_cure(weights, facts, config)}"
-        )
+        cure = _head_cure(weights, model) or _cure(weights, facts, config)
+        raise UserError(f"{path}: {where}: {'; '.join(problems) or 'no weight in common'}: {cure}")
     # Names, shapes and types were all checked: from here on nothing can stop half-way.
     model.load_state_dict(found.values, strict=False)
     notes = [] if strict else [f"differs in {text}" for text in contradictions]
@@ -170,6 +172,19 @@ def _is_registered(name: str | None) -> bool:
         return False
 
 
+def is_classifier(weights: Mapping[str, Tensor]) -> bool:
+    """Whether canonical `weights` are a fine-tuned classifier's: a video tower and a head, no text tower."""
+    return any(name.startswith("fc_cls.") for name in weights)
+
+
+def _head_cure(weights: Mapping[str, Tensor], model: nn.Module) -> str:
+    if is_classifier(weights) and not isinstance(model, VideoClassifier):
+        return "it is a fine-tuned classifier, which has no text tower: give a pretrained dual encoder"
+    if isinstance(model, VideoClassifier) and not is_classifier(weights):
+        return "it has no classification head, is it a dual encoder? give a fine-tuned classifier"
+    return ""
+
+
 def _cure(weights: Mapping[str, Tensor], facts: CheckpointFacts, config: Any) -> str:
     """The likely reason why a checkpoint does not fit, and what to do."""
     layout = layout_of(weights)
@@ -177,8 +192,6 @@ def _cure(weights: Mapping[str, Tensor], facts: CheckpointFacts, config: Any) ->
         return "its names are of no layout this project knows, is it a checkpoint of another program?"
     if layout.name == "clip":
         return "it is an image CLIP, use it as initial weights: --pretrain-zoo open_clip --pretrain-path FILE"
-    if any(name.startswith("fc_cls") for name in weights):
-        return "it is a fine-tuned classifier, which has no text tower: give a pretrained dual encoder"
     names = [facts.model_name] if facts.model_name else likely_models(weights, layout)
     if not isinstance(config, ModelConfig):
         return f"this looks like a {' or '.join(names)} checkpoint"
@@ -213,20 +226,35 @@ def model_from_checkpoint(path: str | os.PathLike, *, name: str | None = None, *
     path = os.fspath(path)
     checkpoint = read_checkpoint(path)
     weights = canonical(checkpoint_state_dict(checkpoint, path), path)
+    if is_classifier(weights):
+        raise UserError(f"{path}: is a fine-tuned classifier without a text tower, a dual encoder is needed")
+    chosen, fields = described_model(checkpoint, weights, path, name, overrides)
+    model = create_model(chosen, **fields)
+    model.load_report = load_contents(model, checkpoint, path)
+    return model
+
+
+def described_model(
+    checkpoint: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    path: str,
+    name: str | None,
+    overrides: Mapping[str, Any],
+) -> tuple[str, dict[str, Any]]:
+    """The name and the fields of the model that a checkpoint with these canonical weights says it is, as
+    `model_from_checkpoint` describes; `overrides` are among the fields."""
     facts = facts_of(checkpoint, weights, path)
     if facts.config is not None:
         chosen, fields = facts.config.name, _own_fields(facts.config)
         if name is not None and resolve_name(name) != chosen:
             raise UserError(f"{path}: says that it is a {chosen}, which name={name} contradicts: leave name out")
     else:
-        layout = _dual_encoder_layout(weights, path)
+        layout = _video_layout(weights, path)
         chosen = name or _name_of(facts, weights, layout)
         fields = _upstream_fields(checkpoint, weights, facts, layout, overrides)
     if not _is_registered(chosen):
         raise UserError(f"{path}: its model {chosen!r} is not registered here: give name=, one of list_models()")
-    model = create_model(chosen, **(fields | overrides))
-    model.load_report = load_contents(model, checkpoint, path)
-    return model
+    return chosen, fields | overrides
 
 
 def _own_fields(config: ModelConfig) -> dict[str, Any]:
@@ -234,14 +262,12 @@ def _own_fields(config: ModelConfig) -> dict[str, Any]:
     return {k: v for k, v in fields.items() if k not in ("name", "tower", *RUN_FIELDS)}
 
 
-def _dual_encoder_layout(weights: Mapping[str, Tensor], path: str) -> Layout:
+def _video_layout(weights: Mapping[str, Tensor], path: str) -> Layout:
     layout = layout_of(weights)
     if layout is None or layout.name == "clip":
         known = f"expected one of {', '.join(k for k in LAYOUTS if k != 'clip')}"
         kind = "an image CLIP" if layout else f"of no known layout (first names {few(weights)})"
         raise UserError(f"{path}: is {kind}, no video model can be built from it alone: {known}")
-    if any(name.startswith("fc_cls") for name in weights):
-        raise UserError(f"{path}: is a fine-tuned classifier without a text tower, a dual encoder is needed")
     return layout
 
 
@@ -285,13 +311,25 @@ def _upstream_fields(
 # --- writing ---------------------------------------------------------------------------------
 
 
+def model_fields(model: nn.Module) -> dict[str, Any]:
+    """What a checkpoint says about the model beside its weights: `model_config`, and `classifier` if it is one."""
+    fields: dict[str, Any] = {"model_config": dataclasses.asdict(model.config)}
+    if isinstance(model, VideoClassifier):
+        fields["classifier"] = {
+            "num_classes": model.fc_cls.out_features,
+            "dropout": model.dropout.p,
+            "actions": None if model.actions is None else list(model.actions),
+        }
+    return fields
+
+
 def save_safetensors(model: nn.Module, path: str | os.PathLike, preprocess: Mapping[str, Any]) -> None:
     """Write the weights, the config and `preprocess` ({"norm_style", "mean", "std"}) as one safetensors file.
 
     Written beside and renamed; `read_checkpoint`, `load_checkpoint` and `model_from_checkpoint` read it.
     """
     model = unwrap(model)
-    fields = {"model_config": dataclasses.asdict(model.config), "preprocess": _plain(preprocess, path)}
+    fields = {**model_fields(model), "preprocess": _plain(preprocess, path)}
     write_safetensors(model.state_dict(), path, **fields)
 
 
@@ -305,7 +343,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike, preprocess: Mapping[
         weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
         contents = {
             "state_dict": weights,
-            "model_config": dataclasses.asdict(model.config),
+            **model_fields(model),
             "preprocess": _plain(preprocess, path),
         }
         write_pt(contents, path)

@@ -4,7 +4,7 @@ Shapes: letters as in transformer.py.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -54,10 +54,21 @@ class VideoClassifier(nn.Module):
 
     vis_model: the `visual` of any registered model. Its projection into the shared embedding is
     taken away; the head reads the CLS after the last norm, `vis_model.width` channels.
+    config: the two-tower model's, of which this is one tower; actions: what the classes stand for. Both go into
+    checkpoints (see classifier.py).
     """
 
-    def __init__(self, vis_model: nn.Module, dropout: float, num_classes: int):
+    def __init__(
+        self,
+        vis_model: nn.Module,
+        dropout: float,
+        num_classes: int,
+        config: ModelConfig | None = None,
+        actions: Sequence[str] | None = None,
+    ):
         super().__init__()
+        self.config = config
+        self.actions = None if actions is None else tuple(actions)
         self.visual = vis_model
         self.visual.image_projection = None
         self.dropout = nn.Dropout(dropout)

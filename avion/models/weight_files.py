@@ -134,8 +134,8 @@ _SAFE_GLOBALS: list[Any] = [
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """The contents of a checkpoint, tensors on the CPU, memory-mapped where the format allows it.
 
-    A safetensors file gives `state_dict` and, if we wrote it, `model_config` and `preprocess`; a TorchScript
-    archive gives `state_dict`; any other file what `torch.save` put into it, which must be a dict.
+    A safetensors file gives `state_dict` and, if we wrote it, what stands beside it (`model_config` and the like);
+    a TorchScript archive gives `state_dict`; any other file what `torch.save` put into it, which must be a dict.
     Raises UserError (one line: file, found, cure) for a missing, empty, shortened or foreign file and for
     one that asks for anything but data.
     """
@@ -208,7 +208,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         ours = json.loads(metadata[_METADATA_KEY])
         if not isinstance(ours, dict):
             raise UserError(f"{path}: metadata field {_METADATA_KEY!r} is no JSON object")
-        contents |= {key: ours[key] for key in ("model_config", "preprocess") if key in ours}
+        contents |= {key: ours[key] for key in ("model_config", "preprocess", "classifier") if key in ours}
     return contents
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tests.engine.actions import write_actions
 from tests.videos import write_video
 
 CHUNK_S, FPS, CHUNKS = 3, 10, 2
@@ -114,3 +115,9 @@ TINY_RUN = "--batch-size 4 --epochs 2 --lr 1e-3 --workers 0 --print-freq 2 --dev
 def tiny_flags(tiny_data) -> list[str]:
     """A complete, quick training run, but for `--output-dir`."""
     return [*tiny_data.flags, *TINY_MODEL, *TINY_RUN]
+
+
+@pytest.fixture(scope="session")
+def tiny_actions(tiny_data) -> SimpleNamespace:
+    """12 training and 7 evaluation clips of 6 actions; `flags` are a complete, quick run, but for `--output-dir`."""
+    return write_actions(tiny_data.root / "actions", tiny_data.root / "val", CHUNK_S)

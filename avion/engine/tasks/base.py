@@ -44,6 +44,10 @@ class Task:
     def train_dataset(self) -> Dataset:
         raise NotImplementedError
 
+    def learning_rates(self) -> tuple[float, float, float]:
+        """The schedule's peak, its start and its end; the flags' unless a task scales them."""
+        return self.args.lr, self.args.lr_start, self.args.lr_end
+
     def step(
         self, model: nn.Module, micro_batches: list[dict[str, Any]], precision: Precision, scale: Callable
     ) -> dict[str, torch.Tensor]:

@@ -1,0 +1,77 @@
+"""The flags of `main_finetune_classification.py`."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from avion.engine.args import flag, other_default
+
+from .shared import DeviceOptions, ModelOptions, OptimOptions, RunOptions, VideoOptions
+
+_ANNOTATIONS = "datasets/EK100/epic-kitchens-100-annotations"
+_LEVELS = tuple(range(6))
+
+
+@dataclass
+class FinetuneClassificationOptions(VideoOptions, ModelOptions, OptimOptions, RunOptions, DeviceOptions):
+    """`main_finetune_classification.py`."""
+
+    TITLE: ClassVar[str] = "action recognition"
+
+    dataset: str = flag("ek100_cls", "data; demo: the embedded demo dataset", choices=["ek100_cls", "demo"])
+    root: str = flag("datasets/EK100/EK100_256p_15sec/", "videos of both splits", metavar="DIR")
+    train_metadata: str = flag(f"{_ANNOTATIONS}/EPIC_100_train.csv", "clips to train on", metavar="FILE")
+    val_metadata: str = flag(
+        f"{_ANNOTATIONS}/EPIC_100_validation.csv", "clips to evaluate on; with --evaluate they may lack labels",
+        metavar="FILE",
+    )  # fmt: skip
+    action_metadata: list[str] = flag(
+        [], "labelled clips that the list of actions is made from [--train-metadata and --val-metadata]", metavar="FILE"
+    )
+    tail_verbs: str | None = flag(None, "list of tail verb classes, for figures on them", metavar="FILE")
+    tail_nouns: str | None = flag(None, "list of tail noun classes, likewise", metavar="FILE")
+    unseen_participants: str | None = flag(None, "list of participants unseen in training, likewise", metavar="FILE")
+    num_crops: int = flag(1, "evaluation: spatial crops per clip, 1 (centre) or 3", choices=(1, 3))
+    num_clips: int = flag(1, "evaluation: stretches of clip-length frames per clip")
+    scale_range: list[float] = flag([0.5, 1.0], "area of a random crop relative to the frame", metavar="X")
+    use_multi_epochs_loader: bool = flag(
+        False, "keep data-loading processes alive between epochs, which is always done", off=""
+    )
+    pickle_filename: str | None = flag(None, "write the predictions of the last evaluation there", metavar="FILE")
+    submission: str | None = flag(None, "the same as a zip for the challenge server", metavar="FILE.zip")
+    sls_pt: int = flag(2, "supervision declared in a submission: of pretraining", choices=_LEVELS)
+    sls_tl: int = flag(3, "supervision declared in a submission: training labels", choices=_LEVELS)
+    sls_td: int = flag(3, "supervision declared in a submission: training data", choices=_LEVELS)
+
+    pretrain_model: str | None = flag(
+        None, "pretrained checkpoint to start from, its model and sizes: a path or hf:owner/repo/file", metavar="PATH"
+    )
+    num_classes: int = flag(3806, "size of the head; unless given, as many as there are actions")
+    dropout_rate: float = flag(0.5, "dropout before the head")
+
+    mixup: float = flag(0.8, "alpha of mixup, 0: none")
+    cutmix: float = flag(1.0, "alpha of cutmix, 0: none")
+    cutmix_minmax: list[float] = flag([], "shortest and longest side of cutmix' box, as shares; overrides --cutmix")
+    mixup_prob: float = flag(1.0, "probability that a batch is mixed at all")
+    mixup_switch_prob: float = flag(0.5, "probability of cutmix where both are on")
+    mixup_mode: str = flag("batch", "what is drawn once per batch, pair or clip", choices=["batch", "pair", "elem"])
+    smoothing: float = flag(0.1, "label smoothing")
+
+    model: str = other_default(
+        ModelOptions, "model", "CLIP_VITB16", "registered model, if not what the checkpoint says it is"
+    )
+    drop_path_rate: float = other_default(ModelOptions, "drop_path_rate", 0.1)
+    clip_length: int = other_default(VideoOptions, "clip_length", 16)
+    clip_stride: int = other_default(VideoOptions, "clip_stride", 2)
+    epochs: int = other_default(OptimOptions, "epochs", 100)
+    warmup_epochs: int = other_default(OptimOptions, "warmup_epochs", 2)
+    batch_size: int = other_default(OptimOptions, "batch_size", 32)
+    optimizer: str = other_default(OptimOptions, "optimizer", "sgd", "optimizer; SGD has a momentum of 0.9")
+    lr: float = other_default(OptimOptions, "lr", 3e-3, "peak learning rate for a global batch of 128, scaled to it")
+    lr_start: float = other_default(
+        OptimOptions, "lr_start", 1e-6, "learning rate at the start of the warm-up, scaled likewise"
+    )
+    lr_end: float = other_default(
+        OptimOptions, "lr_end", 1e-5, "learning rate that the cosine falls to, scaled likewise"
+    )
+    wd: float = other_default(OptimOptions, "wd", 4e-5)
+    eval_freq: int = other_default(RunOptions, "eval_freq", 5)
