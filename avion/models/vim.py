@@ -82,7 +82,9 @@ class BiMambaMixer(nn.Module):
         *,
         reverse: bool,
     ) -> torch.Tensor:
-        u = causal_conv_silu(x, conv.weight.squeeze(1), conv.bias, reverse=reverse)  # (R, T, I)
+        u = causal_conv_silu(
+            x, conv.weight.squeeze(1), conv.bias, reverse=reverse, backend=self.scan_backend
+        )  # (R, T, I)
         dt, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         # The bias is added within the scan, in float32: under autocast it would drown in bf16's rounding.
         delta = F.linear(dt, dt_proj.weight)  # (R, T, I)
