@@ -100,7 +100,7 @@ def _blocks(x: Tensor) -> tuple[int, int]:
     """BLOCK_T and BLOCK_D."""
     if not x.is_cuda:  # the interpreter: several tiles at small sizes
         return 4, 4
-    return min(16, triton.next_power_of_2(x.shape[1])), 128
+    return min(4, triton.next_power_of_2(x.shape[1])), 128  # more steps than that and backward runs out of registers
 
 
 def _constants(weight: Tensor, reverse: bool, block_t: int, block_d: int) -> dict[str, int]:
