@@ -309,7 +309,7 @@ def test_auto_logs_its_pick_once(caplog, monkeypatch):
 def test_unknown_backend_names_the_near_ones():
     with pytest.raises(UserError, match=r"'torhc' does not exist: did you mean torch\?"):
         scan(random_inputs(1, 2, 3, 4), "torhc")
-    with pytest.raises(UserError, match="auto or triton or torch or reference"):
+    with pytest.raises(UserError, match="auto or triton or mamba_ssm or torch or reference"):
         resolve_backend("zzz")
 
 

@@ -11,6 +11,7 @@ import torch
 
 from avion.errors import UserError
 
+from . import mamba_ssm
 from .reference import selective_scan_reference
 from .torch import selective_scan_torch
 
@@ -53,6 +54,7 @@ def _run_triton(*arguments) -> torch.Tensor:
 # `auto` takes the first one that can run: the fastest come first.
 _BACKENDS: dict[str, Backend] = {
     "triton": Backend(_run_triton, _triton_unavailable, auto_on=("cuda",), float64=False),
+    "mamba_ssm": Backend(mamba_ssm.selective_scan_mamba_ssm, mamba_ssm.unavailable, auto_on=(), float64=False),
     "torch": Backend(selective_scan_torch),
     "reference": Backend(selective_scan_reference),
 }
