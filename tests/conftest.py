@@ -1,4 +1,4 @@
-"""What every test runs under: one thread, no network, seeds that change from run to run."""
+"""What every test runs under: one thread, no network, new seeds each run; Triton's interpreter without a GPU."""
 
 import os
 import random
@@ -14,6 +14,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
 
 
 def pytest_configure(config):

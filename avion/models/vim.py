@@ -73,7 +73,7 @@ class BiMambaMixer(nn.Module):
 
     def _scan(self, x: torch.Tensor, *, reverse: bool) -> torch.Tensor:
         p = self._direction(reverse)
-        u = causal_conv_silu(x, p.conv.weight.squeeze(1), p.conv.bias, reverse=reverse)  # (R, T, I)
+        u = self._convolve(x, p, reverse)  # (R, T, I)
         delta, B, C = self._step_inputs(u, p)
         # The bias is added within the scan, in float32: under autocast it would drown in bf16's rounding.
         return selective_scan(
@@ -85,6 +85,9 @@ class BiMambaMixer(nn.Module):
         if reverse:
             return _Direction(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
         return _Direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+
+    def _convolve(self, x: torch.Tensor, p: "_Direction", reverse: bool) -> torch.Tensor:
+        return causal_conv_silu(x, p.conv.weight.squeeze(1), p.conv.bias, reverse=reverse, backend=self.scan_backend)
 
     def _step_inputs(self, u: torch.Tensor, p: "_Direction") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """u (R, T, I) → delta before its bias and the softplus (R, T, I), B and C (R, T, N)."""
@@ -105,7 +108,7 @@ class BiMambaMixer(nn.Module):
         steps, tail = x.shape[1], p.conv.weight.shape[-1] - 1
         if carry is not None:
             x = torch.cat([x, carry.x] if reverse else [carry.x, x], dim=1)
-        u = causal_conv_silu(x, p.conv.weight.squeeze(1), p.conv.bias, reverse=reverse)
+        u = self._convolve(x, p, reverse)
         u = u[:, :steps] if reverse else u[:, u.shape[1] - steps :]
         delta, B, C = self._step_inputs(u, p)
         y, state = _scan_from_state(self, p, (u, delta, B, C), None if carry is None else carry.state, reverse)

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from avion.ops import causal_conv
 from avion.ops.causal_conv import causal_conv_silu
+from avion.ops.causal_conv import torch as blocked
 from tests.ops.named import assert_close, poisoned_memory
 
 
@@ -37,7 +37,7 @@ def random_inputs(rows, steps, channels, taps, dtype=torch.float64):
     "shape", [(5, 4, 7, 4), (3, 1, 6, 4), (0, 4, 5, 4), (2, 23, 3, 3), (4, 5, 8, 2), (3, 2, 5, 4), (2, 9, 4, 1)]
 )
 def test_outputs_and_gradients_equal_conv1ds(shape, reverse, block, monkeypatch):
-    monkeypatch.setattr(causal_conv, "_BLOCK_ELEMENTS", block)  # 12: blocks of one row and a few steps
+    monkeypatch.setattr(blocked, "_BLOCK_ELEMENTS", block)  # 12: blocks of one row and a few steps
     wide, weight, bias = random_inputs(*shape)
     x = wide[..., : shape[2]]
     expected, actual = by_conv1d(x, weight, bias, reverse), causal_conv_silu(x, weight, bias, reverse=reverse)
@@ -66,7 +66,7 @@ def test_by_hand(reverse):
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_gradcheck(reverse, monkeypatch):
-    monkeypatch.setattr(causal_conv, "_BLOCK_ELEMENTS", 6)
+    monkeypatch.setattr(blocked, "_BLOCK_ELEMENTS", 6)
     inputs = random_inputs(2, 5, 3, 4)
     assert torch.autograd.gradcheck(
         lambda *args: causal_conv_silu(*args, reverse=reverse), (inputs[0][..., :3], *inputs[1:])
@@ -101,3 +101,35 @@ def test_shapes_that_do_not_fit_are_refused():
     wide, weight, bias = random_inputs(2, 5, 3, 4)
     with pytest.raises(ValueError, match=r"expected x \(R, T, D\), weight \(D, K\), bias \(D,\), got \(2, 5, 6\)"):
         causal_conv_silu(wide, weight, bias)
+
+
+# Rows and steps that fill no number of tiles; D that is not a multiple of the block; K from 2 to 4.
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("shape", [(5, 4, 7, 4), (3, 1, 6, 4), (0, 4, 5, 4), (2, 11, 3, 3), (4, 5, 8, 2)])
+def test_triton_kernels_equal_conv1d_in_float64(shape, reverse):
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = [t.detach().float().to(device).requires_grad_() for t in random_inputs(*shape)]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    actual = causal_conv_silu(inputs[0][..., : shape[2]], *inputs[1:], reverse=reverse, backend="triton")
+    expected = by_conv1d(exact[0][..., : shape[2]], *exact[1:], reverse)
+    assert_close("y", actual.double(), expected, 1e-5)
+    loss_weight = torch.randn_like(actual)
+    found = torch.autograd.grad(actual, inputs, loss_weight)
+    wanted = torch.autograd.grad(expected, exact, loss_weight.double())
+    for name, left, right in zip(("dx", "dweight", "dbias"), found, wanted, strict=True):
+        assert_close(name, left.double(), right, 1e-5)
+    again = torch.autograd.grad(
+        causal_conv_silu(inputs[0][..., : shape[2]], *inputs[1:], reverse=reverse, backend="triton"),
+        inputs,
+        loss_weight,
+    )
+    assert all(torch.equal(left, right) for left, right in zip(found, again, strict=True))
+
+
+def test_the_triton_operator_keeps_torch_librarys_rules():
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, weight, bias = (t.detach().float().to(device).requires_grad_() for t in random_inputs(2, 5, 3, 4))
+    causal_conv_silu(x[..., :3], weight, bias, backend="triton")  # registers it
+    torch.library.opcheck(torch.ops.avion.causal_conv_silu_triton.default, (x[..., :3], weight, bias, True))

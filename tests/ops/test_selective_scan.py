@@ -292,8 +292,8 @@ def test_the_operator_keeps_torch_librarys_rules(bias):
 
 
 def test_available_backends_run_in_order_of_preference():
-    assert available_backends("cpu")[0] == resolve_backend("auto", "cpu") == "torch"
-    assert set(available_backends("cpu")) >= {"torch", "reference"}
+    assert resolve_backend("auto", "cpu") == "torch"
+    assert available_backends("cpu")[-2:] == ("torch", "reference")
 
 
 def test_auto_logs_its_pick_once(caplog, monkeypatch):
@@ -309,7 +309,7 @@ def test_auto_logs_its_pick_once(caplog, monkeypatch):
 def test_unknown_backend_names_the_near_ones():
     with pytest.raises(UserError, match=r"'torhc' does not exist: did you mean torch\?"):
         scan(random_inputs(1, 2, 3, 4), "torhc")
-    with pytest.raises(UserError, match="auto or torch or reference"):
+    with pytest.raises(UserError, match="auto or triton or mamba_ssm or torch or reference"):
         resolve_backend("zzz")
 
 
@@ -317,7 +317,7 @@ def test_a_backend_that_cannot_run_says_why_and_auto_passes_it_by(monkeypatch):
     broken = dispatch.Backend(pytest.fail, lambda device: f"no {device.type} kernels were built")
     monkeypatch.setattr(dispatch, "_BACKENDS", {"broken": broken} | dispatch._BACKENDS)
     with pytest.raises(
-        UserError, match="'broken' cannot run on cpu: no cpu kernels were built; use torch or reference"
+        UserError, match="'broken' cannot run on cpu: no cpu kernels were built; use (triton or )?torch or reference"
     ):
         scan(random_inputs(1, 2, 3, 4), "broken")
     assert resolve_backend("auto") == "torch"

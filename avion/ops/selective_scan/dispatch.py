@@ -1,7 +1,9 @@
 """`selective_scan` and the table of its backends. The package's docstring has the shapes and the maths."""
 
 import difflib
+import importlib.util
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +11,7 @@ import torch
 
 from avion.errors import UserError
 
+from . import mamba_ssm
 from .reference import selective_scan_reference
 from .torch import selective_scan_torch
 
@@ -22,14 +25,36 @@ def _runs_anywhere(device: torch.device) -> str | None:
 @dataclass(frozen=True)
 class Backend:
     """`run` takes selective_scan's arguments less `backend`, positionally; `unavailable(device)` gives the
-    reason why it cannot run on that device, or None where it can."""
+    reason why it cannot run on that device, or None where it can. `auto_on`: the types of device on which `auto`
+    considers it (None: all). `float64`: whether it computes in float64 where an input is."""
 
     run: Callable[..., torch.Tensor]
     unavailable: Callable[[torch.device], str | None] = _runs_anywhere
+    auto_on: tuple[str, ...] | None = None
+    float64: bool = True
+
+    def in_auto(self, device: torch.device) -> bool:
+        return (self.auto_on is None or device.type in self.auto_on) and self.unavailable(device) is None
+
+
+def _triton_unavailable(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (it comes with PyTorch's CUDA builds)"
+    if device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    return "its kernels are for GPUs (on a CPU for tests only, slowly, with TRITON_INTERPRET=1)"
+
+
+def _run_triton(*arguments) -> torch.Tensor:
+    from .triton import selective_scan_triton  # only where there is a GPU for it: triton takes a while to import
+
+    return selective_scan_triton(*arguments)
 
 
 # `auto` takes the first one that can run: the fastest come first.
 _BACKENDS: dict[str, Backend] = {
+    "triton": Backend(_run_triton, _triton_unavailable, auto_on=("cuda",), float64=False),
+    "mamba_ssm": Backend(mamba_ssm.selective_scan_mamba_ssm, mamba_ssm.unavailable, auto_on=(), float64=False),
     "torch": Backend(selective_scan_torch),
     "reference": Backend(selective_scan_reference),
 }
@@ -51,8 +76,8 @@ def check_backend_name(name: str) -> None:
     raise UserError(f"scan backend {name!r} does not exist: did you mean {' or '.join(near)}?")
 
 
-def resolve_backend(name: str = "auto", device: torch.device | str = "cpu") -> str:
-    """The name of the backend that `name` means on `device`.
+def resolve_backend(name: str = "auto", device: torch.device | str = "cpu", *, float64: bool = False) -> str:
+    """The name of the backend that `name` means on `device`, where `float64` says whether an input is of that dtype.
 
     Raises UserError for an unknown name (with the near ones) and for one that cannot run there (with the reason).
     """
@@ -60,12 +85,14 @@ def resolve_backend(name: str = "auto", device: torch.device | str = "cpu") -> s
     check_backend_name(name)
     if name != "auto":
         reason = _BACKENDS[name].unavailable(device)
+        if reason is None and float64 and not _BACKENDS[name].float64:
+            reason = "it computes in float32 and an input is float64"
         if reason is not None:
-            runnable = " or ".join(available_backends(device))
+            runnable = " or ".join(n for n in available_backends(device) if n != name)
             raise UserError(f"scan backend {name!r} cannot run on {device.type}: {reason}; use {runnable}")
         return name
     for candidate, backend in _BACKENDS.items():
-        if backend.unavailable(device) is None:
+        if backend.in_auto(device) and (backend.float64 or not float64):
             # Logging would break the graph of torch.compile.
             if not torch.compiler.is_compiling() and (candidate, device.type) not in _logged_picks:
                 _logged_picks.add((candidate, device.type))
@@ -92,7 +119,8 @@ def selective_scan(
     Raises UserError for a backend that does not exist or cannot run, ValueError for shapes that do not fit.
     """
     _check_shapes(u, delta, A, B, C, D, delta_bias)
-    run = _BACKENDS[resolve_backend(backend, u.device)].run
+    float64 = any(x is not None and x.dtype == torch.float64 for x in (u, delta, A, B, C, D, delta_bias))
+    run = _BACKENDS[resolve_backend(backend, u.device, float64=float64)].run
     return run(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
 
 

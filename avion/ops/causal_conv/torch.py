@@ -1,11 +1,5 @@
-"""Depthwise causal convolution over time followed by SiLU, on (R, T, D), for a few steps or for thousands.
-
-With K taps w (D, K) and bias b (D,):  y_t = SiLU(b + sum_s w[:, K-1-s] x_{t-s}),  s = 0 … K-1, x = 0 before 0.
-With `reverse=True` time runs the other way, x_{t+s} in place of x_{t-s}: what flipping x in time, convolving
-causally and flipping back gives, without any flip.
-
-K shifted multiply-adds on blocks that fit the cache; nn.Conv1d would want the layout (R, D, T). Backward
-recomputes what is before the SiLU from x, so that x alone is kept.
+"""The `torch` backend: K shifted multiply-adds on blocks that fit the cache, on any device; nn.Conv1d would want the
+layout (R, D, T). Backward recomputes what is before the SiLU from x, so that x alone is kept.
 """
 
 from collections.abc import Iterator
@@ -15,17 +9,6 @@ from torch import Tensor
 
 _BLOCK_ELEMENTS = 200_000  # of a block's (rows, steps, D) on a CPU, so that its few buffers fit the cache
 _BLOCK_ELEMENTS_ELSEWHERE = 64_000_000
-
-
-def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = False) -> Tensor:
-    """x (R, T, D) of any strides, weight (D, K), bias (D,) -> (R, T, D) in x's dtype.
-
-    The sums are float32 (float64 where an argument is float64). Raises ValueError for shapes that do not fit.
-    """
-    if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[2] or bias.shape != x.shape[2:]:
-        shapes = ", ".join(str(tuple(t.shape)) for t in (x, weight, bias))
-        raise ValueError(f"causal_conv_silu: expected x (R, T, D), weight (D, K), bias (D,), got {shapes}")
-    return _conv_silu(x, weight, bias, reverse)
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -138,3 +121,8 @@ def _backward(ctx, dy: Tensor):
 
 
 _conv_silu.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+def causal_conv_silu_torch(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
+    """See the package's docstring."""
+    return _conv_silu(x, weight, bias, reverse)

@@ -1,0 +1,35 @@
+"""`causal_conv_silu` and the choice of its backend, which goes with the scan's."""
+
+import torch
+from torch import Tensor
+
+from avion.ops.selective_scan import resolve_backend
+from avion.ops.selective_scan.mamba_ssm import causal_conv_silu_mamba_ssm
+
+from .torch import causal_conv_silu_torch
+
+# Of the kernels that are not plain PyTorch.
+_TAPS = range(2, 5)
+
+
+def causal_conv_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = False, backend: str = "auto"
+) -> Tensor:
+    """x (R, T, D) of any strides, weight (D, K), bias (D,) -> (R, T, D) in x's dtype.
+
+    The sums are float32 (float64 where an argument is float64). `backend`: one of the scan's;
+    "triton" and "mamba_ssm" have kernels for this too (for K from 2 to 4 and some rows), with the others
+    it is plain operators. Raises ValueError for shapes that do not fit.
+    """
+    if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[2] or bias.shape != x.shape[2:]:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (x, weight, bias))
+        raise ValueError(f"causal_conv_silu: expected x (R, T, D), weight (D, K), bias (D,), got {shapes}")
+    float64 = torch.float64 in (x.dtype, weight.dtype, bias.dtype)
+    name = resolve_backend(backend, x.device, float64=float64)
+    if name == "mamba_ssm" and weight.shape[1] in _TAPS and len(x) > 0:
+        return causal_conv_silu_mamba_ssm(x, weight, bias, reverse)
+    if name == "triton" and weight.shape[1] in _TAPS:
+        from .triton import causal_conv_silu_triton  # only where there is a GPU for it
+
+        return causal_conv_silu_triton(x, weight, bias, reverse)
+    return causal_conv_silu_torch(x, weight, bias, reverse)
