@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from avion.data.demo import DemoPaths, ensure_demo_dataset
+from tests.data.demo_case import SMALL
 from tests.videos import write_video
 
 LAST_CHUNK = 40  # frames of the last chunk of `chunked.video`
@@ -35,6 +37,12 @@ def chunked(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             _link(source, root / copy)
     write_video(root / "whole/abc.mp4", 340, fps=10)
     return SimpleNamespace(root=root, avion=root / "avion", vms=root / "vms", ek=root / "ek", whole=root / "whole")
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoPaths:
+    """The demo dataset at SMALL size, made by one process."""
+    return ensure_demo_dataset(tmp_path_factory.mktemp("demo") / "demo", seed=7, size=SMALL, workers=1)
 
 
 def _chunks() -> list[tuple[int, int]]:

@@ -1,12 +1,13 @@
 """Writes the demo dataset's annotations in the formats of the real datasets.
 
-Ego4D: LaViLa's pickled list of (video_uid, start_sec, end_sec, narration). EPIC-KITCHENS-100: the retrieval CSV,
-its sentence CSV, the relevancy matrix and the class lists. Bytes depend on the clips only.
+Ego4D: LaViLa's pickled list of (video_uid, start_sec, end_sec, narration). EPIC-KITCHENS-100: the retrieval and action
+CSVs, sentence CSVs, relevancy matrices, class and tail lists. Bytes depend on the clips only.
 """
 
 import csv
 import json
 import pickle
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from avion.data.demo.film import Clip
-from avion.data.demo.vocabulary import NOUNS, PAIRS, VERBS, Label, all_nouns, evaluation_sentence, verb_key
+from avion.data.demo.vocabulary import LABELS, NOUNS, PAIRS, VERBS, Label, all_nouns, evaluation_sentence, verb_key
 
 # As the header of EPIC_100_retrieval_test.csv.
 COLUMNS = (
@@ -23,7 +24,7 @@ COLUMNS = (
 ).split()
 
 
-class EvaluationClip(NamedTuple):
+class EK100Clip(NamedTuple):
     narration_id: str
     participant: str
     video: str
@@ -36,21 +37,23 @@ def write_narrations(path: Path, rows: Sequence[tuple[str, float, float, str]]) 
     path.write_bytes(pickle.dumps(list(rows), protocol=4))
 
 
-def write_evaluation(clips: Sequence[EvaluationClip], csv_path: Path, relevancy_path: Path) -> None:
-    """The retrieval CSV, the sentence CSV beside it, and the relevancy matrix (clips × sentences, float64)."""
-    _write_csv(csv_path, COLUMNS, (_row(clip) for clip in clips))
-    sentences: dict[str, EvaluationClip] = {}
+def write_clips(path: Path, clips: Sequence[EK100Clip]) -> None:
+    """The clips of a split, for action recognition or for retrieval: the columns are the same."""
+    _write_csv(path, COLUMNS, (_row(clip) for clip in clips))
+
+
+def write_retrieval(clips: Sequence[EK100Clip], csv_path: Path, sentences_path: Path, relevancy_path: Path) -> None:
+    """A retrieval split: its clips, its different sentences, their relevancy matrix (clips × sentences, float64)."""
+    write_clips(csv_path, clips)
+    sentences: dict[str, EK100Clip] = {}
     for clip in clips:
         sentences.setdefault(evaluation_sentence(clip.clip.label), clip)
     rows = ((clip.narration_id, text) for text, clip in sentences.items())
-    _write_csv(sentence_csv(csv_path), ("narration_id", "narration"), rows)
-    matrix = [[relevancy(a.clip.label, b.clip.label) for b in sentences.values()] for a in clips]
-    relevancy_path.parent.mkdir(parents=True)
-    relevancy_path.write_bytes(pickle.dumps(np.array(matrix), protocol=4))
-
-
-def sentence_csv(csv_path: Path) -> Path:
-    return csv_path.with_name(f"{csv_path.stem}_sentence.csv")
+    _write_csv(sentences_path, ("narration_id", "narration"), rows)
+    columns = {label: [relevancy(label, b.clip.label) for b in sentences.values()] for label in LABELS}
+    matrix = np.array([columns[clip.clip.label] for clip in clips])
+    relevancy_path.parent.mkdir(parents=True, exist_ok=True)
+    relevancy_path.write_bytes(pickle.dumps(matrix, protocol=4))
 
 
 def relevancy(clip: Label, sentence: Label) -> float:
@@ -68,7 +71,28 @@ def write_classes(verbs: Path, nouns: Path) -> None:
     _write_csv(nouns, header, ((i, noun, str([noun]), "object") for i, noun in enumerate(NOUNS)))
 
 
-def write_reversed_pairs(path: Path, clips: Sequence[EvaluationClip]) -> None:
+def write_tail(verbs: Path, nouns: Path, train: Sequence[EK100Clip]) -> None:
+    """The lists of rare classes."""
+    _write_csv(verbs, ("verb",), ((c,) for c in tail_classes([VERBS.index(x.clip.label.verb) for x in train])))
+    _write_csv(nouns, ("noun",), ((c,) for c in tail_classes([NOUNS.index(x.clip.label.noun) for x in train])))
+
+
+def tail_classes(classes: Sequence[int]) -> list[int]:
+    """The smallest classes, which together make up a fifth of the clips at most (EPIC-KITCHENS-100); at least one.
+
+    Of classes of one size the later ones count as smaller.
+    """
+    counts = Counter(classes)
+    smallest = sorted(counts, key=lambda c: (counts[c], -c))
+    sums = np.cumsum([counts[c] for c in smallest])
+    return sorted(smallest[: max(1, int((sums <= len(classes) / 5).sum()))])
+
+
+def write_participants(path: Path, participants: Iterable[str]) -> None:
+    _write_csv(path, ("participant_id",), ((p,) for p in participants))
+
+
+def write_reversed_pairs(path: Path, clips: Sequence[EK100Clip]) -> None:
     """Per evaluation clip its own text and that of its time-reversed partner (same noun, the pair's other verb)."""
     rows = [
         {
@@ -81,7 +105,7 @@ def write_reversed_pairs(path: Path, clips: Sequence[EvaluationClip]) -> None:
     path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
-def _row(c: EvaluationClip) -> list:
+def _row(c: EK100Clip) -> list:
     label, start, stop = c.clip.label, c.clip.start, c.clip.stop
     nouns = all_nouns(label)
     times = [_timestamp(start, 3), _timestamp(start, 2), _timestamp(stop, 2)]

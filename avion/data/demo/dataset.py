@@ -19,21 +19,27 @@ from pathlib import Path
 import numpy as np
 
 from avion.data.demo.annotations import (
-    EvaluationClip,
-    sentence_csv,
+    EK100Clip,
     write_classes,
-    write_evaluation,
+    write_clips,
     write_narrations,
+    write_participants,
+    write_retrieval,
     write_reversed_pairs,
+    write_tail,
 )
+from avion.data.demo.egoschema import SceneTask, write_questions
 from avion.data.demo.film import FRAME_RATES, Clip, film_video, write_chunks
-from avion.data.demo.vocabulary import LABELS, Label, training_sentence
+from avion.data.demo.paths import STAMP, DemoPaths
+from avion.data.demo.vocabulary import LABELS, Label, joined_sentence, training_sentence
 from avion.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-STAMP = "demo.json"
 _SPLITS = ("train", "val")
+# Of EPIC-KITCHENS-100. P04 has evaluation videos alone.
+_TRAIN_PARTICIPANTS = ("P01", "P02", "P03", "P05", "P06")
+_VAL_PARTICIPANTS = ("P01", "P02", "P03", "P04")
 
 
 @dataclass(frozen=True)
@@ -41,68 +47,15 @@ class DemoSize:
     """How much is filmed. Every take gives two clips, one in each direction.
 
     train_takes, val_takes: per noun of a pair (there are 17 such combinations); labels: only the first so many
-    combinations (None: all).
+    combinations (None: all). egoschema_scenes: each gives five videos with a question; all is balanced for multiples
+    of eight.
     """
 
     train_takes: int = 50
     val_takes: int = 6
     takes_per_video: int = 10
     labels: int | None = None
-
-
-@dataclass(frozen=True)
-class DemoPaths:
-    """Where things are under `root`."""
-
-    root: Path
-
-    @property
-    def train_pickle(self) -> Path:
-        """Ego4D narrations: a pickled list of (video_uid, start_sec, end_sec, narration)."""
-        return self.root / "ego4d_train.pkl"
-
-    @property
-    def train_videos(self) -> Path:
-        """{video_uid}.mp4/{start}.mp4"""
-        return self.root / "videos_train"
-
-    @property
-    def val_videos(self) -> Path:
-        """{participant}/{video}.MP4/{start}.MP4"""
-        return self.root / "videos_val"
-
-    @property
-    def annotations(self) -> Path:
-        return self.root / "epic-kitchens-100-annotations"
-
-    @property
-    def val_csv(self) -> Path:
-        return self.annotations / "retrieval_annotations" / "EPIC_100_retrieval_test.csv"
-
-    @property
-    def val_sentences(self) -> Path:
-        return sentence_csv(self.val_csv)
-
-    @property
-    def relevancy(self) -> Path:
-        return self.val_csv.parent / "relevancy" / "caption_relevancy_EPIC_100_retrieval_test.pkl"
-
-    @property
-    def verb_classes(self) -> Path:
-        return self.annotations / "EPIC_100_verb_classes.csv"
-
-    @property
-    def noun_classes(self) -> Path:
-        return self.annotations / "EPIC_100_noun_classes.csv"
-
-    @property
-    def reversed_pairs(self) -> Path:
-        """A list of {narration_id, text, partner_text}, one per evaluation clip."""
-        return self.root / "reversed_pairs.json"
-
-    @property
-    def stamp(self) -> Path:
-        return self.root / STAMP
+    egoschema_scenes: int = 8
 
 
 def ensure_demo_dataset(
@@ -159,8 +112,8 @@ def _replace(paths: DemoPaths, stamp: dict, seed: int, size: DemoSize, workers: 
     finally:
         for leftover in (draft, old):
             shutil.rmtree(leftover, ignore_errors=True)
-    megabytes = sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) / 1e6
-    logger.info("demo dataset: %.1f MB in %.0f s", megabytes, time.monotonic() - started)
+    files = {(stat.st_dev, stat.st_ino): stat.st_size for stat in (p.stat() for p in root.rglob("*") if p.is_file())}
+    logger.info("demo dataset: %.1f MB in %.0f s", sum(files.values()) / 1e6, time.monotonic() - started)
 
 
 def _read_stamp(paths: DemoPaths) -> dict | None:
@@ -203,11 +156,15 @@ class VideoTask:
     def rng(self) -> np.random.Generator:
         return np.random.default_rng((self.seed, _SPLITS.index(self.split), 1, self.index))
 
+    def film(self) -> tuple[Clip, ...]:
+        video = film_video(list(self.labels), self.rng(), self.fps)
+        write_chunks(self.folder, video)
+        return video.clips
 
-def film(task: VideoTask) -> tuple[Clip, ...]:
-    video = film_video(list(task.labels), task.rng(), task.fps)
-    write_chunks(task.folder, video)
-    return video.clips
+
+def film(task: VideoTask | SceneTask) -> tuple[Clip, ...]:
+    """Writes the task's video files and returns the clips to annotate."""
+    return task.film()
 
 
 def _plan(split: str, seed: int, size: DemoSize, paths: DemoPaths) -> list[VideoTask]:
@@ -221,35 +178,78 @@ def _plan(split: str, seed: int, size: DemoSize, paths: DemoPaths) -> list[Video
         if split == "train":
             folder = paths.train_videos / f"{uuid.UUID(bytes=rng.bytes(16), version=4)}.mp4"
         else:
-            participant = f"P{index % 4 + 1:02d}"
-            folder = paths.val_videos / participant / f"{participant}_{101 + index // 4}.MP4"
+            participant = _VAL_PARTICIPANTS[index % len(_VAL_PARTICIPANTS)]
+            video = f"{participant}_{101 + index // len(_VAL_PARTICIPANTS)}"
+            folder = paths.ek100_videos / participant / f"{video}.MP4"
         tasks.append(VideoTask(split, index, tuple(dealt[first : first + size.takes_per_video]), seed, folder))
     return tasks
 
 
 def _make(paths: DemoPaths, seed: int, size: DemoSize, workers: int | None) -> None:
     train, val = (_plan(split, seed, size, paths) for split in _SPLITS)
-    clips = _film_all(train + val, min(2, os.cpu_count() or 1) if workers is None else workers)
+    scenes = [SceneTask(i, seed, paths.egoschema_videos) for i in range(size.egoschema_scenes)]
+    clips = _film_all([*scenes, *train, *val], min(2, os.cpu_count() or 1) if workers is None else workers)
+    clips = clips[len(scenes) :]
+    shot = list(zip(train, clips, strict=False))
 
-    narrations = []
-    for task, found in zip(train, clips, strict=False):
-        rng = np.random.default_rng((seed, 0, 2, task.index))
-        for clip in found:
-            text = training_sentence(clip.label, rng)
-            narrations.append((task.folder.stem, round(clip.start, 3), round(clip.stop, 3), text))
-    write_narrations(paths.train_pickle, narrations)
+    _narrate(paths, shot, seed)
+    training = _ek100_clips([(*_under_ek100_name(task, paths), task.fps, found) for task, found in shot])
+    write_retrieval(training, paths.train_csv, paths.train_sentences, paths.train_relevancy)
+    write_clips(paths.action_train_csv, training)
+    write_tail(paths.tail_verbs, paths.tail_nouns, training)
 
-    evaluation = []
-    for task, found in sorted(zip(val, clips[len(train) :], strict=True), key=lambda pair: pair[0].folder):
-        video, participant = task.folder.stem, task.folder.parent.name
-        for i, clip in enumerate(found):
-            evaluation.append(EvaluationClip(f"{video}_{i}", participant, video, task.fps, clip))
-    write_evaluation(evaluation, paths.val_csv, paths.relevancy)
+    shot = sorted(zip(val, clips[len(train) :], strict=True), key=lambda pair: pair[0].folder)
+    evaluation = _ek100_clips([(t.folder.parent.name, t.folder.stem, t.fps, found) for t, found in shot])
+    write_retrieval(evaluation, paths.val_csv, paths.val_sentences, paths.relevancy)
+    write_clips(paths.action_validation_csv, evaluation)
+    write_participants(paths.unseen_participants, sorted({*_VAL_PARTICIPANTS} - {*_TRAIN_PARTICIPANTS}))
     write_classes(paths.verb_classes, paths.noun_classes)
     write_reversed_pairs(paths.reversed_pairs, evaluation)
+    write_questions(scenes, paths.egoschema_questions, paths.egoschema_answers, paths.uid_to_ego4d)
 
 
-def _film_all(tasks: list[VideoTask], workers: int) -> list[tuple[Clip, ...]]:
+def _narrate(paths: DemoPaths, shot: list[tuple[VideoTask, tuple[Clip, ...]]], seed: int) -> None:
+    """Writes the Ego4D narrations of the training videos: each clip's, and of every two clips in a row together."""
+    single, long = [], []
+    for task, clips in shot:
+        rng = np.random.default_rng((seed, 0, 2, task.index))
+        for clip in clips:
+            text = training_sentence(clip.label, rng)
+            single.append((task.folder.stem, round(clip.start, 3), round(clip.stop, 3), text))
+        rng = np.random.default_rng((seed, 0, 3, task.index))
+        for one, two in zip(clips[::2], clips[1::2], strict=False):
+            text = joined_sentence(one.label, two.label, rng)
+            long.append((task.folder.stem, round(one.start, 3), round(two.stop, 3), text))
+    write_narrations(paths.train_pickle, single)
+    write_narrations(paths.long_train_pickle, long)
+
+
+def _under_ek100_name(task: VideoTask, paths: DemoPaths) -> tuple[str, str]:
+    """Shows a training video under an EK-100 name as well, (participant, video): links where there can be links."""
+    count = len(_TRAIN_PARTICIPANTS)
+    participant = _TRAIN_PARTICIPANTS[task.index % count]
+    video = f"{participant}_{1 + task.index // count:02d}"
+    folder = paths.ek100_videos / participant / f"{video}.MP4"
+    folder.mkdir(parents=True)
+    for chunk in task.folder.iterdir():
+        target = folder / f"{chunk.stem}.MP4"
+        try:
+            os.link(chunk, target)
+        except OSError:  # a file system without hard links, or one that counts them
+            shutil.copyfile(chunk, target)
+    return participant, video
+
+
+def _ek100_clips(videos: list[tuple[str, str, int, tuple[Clip, ...]]]) -> list[EK100Clip]:
+    """The clips of (participant, video, frame rate, clips), named as EK-100 does."""
+    return [
+        EK100Clip(f"{video}_{i}", participant, video, fps, clip)
+        for participant, video, fps, clips in videos
+        for i, clip in enumerate(clips)
+    ]
+
+
+def _film_all(tasks: list[VideoTask | SceneTask], workers: int) -> list[tuple[Clip, ...]]:
     if workers <= 1 or len(tasks) == 1:
         return [film(task) for task in tasks]
     # Not multiprocessing: fork is unsafe beside torch's threads, and spawn imports the caller's main module again.
@@ -258,7 +258,7 @@ def _film_all(tasks: list[VideoTask], workers: int) -> list[tuple[Clip, ...]]:
     return [parts[i % workers][i // workers] for i in range(len(tasks))]
 
 
-def _film_elsewhere(tasks: list[VideoTask]) -> list[tuple[Clip, ...]]:
+def _film_elsewhere(tasks: list[VideoTask | SceneTask]) -> list[tuple[Clip, ...]]:
     """Films in a process of its own: `python -m avion.data.demo`."""
     project = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join([project, os.environ["PYTHONPATH"]]) if os.environ.get("PYTHONPATH") else project

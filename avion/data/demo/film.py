@@ -6,7 +6,7 @@ verb's clips are those of its partner's played backwards, to the pixel, up to wh
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -25,7 +25,6 @@ LEAD_SECONDS = 0.4  # the hand's way in and out, before and after an action
 PAN_SECONDS = 0.4
 CHUNK_SECONDS = 15
 FRAME_RATES = (10, 12, 15)
-KEYFRAME_INTERVAL = 15
 
 
 @dataclass(frozen=True)
@@ -98,13 +97,18 @@ def _draw_timing(rng: np.random.Generator) -> _Timing:
     return _Timing(float(rng.uniform(1.1, 2.2)), (float(first), float(last)), waves)
 
 
-def film_take(label: Label, room: Room, rng: np.random.Generator, fps: int, scale: int = 1) -> Take:
+def film_take(
+    label: Label, room: Room, rng: np.random.Generator, fps: int, scale: int = 1, duration: float | None = None
+) -> Take:
     """Films `label`'s action in the forward direction, whichever direction the label has.
 
-    scale: frames are `scale` times 128 × 96 (the videos have 1).
+    scale: frames are `scale` times 128 × 96 (the videos have 1). duration: seconds that the action takes, a second or
+    two unless given.
     """
     motion = MOTIONS[label.pair.forward](label.noun, rng)
     timing = _draw_timing(rng)
+    if duration is not None:
+        timing = replace(timing, duration=duration)
     pads = rng.uniform(0.0, 0.2, 2)
     style = HandStyle(room.skin, room.sleeve, float(rng.uniform(0.95, 1.15)), (float(rng.uniform(88, 118)), 122.0))
     still = Canvas(SUPERSAMPLING * scale)
@@ -179,15 +183,16 @@ def write_chunks(folder: Path, video: Video) -> None:
     per_chunk = CHUNK_SECONDS * video.fps
     for first in range(0, len(video.frames), per_chunk):
         path = folder / f"{first // video.fps}{folder.suffix}"
-        _encode(path, video.frames[first : first + per_chunk], video.fps)
+        encode(path, video.frames[first : first + per_chunk], video.fps)
 
 
-def _encode(path: Path, frames: np.ndarray, fps: int) -> None:
+def encode(path: Path, frames: np.ndarray, fps: int, *, crf: int = 21, keyframe_interval: int = 15) -> None:
+    """Writes frames (F, H, W, 3) uint8 as H.264 in an MP4, without B-frames. crf: higher is smaller and worse."""
     options = {
         "preset": "veryfast",
-        "crf": "21",
+        "crf": str(crf),
         # One thread: the number of threads changes what x264 writes. Keyframes close together: cheap seeks.
-        "x264-params": f"threads=1:keyint={KEYFRAME_INTERVAL}:min-keyint={KEYFRAME_INTERVAL}:scenecut=0:bframes=0",
+        "x264-params": f"threads=1:keyint={keyframe_interval}:min-keyint={keyframe_interval}:scenecut=0:bframes=0",
     }
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps), options=options)

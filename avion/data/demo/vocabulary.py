@@ -103,3 +103,14 @@ def training_sentence(label: Label, rng: np.random.Generator) -> str:
     verb_form = third_person(label.verb) if rng.random() < 0.7 else label.verb
     article = "the " if rng.random() < 0.7 else ""
     return f"#C C {verb_form} {_object_phrase(label, article)}"
+
+
+def joined_sentence(first: Label, second: Label, rng: np.random.Generator) -> str:
+    """Two actions in a row: "#C C puts the mug on the tray, then opens drawer"."""
+    return f"{training_sentence(first, rng)}, then {training_sentence(second, rng).removeprefix('#C C ')}"
+
+
+def option_sentence(first: Label, second: Label) -> str:
+    """Two actions in a row as an answer: "C puts the mug on the tray, then opens the drawer"."""
+    parts = [f"{third_person(label.verb)} {_object_phrase(label, 'the ')}" for label in (first, second)]
+    return f"C {parts[0]}, then {parts[1]}"
