@@ -127,6 +127,15 @@ class LaViLaTower(nn.Module):
 
     def features(self, video: torch.Tensor) -> torch.Tensor:
         """(B, C, T, height, width) → the CLS after the last norm, (B, D)."""
+        return self.norm(self.encode(video, cls_only=True)[:, 0])
+
+    def token_features(self, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, C, T, height, width) → CLS (B, D) and patches (B, N, T, D) after the last norm."""
+        x = self.norm(self.encode(video, cls_only=False))  # (B, 1+T·N, D)
+        return x[:, 0], x[:, 1:].unflatten(1, (video.shape[2], -1)).transpose(1, 2)
+
+    def encode(self, video: torch.Tensor, cls_only: bool) -> torch.Tensor:
+        """(B, C, T, height, width) → what the blocks make of it, (B, 1+T·N, D); with cls_only (B, 1, D)."""
         frames = video.shape[2]
         grid = patch_grid(video, self.patch_embed.proj.kernel_size[0])
         position = resize_position_embed(self.pos_embed, grid)  # (1, 1+N, D)
@@ -139,8 +148,8 @@ class LaViLaTower(nn.Module):
         x = self.ln_pre(torch.cat([cls, x.transpose(1, 2).flatten(1, 2)], dim=1))  # (B, 1+T·N, D)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            x = run_block(block, x, frames, i == last, checkpointed=self.grad_checkpointing)
-        return self.norm(x[:, 0])
+            x = run_block(block, x, frames, cls_only and i == last, checkpointed=self.grad_checkpointing)
+        return x
 
     forward = features
 
