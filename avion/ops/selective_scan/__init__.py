@@ -22,6 +22,6 @@ Any R ≥ 0 and T ≥ 1, any strides. Δ and the state are float32 whatever the 
 (float64 where an input is float64). Each backend stands in a file of its own and is held to `reference`.
 """
 
-from .dispatch import available_backends, check_backend_name, resolve_backend, selective_scan
+from .dispatch import available_backends, backend_names, check_backend_name, resolve_backend, selective_scan
 
-__all__ = ["available_backends", "check_backend_name", "resolve_backend", "selective_scan"]
+__all__ = ["available_backends", "backend_names", "check_backend_name", "resolve_backend", "selective_scan"]

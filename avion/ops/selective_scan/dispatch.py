@@ -67,6 +67,11 @@ def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
     return tuple(name for name, backend in _BACKENDS.items() if backend.unavailable(device) is None)
 
 
+def backend_names() -> tuple[str, ...]:
+    """Names of all backends, whether they can run here or not."""
+    return tuple(_BACKENDS)
+
+
 def check_backend_name(name: str) -> None:
     """Raises UserError with the near names where `name` is neither `auto` nor a backend's."""
     if name == "auto" or name in _BACKENDS:

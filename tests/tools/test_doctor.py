@@ -1,0 +1,75 @@
+"""tools/doctor.py on this machine, and on machines on which something is broken."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from avion.data.decoding import VideoError
+from avion.ops.selective_scan import dispatch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def doctor(monkeypatch):
+    # The interpreter would make the Triton kernels run on a CPU: slowly, and not what a user sees.
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    spec = importlib.util.spec_from_file_location("doctor", ROOT / "tools" / "doctor.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def lines(capsys) -> dict[str, str]:
+    """What was said of each thing."""
+    printed = capsys.readouterr().out.splitlines()
+    return {line.split()[0]: line.split(maxsplit=1)[1] for line in printed if line.startswith("  ")}
+
+
+def test_this_machine(doctor, capsys):
+    assert doctor.main(["--device", "cpu"]) == 0
+    said = lines(capsys)
+    assert said["torch"].startswith("works") and "what `auto` takes" in said["torch"]
+    assert said["reference"].startswith("works") and said["pyav"].startswith("works")
+    assert "cannot run: its kernels are for GPUs" in said["triton"]
+    assert said["timm"][0].isdigit()
+
+
+def test_a_wrong_backend_is_a_problem_where_auto_takes_it(doctor, capsys, monkeypatch):
+    def wrong(*arguments):
+        return dispatch.selective_scan_reference(*arguments) * 1.01
+
+    monkeypatch.setitem(dispatch._BACKENDS, "torch", dispatch.Backend(wrong))
+    assert doctor.main(["--device", "cpu"]) == 1
+    printed = capsys.readouterr().out
+    assert "WRONG, largest relative error 1e-02" in printed
+    assert printed.rstrip().splitlines()[-1].startswith("  torch: WRONG")
+
+
+def test_a_backend_that_throws_is_named(doctor, capsys, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("no kernel image\nsecond line")
+
+    monkeypatch.setitem(dispatch._BACKENDS, "broken", dispatch.Backend(broken))
+    assert doctor.main(["--device", "cpu"]) == 0  # `auto` takes another one
+    assert "fails: no kernel image; give another one as --scan-backend" in lines(capsys)["broken"]
+
+
+def test_missing_packages_decoders_and_gpu(doctor, capsys, monkeypatch):
+    installed = doctor._installed
+    monkeypatch.setattr(doctor, "_installed", lambda package: None if package == "timm" else installed(package))
+    assert doctor.main([]) == 1
+    assert lines(capsys)["timm:"] == "not installed: pip install -r requirements.txt"
+    monkeypatch.setattr(doctor, "_installed", installed)
+
+    def refuse(path, decoder):
+        raise VideoError(path, f"{decoder} is not installed")
+
+    monkeypatch.setattr("avion.data.decoding.open_video", refuse)
+    assert doctor.main(["--device", "cpu"]) == 1
+    assert "decoders: none works" in capsys.readouterr().out
+    if not torch.cuda.is_available():
+        assert doctor.main(["--device", "cuda"]) == 1
+        assert "GPU: PyTorch sees none" in capsys.readouterr().out

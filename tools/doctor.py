@@ -1,0 +1,218 @@
+"""Say what this machine can run, what not, and what to do about it.
+
+    python tools/doctor.py [--device cuda]
+
+Lists the versions that matter, then tries every decoder on a small video and every selective-scan backend, output and
+gradients, against the reference in float64. Exit status: 0 if the main job can run here, 1 if not.
+"""
+
+import argparse
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+MINIMUM_PYTHON = (3, 10)
+REQUIRED = ("torch", "torchvision", "timm", "open_clip_torch", "numpy")
+OPTIONAL = ("triton", "mamba-ssm", "causal-conv1d", "av", "decord")
+# Of float32 against float64, on the scan's own scale.
+TOLERANCE = 1e-3
+
+
+class Report:
+    """Prints findings as they come and remembers what keeps the main job from running."""
+
+    def __init__(self):
+        self.problems: list[str] = []
+
+    def line(self, name: str, text: str) -> None:
+        print(f"  {name:<17} {text}", flush=True)
+
+    def problem(self, name: str, text: str) -> None:
+        self.line(name, text)
+        self.problems.append(f"{name}: {text}")
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    """The first line that a program prints; None where it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
+
+
+def versions(report: Report) -> None:
+    print("versions")
+    python = platform.python_version()
+    if sys.version_info < MINIMUM_PYTHON:
+        report.problem("python", f"{python}: too old, 3.10 or newer is needed; PYTHON=/path/to/python3 make ...")
+    else:
+        report.line("python", python)
+    for package in REQUIRED:
+        version = _installed(package)
+        if version is None:
+            report.problem(package, "not installed: pip install -r requirements.txt")
+        else:
+            report.line(package, version)
+    for package in OPTIONAL:
+        report.line(package, _installed(package) or "not installed (optional)")
+    report.line("ffmpeg", _output("ffmpeg", "-version") or "no such program (not needed: the decoders bring theirs)")
+
+
+def devices(report: Report, wanted: str) -> str:
+    """Prints the processors; returns the device to try things on."""
+    import torch
+
+    print("device")
+    report.line("CPU", f"{torch.get_num_threads()} threads for PyTorch, {platform.machine()}")
+    report.line("CUDA", torch.version.cuda or "not in this build of PyTorch")
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    report.line("driver", driver or "none found (nvidia-smi)")
+    if not torch.cuda.is_available():
+        if wanted == "cuda":
+            report.problem("GPU", "PyTorch sees none; check the driver, and that torch is a CUDA build")
+        else:
+            report.line("GPU", "none: the main job runs on the CPU")
+        return "cpu"
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        report.line(f"GPU {index}", f"{card.name}, {card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}")
+    return "cpu" if wanted == "cpu" else "cuda"
+
+
+def _scan(case: dict, backend: str, dtype) -> list:
+    """Output and gradients of one scan, float64."""
+    import torch
+
+    from avion.ops.selective_scan import selective_scan
+
+    inputs = {name: tensor.to(dtype).requires_grad_() for name, tensor in case.items() if name != "weight"}
+    y = selective_scan(**inputs, backend=backend)
+    gradients = torch.autograd.grad(y, list(inputs.values()), case["weight"].to(dtype))
+    return [tensor.double() for tensor in (y.detach(), *gradients)]
+
+
+def _random_case(device: str) -> dict:
+    import torch
+
+    rows, steps, channels, states = 6, 37, 40, 16
+    shapes = {
+        "u": (rows, steps, channels), "delta": (rows, steps, channels), "A": (channels, states),
+        "B": (rows, steps, states), "C": (rows, steps, states), "D": (channels,), "delta_bias": (channels,),
+        "weight": (rows, steps, channels),
+    }  # fmt: skip
+    case = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
+    return case | {"A": -case["A"].abs() - 0.1}
+
+
+def backends(report: Report, device: str) -> None:
+    import torch
+
+    from avion.errors import UserError
+    from avion.ops.selective_scan import backend_names, resolve_backend
+
+    print(f"selective scan on {device}")
+    case = _random_case(device)
+    expected = _scan(case, "reference", torch.float64)
+    auto = resolve_backend("auto", device)
+    for name in backend_names():
+        try:
+            resolve_backend(name, device)
+        except UserError as error:
+            report.line(name, f"cannot run: {str(error).split(': ', 1)[1]}")
+            continue
+        try:
+            found = _scan(case, name, torch.float32)
+        except Exception as error:  # whatever a broken kernel throws is a finding, not an end
+            text = f"fails: {str(error).splitlines()[0]}; give another one as --scan-backend"
+            (report.problem if name == auto else report.line)(name, text)
+            continue
+        errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected, strict=True)]
+        worst = max(errors)
+        text = f"largest relative error {worst:.0e} against float64" + (", what `auto` takes" if name == auto else "")
+        if worst <= TOLERANCE:
+            report.line(name, f"works, {text}")
+        else:
+            text = f"WRONG, {text}; do not use it: give another one as --scan-backend, and report this"
+            (report.problem if name == auto else report.line)(name, text)
+
+
+def _write_video(path: Path) -> None:
+    import av
+    import numpy as np
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(10))
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for level in range(0, 250, 25):
+            picture = av.VideoFrame.from_ndarray(np.full((48, 64, 3), level, dtype=np.uint8), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+
+
+def decoders(report: Report) -> None:
+    from avion.data.decoding import DECODERS, open_video
+    from avion.errors import UserError
+
+    print("video decoders")
+    working = 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "grey.mp4"
+        if _installed("av") is None:
+            report.problem(
+                "decoders", "av is not installed, so that none can be tried: pip install -r requirements.txt"
+            )
+            return
+        _write_video(path)
+        for name in DECODERS:
+            try:
+                frames = open_video(path, name).get_frames([9, 0, 4])
+            except UserError as error:
+                report.line(name, f"cannot run: {error}")
+                continue
+            found = [round(float(frame.mean())) for frame in frames]
+            if all(abs(a - b) <= 4 for a, b in zip(found, (225, 0, 100), strict=True)):
+                working += 1
+                report.line(name, "works, returns the frames that were asked for")
+            else:
+                report.line(name, f"WRONG frames (brightness {found}, due 225, 0, 100): give another one as --decoder")
+    if working == 0:
+        report.problem("decoders", "none works: pip install -r requirements.txt")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to try the scan")
+    args = parser.parse_args(argv)
+    report = Report()
+    versions(report)
+    if not report.problems:  # else the imports below would fail
+        device = devices(report, args.device)
+        backends(report, device)
+        decoders(report)
+    print()
+    if report.problems:
+        print("The main job cannot run here:")
+        for problem in report.problems:
+            print(f"  {problem}")
+        return 1
+    print("The main job can run here.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
