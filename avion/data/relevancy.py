@@ -1,0 +1,161 @@
+"""How well sentences describe clips of EPIC-KITCHENS-100, from the classes of their verbs and nouns.
+
+The relevancy of clip c and sentence s is ½ · [verb class of c = that of s] + ½ · |N_c ∩ N_s| / |N_c ∪ N_s|, N the sets
+of noun classes (Damen et al., arXiv 2006.13256); a sentence has the classes of the clip of its narration id. Two
+empty sets have nothing in common: their share is 0.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from avion.data.ek100 import EK100Table
+from avion.errors import UserError
+
+_BLOCK_ELEMENTS = 1 << 21  # of the matrix at a time: 16 MB of float64, and a few times that on the way
+
+
+@dataclass(frozen=True)
+class Classes:
+    """verbs (n,) int64: a verb class each; nouns: the noun classes of each, a set written as a tuple."""
+
+    verbs: np.ndarray
+    nouns: Sequence[tuple[int, ...]]
+
+    def __len__(self) -> int:
+        return len(self.verbs)
+
+    def rows(self, rows: Sequence[int]) -> Classes:
+        return Classes(self.verbs[list(rows)], [self.nouns[i] for i in rows])
+
+
+def clip_classes(clips: EK100Table, path: str | os.PathLike) -> Classes:
+    """Classes of the clips that `read_ek100_retrieval(path)` gave. UserError if their CSV has no such columns."""
+    columns = {"verb_class": clips.verb_class, "all_noun_classes": clips.all_noun_classes}
+    for name, column in columns.items():
+        if column is None:
+            raise UserError(f"annotations {path}: the column {name!r} is missing, relevancies are computed from it")
+    return Classes(clips.verb_class, clips.all_noun_classes)
+
+
+def sentence_classes(
+    clips: EK100Table, classes: Classes, ids: Sequence[str], clips_path: str | os.PathLike, path: str | os.PathLike
+) -> Classes:
+    """Classes of the sentences with these narration ids: those of the clips of the same ids.
+
+    UserError where a clip is not there, or where two clips have one id.
+    """
+    row_of = {name: i for i, name in enumerate(clips.narration_ids)}
+    if len(row_of) < len(clips):
+        seen: set[str] = set()
+        twice = next(name for name in clips.narration_ids if name in seen or seen.add(name))
+        raise UserError(f"annotations {clips_path}: narration_id {twice!r} is there twice; ids must be unique")
+    lost = [name for name in ids if name not in row_of]
+    if lost:
+        raise UserError(
+            f"sentences {path}: {len(lost)} of {len(ids)} narration ids are not in {clips_path} "
+            f"({', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}), so their classes are unknown; give the CSV "
+            "of the same split, with all its clips"
+        )
+    return classes.rows([row_of[name] for name in ids])
+
+
+def relevancy_blocks(clips: Classes, sentences: Classes) -> Iterator[np.ndarray]:
+    """The matrix (clips, sentences) float64 in [0, 1], some rows at a time."""
+    known, flat = np.unique([n for nouns in (*clips.nouns, *sentences.nouns) for n in nouns], return_inverse=True)
+    members = _members([*clips.nouns, *sentences.nouns], flat, len(known))  # (clips + sentences, nouns)
+    own, others = members[: len(clips)], members[len(clips) :]
+    sizes, other_sizes = own.sum(1), others.sum(1)
+    rows = max(1, _BLOCK_ELEMENTS // max(len(sentences), 1))
+    for first in range(0, len(clips), rows):
+        block = slice(first, first + rows)
+        common = own[block] @ others.T  # (r, sentences); float32 is exact for counts
+        either = sizes[block, None] + other_sizes - common
+        nouns = np.divide(common, either, out=np.zeros(common.shape), where=either > 0, dtype=np.float64)
+        yield 0.5 * (clips.verbs[block, None] == sentences.verbs) + 0.5 * nouns
+
+
+def _members(nouns: Sequence[tuple[int, ...]], flat: np.ndarray, count: int) -> np.ndarray:
+    """(len(nouns), count) float32: 1 where a set has a noun. flat: the numbers of all sets' nouns, end to end."""
+    members = np.zeros((len(nouns), count), dtype=np.float32)
+    members[np.repeat(np.arange(len(nouns)), [len(n) for n in nouns]), flat.reshape(-1)] = 1.0
+    return members
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+def write_relevancy(path: str | os.PathLike, blocks: Iterator[np.ndarray], shape: tuple[int, int]) -> None:
+    """Write rows as they come into a pickled numpy array (float64, as the released files hold), whole or not at all.
+
+    `pickle` would want the whole matrix at once, and its bytes beside it: 17 GB for the train split. What is written
+    here is the same pickle, of protocol 4, and names numpy's modules as numpy 1 does, which numpy 2 reads as well.
+    Raises UserError if the file cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    before, after = _pickle_around(shape)
+    rows = 0
+    try:
+        with open(partial, "wb") as file:
+            file.write(before)
+            for block in blocks:
+                assert block.shape[1] == shape[1], f"a block of {block.shape[1]} columns for {shape[1]}"
+                rows += len(block)
+                file.write(np.ascontiguousarray(block, dtype="<f8").data)
+            assert rows == shape[0], f"{rows} rows for {shape[0]}"
+            file.write(after)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or give another file") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _pickle_around(shape: tuple[int, int]) -> tuple[bytes, bytes]:
+    """What stands before and after the numbers of a float64 matrix in its pickle."""
+
+    def named(module: str, name: str) -> bytes:
+        return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+    def text(value: str) -> bytes:
+        return pickle.SHORT_BINUNICODE + bytes([len(value)]) + value.encode()
+
+    def number(value: int) -> bytes:
+        return pickle.BININT + struct.pack("<i", value)
+
+    empty = named("numpy.core.multiarray", "_reconstruct") + named("numpy", "ndarray") + number(0) + pickle.TUPLE1
+    empty += pickle.SHORT_BINBYTES + b"\x01b" + pickle.TUPLE3 + pickle.REDUCE
+    dtype = named("numpy", "dtype") + text("f8") + pickle.NEWFALSE + pickle.NEWTRUE + pickle.TUPLE3 + pickle.REDUCE
+    dtype += pickle.MARK + number(3) + text("<") + 3 * pickle.NONE + number(-1) + number(-1) + number(0)
+    dtype += pickle.TUPLE + pickle.BUILD
+    state = pickle.MARK + number(1) + number(shape[0]) + number(shape[1]) + pickle.TUPLE2 + dtype + pickle.NEWFALSE
+    size = pickle.BINBYTES8 + struct.pack("<Q", 8 * shape[0] * shape[1])
+    return pickle.PROTO + b"\x04" + empty + state + size, pickle.TUPLE + pickle.BUILD + pickle.STOP
+
+
+# --- comparing -------------------------------------------------------------------------------
+
+
+def differences(
+    found: np.ndarray, blocks: Iterator[np.ndarray], tolerance: float, limit: int
+) -> tuple[int, list[tuple[int, int, float]]]:
+    """How many cells of `found` (clips, sentences) are not the computed ones to within `tolerance`, and the first
+    `limit` of them: (clip, sentence, computed)."""
+    count, first, row = 0, [], 0
+    for block in blocks:
+        rows, columns = np.nonzero(np.abs(found[row : row + len(block)] - block) > tolerance)
+        count += len(rows)
+        cells = zip(rows[: limit - len(first)].tolist(), columns.tolist(), strict=False)
+        first += [(row + r, c, float(block[r, c])) for r, c in cells]
+        row += len(block)
+    return count, first

@@ -1,0 +1,85 @@
+"""Build the relevancy pickle of a retrieval split from its CSVs, or hold an existing one against them.
+
+    python tools/build_relevancy.py EPIC_100_retrieval_train.csv EPIC_100_retrieval_train_sentence.csv \\
+        --output relevancy/caption_relevancy_EPIC_100_retrieval_train.pkl
+    python tools/build_relevancy.py CLIPS.csv SENTENCES.csv --check FILE.pkl
+
+Half of the relevancy is for the same verb class, half is the intersection over union of the noun classes; a
+sentence has the classes of the clip with its narration id. Written is a numpy array of float64, clips x
+sentences, in the order of the CSVs. Exit status: 0 all is well, 1 --check found differences, 2 a file cannot be
+read or written.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from avion.data.ek100 import load_relevancy, read_ek100_retrieval, read_sentences
+from avion.data.relevancy import (
+    clip_classes,
+    differences,
+    relevancy_blocks,
+    sentence_classes,
+    write_relevancy,
+)
+from avion.errors import UserError
+
+# Files of float32 are within 1e-7 of the exact values; two different relevancies are more than 1e-3 apart.
+TOLERANCE = 1e-4
+LISTED = 10
+
+
+def build_parser() -> argparse.ArgumentParser:
+    summary, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("clips", metavar="CLIPS.csv", help="the split's clips with their classes")
+    parser.add_argument("sentences", metavar="SENTENCES.csv", help="narration ids of its sentences")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--output", metavar="FILE.pkl", help="pickle to write")
+    task.add_argument("--check", metavar="FILE.pkl", help="pickle to compare with what the CSVs say")
+    parser.add_argument("--force", action="store_true", help="overwrite the output")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.output and Path(args.output).exists() and not args.force:
+        raise UserError(f"{args.output}: exists already; give another name, or --force to overwrite it")
+    clips = read_ek100_retrieval(args.clips)
+    ids, _ = read_sentences(args.sentences)
+    classes = clip_classes(clips, args.clips)
+    spoken = sentence_classes(clips, classes, ids, args.clips, args.sentences)
+    blocks, size = relevancy_blocks(classes, spoken), f"{len(clips)} clips x {len(ids)} sentences"
+    if args.output:
+        write_relevancy(args.output, blocks, (len(clips), len(ids)))
+        print(f"{args.output}: {size}, float64, {Path(args.output).stat().st_size / 1e6:.0f} MB")
+        return 0
+    found = load_relevancy(args.check, len(clips), len(ids))
+    count, first = differences(found, blocks, TOLERANCE, LISTED)
+    for clip, sentence, computed in first:
+        print(
+            f"clip {clip} ({clips.narration_ids[clip]}), sentence {sentence} ({ids[sentence]}): "
+            f"{found[clip, sentence]:.6g} in the file, {computed:.6g} computed"
+        )
+    print(f"{args.check}: {count} of {found.size} cells differ by more than {TOLERANCE:g} ({size})")
+    return 1 if count else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        return run(args)
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
