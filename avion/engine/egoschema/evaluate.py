@@ -228,9 +228,9 @@ class _Run:
                     self.model, functools.partial(self._frames, sample["frames"], positions), count,
                     max_tokens=self.max_tokens,
                 )  # fmt: skip
-            scores[count] = (options @ unit(feature.float().cpu().numpy())).tolist()
-            if not all(map(math.isfinite, scores[count])):
+            if not torch.isfinite(feature).all():
                 raise UserError(f"{question.uid}: the features of {count} frames are not finite; use --precision bf16")
+            scores[count] = (options @ unit(feature.float().cpu().numpy())).tolist()
         self.log.append(question, scores)
         results[question.uid] = scores
 

@@ -101,4 +101,6 @@ def encode_options(
             "%d of %d texts fill the model's %d tokens, what goes beyond is cut off: %.60s ...",
             len(cut), len(distinct), config.context_length, min(cut),
         )  # fmt: skip
+    if not np.isfinite(features.values).all():
+        raise UserError("the features of some texts are not finite; use --precision bf16")
     return OptionTexts(unit(features.values), distinct)

@@ -1,0 +1,532 @@
+import csv
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import main_egoschema
+from avion.data.decoding import open_video
+from avion.data.tokenizer import tokenize
+from avion.data.transforms import EvalTransform
+from avion.engine.egoschema import evaluate, texts
+from avion.engine.egoschema.results import ResultLog, read_results
+from avion.evaluation.egoschema import wilson_interval
+from avion.models import model_from_checkpoint
+from tests.engine.egoschema import UIDS, read_outputs, write_checkpoint, write_egoschema
+from tests.processes import run_processes
+
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURES = ROOT / "tests/fixtures"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_egoschema(tmp_path_factory.mktemp("egoschema"))
+
+
+@pytest.fixture
+def runs(data, tmp_path, capsys):
+    """Run the entry point: status, stdout, and the lines on stderr that are no log lines."""
+
+    def run(*more, output=None, without=()):
+        pairs = zip(data.flags[::2], data.flags[1::2], strict=True)
+        words = [word for pair in pairs if pair[0] not in without for word in pair]
+        status = main_egoschema.main([*words, "--output-dir", str(output or tmp_path / "out"), *map(str, more)])
+        captured = capsys.readouterr()
+        errors = [line for line in captured.err.splitlines() if not line[:1].isdigit()]
+        assert "Traceback" not in captured.err
+        return status, captured.out, errors, captured.err
+
+    return run
+
+
+@pytest.fixture
+def fails(runs):
+    """The one line of a run that must fail."""
+
+    def run(*more, **options):
+        status, out, errors, log = runs(*more, **options)
+        assert status == 2 and len(errors) == 1, log
+        assert errors[0].startswith("main_egoschema.py: error: ")
+        return errors[0]
+
+    return run
+
+
+# ---- answers -----------------------------------------------------------------------------------
+
+
+def by_hand(data, uid, count, sampling, prompts):
+    """Five cosines, from whole clips and one text at a time, in float64."""
+    model = model_from_checkpoint(data.checkpoint).eval()
+    with open_video(data.root / f"videos/{uid}.mp4") as reader:
+        last = reader.num_frames - 1
+        if sampling == "prefix":
+            ids = [min(i, last) for i in range(count)]
+        else:
+            ids = [int((i + 0.5) * reader.num_frames / count) for i in range(count)]
+        frames = reader.get_frames(ids)
+    video = EvalTransform(32, norm_style="openai", fused=True)(frames, None).double()
+    mean = torch.tensor([122.7709383, 116.7460125, 104.0937362]).double()
+    std = torch.tensor([68.5005327, 66.6321579, 70.3231631]).double()
+    video = (video - mean[:, None, None, None]) / std[:, None, None, None]
+    model = model.double()
+    (question,) = [q for q in data.questions if q["q_uid"] == uid]
+    cosines = []
+    with torch.no_grad():
+        clip = torch.nn.functional.normalize(model.encode_image(video[None]), dim=-1)[0]
+        for k in range(5):
+            option = question[f"option {k}"].lower()
+            sentences = [p.replace("{option}", option).replace("{question}", question["question"]) for p in prompts]
+            features = [model.encode_text(tokenize(s, 24))[0] for s in sentences]
+            mean_feature = sum(f / f.norm() for f in features)
+            cosines.append(float(clip @ mean_feature / mean_feature.norm()))
+    return cosines
+
+
+@pytest.mark.parametrize(
+    "sampling, prompts", [("uniform", ["Is it '{option}'"]), ("prefix", ["{option}", "{question} It is {option}."])]
+)
+def test_scores_are_the_cosines_of_clip_and_texts(data, runs, tmp_path, sampling, prompts):
+    """Two counts at once, one of them longer than the videos; a few tokens in work at a time."""
+    more = [] if sampling == "uniform" else ["--prompt", *prompts]
+    status, out, _, _ = runs("--frames", 5, 90, "--sampling", sampling, "--max-tokens", 50, *more)
+    assert status == 0
+    found = read_outputs(tmp_path / "out", (5, 90))
+    for uid in (UIDS[0], UIDS[6]):
+        for count in (5, 90):
+            wanted = by_hand(data, uid, count, sampling, prompts)
+            np.testing.assert_allclose(found["scores"][uid][str(count)], wanted, atol=2e-5)
+    assert len({tuple(np.round(row["5"], 3)) for row in found["scores"].values()}) > 1  # they do depend on the video
+
+
+def test_the_files_hold_what_the_scores_say(data, runs, tmp_path):
+    assert runs("--frames", 16, 4)[0] == 0
+    found = read_outputs(tmp_path / "out", (4, 16))
+    for count in (4, 16):
+        wanted = {uid: int(np.argmax(found["scores"][uid][str(count)])) for uid in UIDS}
+        assert found["answers"][count] == wanted
+        rows = list(csv.reader(found["tables"][count].splitlines()))
+        assert rows == [["q_uid", "answer"], *([uid, str(wanted[uid])] for uid in UIDS)]
+        right = sum(wanted[uid] == answer for uid, answer in data.answers.items())
+        figures = found["figures"][str(count)]
+        assert (figures["correct"], figures["total"], figures["unreadable"]) == (right, 5, 0)
+        assert figures["accuracy"] == right / 5
+        assert (figures["low"], figures["high"]) == wilson_interval(right, 5)
+
+
+def test_the_table(data, runs, tmp_path):
+    status, out, _, _ = runs("--frames", 4, 16)
+    figures = read_outputs(tmp_path / "out", (4, 16))["figures"]
+    lines = out.splitlines()
+    assert lines[0].split() == ["frames", "accuracy", "95", "%", "interval", "right", "answered"]
+    for line, count in zip(lines[2:], (4, 16), strict=True):
+        f = figures[str(count)]
+        wanted = [str(count), f"{100 * f['accuracy']:.2f}", f"{100 * f['low']:.2f}", "-", f"{100 * f['high']:.2f}",
+                  f"{f['correct']}/5", "7/7"]  # fmt: skip
+        assert line.split() == wanted
+    logged = [json.loads(line) for line in (tmp_path / "out/eval_log.txt").read_text().splitlines()]
+    assert [row["frames"] for row in logged] == [4, 16] and logged[0]["accuracy"] == figures["4"]["accuracy"]
+
+
+def test_without_public_answers_there_are_answers_but_no_accuracy(runs, tmp_path):
+    status, out, _, _ = runs(without=("--answers",))
+    assert status == 0 and out.splitlines()[-1].split() == ["16", "-", "-", "-", "7/7"]
+    assert read_outputs(tmp_path / "out", (16,))["figures"] == {}
+
+
+def test_each_text_is_encoded_once(runs, monkeypatch):
+    """35 options, seven different ones among them, whatever the number of frame counts."""
+    seen = []
+    monkeypatch.setattr(texts, "tokenize", lambda batch, **sizes: seen.extend(batch) or tokenize(batch, **sizes))
+    assert runs("--frames", 4, 8, 16)[0] == 0
+    assert len(set(seen)) == 7
+    assert seen[:7] == list(dict.fromkeys(seen))  # after them, the padding of the last batch
+
+
+def test_models_of_every_kind(data, runs, tmp_path):
+    for name in ("TIMESFORMER_FROZEN_VITT16", "TIMEMAMBA_SPACETIME_VITT16", "CLIP_VITB16", "LAVILA_TSF_B16"):
+        checkpoint = write_checkpoint(tmp_path / f"{name}.pt", name)
+        status, out, errors, _ = runs("--pretrain-model", checkpoint, "--frames", 6, output=tmp_path / name)
+        assert status == 0, errors
+
+
+@pytest.mark.parametrize("name, style", [("ID4", ""), ("ID6", ""), ("VIT", "_legacy"), ("LAVILA", "_legacy")])
+def test_checkpoints_in_released_layouts(runs, tmp_path, name, style):
+    """As they are: upstream's names, sizes from the shapes, a vocabulary of 512 that CLIP's words are folded into."""
+    more = ["--model-args", "num_heads=4", "text_heads=4", "--norm-style", f"openai{style}"]
+    status, out, errors, log = runs("--resume", FIXTURES / f"{name}_checkpoint.pt", "--frames", 4, 20, *more)
+    assert status == 0, log
+    assert "vocabulary of 512" in log
+    assert len(read_outputs(tmp_path / "out", (4, 20))["answers"][20]) == 7
+
+
+def test_bf16_answers_are_near(runs, tmp_path):
+    assert runs("--frames", 8, output=tmp_path / "exact")[0] == runs("--frames", 8, "--use-bf16")[0] == 0
+    exact, rough = (read_outputs(tmp_path / name, (8,))["scores"] for name in ("exact", "out"))
+    difference = max(abs(a - b) for uid in UIDS for a, b in zip(exact[uid]["8"], rough[uid]["8"], strict=True))
+    assert 0 < difference < 0.03
+
+
+# ---- several processes, interruptions ----------------------------------------------------------
+
+
+def _run(rank, size, flags, output):
+    assert main_egoschema.main([*flags, "--output-dir", str(output), "--frames", "4", "16", "--dist-timeout", "1"]) == 0
+
+
+def test_the_same_answers_for_any_number_of_processes(data, runs, tmp_path):
+    alone = tmp_path / "alone"
+    assert runs("--frames", 4, 16, output=alone)[0] == 0
+    for size in (2, 3):
+        output = tmp_path / f"of{size}"
+        run_processes(_run, size, tmp_path / f"log{size}", data.flags, output)
+        assert read_outputs(output, (4, 16)) == read_outputs(alone, (4, 16))
+        logs = [len(p.read_text().splitlines()) for p in sorted(output.glob("egoschema_results.*.jsonl"))]
+        assert len(logs) == size and sum(logs) == 7  # each video once
+
+
+def test_workers_change_nothing(runs, tmp_path):
+    assert runs("--frames", 4, 16, output=tmp_path / "alone")[0] == 0
+    assert runs("--frames", 4, 16, "--workers", 2)[0] == 0
+    assert read_outputs(tmp_path / "out", (4, 16)) == read_outputs(tmp_path / "alone", (4, 16))
+
+
+def test_a_killed_run_goes_on_with_other_processes(data, runs, tmp_path):
+    """SIGKILL in the middle; the videos that were done are not computed again, and the outcome is the same."""
+    frames = ["--frames", "4", "2048"]  # long enough to be caught at it
+    output, log = tmp_path / "out", tmp_path / "out/egoschema_results.0.jsonl"
+    command = [sys.executable, str(ROOT / "main_egoschema.py"), *data.flags, *frames, "--output-dir", str(output)]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 120
+    while (not log.exists() or log.read_bytes().count(b"\n") < 2) and time.monotonic() < deadline:
+        assert job.poll() is None, job.stdout.read().decode()
+        time.sleep(0.005)
+    job.send_signal(signal.SIGKILL)
+    assert job.wait() == -signal.SIGKILL
+    job.stdout.close()
+    before = log.read_text().splitlines()
+    assert 2 <= len(before) < 7
+    assert not list(output.glob("egoschema_*.json"))  # nothing half-done to be mistaken for answers
+
+    run_processes(_go_on, 2, tmp_path / "log", [*data.flags, *frames], output)
+    assert log.read_text().splitlines()[: len(before)] == before
+    rows = [json.loads(line) for path in output.glob("egoschema_results.*.jsonl") for line in path.open()]
+    assert sorted(row["q_uid"] for row in rows) == sorted(UIDS)  # the done ones were not computed again
+    assert runs(*frames, output=tmp_path / "whole")[0] == 0
+    assert read_outputs(output, (4, 2048)) == read_outputs(tmp_path / "whole", (4, 2048))
+
+
+def _go_on(rank, size, flags, output):
+    assert main_egoschema.main([*flags, "--output-dir", str(output), "--dist-timeout", "1"]) == 0
+
+
+def forbid_videos(monkeypatch):
+    monkeypatch.setattr(evaluate.LongVideos, "__getitem__", lambda *_: pytest.fail("a video is read again"))
+
+
+def test_a_finished_run_reads_no_video_again(runs, monkeypatch, tmp_path):
+    assert runs("--frames", 4, 16)[0] == 0
+    first = read_outputs(tmp_path / "out", (4, 16))
+    forbid_videos(monkeypatch)
+    status, _, _, log = runs("--frames", 4, 16)
+    assert status == 0 and "7 of them answered before" in log
+    assert read_outputs(tmp_path / "out", (4, 16)) == first
+
+
+def test_a_new_count_is_all_that_is_computed(runs, monkeypatch, tmp_path):
+    assert runs("--frames", 4)[0] == 0
+    asked = []
+    real = evaluate.LongVideos.__getitem__
+    monkeypatch.setattr(evaluate.LongVideos, "__getitem__", lambda self, key: asked.append(key) or real(self, key))
+    assert runs("--frames", 4, 16)[0] == 0
+    assert asked == [(i, (16,)) for i in range(7)]
+    together = tmp_path / "together"
+    assert runs("--frames", 4, 16, output=together)[0] == 0
+    assert read_outputs(tmp_path / "out", (4, 16)) == read_outputs(together, (4, 16))
+
+
+@pytest.mark.parametrize(
+    "change", [["--sampling", "prefix"], ["--prompt", "{option}"], ["--precision", "bf16"], ["other weights"]]
+)
+def test_results_of_other_settings_or_weights_are_not_taken(data, runs, tmp_path, change):
+    assert runs("--frames", 4)[0] == 0
+    if change == ["other weights"]:
+        content = torch.load(data.checkpoint, weights_only=True)
+        content["state_dict"]["visual.image_projection"][0, 0] += 1e-3
+        torch.save(content, tmp_path / "other.pt")
+        change = ["--pretrain-model", tmp_path / "other.pt"]
+    _, _, _, log = runs("--frames", 4, *change)
+    assert "7 questions, 0 of them answered before" in log
+
+
+def test_a_changed_question_is_answered_anew(data, runs, tmp_path):
+    assert runs("--frames", 4)[0] == 0
+    questions = [dict(q) for q in data.questions]
+    questions[3]["option 2"] = "C sits down"
+    (tmp_path / "q.json").write_text(json.dumps(questions))
+    _, _, _, log = runs("--frames", 4, "--questions", tmp_path / "q.json")
+    assert "6 of them answered before" in log
+
+
+def test_damaged_lines_are_passed_over(tmp_path, caplog):
+    questions = [evaluate.Question(uid, "?", tuple("abcde")) for uid in UIDS[:3]]
+    scores = {4: [0.1, 0.2, 0.3, 0.4, 0.5]}
+    log = ResultLog(tmp_path, 0, "mark")
+    log.append(questions[0], scores)
+    log.close()
+    path = tmp_path / "egoschema_results.0.jsonl"
+    line = path.read_bytes()
+    others = [b"[]", b'{"fingerprint": "mark"}', b"\xff", line.strip().replace(b"0.5]", b"NaN]"), b"nonsense"]
+    path.write_bytes(b"\n".join([line.strip(), *others]) + b"\n" + line[:40])  # cut off in the middle
+    log = ResultLog(tmp_path, 0, "mark")
+    log.append(questions[1], {8: [1.0, 0.0, 0.0, 0.0, 0.0]})
+    log.close()
+    (tmp_path / "egoschema_results.1.jsonl").write_bytes(line.replace(b'"4"', b'"16"'))
+    found = read_results(tmp_path, "mark", questions)
+    assert found == {UIDS[0]: {4: scores[4], 16: scores[4]}, UIDS[1]: {8: [1.0, 0.0, 0.0, 0.0, 0.0]}}
+    assert "6 damaged lines" in caplog.text
+    assert read_results(tmp_path, "another", questions) == {}
+
+
+# ---- videos that cannot be read ----------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(data, tmp_path):
+    """The videos but one that is missing (its answer is public) and one that is cut short (its is not)."""
+    root = tmp_path / "videos"
+    root.mkdir()
+    for uid in UIDS:
+        if uid != UIDS[1]:
+            (root / f"{uid}.mp4").hardlink_to(data.root / f"videos/{uid}.mp4")
+    (root / f"{UIDS[2]}.mp4").unlink()
+    (root / f"{UIDS[2]}.mp4").write_bytes((data.root / f"videos/{UIDS[2]}.mp4").read_bytes()[:2000])
+    return root
+
+
+def test_unreadable_videos_are_listed_and_the_rest_stands(runs, broken, tmp_path):
+    assert runs("--frames", 4, output=tmp_path / "whole")[0] == 0
+    status, out, _, log = runs("--frames", 4, "--root", broken)
+    assert status == 0
+    assert f"{UIDS[1]}.mp4: no such file" in log and f"{UIDS[2]}.mp4" in log
+    assert "2 of 7 videos cannot be read" in log
+    whole, found = read_outputs(tmp_path / "whole", (4,)), read_outputs(tmp_path / "out", (4,))
+    left = [uid for uid in UIDS if uid not in UIDS[1:3]]
+    assert list(found["answers"][4]) == left and found["scores"] == {uid: whole["scores"][uid] for uid in left}
+    assert len(found["tables"][4].splitlines()) == 6
+    figures = found["figures"]["4"]
+    assert (figures["total"], figures["unreadable"]) == (4, 1)
+    report = json.loads((tmp_path / "out/egoschema_scores.json").read_text())
+    assert set(report["unreadable"]) == set(UIDS[1:3])
+
+
+def test_an_unreadable_video_is_tried_again_later(runs, broken, data):
+    assert runs("--frames", 4, "--root", broken)[0] == 0
+    for uid in UIDS[1:3]:
+        (broken / f"{uid}.mp4").unlink(missing_ok=True)
+        (broken / f"{uid}.mp4").hardlink_to(data.root / f"videos/{uid}.mp4")
+    status, out, _, log = runs("--frames", 4, "--root", broken)
+    assert "5 of them answered before" in log and out.split()[-1] == "7/7"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_strict(fails, broken, workers):
+    assert f"{UIDS[1]}.mp4: no such file" in fails("--strict", "--root", broken, "--workers", workers)
+
+
+def _strict(rank, size, flags, output):
+    return main_egoschema.main([*flags, "--output-dir", str(output), "--strict", "--frames", "4"])
+
+
+def test_strict_ends_all_processes(data, broken, tmp_path):
+    flags = [str(broken) if word == str(data.root / "videos") else word for word in data.flags]
+    assert run_processes(_strict, 2, tmp_path / "log", flags, tmp_path / "out") == [2, 2]
+
+
+def test_no_video_at_all(fails, tmp_path):
+    (tmp_path / "empty").mkdir()
+    line = fails("--root", tmp_path / "empty")
+    assert "no video can be read" in line and "--root" in line
+
+
+# ---- overlap -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def overlap(data, tmp_path):
+    import pickle
+
+    rows = [("ego1", 0.0, 1.0, "#C C opens it"), ("other", 0.0, 1.0, "#C C closes it"), ("ego1", 1.0, 2.0, "#C C sits")]
+    (tmp_path / "train.pkl").write_bytes(pickle.dumps(rows))
+    return ["--uid-to-ego4d", data.root / "sources.json", "--pretrain-metadata", tmp_path / "train.pkl"]
+
+
+def test_overlap_is_reported(runs, overlap, tmp_path):
+    """ego1 is the source of videos 2 and 3."""
+    status, _, _, log = runs("--frames", 4, *overlap)
+    assert "overlap: 2 of 7 EgoSchema videos (of 1 Ego4D videos) lie in the pretraining narrations" in log
+    assert read_outputs(tmp_path / "out", (4,))["figures"]["4"]["total"] == 5
+
+
+def test_excluded_questions_are_in_no_accuracy_but_answered(data, runs, overlap, tmp_path):
+    assert runs("--frames", 4, *overlap, "--exclude-overlap")[0] == 0
+    found = read_outputs(tmp_path / "out", (4,))
+    assert len(found["answers"][4]) == 7
+    judged = {uid: answer for uid, answer in data.answers.items() if uid not in (UIDS[2], UIDS[3])}
+    figures = found["figures"]["4"]
+    assert figures["total"] == len(judged) == 4
+    assert figures["correct"] == sum(found["answers"][4][uid] == answer for uid, answer in judged.items())
+
+
+def test_overlap_flags_belong_together(fails, overlap):
+    assert "give both" in fails(*overlap[:2])
+    assert "--exclude-overlap: needs" in fails("--exclude-overlap")
+    assert "--answers is missing" in fails("--exclude-overlap", *overlap, without=("--answers",))
+
+
+# ---- submission --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server():
+    """What was posted to it; answers 200, or 503 where the path says so."""
+    posted = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            posted.append((self.headers["Content-Type"], json.loads(body)))
+            self.send_response(503 if "busy" in self.path else 200)
+            self.end_headers()
+            self.wfile.write(b"Accuracy: 42.0")
+
+        def log_message(self, *_):
+            pass
+
+    httpd = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield posted, f"http://127.0.0.1:{httpd.server_port}/api/"
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def test_nothing_is_sent_unasked(runs, server):
+    posted, url = server
+    assert runs("--frames", 4, "--submit-url", url)[0] == 0
+    assert posted == []
+
+
+def _submit(rank, size, flags, output, url):
+    words = ["--output-dir", str(output), "--frames", "4", "--submit", "--submit-url", url]
+    return main_egoschema.main([*flags, *words])
+
+
+def test_one_process_sends_once(data, server, tmp_path):
+    posted, url = server
+    assert run_processes(_submit, 2, tmp_path / "log", data.flags, tmp_path / "out", url) == [0, 0]
+    assert posted == [("application/json", read_outputs(tmp_path / "out", (4,))["answers"][4])]
+
+
+def test_the_reply_is_shown(runs, server):
+    status, out, _, _ = runs("--frames", 4, "--submit", "--submit-url", server[1])
+    assert status == 0 and out.splitlines()[-1] == "the server says: Accuracy: 42.0"
+
+
+@pytest.mark.parametrize("address", ["busy", "closed"])
+def test_a_failure_to_send_is_one_line_and_the_files_stay(fails, server, tmp_path, address):
+    url = server[1] + "busy" if address == "busy" else "http://127.0.0.1:9/"
+    line = fails("--frames", 4, "--submit", "--submit-url", url)
+    assert f"sending to {url} failed" in line and ("503" in line or "refused" in line)
+    assert len(read_outputs(tmp_path / "out", (4,))["answers"][4]) == 7
+
+
+def test_an_incomplete_set_is_not_sent(fails, broken, server, tmp_path):
+    line = fails("--frames", 4, "--root", broken, "--submit", "--submit-url", server[1])
+    assert "nothing was sent, 2 of 7" in line and server[0] == []
+    assert len(read_outputs(tmp_path / "out", (4,))["answers"][4]) == 5
+
+
+# ---- bad input ---------------------------------------------------------------------------------
+
+
+def test_flags_that_cannot_be_meant(fails):
+    assert "--frames 0" in fails("--frames", 0)
+    assert "give one" in fails("--frames", 4, 8, "--submit")
+    assert "--submit-url ftp://x" in fails("--submit", "--submit-url", "ftp://x")
+    assert "--pretrain-model: not given" in fails(without=("--pretrain-model",))
+    assert "--max-tokens -1" in fails("--max-tokens", -1)
+    assert "--print-freq 0" in fails("--print-freq", 0)
+    assert "--prompt 'Is it'" in fails("--prompt", "Is it")
+    assert "only fields" in fails("--prompt", "{option.__class__}")
+    assert "only fields" in fails("--prompt", "{option} {answer}")
+    assert "only fields" in fails("--prompt", "{option!r}")
+    assert "--prompt '{option'" in fails("--prompt", "{option")
+    assert "did you mean --frames" in fails("--frame", 4)
+
+
+def test_plain_braces_in_a_prompt():
+    question = texts.Question("a", "Why {option}?", ("It {Rains}", "b", "c", "d", "e"))
+    assert texts.option_texts(question, ["{{x}} {option}{question}"])[0] == ["{x} it {rains}Why {option}?"]
+
+
+@pytest.mark.parametrize("flag", ["--root", "--questions", "--answers", "--pretrain-model"])
+def test_missing_files(fails, tmp_path, flag):
+    assert "nowhere" in fails(flag, tmp_path / "nowhere")
+
+
+def test_answers_to_other_questions(fails, tmp_path):
+    (tmp_path / "a.json").write_text('{"someone": 1}')
+    assert "not among the questions" in fails("--answers", tmp_path / "a.json")
+
+
+def test_a_checkpoint_of_a_classifier(fails, data, tmp_path):
+    content = torch.load(data.checkpoint, weights_only=True)
+    weights = {k: v for k, v in content["state_dict"].items() if k.startswith("visual") and "projection" not in k}
+    weights |= {"fc_cls.weight": torch.zeros(9, 32), "fc_cls.bias": torch.zeros(9)}
+    torch.save({**content, "state_dict": weights}, tmp_path / "cls.pt")
+    line = fails("--pretrain-model", tmp_path / "cls.pt")
+    assert "cls.pt" in line and "classifier" in line and "text tower" in line
+
+
+def test_a_checkpoint_of_another_mean(fails):
+    assert "--norm-style openai" in fails("--norm-style", "openai_legacy")
+
+
+def test_features_that_are_not_finite(fails, data, tmp_path):
+    content = torch.load(data.checkpoint, weights_only=True)
+    content["state_dict"]["visual.image_projection"][0, 0] = float("inf")
+    torch.save(content, tmp_path / "inf.pt")
+    assert "not finite" in fails("--pretrain-model", tmp_path / "inf.pt", "--frames", 4)
+
+
+def test_an_output_folder_that_cannot_be_written(fails, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "--output-dir" in fails(output=tmp_path / "file/out")
+
+
+def test_long_texts_are_cut_and_counted(runs):
+    _, _, _, log = runs("--frames", 4, "--prompt", "{question} " + "word " * 10 + "{option}")
+    assert "35 of 35 texts fill the model's 24 tokens" in log
+
+
+def test_main_can_be_started_as_a_script(data, tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "main_egoschema.py"),
+        *data.flags,
+        "--frames",
+        "4",
+        "--output-dir",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].split()[-1] == "7/7"
