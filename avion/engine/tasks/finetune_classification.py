@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -323,7 +324,7 @@ def _check(args: Any) -> None:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {value:g}: a number from 0 to {'below 1' if below else '1'} is due")
     for name in ("mixup", "cutmix"):
-        if not getattr(args, name) >= 0:
+        if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name):g}: an alpha of at least 0 is due, 0 turns it off")
     if len(args.cutmix_minmax) not in (0, 2):
         raise UserError(f"--cutmix-minmax: two shares are due, found {len(args.cutmix_minmax)}")

@@ -1,0 +1,130 @@
+"""Make the files that the EPIC-KITCHENS-100 challenge servers take, from predictions; nothing is sent.
+
+    python tools/make_submission.py actions predictions.pkl actions.zip --clips EPIC_100_test_timestamps.csv
+    python tools/make_submission.py retrieval similarity.npy EPIC_100_retrieval_test.csv \\
+        EPIC_100_retrieval_test_sentence.csv retrieval.zip
+
+Shapes, ids and ranges are checked first; a zip appears complete or not at all.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from avion.data.ek100 import read_ek100_retrieval, read_sentences
+from avion.data.ek100_actions import read_ek100_actions
+from avion.data.safe_pickle import load_pickle
+from avion.engine.predictions import action_zip, check_target, retrieval_zip, write_whole
+from avion.errors import UserError
+from avion.evaluation.submission import SLS, SLS_LEVELS, action_submission, check_same_ids, retrieval_submission
+
+_LEVELS = {"sls_pt": (2, "of pretraining"), "sls_tl": (3, "training labels"), "sls_td": (3, "training data")}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    summary, _, rest = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    shared = argparse.ArgumentParser(add_help=False)
+    for name in SLS:
+        default, what = _LEVELS[name]
+        shared.add_argument(
+            "--" + name.replace("_", "-"), type=int, default=default, choices=SLS_LEVELS, metavar="0-5",
+            help=f"supervision that the submission declares: {what} [{default}]",
+        )  # fmt: skip
+    shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    tasks = parser.add_subparsers(dest="task", required=True)
+
+    actions = tasks.add_parser("actions", parents=[shared], help="action recognition: a zip of test.json")
+    actions.add_argument("predictions", help="what main_finetune_classification.py --pickle-filename wrote")
+    actions.add_argument("output", help="zip to write")
+    actions.add_argument("--clips", metavar="CSV", help="the split's annotations: their ids must be the predictions'")
+
+    retrieval = tasks.add_parser("retrieval", parents=[shared], help="multi-instance retrieval: a zip of test.pkl")
+    retrieval.add_argument("similarity", help="clips x sentences, (cosine + 1) / 2: .npy or .pkl")
+    retrieval.add_argument("clips", help="the clips' CSV, in the order of the rows")
+    retrieval.add_argument("sentences", help="the sentences' CSV, in the order of the columns")
+    retrieval.add_argument("output", help="zip to write")
+    return parser
+
+
+def make_actions(args: argparse.Namespace) -> str:
+    """Write the action recognition zip; returns what was done, for the screen."""
+    content = load_pickle(args.predictions, "predictions")
+    wanted = ("narration_id", "verb_output", "noun_output")
+    if not isinstance(content, dict) or any(name not in content for name in wanted):
+        raise UserError(
+            f"predictions {args.predictions}: a dict with {', '.join(wanted)} is due, as --pickle-filename writes it"
+        )
+    ids = _ids(content["narration_id"], args.predictions)
+    try:
+        submission = action_submission(ids, content["verb_output"], content["noun_output"], _sls(args))
+    except UserError as error:
+        raise UserError(f"predictions {args.predictions}: {error}") from error
+    if args.clips is not None:
+        check_same_ids(ids, list(read_ek100_actions(args.clips).narration_ids), f"predictions {args.predictions}")
+    write_whole(args.output, action_zip(submission), "output")
+    return f"{args.output}: test.json for {len(ids)} clips"
+
+
+def _ids(column: Any, path: str) -> list[Any]:
+    if not isinstance(column, (list, tuple, np.ndarray)) or (isinstance(column, np.ndarray) and column.ndim != 1):
+        raise UserError(f"predictions {path}: narration_id is no list of ids")
+    return column.tolist() if isinstance(column, np.ndarray) else list(column)
+
+
+def make_retrieval(args: argparse.Namespace) -> str:
+    """Write the retrieval zip; returns what was done, for the screen."""
+    similarity = _read_matrix(args.similarity)
+    clips = list(read_ek100_retrieval(args.clips).narration_ids)
+    sentences, _ = read_sentences(args.sentences)
+    try:
+        submission = retrieval_submission(similarity, clips, sentences, _sls(args))
+    except UserError as error:
+        raise UserError(f"similarity {args.similarity}: {error}") from error
+    write_whole(args.output, retrieval_zip(submission), "output")
+    return f"{args.output}: test.pkl for {len(clips)} clips and {len(sentences)} sentences"
+
+
+def _read_matrix(path: str) -> np.ndarray:
+    if Path(path).suffix != ".npy":
+        matrix = load_pickle(path, "similarity")
+    else:
+        try:
+            matrix = np.load(path, allow_pickle=False)
+        except FileNotFoundError:
+            raise UserError(f"similarity {path}: no such file") from None
+        except (OSError, ValueError, EOFError, MemoryError) as error:
+            cause = " ".join(str(error).split())[:120]
+            raise UserError(f"similarity {path}: is not a .npy of plain numbers, or cut short ({cause})") from error
+    if not isinstance(matrix, np.ndarray):
+        raise UserError(f"similarity {path}: holds a {type(matrix).__name__}, a matrix of clips x sentences is due")
+    return matrix
+
+
+def _sls(args: argparse.Namespace) -> dict[str, int]:
+    return {name: getattr(args, name) for name in SLS}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        check_target(args.output, "output", ".zip")
+        print({"actions": make_actions, "retrieval": make_retrieval}[args.task](args))
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
