@@ -45,7 +45,7 @@ def check_target(path: str | os.PathLike, flag: str, suffix: str = "") -> None:
     """Raise UserError unless a file can be written as `path`, before hours go into what is to be written."""
     target = Path(path)
     if suffix and target.suffix != suffix:
-        raise UserError(f"{flag} {path}: the server takes a {suffix} file; give a name that ends in {suffix}")
+        raise UserError(f"{flag} {path}: a {suffix} file is written; give a name that ends in {suffix}")
     if target.is_dir():
         raise UserError(f"{flag} {path}: is a folder; give the name of a file")
     try:

@@ -15,6 +15,7 @@ from avion.engine.args import parse
 from avion.engine.distributed import World
 from avion.engine.options import FinetuneClassificationOptions
 from avion.engine.run import run
+from avion.engine.steps import Precision
 from avion.engine.tasks import FinetuneClassification
 from avion.models.classifier import classifier_from_checkpoint
 from tests.engine.actions import ACTIONS, TINY, VAL, csv_text, pretrained
@@ -201,6 +202,18 @@ class TestViews:
                 expected.append(torch.softmax(model.double()(views), dim=1).mean(dim=0).numpy())
         np.testing.assert_allclose(found, np.stack(expected), atol=2e-5)
         assert np.abs(expected[0] - torch.softmax(model(views[:1]), dim=1)[0].detach().numpy()).max() > 1e-4
+
+
+def test_the_one_frame_control_sees_the_middle_frame_alone(trained, tiny_actions, monkeypatch):
+    words = options([*tiny_actions.flags, "--evaluate", "--num-clips", "2"])
+    task, seen = FinetuneClassification(words, World()), []
+    model = task.build_model(str(trained / "checkpoint.pt"))
+    model.visual.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    figures = task.evaluate(model, Precision("cpu", torch.float32), one_frame=True)
+    assert figures["clips"] == 7 and all(video.shape[2] == 4 for video in seen)
+    assert all(torch.equal(video, video[:, :, :1].expand_as(video)) for video in seen)
+    middle = task.val_dataset(1)[0]["video"]
+    torch.testing.assert_close(seen[0][0, :, :1], middle[0])
 
 
 def read_pickle_elsewhere(path):

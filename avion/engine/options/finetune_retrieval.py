@@ -34,6 +34,9 @@ class FinetuneRetrievalOptions(VideoOptions, ModelOptions, OptimOptions, RunOpti
     relevancy_threshold: float = flag(0.1, "sentences of a higher relevancy are a clip's positives")
     relevancy_weighting: bool = flag(False, "weight a clip's part of the loss by its sentence's relevancy")
     margin: float = flag(0.2, "margin of the ranking loss, a difference of cosines")
+    similarity_filename: str | None = flag(
+        None, "write the similarities of the last evaluation there, for tools/make_submission.py", metavar="FILE.npy"
+    )
     scale_range: list[float] = flag([0.5, 1.0], "area of a random crop relative to the frame", metavar="X")
     use_multi_epochs_loader: bool = flag(
         False, "keep data-loading processes alive between epochs, which is always done", off=""

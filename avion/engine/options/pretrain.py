@@ -27,6 +27,9 @@ class PretrainOptions(VideoOptions, ModelOptions, OptimOptions, RunOptions, Devi
     )
     dataset_val: str = flag("ek100_mir", "evaluation data", choices=["ek100_mir"])
     evaluate_task: str = flag("mir", "what is evaluated: multi-instance retrieval", choices=["mir"])
+    similarity_filename: str | None = flag(
+        None, "write the similarities of the last evaluation there, for tools/make_submission.py", metavar="FILE.npy"
+    )
     scale_range: list[float] = flag([0.5, 1.0], "area of a random crop relative to the frame", metavar="X")
     context_length: int = flag(77, "tokens per text")
     vocab_size: int = flag(49408, "size of the vocabulary")

@@ -205,20 +205,24 @@ class FinetuneClassification(Task):
             given["unseen"] = read_participants(a.unseen_participants, self.clips)
         return given
 
-    def val_dataset(self) -> ClipViews:
-        """All views of the evaluation clips, in the order of their CSV."""
+    def val_dataset(self, num_frames: int | None = None) -> ClipViews:
+        """All views of the evaluation clips, in the order of their CSV; of `num_frames` if not the model's."""
         a = self.args
         return ClipViews(
-            self.clips, self.store(a.root, "--root"), num_frames=self.num_frames, num_clips=a.num_clips,
+            self.clips, self.store(a.root, "--root"), num_frames=num_frames or self.num_frames, num_clips=a.num_clips,
             transform=CropsTransform(
                 self.img_size, a.num_crops, norm_style=a.norm_style, fused=a.fused_decode_crop
             ),
             sampling=a.frame_sampling, stride=a.clip_stride,
         )  # fmt: skip
 
-    def evaluate(self, model: nn.Module, precision: Precision) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, precision: Precision, *, one_frame: bool = False) -> dict[str, float]:
+        """one_frame: each view is its middle frame over and over, a control that cannot see motion."""
+        dataset, prepare = self.val_dataset(1 if one_frame else None), None
+        if one_frame:
+            prepare = lambda video: video.expand(-1, -1, -1, self.num_frames, -1, -1)  # noqa: E731  (B, V, 3, T, H, W)
         scores = encode.encode_clips(
-            _MeanOverViews(model), self.val_dataset(), self.world, precision, **encode.settings(self.args)
+            _MeanOverViews(model), dataset, self.world, precision, prepare=prepare, **encode.settings(self.args)
         )
         figures: dict[str, float] = {}
         with self.world.together("computing the accuracies"):
@@ -340,7 +344,11 @@ def _check(args: Any) -> None:
 def _use_demo_dataset(args: Any) -> None:
     """The demo dataset's own files wherever no other was asked for; it is generated where it is missing."""
     paths = ensure_demo_dataset(args.root if "root" in args.given else "datasets/demo")
-    files: dict[str, Any] = {"train_metadata": paths.train_csv, "val_metadata": paths.validation_csv}
+    files = {
+        "train_metadata": paths.action_train_csv, "val_metadata": paths.action_validation_csv,
+        "tail_verbs": paths.tail_verbs, "tail_nouns": paths.tail_nouns,
+        "unseen_participants": paths.unseen_participants,
+    }  # fmt: skip
     args.root = str(paths.ek100_videos)
     for name, path in files.items():
         if name not in args.given:

@@ -1,16 +1,18 @@
 """Tasks that are judged by EPIC-KITCHENS-100 multi-instance retrieval."""
 
 import functools
+import io
 import logging
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from avion.data.clip_dataset import ClipDataset
 from avion.data.ek100 import load_relevancy, read_ek100_retrieval, sentence_path, sentence_texts
 from avion.data.tokenizer import VOCAB_SIZE, tokenize
 from avion.data.transforms import EvalTransform
-from avion.engine import encode
+from avion.engine import encode, predictions
 from avion.engine.distributed import World
 from avion.engine.logging import table
 from avion.engine.steps import Precision
@@ -35,6 +37,8 @@ class RetrievalTask(Task):
         super().__init__(args, world)
         if args.frame_sampling == "uniform" and "clip_stride" in args.given:
             logger.info("--clip-stride has no effect with --frame-sampling uniform (nor had it in AVION)")
+        if world.is_main and args.similarity_filename is not None:
+            predictions.check_target(args.similarity_filename, "--similarity-filename", ".npy")
         self.eval_root, self.eval_root_flag = root, root_flag
         self.clips = read_ek100_retrieval(clips)
         self.sentences = sentence_texts(self.clips, sentence_path(clips))
@@ -85,10 +89,19 @@ class RetrievalTask(Task):
                     f"{self.eval_root_flag} {self.eval_root}: no clip can be read: {encode.describe(clips.errors, 1)}"
                 )
             if self.world.is_main:
-                similarity = (encode.cosine(clips.values[clips.readable], texts.values) + 1) / 2
-                figures = retrieval_metrics(similarity, self.relevancy[clips.readable])
+                similarity = (encode.cosine(clips.values, texts.values) + 1) / 2  # 0.5 for what cannot be read
+                self._write(similarity)
+                figures = retrieval_metrics(similarity[clips.readable], self.relevancy[clips.readable])
                 figures |= {"clips": len(clips.readable), "unreadable": len(clips.errors)}
         return self.world.broadcast(figures)
+
+    def _write(self, similarity: np.ndarray) -> None:
+        path = self.args.similarity_filename
+        if path is not None:
+            content = io.BytesIO()
+            np.save(content, similarity)
+            predictions.write_whole(path, content.getvalue(), "--similarity-filename")
+            logger.info("similarities of %d clips and %d sentences written to %s", *similarity.shape, path)
 
     def summary(self, figures: dict[str, float]) -> str:
         def row(kind: str) -> str:
