@@ -93,10 +93,11 @@ def _members(nouns: Sequence[tuple[int, ...]], flat: np.ndarray, count: int) -> 
 
 
 def write_relevancy(path: str | os.PathLike, blocks: Iterator[np.ndarray], shape: tuple[int, int]) -> None:
-    """Write rows as they come into a pickled numpy array (float64, as the dataset's own script writes), whole or not at all.
+    """Write rows as they come into a pickled numpy array, whole or not at all.
 
-    `pickle` would want the whole matrix at once, and its bytes beside it: 17 GB for the train split. What is written
-    here is the same pickle, of protocol 4, and names numpy's modules as numpy 1 does, which numpy 2 reads as well.
+    The array is of float64, as the dataset's own script makes it. `pickle` would want the whole
+    matrix at once, and its bytes beside it: 17 GB for the train split. What is written here is the same pickle, of
+    protocol 4, and names numpy's modules as numpy 1 does, which numpy 2 reads as well.
     Raises UserError if the file cannot be written.
     """
     path = Path(path)
