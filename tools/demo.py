@@ -1,8 +1,11 @@
-"""The main job on the embedded demo dataset: figures before and after, time-reversed pairs, a loss curve.
+"""All tasks on the embedded demo dataset, one after the other: figures before and after, a loss curve.
 
-Runs `main_pretrain.py --config recipes/demo_pretrain.yaml` and evaluates its model before and after. Verbs of the
-demo dataset come in pairs that are each other played backwards ("put", "take"), so the last figure shows whether
-the model sees time: the same model, fed one frame of each clip, cannot tell a pair apart.
+Pretraining (`main_pretrain.py`) from scratch on narrations of one action and then on longer ones too; from its model
+retrieval fine-tuning, action recognition and EgoSchema. Each by its entry point with its recipe in `recipes/`.
+
+Verbs of the demo dataset come in pairs that are each other played backwards ("put", "take"), so a model that does
+not see time cannot tell them apart: the column "one frame" shows the same model fed nothing but the middle frame of
+each clip.
 """
 
 import argparse
@@ -10,7 +13,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -18,25 +21,84 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import main_finetune_classification
+import main_finetune_retrieval
 import main_pretrain
-from avion.data.demo import ensure_demo_dataset
+from avion.constants import NORM_STYLES
+from avion.data.demo import DemoPaths, ensure_demo_dataset
 from avion.engine import encode
 from avion.engine.args import parse
 from avion.engine.distributed import World
+from avion.engine.egoschema import run_egoschema
 from avion.engine.logging import duration, setup_logging, table
-from avion.engine.options import PretrainOptions
+from avion.engine.options import (
+    EgoSchemaOptions,
+    FinetuneClassificationOptions,
+    FinetuneRetrievalOptions,
+    PretrainOptions,
+)
 from avion.engine.steps import Precision
-from avion.engine.tasks import Pretrain
+from avion.engine.tasks import FinetuneClassification, FinetuneRetrieval, Pretrain
 from avion.errors import UserError
 from avion.evaluation.reversed_pairs import pair_accuracy
+from avion.models.checkpoint import model_from_checkpoint, save_weights
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo_pretrain.yaml"
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 # Enough to see that everything works, not enough to learn much.
-SHORT = ["--epochs", "2", "--eval-freq", "2", "--warmup-epochs", "0"]
+SHORT = ["--epochs", "1", "--eval-freq", "1", "--warmup-epochs", "0"]
 FP32 = Precision("cpu", torch.float32)
+
+
+class Failed(Exception):
+    """A stage ended with this exit status; it has said why."""
+
+
+class Demo:
+    """Where things are, and the figures so far: {row: {column: figure}}."""
+
+    def __init__(self, paths: DemoPaths, root: str, output: Path, short: bool):
+        self.paths = paths
+        self.pairs = json.loads(Path(paths.reversed_pairs).read_text())
+        self.root, self.output, self.short = root, output, short
+        self.figures: dict[str, dict[str, float]] = {}
+        self.spent: dict[str, float] = {}
+
+    def checkpoint(self, stage: str) -> Path:
+        return self.output / stage / "checkpoint.pt"
+
+    def words(self, stage: str) -> list[str]:
+        """The command line of a stage, whose recipe says the rest."""
+        words = ["--config", str(RECIPES / f"demo_{stage}.yaml"), "--root", self.root]
+        words += ["--output-dir", str(self.output / stage)]
+        if stage == "pretrain_long":
+            aux = ["--train-metadata-aux", str(self.paths.long_train_pickle)]
+            words += ["--train-metadata", str(self.paths.train_pickle), *aux]
+        elif stage != "pretrain":
+            words += ["--pretrain-model", str(self.checkpoint("pretrain_long"))]
+        return words
+
+    def run(self, stage: str, main: Callable[[Sequence[str]], int], *more: str) -> Path:
+        """Train; the checkpoint."""
+        start = time.perf_counter()
+        status = main([*self.words(stage), *more, *(SHORT if self.short else [])])
+        if status != 0:
+            raise Failed(status)
+        self.spent[stage] = time.perf_counter() - start
+        return self.checkpoint(stage)
+
+    def add(self, row: str, **columns: float) -> None:
+        self.figures.setdefault(row, {}).update({name.replace("_", " "): value for name, value in columns.items()})
+
+
+def evaluated(task_class: type, options: type, words: list[str], checkpoint: Path | None) -> tuple:
+    """A task in evaluation, and the model of a checkpoint (None: the one that training starts from)."""
+    args = parse(options, [*words, "--evaluate"], "demo", "")
+    task = task_class(args, World())
+    torch.manual_seed(args.seed)
+    return task, task.build_model(None if checkpoint is None else str(checkpoint))
 
 
 def reversed_pairs(task: Pretrain, model: torch.nn.Module, pairs: list[dict], *, one_frame: bool = False) -> float:
@@ -58,19 +120,59 @@ def reversed_pairs(task: Pretrain, model: torch.nn.Module, pairs: list[dict], *,
     return pair_accuracy(clips.values[rows], texts[0].values, texts[1].values)["pair_acc"]
 
 
-def figures(words: list[str], pairs: list[dict], checkpoint: Path | None) -> dict[str, float]:
-    """What the report shows of one model."""
-    args = parse(PretrainOptions, [*words, "--evaluate"], "demo", "")
-    task = Pretrain(args, World())
-    torch.manual_seed(args.seed)
-    model = task.build_model(None if checkpoint is None else str(checkpoint))
-    retrieval = task.evaluate(model, FP32)
-    return {
-        "mAP": retrieval["avg_map"],
-        "nDCG": retrieval["avg_ndcg"],
-        "pairs": reversed_pairs(task, model, pairs),
-        "one frame": reversed_pairs(task, model, pairs, one_frame=True),
-    }
+def pretrain(demo: Demo) -> None:
+    """Zero-shot retrieval and reversed pairs, untrained and trained."""
+    for column in ("before", "after"):
+        checkpoint = None if column == "before" else demo.run("pretrain", main_pretrain.main)
+        task, model = evaluated(Pretrain, PretrainOptions, demo.words("pretrain"), checkpoint)
+        retrieval = task.evaluate(model, FP32)
+        demo.add("zero-shot retrieval, mAP", **{column: retrieval["avg_map"]})
+        demo.add("zero-shot retrieval, nDCG", **{column: retrieval["avg_ndcg"]})
+        demo.add("within reversed pairs", **{column: reversed_pairs(task, model, demo.pairs)})
+    demo.add("within reversed pairs", one_frame=reversed_pairs(task, model, demo.pairs, one_frame=True))
+
+
+def pretrain_long(demo: Demo) -> None:
+    """A run of its own, from the weights alone of the one before."""
+    preprocess = {"norm_style": "openai", **NORM_STYLES["openai"]._asdict()}
+    weights = demo.output / "pretrain" / "weights.safetensors"
+    save_weights(model_from_checkpoint(str(demo.checkpoint("pretrain"))), weights, preprocess)
+    demo.run("pretrain_long", main_pretrain.main, "--resume", str(weights))
+
+
+def finetune_retrieval(demo: Demo) -> None:
+    """The figures before are the pretrained model's with the frames of the fine-tuned one."""
+    for column in ("before", "after"):
+        checkpoint = None if column == "before" else demo.run("retrieval", main_finetune_retrieval.main)
+        words = demo.words("retrieval")
+        task, model = evaluated(FinetuneRetrieval, FinetuneRetrievalOptions, words, checkpoint)
+        figures = task.evaluate(model, FP32)
+        demo.add("fine-tuned retrieval, mAP", **{column: figures["avg_map"]})
+        demo.add("fine-tuned retrieval, nDCG", **{column: figures["avg_ndcg"]})
+
+
+def finetune_actions(demo: Demo) -> None:
+    """Before: the pretrained tower under a head that has learnt nothing yet."""
+    for column in ("before", "after"):
+        checkpoint = None if column == "before" else demo.run("actions", main_finetune_classification.main)
+        words = demo.words("actions")
+        task, model = evaluated(FinetuneClassification, FinetuneClassificationOptions, words, checkpoint)
+        figures = task.evaluate(model, FP32)
+        for kind in ("verb", "action"):
+            demo.add(f"action recognition, {kind} top-1", **{column: figures[f"{kind}_top1"]})
+    control = task.evaluate(model, FP32, one_frame=True)
+    for kind in ("verb", "action"):
+        demo.add(f"action recognition, {kind} top-1", one_frame=control[f"{kind}_top1"])
+
+
+def egoschema(demo: Demo) -> None:
+    """Zero-shot: the pretrained model on videos of a minute. Before: what guessing is worth."""
+    start = time.perf_counter()
+    args = parse(EgoSchemaOptions, demo.words("egoschema"), "demo", "")
+    figures = run_egoschema(args)
+    demo.spent["egoschema"] = time.perf_counter() - start
+    for frames, values in figures.items():
+        demo.add(f"EgoSchema, {frames} frames", before=0.2, after=values["accuracy"])
 
 
 def plot_loss(steps: Path, target: Path) -> None:
@@ -88,46 +190,34 @@ def plot_loss(steps: Path, target: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="two epochs, to see that everything runs")
+    parser.add_argument("--short", action="store_true", help="an epoch of each, to see that everything runs")
     parser.add_argument("--output-dir", default="runs/demo", help="emptied before the run [%(default)s]")
     parser.add_argument("--root", default="datasets/demo", help="where the dataset is, or is made [%(default)s]")
     given = parser.parse_args(argv)
     output = Path(given.output_dir)
-    words = [
-        "--config",
-        str(RECIPE),
-        "--root",
-        given.root,
-        "--output-dir",
-        str(output),
-        *(SHORT if given.short else []),
-    ]
-
     shutil.rmtree(output, ignore_errors=True)
     # The model is so small that a second thread would mostly wait; the second core decodes video.
     torch.set_num_threads(1)
     setup_logging(World())
     try:
-        paths = ensure_demo_dataset(given.root)
-        pairs = json.loads(Path(paths.reversed_pairs).read_text())
-        before = figures(words, pairs, None)
+        demo = Demo(ensure_demo_dataset(given.root), given.root, output, given.short)
+        for stage in (pretrain, pretrain_long, finetune_retrieval, finetune_actions, egoschema):
+            stage(demo)
     except UserError as e:
         print(f"tools/demo.py: error: {e}", file=sys.stderr)
         return 2
-    start = time.perf_counter()
-    status = main_pretrain.main(words)
-    if status != 0:
-        return status
-    spent = time.perf_counter() - start
-    after = figures(words, pairs, output / "checkpoint.pt")
-    plot_loss(output / "steps.txt", output / "loss.png")
+    except Failed as e:
+        return e.args[0]
+    plot_loss(output / "pretrain" / "steps.txt", output / "loss.png")
 
     print()
-    print(table("zero-shot, %", {"untrained": before, "trained": after}))
+    print(table("demo dataset, %", demo.figures))
     print()
-    print(f"mAP: {after['mAP'] / before['mAP']:.1f} times the untrained model's, after {duration(spent)} of training")
-    print("pairs: right text out of the verb's and its reversal's; one frame: fed the middle frame of each clip only")
-    print(f"loss curve: {output / 'loss.png'}; checkpoint: {output / 'checkpoint.pt'}")
+    print(", ".join(f"{stage} {duration(seconds)}" for stage, seconds in demo.spent.items()))
+    ratio = demo.figures["zero-shot retrieval, mAP"]
+    print(f"zero-shot mAP is {ratio['after'] / ratio['before']:.1f} times the untrained model's")
+    print("one frame: fed the middle frame of each clip only; EgoSchema before: what guessing is worth")
+    print(f"loss curve: {output / 'loss.png'}; checkpoints: {output}/*/checkpoint.pt")
     return 0
 
 

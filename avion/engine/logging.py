@@ -169,11 +169,12 @@ class Progress:
 
 
 def table(title: str, rows: dict[str, dict[str, float]], scale: float = 100.0) -> str:
-    """Figures as text: rows by name, columns in the order of the first row."""
-    columns = list(next(iter(rows.values())))
+    """Figures as text: rows by name, columns in the order of their first appearance; what a row lacks stays blank."""
+    columns = list(dict.fromkeys(column for figures in rows.values() for column in figures))
     width = max(len(name) for name in [title, *rows])
     head = f"{title:<{width}}  " + "  ".join(f"{c:>9}" for c in columns)
     lines = [head, "-" * len(head)]
     for name, figures in rows.items():
-        lines.append(f"{name:<{width}}  " + "  ".join(f"{scale * figures[c]:>9.2f}" for c in columns))
+        cells = (f"{scale * figures[c]:.2f}" if c in figures else "" for c in columns)
+        lines.append(f"{name:<{width}}  " + "  ".join(f"{cell:>9}" for cell in cells).rstrip())
     return "\n".join(lines)
