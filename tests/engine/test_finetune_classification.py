@@ -17,6 +17,7 @@ from avion.engine.options import FinetuneClassificationOptions
 from avion.engine.run import run
 from avion.engine.steps import Precision
 from avion.engine.tasks import FinetuneClassification
+from avion.errors import UserError
 from avion.models.classifier import classifier_from_checkpoint
 from tests.engine.actions import ACTIONS, TINY, VAL, csv_text, pretrained
 from tests.engine.test_pretrain import EXACT, assert_same_weights, interrupt_after, lines
@@ -153,8 +154,8 @@ class TestRepeatability:
         cut = train(flags, tmp_path / "cut", "--batch-size", "1", "--update-freq", "4")
         assert_same_weights(cut, whole, rtol=1e-3, atol=1e-5)
 
-    @pytest.mark.parametrize("processes, batch", [(2, 2), (3, 1)])
-    def test_processes_train_and_evaluate_as_one(self, processes, batch, tiny_actions, tmp_path):
+    @pytest.mark.parametrize("processes, batch, more", [(2, 2, ["--use-zero"]), (3, 1, [])])
+    def test_processes_train_and_evaluate_as_one(self, processes, batch, more, tiny_actions, tmp_path):
         """Up to rounding for the weights, to the digit for one checkpoint's figures and files."""
         flags = [*tiny_actions.flags, *PLAIN, "--epochs", "1"]
         alone = train(flags, tmp_path / "one", "--batch-size", str(batch * processes))
@@ -165,7 +166,7 @@ class TestRepeatability:
 
         checkpoint = tmp_path / "many" / "checkpoint.pt"
         words = [
-            [*flags, "--batch-size", str(batch), "--output-dir", tmp_path / "many"],
+            [*flags, *more, "--batch-size", str(batch), "--output-dir", tmp_path / "many"],
             [*flags, "--evaluate", "--resume", checkpoint, *views, *files(processes)],
         ]
         seen = [figures[1] for figures in run_processes(_run_all, processes, tmp_path / "processes", words)]
@@ -286,18 +287,24 @@ class TestPredictions:
 
 
 class TestCheckpoints:
-    @pytest.mark.parametrize("fixture", ["ID4", "ID6", "VIT", "LAVILA"])
-    def test_a_released_dual_encoder_is_the_start(self, fixture, tiny_actions, tmp_path):
+    @pytest.mark.parametrize(
+        "fixture, name, style",
+        [
+            ("ID4", "TIMESFORMER_VITB16", "openai"),
+            ("ID6", "TIMEMAMBA_VITB16", "openai"),
+            ("VIT", "CLIP_VITB16", "openai_legacy"),
+            ("LAVILA", "LAVILA_TSF_B16", "openai_legacy"),
+        ],
+    )
+    def test_a_released_dual_encoder_is_the_start(self, fixture, name, style, tiny_actions, tmp_path):
         """Upstream's layout, inflated from 4 to 8 frames, trained and evaluated."""
         path = ROOT / "tests" / "fixtures" / f"{fixture}_checkpoint.pt"
-        style = "openai" if fixture.startswith("ID") else "openai_legacy"
         words = [*without(tiny_actions.flags, "--pretrain-model", "--clip-length"), "--clip-length", "8"]
         checkpoint = train(
             words, tmp_path, "--pretrain-model", path, "--norm-style", style, "--epochs", "1",
             "--model-args", "num_heads=4", "text_heads=4",
         )  # fmt: skip
-        upstream = torch.load(path, weights_only=False)["args"].model
-        assert checkpoint["args"].model != "" and checkpoint["model_config"]["num_frames"] == 8, upstream
+        assert checkpoint["args"].model == name and checkpoint["model_config"]["num_frames"] == 8
         figures = evaluate(words, tmp_path / "checkpoint.pt", "--norm-style", style)
         assert figures["action_top1"] == lines(tmp_path / "eval_log.txt")[-1]["action_top1"]
 
@@ -313,6 +320,20 @@ class TestCheckpoints:
         figures = evaluate(tiny_actions.flags, tmp_path / "up.pt", *words)
         recorded = lines(trained / "eval_log.txt")[-1]
         assert figures == {k: recorded[k] for k in figures} and figures["clips"] == 7
+
+    def test_a_list_for_unlabelled_clips_comes_from_other_annotations(self, trained, tiny_actions, tmp_path):
+        content = torch.load(trained / "checkpoint.pt", weights_only=False)
+        del content["classifier"]
+        torch.save(content, tmp_path / "up.pt")
+        root = tiny_actions.root
+        words = [*without(tiny_actions.flags, "--val-metadata"), "--val-metadata", root / "test.csv"]
+        words += ["--action-metadata", root / "train.csv", root / "val.csv"]
+        for name, checkpoint in (("a", trained / "checkpoint.pt"), ("b", tmp_path / "up.pt")):
+            evaluate(words, checkpoint, "--pickle-filename", tmp_path / f"{name}.pkl")
+        assert (tmp_path / "a.pkl").read_bytes() == (tmp_path / "b.pkl").read_bytes()
+        assert read_pickle_elsewhere(tmp_path / "a.pkl")["actions"] == ACTIONS
+        with pytest.raises(UserError, match="its list of 6 actions is not that of the annotations"):
+            evaluate([*words[:-1]], trained / "checkpoint.pt")
 
     def test_a_checkpoint_of_more_frames(self, trained, tiny_actions, tmp_path):
         pretrained(tmp_path / "attention.pt", "TIMESFORMER_VITT16", num_frames=2)

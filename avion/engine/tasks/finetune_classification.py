@@ -101,6 +101,8 @@ class FinetuneClassification(Task):
             self.actions = self.actions or self._actions_of_annotations()
             return
         head = classifier_head(read_checkpoint(source), source)
+        if self.actions is None and self.args.action_metadata:
+            self.actions = self._actions_of_annotations()
         if "num_classes" in self.args.given and self.args.num_classes != head.num_classes:
             raise UserError(f"--num-classes {self.args.num_classes}: {source} has a head of {head.num_classes} classes")
         if head.actions is None:
@@ -113,7 +115,7 @@ class FinetuneClassification(Task):
         elif self.actions not in (None, head.actions):
             raise UserError(
                 f"{source}: its list of {len(head.actions)} actions is not that of the annotations "
-                f"({len(self.actions)} actions); give the --train-metadata and --val-metadata it was trained with"
+                f"({len(self.actions)} actions); give the annotations it was trained with"
             )
         else:
             self.actions = head.actions
