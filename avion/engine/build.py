@@ -13,10 +13,13 @@ from avion.models.checkpoint import (
     CheckpointFacts,
     check_preprocess,
     checkpoint_facts,
+    checkpoint_state_dict,
+    is_classifier,
     read_checkpoint,
 )
 from avion.models.checkpoint_facts import saved_args
 from avion.models.classifier import classifier_from_checkpoint
+from avion.models.layouts import canonical
 from avion.models.model_clip import VideoClassifier
 from avion.models.pretrained import load_pretrained
 
@@ -92,6 +95,17 @@ def build_as_saved(args: Any, source: str) -> nn.Module:
     """
     check_preprocess(checkpoint_facts(read_checkpoint(source), source), args.norm_style)
     model = model_from_checkpoint(source, name=args.model, **_behaviour(args))
+    logger.info("%s", model.load_report)
+    return model
+
+
+def build_any_as_saved(args: Any, source: str) -> nn.Module:
+    """`build_as_saved`, or where the checkpoint is a fine-tuned classifier's, that."""
+    checkpoint = read_checkpoint(source)
+    if not is_classifier(canonical(checkpoint_state_dict(checkpoint, source), source)):
+        return build_as_saved(args, source)
+    check_preprocess(checkpoint_facts(checkpoint, source), args.norm_style)
+    model = classifier_from_checkpoint(source, name=args.model, **_behaviour(args))
     logger.info("%s", model.load_report)
     return model
 

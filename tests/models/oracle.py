@@ -115,8 +115,9 @@ def divided_block(cls, x, p, name, *, mixer, residual, heads, act):
     return cls, x
 
 
-def divided_tower(video, p, *, mixer, residual, heads, depth, patch, act="gelu"):
-    """video (B, C, T, height, width) → (B, E); as many frames and patches as the embeddings have."""
+def divided_features(video, p, *, mixer, residual, heads, depth, patch, act="gelu"):
+    """video (B, C, T, height, width) → per clip the CLS (D,) and the tokens {(patch, frame): (D,)} after the last norm;
+    as many frames and patches as the embeddings have."""
     kernel = p["patch_embed.proj.weight"].flatten(1)
     results = []
     for clip in video:
@@ -134,5 +135,11 @@ def divided_tower(video, p, *, mixer, residual, heads, depth, patch, act="gelu")
         cls = layer_norm(p["cls_token"][0, 0] + p["pos_embed"][0, 0], p, "ln_pre", 1e-5)
         for i in range(depth):
             cls, x = divided_block(cls, x, p, f"blocks.{i}", mixer=mixer, residual=residual, heads=heads, act=act)
-        results.append(layer_norm(cls, p, "norm", 1e-6) @ p["image_projection"])
-    return torch.stack(results)
+        tokens = {at: layer_norm(v, p, "norm", 1e-6) for at, v in x.items()}
+        results.append((layer_norm(cls, p, "norm", 1e-6), tokens))
+    return results
+
+
+def divided_tower(video, p, **kind):
+    """video (B, C, T, height, width) → (B, E); `kind` as in `divided_features`."""
+    return torch.stack([cls @ p["image_projection"] for cls, _ in divided_features(video, p, **kind)])

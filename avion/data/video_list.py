@@ -1,0 +1,172 @@
+"""Lists of videos, or of parts of them, in whatever form they come, and clips of them one by one.
+
+Ego4D pickle    (.pkl) narrations, read by ego4d.py; videos as in a `VideoStore`
+EK-100 CSV      with a column narration_id, read by ek100.py; videos as in a `VideoStore`
+anything else   a line per video: `file` or `file,start,end` (seconds), files relative to the root; a header
+                "video" or "video,start,end" and lines that begin with # are skipped
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from avion.data.decoding import VideoError, open_video, resolve_decoder
+from avion.data.ego4d import read_ego4d
+from avion.data.ek100 import read_ek100_retrieval
+from avion.data.narrations import NarrationTable
+from avion.data.transforms import EvalTransform
+from avion.data.video_store import TOLERANCE_S, VideoStore, uniform_frame_ids
+from avion.errors import UserError
+
+
+@dataclass(frozen=True)
+class Span:
+    """Seconds [start, end) of a video; end None: up to its last frame. id: its narration_id, where it has one."""
+
+    video: str
+    start: float = 0.0
+    end: float | None = None
+    id: str | None = None
+
+
+class VideoList(Sequence):
+    """A read-only sequence of `Span`s. in_store: videos are names in a `VideoStore` rather than files."""
+
+    def __init__(self, rows: NarrationTable | list[Span]):
+        self._rows = rows
+        self.in_store = isinstance(rows, NarrationTable)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> Span:
+        row = self._rows[i]
+        return row if isinstance(row, Span) else Span(row.video, row.start, row.end, row.narration_id)
+
+
+def read_video_list(path: str | os.PathLike) -> VideoList:
+    """A list of any of the three kinds. UserError, one line with file and line, for what is not as described."""
+    path = Path(path)
+    if path.suffix in (".pkl", ".pickle"):
+        return VideoList(read_ego4d(path))
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            rows = [(reader.line_num, [field.strip() for field in row]) for row in reader]
+    except FileNotFoundError:
+        raise UserError(f"video list {path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"video list {path}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"video list {path}: is neither a pickle (.pkl) nor text in UTF-8 ({error})") from None
+    if rows and "narration_id" in rows[0][1]:
+        return VideoList(read_ek100_retrieval(path))
+    if rows and rows[0][1] in (["video"], ["video", "start", "end"]):
+        rows = rows[1:]
+    rows = [(line, row) for line, row in rows if any(row) and not row[0].startswith("#")]
+    if not rows:
+        raise UserError(f"video list {path}: holds no videos")
+    return VideoList([_span(row, f"video list {path}: line {line}") for line, row in rows])
+
+
+def _span(row: list[str], where: str) -> Span:
+    if len(row) not in (1, 3) or not row[0] or "\0" in row[0]:
+        raise UserError(f"{where}: `file` or `file,start,end` is due, found {','.join(row)[:80]!r}")
+    if len(row) == 1:
+        return Span(row[0])
+    try:
+        start, end = float(row[1]), float(row[2])
+    except ValueError:
+        start = end = math.nan
+    if not 0 <= start < end < math.inf:  # NaN fails too
+        raise UserError(f"{where}: 0 <= start < end in seconds is due, found {row[1][:20]!r} and {row[2][:20]!r}")
+    return Span(row[0], start, end)
+
+
+def read_span(
+    path: str | os.PathLike,
+    num_frames: int,
+    transform: EvalTransform,
+    *,
+    start: float = 0.0,
+    end: float | None = None,
+    decoder: str = "auto",
+    threads: int = 1,
+) -> torch.Tensor:
+    """`num_frames` frames of the seconds [start, end) of one file, the middles of equal segments (end None: all of it).
+
+    -> (3, T, size, size) as `transform` makes them; pictures of full size come and go one by one. Of a span with fewer
+    frames some are repeated. Raises VideoError for a file that cannot be read or ends before `start`.
+    """
+    with open_video(path, decoder, threads) as reader:
+        last = reader.num_frames if end is None else min(round(end * reader.fps), reader.num_frames)
+        first = round(start * reader.fps)
+        if first >= reader.num_frames + TOLERANCE_S * reader.fps:
+            raise VideoError(path, f"the clip starts at {start:g} s, after the video's end")
+        first = min(first, reader.num_frames - 1)
+        ids = uniform_frame_ids(first, max(last, first + 1), num_frames)
+        needed, places = np.unique(ids, return_inverse=True)
+        # A copy, as a turned picture is a view that torch cannot take.
+        found = {i: transform(np.ascontiguousarray(frame)[None], None) for i, frame in reader.stream_frames(needed)}
+    return torch.cat([found[int(i)] for i in needed], dim=1)[:, torch.from_numpy(places)]
+
+
+class SpanDataset(Dataset):
+    """Clips of a list: `dataset[i]` is {"index": i, "video": Tensor (3, T, size, size) uint8, "error": str}.
+
+    error says why row i cannot be read ("" if it can); the video is zeros then. Frames are the middles of equal
+    segments, the shorter side resized, the centre cut out. root: folder of the files or of the `VideoStore`;
+    chunk_length, layout: as there.
+    """
+
+    def __init__(
+        self,
+        spans: VideoList,
+        root: str | os.PathLike,
+        *,
+        num_frames: int,
+        size: int,
+        chunk_length: int = 15,
+        layout: str = "auto",
+        decoder: str = "auto",
+        threads: int = 1,
+    ):
+        if num_frames < 1:
+            raise UserError(f"number of frames: {num_frames} is not at least 1")
+        self.spans, self.num_frames = spans, num_frames
+        self.transform = EvalTransform(size, fused=True)
+        self._read: Callable[[Span], torch.Tensor] = self._from_file
+        if spans.in_store:
+            self.store = VideoStore(root, chunk_length=chunk_length, layout=layout, decoder=decoder, threads=threads)
+            self._read = self._from_store
+        self.root, self.decoder, self.threads = Path(root), resolve_decoder(decoder), threads
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        try:
+            return {"index": index, "video": self._read(self.spans[index]), "error": ""}
+        except VideoError as error:
+            size = self.transform.crop_size
+            blank = torch.zeros(3, self.num_frames, size, size, dtype=torch.uint8)
+            return {"index": index, "video": blank, "error": str(error)}
+
+    def _from_file(self, span: Span) -> torch.Tensor:
+        return read_span(
+            self.root / span.video, self.num_frames, self.transform, start=span.start, end=span.end,
+            decoder=self.decoder, threads=self.threads,
+        )  # fmt: skip
+
+    def _from_store(self, span: Span) -> torch.Tensor:
+        clip = self.store.read_clip(span.video, span.start, span.end, self.num_frames)
+        return self.transform(clip.frames, None)

@@ -1,0 +1,172 @@
+"""Features on disk, in shards: whole or not there, with an index; a run that was stopped goes on after them.
+
+{folder}/settings.json      what the features depend on; a run with other settings is refused
+{folder}/00000.npz, …       a shard: arrays `row` (n,) int64 and one per kind of feature, (n, …), or .safetensors
+{folder}/index.jsonl        a JSON line per row of the list: row, video, start, end, id, shard, and `position` in it
+                            or the `error` that keeps it out
+"""
+
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from avion.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("npz", "safetensors")
+STORED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Shards:
+    """The shards of `count` rows, `shard_size` (in `settings`) in each. Close it, or leave its `with`.
+
+    settings: JSON values. Raises UserError for a folder of other settings, one that another process writes to, and one
+    that cannot be written.
+    """
+
+    def __init__(self, folder: str | os.PathLike, count: int, settings: Mapping[str, Any]):
+        self.folder, self.count = Path(folder), count
+        self.size, self.format = settings["shard_size"], settings["format"]
+        self.errors: dict[int, str] = {}
+        self._finished: set[int] = set()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / ".lock", "a")  # noqa: SIM115  (until `close`)
+            try:
+                self._open(dict(settings))
+            except BaseException:
+                self.close()
+                raise
+        except OSError as e:
+            raise UserError(f"--output-dir {folder}: cannot be written ({e.strerror}); choose another") from e
+
+    def __enter__(self) -> "Shards":
+        return self
+
+    def __exit__(self, *_exc_info) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._lock.close()
+
+    @property
+    def index(self) -> Path:
+        return self.folder / "index.jsonl"
+
+    def path(self, shard: int) -> Path:
+        return self.folder / f"{shard:05d}.{self.format}"
+
+    def rows(self, shard: int) -> range:
+        return range(shard * self.size, min((shard + 1) * self.size, self.count))
+
+    def todo(self) -> list[int]:
+        """The shards that are not finished."""
+        return [s for s in range(-(-self.count // self.size)) if s not in self._finished]
+
+    def write(self, shard: int, features: Mapping[str, torch.Tensor], entries: Sequence[Mapping[str, Any]]) -> None:
+        """Finish a shard. entries: one per row, {"row", …} and "error" where it is left out; features: rows of those
+        that are not."""
+        kept = [e["row"] for e in entries if "error" not in e]
+        assert [e["row"] for e in entries] == list(self.rows(shard)), "an entry per row, in order"
+        assert all(len(values) == len(kept) for values in features.values()), "a feature per readable row"
+        position, lines = 0, []
+        for entry in entries:
+            place = {} if "error" in entry else {"position": position}
+            position += "error" not in entry
+            lines.append(json.dumps({**entry, "shard": self.path(shard).name, **place}) + "\n")
+        arrays = {"row": torch.tensor(kept, dtype=torch.int64), **features}
+        try:
+            _atomically(self.path(shard), lambda partial: _save(partial, arrays, self.format))
+            with open(self.index, "a", encoding="utf-8") as file:
+                file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as e:
+            raise UserError(f"{self.path(shard)}: cannot be written ({e.strerror}); free space, then go on") from e
+        self._finished.add(shard)
+        self.errors.update({e["row"]: e["error"] for e in entries if "error" in e})
+
+    def _open(self, settings: dict[str, Any]) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--output-dir {self.folder}: another run writes here; wait for it or stop it") from None
+        for partial in self.folder.glob("*.partial"):
+            partial.unlink()
+        self._check(settings)
+        self._read_index()
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        path = self.folder / "settings.json"
+        if not path.exists():
+            if any(self.folder.glob(f"*.{self.format}")):
+                raise UserError(f"--output-dir {self.folder}: holds files of something else; choose another")
+            text = json.dumps(settings, indent=1) + "\n"
+            _atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+            return
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            before = None
+        if not isinstance(before, dict):
+            raise UserError(f"{path}: is not the settings of an extraction; choose another --output-dir")
+        for name in sorted({*settings, *before}):
+            if settings.get(name) != before.get(name):
+                raise UserError(
+                    f"--output-dir {self.folder}: was begun with {name} {_short(before.get(name))}, this run has "
+                    f"{_short(settings.get(name))}; give what it was begun with, or another --output-dir"
+                )
+
+    def _read_index(self) -> None:
+        """Which shards are finished: their file is there, and the index has all of their rows. Drops all else."""
+        entries: dict[int, list[dict]] = {}
+        lines = self.index.read_bytes().splitlines() if self.index.exists() else []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                entries.setdefault(entry["row"] // self.size, []).append(entry)
+            except (ValueError, TypeError, KeyError):
+                continue  # half a line of a process that died; its shard is made again
+        kept = []
+        for shard, found in sorted(entries.items()):
+            if [e["row"] for e in found] == list(self.rows(shard)) and self.path(shard).is_file():
+                self._finished.add(shard)
+                self.errors.update({e["row"]: str(e["error"]) for e in found if "error" in e})
+                kept += [json.dumps(e) + "\n" for e in found]
+        if len(kept) != len(lines):
+            logger.info("%s: %d lines of unfinished shards are dropped", self.index, len(lines) - len(kept))
+            _atomically(self.index, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _save(path: Path, arrays: Mapping[str, torch.Tensor], format: str) -> None:
+    if format == "safetensors":
+        save_file({name: values.contiguous() for name, values in arrays.items()}, path)
+        return
+    with open(path, "wb") as file:
+        np.savez(file, **{name: values.numpy() for name, values in arrays.items()})
+
+
+def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside the target, flush to disk, rename over it."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

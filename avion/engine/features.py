@@ -1,0 +1,177 @@
+"""Features of videos from any checkpoint: of one in memory, or of a list of them into shards on disk.
+
+Three kinds, for B clips of T frames with N patches each, a tower of width D and an embedding of E:
+
+    clip      (B, E)        `encode_image`; of a fine-tuned classifier the CLS that its head reads, (B, D)
+    spatial   (B, N, T, D)  the patches of every frame after the tower's last block and norm, row by row
+    frame     (B, T, D)     their mean over the patches of each frame
+"""
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from avion.data.transforms import EvalTransform, normalize_clip
+from avion.data.video_list import SpanDataset, VideoList, read_span, read_video_list
+from avion.errors import UserError
+from avion.models.long_video import default_max_tokens, encode_long_video
+from avion.models.transformer import project
+
+from .build import build_any_as_saved
+from .distributed import choose_device
+from .egoschema.results import fingerprint
+from .feature_shards import STORED, Shards
+from .loader import build_loader, read
+from .logging import duration
+from .steps import Precision
+from .trainer import choose_precision
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("clip", "frame", "spatial")
+
+
+# ---- one video ---------------------------------------------------------------------------------
+
+
+def load_clip(
+    path: str | os.PathLike,
+    frames: int,
+    model: nn.Module,
+    *,
+    start: float = 0.0,
+    end: float | None = None,
+    norm_style: str = "openai",
+    decoder: str = "auto",
+) -> torch.Tensor:
+    """`frames` frames of a video file as `model` wants them: (1, 3, T, size, size) float32, on its device.
+
+    They are the middles of equal segments of the seconds [start, end) (end None: of all), the shorter side resized, the
+    centre cut out, normalised. norm_style: a key of NORM_STYLES. Raises UserError for a file that cannot be read.
+    """
+    clip = read_span(
+        path, frames, EvalTransform(model.config.img_size, fused=True), start=start, end=end, decoder=decoder
+    )  # fmt: skip
+    return normalize_clip(clip[None].to(next(model.parameters()).device), norm_style)
+
+
+@torch.inference_mode()
+def extract(model: nn.Module, video: torch.Tensor, kinds: Sequence[str] = KINDS) -> dict[str, torch.Tensor]:
+    """The features of `kinds`, by name, of clips (B, 3, T, height, width), normalised; shapes above.
+
+    Puts the model into evaluation mode. `clip` alone takes clips of any length in bounded memory, the other two hold
+    all of the clips' tokens. Raises UserError for a kind that there is not, and for a tower without tokens.
+    """
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise UserError(f"features: {', '.join(unknown) or 'nothing'} asked for; there are {', '.join(KINDS)}")
+    model.eval()
+    if set(kinds) == {"clip"}:
+        return {"clip": _encode(model, video)}
+    tower = model.visual
+    if not hasattr(tower, "token_features"):
+        raise UserError(f"{type(tower).__name__}: has no token features, only clip can be extracted from it")
+    cls, tokens = tower.token_features(video)  # (B, D), (B, N, T, D)
+    # LaViLa's model keeps the projection, the other towers do; a classifier's tower has none.
+    projection = tower.image_projection if hasattr(tower, "image_projection") else model.image_projection
+    found = {"clip": project(cls, projection), "frame": tokens.mean(dim=1), "spatial": tokens}
+    return {kind: found[kind] for kind in kinds}
+
+
+def _encode(model: nn.Module, video: torch.Tensor) -> torch.Tensor:
+    """(B, 3, T, height, width) → (B, E)."""
+    config, frames = model.config, video.shape[2]
+    patches = (video.shape[3] // config.patch_size) * (video.shape[4] // config.patch_size)
+    if patches * frames <= default_max_tokens(video.device):
+        return model.encode_image(video) if hasattr(model, "encode_image") else model.visual(video)
+    clips = [encode_long_video(model, lambda i, j, clip=clip: clip[:, i:j], frames) for clip in video]
+    return torch.stack(clips)
+
+
+# ---- a list of videos --------------------------------------------------------------------------
+
+
+def extract_features(args: Any) -> dict[int, str]:
+    """Features of every row of `--videos` into shards in `--output-dir`; args: a `FeatureOptions`.
+
+    What an earlier run with the same settings finished is left as it is. Returns the rows that cannot be read, and why.
+    """
+    kinds = [kind for kind in KINDS if kind in (args.features or ["clip"])]
+    if args.dtype == "bf16" and args.format == "npz":
+        raise UserError("--dtype bf16: NumPy has no such type; give --format safetensors, or --dtype fp16")
+    for name in ("videos", "checkpoint", "output_dir"):
+        if not getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')}: not given; see --help")
+    for name in ("batch_size", "shard_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is due")
+    spans = read_video_list(args.videos)
+    device = choose_device(args.device, None, 0)
+    precision = choose_precision(SimpleNamespace(precision=args.precision, use_bf16=False, disable_amp=False), device)
+    model = build_any_as_saved(args, args.checkpoint).to(device).eval()
+    frames = args.frames if args.frames is not None else model.config.num_frames
+    dataset = SpanDataset(
+        spans, args.root, num_frames=frames, size=model.config.img_size, chunk_length=args.video_chunk_length,
+        layout=args.video_layout, decoder=args.decoder, threads=args.decode_threads,
+    )  # fmt: skip
+    settings = {
+        "videos": _digest(spans), "clips": len(spans), "root": args.root, "model": model.config.name,
+        "weights": fingerprint(model, {}), "frames": frames, "img_size": model.config.img_size, "features": kinds,
+        "norm_style": args.norm_style, "precision": str(precision.dtype), "dtype": args.dtype, "format": args.format,
+        "shard_size": args.shard_size,
+    }  # fmt: skip
+    with Shards(args.output_dir, len(spans), settings) as shards:
+        _extract_shards(shards, dataset, model, precision, kinds, args)
+        return dict(sorted(shards.errors.items()))
+
+
+def _digest(spans: VideoList) -> str:
+    digest = hashlib.sha256()
+    for span in spans:
+        digest.update(repr((span.video, span.start, span.end, span.id)).encode())
+    return digest.hexdigest()[:32]
+
+
+def _batches(rows: range, size: int) -> Iterator[list[int]]:
+    return ([*rows[i : i + size]] for i in range(0, len(rows), size))
+
+
+def _extract_shards(
+    shards: Shards, dataset: SpanDataset, model: nn.Module, precision: Precision, kinds: list[str], args: Any
+) -> None:
+    todo = shards.todo()
+    total = -(-shards.count // shards.size)
+    logger.info("%d clips in %d shards, %d of them finished before", shards.count, total, total - len(todo))
+    if not todo:
+        return
+    device = next(model.parameters()).device
+    # Batches do not reach from one shard into the next: features do not depend on which are finished.
+    plan = {shard: list(_batches(shards.rows(shard), args.batch_size)) for shard in todo}
+    loader = build_loader(
+        dataset, [b for batches in plan.values() for b in batches], workers=args.workers, device=device
+    )
+    samples, started = iter(loader), time.perf_counter()
+    for done, (shard, batches) in enumerate(plan.items(), 1):
+        parts: dict[str, list[torch.Tensor]] = {kind: [] for kind in kinds}
+        entries: list[dict[str, Any]] = []
+        for _ in batches:
+            batch = read(samples)
+            readable = torch.tensor([not error for error in batch["error"]])
+            with precision.autocast():
+                found = extract(model, normalize_clip(batch["video"].to(device), args.norm_style), kinds)
+            for kind, values in found.items():
+                parts[kind].append(values.cpu()[readable].to(STORED[args.dtype]))
+            for row, error in zip(batch["index"].tolist(), batch["error"], strict=True):
+                span = dataset.spans[row]
+                entry = {"row": row, "video": span.video, "start": span.start, "end": span.end, "id": span.id}
+                entries.append({**entry, "error": error} if error else entry)
+        shards.write(shard, {kind: torch.cat(values) for kind, values in parts.items()}, entries)
+        left = (time.perf_counter() - started) / done * (len(todo) - done)
+        logger.info("%s: %d clips, %s left", shards.path(shard).name, len(entries), duration(left))

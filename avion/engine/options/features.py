@@ -1,0 +1,51 @@
+"""The flags of `tools/extract_features.py`."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from avion.engine.args import flag, other_default
+from avion.engine.feature_shards import FORMATS, STORED
+from avion.engine.features import KINDS
+
+from .shared import DeviceOptions, ModelOptions, RunOptions, VideoOptions
+
+
+@dataclass
+class FeatureOptions:
+    """`tools/extract_features.py`."""
+
+    TITLE: ClassVar[str] = "features"
+
+    videos: str = flag(
+        "", "what to extract from: a text file with a line `file` or `file,start,end` (seconds) per video, an Ego4D "
+        "pickle (.pkl) or an EK-100 CSV", metavar="FILE",
+    )  # fmt: skip
+    root: str = flag(".", "folder of the videos", metavar="DIR")
+    checkpoint: str = flag("", "any checkpoint: a path or hf:owner/repo/file", metavar="PATH")
+    output_dir: str = flag("", "where shards and index go; finished shards there are left as they are", metavar="DIR")
+    features: list[str] = flag([], "kinds of features [clip]", choices=KINDS)
+    frames: int | None = flag(None, "frames per clip [the checkpoint's]")
+    format: str = flag("npz", "of the shards", choices=FORMATS)
+    dtype: str = flag("fp32", "type of the features in the shards; bf16 in safetensors only", choices=[*STORED])
+    shard_size: int = flag(256, "clips per shard")
+    batch_size: int = flag(16, "clips per forward pass")
+    workers: int = other_default(RunOptions, "workers", 2, "data-loading processes")
+
+    model: str | None = other_default(
+        ModelOptions, "model", None, "registered model, where the checkpoint does not say"
+    )
+    model_args: list[str] = other_default(ModelOptions, "model_args", [])
+    use_fast_conv1: bool = other_default(ModelOptions, "use_fast_conv1", False)
+    use_flash_attn: bool | None = other_default(ModelOptions, "use_flash_attn", None)
+    scan_backend: str = other_default(ModelOptions, "scan_backend", "auto")
+
+    norm_style: str = other_default(VideoOptions, "norm_style", "openai")
+    video_chunk_length: int = other_default(
+        VideoOptions, "video_chunk_length", 15, "length of a video chunk in seconds, of pickles and CSVs"
+    )
+    video_layout: str = other_default(VideoOptions, "video_layout", "auto")
+    decoder: str = other_default(VideoOptions, "decoder", "auto")
+    decode_threads: int = other_default(VideoOptions, "decode_threads", 1)
+    device: str = other_default(DeviceOptions, "device", "auto")
+    precision: str | None = other_default(DeviceOptions, "precision", None)
+    debug: bool = other_default(RunOptions, "debug", False)

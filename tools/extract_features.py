@@ -1,0 +1,43 @@
+"""Extract features of any list of videos with any checkpoint, into .npz or safetensors shards.
+
+Examples:
+    python tools/extract_features.py --checkpoint runs/id6/checkpoint.pt --videos list.txt --root videos/ \\
+        --frames 16 --features clip frame spatial --dtype fp16 --output-dir features/
+    python tools/extract_features.py --checkpoint runs/id6/checkpoint.pt --videos EPIC_100_retrieval_test.csv \\
+        --root datasets/EK100/EK100_320p_15sec/ --format safetensors --output-dir features/
+
+Start it again to go on after the shards that are finished. Exit status: 0 all is well, 1 some videos cannot be read
+(they are listed and left out), 2 a mistake in the flags or files.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from avion.engine.distributed import World
+from avion.engine.features import extract_features
+from avion.engine.logging import setup_logging
+from avion.engine.options.features import FeatureOptions
+from avion.engine.run import run_entry
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these command-line words (None: `sys.argv`); returns the exit status."""
+    errors: dict[int, str] = {}
+
+    def body(args: Any) -> None:
+        setup_logging(World())
+        errors.update(extract_features(args))
+        for row, error in errors.items():
+            print(f"unreadable  row {row}: {error}")
+        print(f"{args.output_dir}: {'all rows are there' if not errors else f'{len(errors)} rows are left out'}")
+
+    status = run_entry(body, FeatureOptions, argv, "tools/extract_features.py", __doc__.splitlines()[0])
+    return 1 if status == 0 and errors else status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
