@@ -35,8 +35,8 @@ FrameReader = Callable[[int, int], torch.Tensor]
 
 
 def default_max_tokens(device: torch.device | str) -> int:
-    """Tokens in work at a time: what keeps a GPU busy, what a CPU can hold near."""
-    return 16_384 if torch.device(device).type == "cpu" else 65_536
+    """Tokens in work at a time: enough to keep a GPU busy, few for a CPU, to which fresh memory is dear."""
+    return 4_096 if torch.device(device).type == "cpu" else 32_768
 
 
 @torch.inference_mode()
@@ -66,16 +66,16 @@ def encode_long_video(
 
 # ---- memory ------------------------------------------------------------------------------------
 
-# Bytes per token in work and channel, at most: the tensors of the widest moment, an MLP (float32 stream and norm,
-# hidden layer of 4 D before and after the activation) or a ViM mixer.
-_WORK_BYTES = 60
+# Bytes per token in work and channel, at most: of the MLP, the widest moment, 16 for its hidden layer before the
+# activation and 16 after it, 12 for its input, norm and the attention before it; the rest is for the allocator.
+_WORK_BYTES = 64
 
 
 def memory_bytes(config: ModelConfig, num_frames: int, *, autocast: bool, max_tokens: int) -> dict[str, int]:
     """Upper bounds of what `encode_long_video` holds at once beside the model, by part.
 
     autocast: to a type of 2 bytes. Parts: `stream`, 4·N·T·D; `beside`, as in the module's docstring, 2 or 4 bytes;
-    `work`, 60·D for each token in work, of which there are `max_tokens` or one row or frame.
+    `work`, 64·D for each token in work, of which there are `max_tokens` or one row or frame.
     """
     patches = (config.img_size // config.patch_size) ** 2
     elements = patches * num_frames * config.embed_dim
