@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .autograd import differentiable
+
 _BLOCK_ELEMENTS = 200_000  # of a block's (rows, steps, D) on a CPU, so that its few buffers fit the cache
 _BLOCK_ELEMENTS_ELSEWHERE = 64_000_000
 
@@ -106,21 +108,7 @@ def _conv_silu_backward(
     return dx, d_taps.flip(0).t().contiguous().to(weight.dtype), d_bias.to(bias.dtype)
 
 
-@_conv_silu_backward.register_fake
-def _(dy, x, weight, bias, reverse):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-
-
-def _keep_for_backward(ctx, inputs, output) -> None:
-    x, weight, bias, ctx.reverse = inputs
-    ctx.save_for_backward(x, weight, bias)
-
-
-def _backward(ctx, dy: Tensor):
-    return (*_conv_silu_backward(dy, *ctx.saved_tensors, ctx.reverse), None)
-
-
-_conv_silu.register_autograd(_backward, setup_context=_keep_for_backward)
+differentiable(_conv_silu, _conv_silu_backward)
 
 
 def causal_conv_silu_torch(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:

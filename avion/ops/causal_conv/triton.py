@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .autograd import differentiable
+
 
 @triton.jit
 def _tile(item, steps, channels, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -149,21 +151,7 @@ def _conv_silu_backward(
     return dx, d_weight.sum(0).t().contiguous().to(weight.dtype), d_bias.sum(0).to(bias.dtype)
 
 
-@_conv_silu_backward.register_fake
-def _(dy, x, weight, bias, reverse):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-
-
-def _keep_for_backward(ctx, inputs, output) -> None:
-    x, weight, bias, ctx.reverse = inputs
-    ctx.save_for_backward(x, weight, bias)
-
-
-def _backward(ctx, dy: Tensor):
-    return (*_conv_silu_backward(dy, *ctx.saved_tensors, ctx.reverse), None)
-
-
-_conv_silu.register_autograd(_backward, setup_context=_keep_for_backward)
+differentiable(_conv_silu, _conv_silu_backward)
 
 
 def causal_conv_silu_triton(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:

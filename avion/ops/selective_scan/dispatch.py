@@ -1,6 +1,7 @@
 """`selective_scan` and the table of its backends. The package's docstring has the shapes and the maths."""
 
 import difflib
+import functools
 import importlib.util
 import logging
 import os
@@ -16,6 +17,9 @@ from .reference import selective_scan_reference
 from .torch import selective_scan_torch
 
 _log = logging.getLogger(__name__)
+
+# Looked up once: a backend is resolved in every layer's forward pass.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def _runs_anywhere(device: torch.device) -> str | None:
@@ -38,7 +42,7 @@ class Backend:
 
 
 def _triton_unavailable(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON_INSTALLED:
         return "the package triton is not installed (it comes with PyTorch's CUDA builds)"
     if device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return None
@@ -54,7 +58,12 @@ def _run_triton(*arguments) -> torch.Tensor:
 # `auto` takes the first one that can run: the fastest come first.
 _BACKENDS: dict[str, Backend] = {
     "triton": Backend(_run_triton, _triton_unavailable, auto_on=("cuda",), float64=False),
-    "mamba_ssm": Backend(mamba_ssm.selective_scan_mamba_ssm, mamba_ssm.unavailable, auto_on=(), float64=False),
+    "mamba_ssm": Backend(
+        mamba_ssm.selective_scan_mamba_ssm,
+        functools.cache(mamba_ssm.unavailable),  # it reads package versions
+        auto_on=(),
+        float64=False,
+    ),
     "torch": Backend(selective_scan_torch),
     "reference": Backend(selective_scan_reference),
 }

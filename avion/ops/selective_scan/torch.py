@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .autograd import differentiable
+
 _LOG2_E = math.log2(math.e)
 _MAX_STEPS = 32  # per block; the states kept for backward take N / _MAX_STEPS of u's size
 
@@ -326,43 +328,4 @@ def _backward_group(
     return entering_adjoint
 
 
-@_scan_backward.register_fake
-def _(dy, u, delta, A, B, C, D, delta_bias, entering, delta_softplus, reverse):
-    bias = D.new_empty(0) if delta_bias is None else delta_bias.new_empty(delta_bias.shape)
-    return (*(t.new_empty(t.shape) for t in (u, delta, A, B, C, D)), bias)
-
-
-def _keep_for_backward(ctx, inputs, output) -> None:
-    u, delta, A, B, C, D, delta_bias, ctx.delta_softplus, ctx.reverse, _ = inputs
-    entering = output[1]
-    ctx.mark_non_differentiable(entering)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(u, delta, A, B, C, D, delta_bias, entering)
-
-
-def _backward(ctx, dy: Tensor | None, _):
-    if dy is None:
-        return (None,) * 10
-    u, delta, A, B, C, D, delta_bias, entering = ctx.saved_tensors
-    *grads, bias = _scan_backward(dy, u, delta, A, B, C, D, delta_bias, entering, ctx.delta_softplus, ctx.reverse)
-    return (*grads, None if delta_bias is None else bias, None, None, None)
-
-
-_scan.register_autograd(_backward, setup_context=_keep_for_backward)
-
-
-def selective_scan_torch(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = True,
-    reverse: bool = False,
-) -> Tensor:
-    """See the package's docstring for shapes and maths; y (R, T, D) in u's dtype."""
-    given = [t for t in (u, delta, A, B, C, D, delta_bias) if t is not None]
-    keep_states = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    return _scan(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, keep_states)[0]
+selective_scan_torch = differentiable(_scan, _scan_backward)

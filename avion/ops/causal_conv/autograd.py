@@ -1,0 +1,19 @@
+"""What the backends with a backward operator of their own have in common: its gradients' wiring."""
+
+
+def differentiable(conv, conv_backward) -> None:
+    """conv(x, weight, bias, reverse) -> y gets the gradients of x, weight and bias that
+    conv_backward(dy, x, weight, bias, reverse) returns. These three are all that is kept."""
+
+    @conv_backward.register_fake
+    def _(dy, x, weight, bias, reverse):
+        return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+    def keep_for_backward(ctx, inputs, output) -> None:
+        x, weight, bias, ctx.reverse = inputs
+        ctx.save_for_backward(x, weight, bias)
+
+    def backward(ctx, dy):
+        return (*conv_backward(dy, *ctx.saved_tensors, ctx.reverse), None)
+
+    conv.register_autograd(backward, setup_context=keep_for_backward)
