@@ -11,6 +11,8 @@ from typing import Any
 
 from avion.errors import UserError
 
+from .files import written_whole
+
 # numpy 2 pickles arrays under a module name that numpy 1 does not have; under the old one both read them.
 _NUMPY_2, _NUMPY_1 = b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"
 
@@ -57,15 +59,6 @@ def check_target(path: str | os.PathLike, flag: str, suffix: str = "") -> None:
 
 
 def write_whole(path: str | os.PathLike, content: bytes, flag: str) -> None:
-    """Write beside the target, flush to disk, rename over it."""
-    target = Path(path)
-    partial = target.with_name(target.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{flag} {path}: cannot be written ({error.strerror}); free space or choose another") from error
+    """The content of a file that was asked for by `flag`."""
+    with written_whole(path, flag=flag, cure="choose another") as file:
+        file.write(content)

@@ -23,6 +23,7 @@ from avion.models.checkpoint import model_fields
 
 from .args import as_namespace
 from .distributed import World
+from .files import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -39,18 +40,10 @@ class Position:
 
 
 def save_atomically(content: Mapping[str, Any], path: Path) -> None:
-    """Write beside the target, flush to disk, rename over it: a reader sees the old file or the new one."""
+    """`torch.save` as `written_whole` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as f:
-            torch.save(dict(content), f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    except OSError as e:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({e.strerror}); free space or change --output-dir") from e
+    with written_whole(path) as file:
+        torch.save(dict(content), file)
 
 
 def copy_atomically(source: Path, target: Path) -> None:

@@ -15,6 +15,7 @@ import main_pretrain
 from avion.data.demo import DemoPaths
 from avion.engine import trainer as trainer_module
 from avion.engine.args import parse
+from avion.engine.demo_data import use_demo_dataset
 from avion.engine.distributed import World
 from avion.engine.loader import collate
 from avion.engine.options import FinetuneRetrievalOptions
@@ -267,13 +268,12 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(mir_flags, tmp_path, mo
 # --- the demo dataset -------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not hasattr(DemoPaths, "train_csv"), reason="the demo dataset has no action split yet")
 def test_the_demo_dataset_stands_in_for_every_file_that_was_not_given(mir_flags, tmp_path, monkeypatch):
     paths = DemoPaths(tmp_path / "demo")
-    monkeypatch.setattr(task_module, "ensure_demo_dataset", lambda root: DemoPaths(Path(root)))
+    monkeypatch.setattr("avion.engine.demo_data.ensure_demo_dataset", lambda root: DemoPaths(Path(root)))
     given = dict(zip(mir_flags[:8:2], mir_flags[1:8:2], strict=True))
     args = read("--dataset", "demo", "--root", str(paths.root), "--val-metadata", given["--val-metadata"])
-    task_module._use_demo_dataset(args)
+    use_demo_dataset(args, "ek100_videos", **task_module._DEMO_FILES)
     assert args.root == str(paths.ek100_videos) and args.val_metadata == given["--val-metadata"]
     assert args.train_metadata == str(paths.train_csv) and args.train_relevancy_path == str(paths.train_relevancy)
     assert args.relevancy_path == str(paths.relevancy)

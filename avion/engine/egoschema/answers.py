@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import logging
-import os
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from avion.data.egoschema import Question
+from avion.engine.files import written_whole
 from avion.errors import UserError
 from avion.evaluation.egoschema import accuracy, choose
 
@@ -56,17 +56,8 @@ def write_answers(folder: Path, count: int, answers: Answers) -> tuple[Path, Pat
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write beside the target, flush to disk, rename over it."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as e:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({e.strerror}); free space or change --output-dir") from e
+    with written_whole(path) as file:
+        file.write(text.encode())
 
 
 def table(figures: Mapping[int, Mapping[str, Any]], answered: Mapping[int, int], total: int) -> str:

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from avion.data.decoding import resolve_decoder
-from avion.data.demo import ensure_demo_dataset
 from avion.data.ego4d import read_ego4d
 from avion.data.egoschema import LongVideos, Question, read_answers, read_questions, read_sources
 from avion.data.transforms import normalize_clip
 from avion.engine import encode
 from avion.engine.build import build_as_saved
+from avion.engine.demo_data import use_demo_dataset
 from avion.engine.distributed import PeerError, World
 from avion.engine.loader import build_loader, read
 from avion.engine.logging import append_json, duration
@@ -94,19 +94,6 @@ def find_overlap(questions: Sequence[Question], sources: str, narrations: Sequen
     return common
 
 
-def _use_demo_dataset(args: Any) -> None:
-    """The demo dataset's own files wherever no other was asked for; it is generated where it is missing."""
-    paths = ensure_demo_dataset(args.root if "root" in args.given else "datasets/demo")
-    files = {
-        "root": paths.egoschema_videos,
-        "questions": paths.egoschema_questions,
-        "answers": paths.egoschema_answers,
-    }
-    for name, path in files.items():
-        if name == "root" or name not in args.given:
-            setattr(args, name, str(path))
-
-
 class _Run:
     """One evaluation, up to the point where nothing but scores is needed."""
 
@@ -115,7 +102,7 @@ class _Run:
         self.folder = Path(args.output_dir)
         with world.together("reading the data"):
             if args.dataset == "demo":
-                _use_demo_dataset(args)
+                use_demo_dataset(args, "egoschema_videos", questions="egoschema_questions", answers="egoschema_answers")
             self.precision: Precision = choose_precision(args, world.device)
             self.questions = read_questions(args.questions)
             self.truth = read_answers(args.answers, self.questions) if args.answers else {}

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from avion.data.video_store import VideoStore
+from avion.engine import encode
 from avion.engine.build import build_model
 from avion.engine.distributed import World
 from avion.engine.steps import Precision
@@ -91,3 +92,13 @@ class Task:
             decoder=a.decoder,
             threads=a.decode_threads,
         )
+
+    def leave_out_unreadable(self, features: encode.Features, root_flag: str, root: str) -> None:
+        """Say how many clips an evaluation is without; UserError if none could be read."""
+        if features.errors:
+            logger.warning(
+                "%d of %d clips cannot be read and are left out of the figures: %s",
+                len(features.errors), len(features.values), encode.describe(features.errors),
+            )  # fmt: skip
+        if len(features.readable) == 0:
+            raise UserError(f"{root_flag} {root}: no clip can be read: {encode.describe(features.errors, 1)}")

@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from avion.data.clip_dataset import ClipDataset
-from avion.data.demo import ensure_demo_dataset
 from avion.data.ek100 import EK100Table
 from avion.data.ek100_actions import (
     action_list,
@@ -28,6 +27,7 @@ from avion.data.mixup import VideoMixup
 from avion.data.transforms import CropsTransform, TrainTransform
 from avion.engine import encode, predictions
 from avion.engine.build import build_classifier
+from avion.engine.demo_data import use_demo_dataset
 from avion.engine.distributed import World
 from avion.engine.logging import table
 from avion.engine.steps import Precision, supervised_step
@@ -53,7 +53,10 @@ class FinetuneClassification(Task):
     def __init__(self, args: Any, world: World):
         _check(args)
         if args.dataset == "demo":
-            _use_demo_dataset(args)
+            use_demo_dataset(
+                args, "ek100_videos", train_metadata="action_train_csv", val_metadata="action_validation_csv",
+                tail_verbs="tail_verbs", tail_nouns="tail_nouns", unseen_participants="unseen_participants",
+            )  # fmt: skip
         super().__init__(args, world)
         if world.is_main and args.pickle_filename is not None:
             predictions.check_target(args.pickle_filename, "--pickle-filename")
@@ -228,13 +231,7 @@ class FinetuneClassification(Task):
         )
         figures: dict[str, float] = {}
         with self.world.together("computing the accuracies"):
-            if scores.errors:
-                logger.warning(
-                    "%d of %d clips cannot be read and are left out of the figures: %s",
-                    len(scores.errors), len(self.clips), encode.describe(scores.errors),
-                )  # fmt: skip
-            if len(scores.readable) == 0:
-                raise UserError(f"--root {self.args.root}: no clip can be read: {encode.describe(scores.errors, 1)}")
+            self.leave_out_unreadable(scores, "--root", self.args.root)
             if self.world.is_main:
                 self._write(scores)
                 figures = self._figures(scores)
@@ -341,17 +338,3 @@ def _check(args: Any) -> None:
             f"--batch-size {args.batch_size}: mixup and cutmix take clips in pairs; give an even number, or --mixup 0 "
             "--cutmix 0"
         )
-
-
-def _use_demo_dataset(args: Any) -> None:
-    """The demo dataset's own files wherever no other was asked for; it is generated where it is missing."""
-    paths = ensure_demo_dataset(args.root if "root" in args.given else "datasets/demo")
-    files = {
-        "train_metadata": paths.action_train_csv, "val_metadata": paths.action_validation_csv,
-        "tail_verbs": paths.tail_verbs, "tail_nouns": paths.tail_nouns,
-        "unseen_participants": paths.unseen_participants,
-    }  # fmt: skip
-    args.root = str(paths.ek100_videos)
-    for name, path in files.items():
-        if name not in args.given:
-            setattr(args, name, str(path))

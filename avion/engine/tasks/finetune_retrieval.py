@@ -8,11 +8,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from avion.data.clip_dataset import ClipDataset
-from avion.data.demo import ensure_demo_dataset
 from avion.data.ek100 import load_relevancy, read_ek100_retrieval, sentence_path, sentence_texts
 from avion.data.retrieval_dataset import ClipsWithPositives
 from avion.data.transforms import TrainTransform
 from avion.engine.build import build_finetuned
+from avion.engine.demo_data import use_demo_dataset
 from avion.engine.distributed import World
 from avion.engine.steps import contrastive_step
 from avion.errors import UserError
@@ -22,6 +22,10 @@ from .mir import RetrievalTask
 
 logger = logging.getLogger(__name__)
 
+_DEMO_FILES = {
+    "train_metadata": "train_csv", "train_relevancy_path": "train_relevancy",
+    "val_metadata": "val_csv", "relevancy_path": "relevancy",
+}  # fmt: skip
 _TRAIN_RELEVANCY = "caption_relevancy_EPIC_100_retrieval_train.pkl"
 
 
@@ -31,7 +35,7 @@ class FinetuneRetrieval(RetrievalTask):
     def __init__(self, args: Any, world: World):
         _check(args)
         if args.dataset == "demo":
-            _use_demo_dataset(args)
+            use_demo_dataset(args, "ek100_videos", **_DEMO_FILES)
         super().__init__(
             args, world, root=args.root, root_flag="--root", clips=args.val_metadata,
             relevancy=relevancy_file(args.relevancy_path, "test"),
@@ -111,16 +115,3 @@ def _check(args: Any) -> None:
         )
     if not 0.0 < args.margin <= 2.0:
         raise UserError(f"--margin {args.margin:g}: cosines differ by 2 at most; give a number above 0, up to 2")
-
-
-def _use_demo_dataset(args: Any) -> None:
-    """The demo dataset's own files wherever no other was asked for; it is generated where it is missing."""
-    paths = ensure_demo_dataset(args.root if "root" in args.given else "datasets/demo")
-    files = {
-        "train_metadata": paths.train_csv, "train_relevancy_path": paths.train_relevancy,
-        "val_metadata": paths.val_csv, "relevancy_path": paths.relevancy,
-    }  # fmt: skip
-    args.root = str(paths.ek100_videos)
-    for name, path in files.items():
-        if name not in args.given:
-            setattr(args, name, str(path))

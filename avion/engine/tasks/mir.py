@@ -16,7 +16,6 @@ from avion.engine import encode, predictions
 from avion.engine.distributed import World
 from avion.engine.logging import table
 from avion.engine.steps import Precision
-from avion.errors import UserError
 from avion.evaluation.ek100_mir import retrieval_metrics
 
 from .base import Task
@@ -79,15 +78,7 @@ class RetrievalTask(Task):
         texts = encode.encode_texts(model, self.sentences, self.tokenizer, self.world, precision)
         figures: dict[str, float] = {}
         with self.world.together("computing the retrieval figures"):
-            if clips.errors:
-                logger.warning(
-                    "%d of %d clips cannot be read and are left out of the figures: %s",
-                    len(clips.errors), len(self.clips), encode.describe(clips.errors),
-                )  # fmt: skip
-            if len(clips.readable) == 0:
-                raise UserError(
-                    f"{self.eval_root_flag} {self.eval_root}: no clip can be read: {encode.describe(clips.errors, 1)}"
-                )
+            self.leave_out_unreadable(clips, self.eval_root_flag, self.eval_root)
             if self.world.is_main:
                 similarity = (encode.cosine(clips.values, texts.values) + 1) / 2  # 0.5 for what cannot be read
                 self._write(similarity)

@@ -7,9 +7,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from avion.data.clip_dataset import ClipDataset
-from avion.data.demo import ensure_demo_dataset
 from avion.data.ego4d import read_ego4d
 from avion.data.transforms import TrainTransform
+from avion.engine.demo_data import use_demo_dataset
 from avion.engine.distributed import World
 from avion.engine.steps import contrastive_step
 from avion.losses import ClipLoss
@@ -25,7 +25,10 @@ class Pretrain(RetrievalTask):
 
     def __init__(self, args: Any, world: World):
         if args.dataset == "demo":
-            _use_demo_dataset(args)
+            use_demo_dataset(
+                args, "train_videos", train_metadata="train_pickle", root_val="val_videos", val_metadata="val_csv",
+                relevancy_path="relevancy",
+            )  # fmt: skip
         super().__init__(
             args, world, root=args.root_val, root_flag="--root-val", clips=args.val_metadata,
             relevancy=args.relevancy_path,
@@ -56,15 +59,3 @@ class Pretrain(RetrievalTask):
     def after_step(self, model: nn.Module) -> None:
         with torch.no_grad():
             model.logit_scale.clamp_(*_LOG_TEMPERATURE_RANGE)
-
-
-def _use_demo_dataset(args: Any) -> None:
-    """The demo dataset's own files wherever no other was asked for; it is generated where it is missing."""
-    paths = ensure_demo_dataset(args.root if "root" in args.given else "datasets/demo")
-    files = {
-        "root": paths.train_videos, "train_metadata": paths.train_pickle, "root_val": paths.val_videos,
-        "val_metadata": paths.val_csv, "relevancy_path": paths.relevancy,
-    }  # fmt: skip
-    for name, path in files.items():
-        if name == "root" or name not in args.given:
-            setattr(args, name, str(path))
