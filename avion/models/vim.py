@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from avion.ops.causal_conv import causal_conv_silu
+from avion.ops.causal_conv import causal_conv_silu, causal_conv_silu_both
+from avion.ops.gated_scan import ScanInputs, gated_bidirectional_scan
 from avion.ops.selective_scan import check_backend_name, selective_scan
 
 # Step sizes at initialisation: log-uniform in this range, never below the floor (Mamba, section 3.6).
@@ -68,26 +69,20 @@ class BiMambaMixer(nn.Module):
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         x, z = self.in_proj(h).chunk(2, dim=-1)  # (R, T, I) each
-        y = self._scan(x, reverse=False) + self._scan(x, reverse=True)
-        return self.out_proj(y * F.silu(z))  # (R, T, D)
+        forward, backward = self._direction(reverse=False), self._direction(reverse=True)
+        u = causal_conv_silu_both(x, forward.taps(), backward.taps(), backend=self.scan_backend)  # (R, T, I) each
+        inputs = (self._scan_inputs(u, p) for u, p in zip(u, (forward, backward), strict=True))
+        return self.out_proj(gated_bidirectional_scan(*inputs, z, backend=self.scan_backend))  # (R, T, D)
 
-    def _scan(self, x: torch.Tensor, *, reverse: bool) -> torch.Tensor:
-        p = self._direction(reverse)
-        u = self._convolve(x, p, reverse)  # (R, T, I)
+    def _scan_inputs(self, u: torch.Tensor, p: "_Direction") -> ScanInputs:
         delta, B, C = self._step_inputs(u, p)
         # The bias is added within the scan, in float32: under autocast it would drown in bf16's rounding.
-        return selective_scan(
-            u, delta, _decay_rates(p.A_log), B, C, p.D,
-            delta_bias=p.dt_proj.bias, reverse=reverse, backend=self.scan_backend,
-        )  # fmt: skip
+        return ScanInputs(u, delta, _decay_rates(p.A_log), B, C, p.D, p.dt_proj.bias)
 
     def _direction(self, reverse: bool) -> "_Direction":
         if reverse:
             return _Direction(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
         return _Direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
-
-    def _convolve(self, x: torch.Tensor, p: "_Direction", reverse: bool) -> torch.Tensor:
-        return causal_conv_silu(x, p.conv.weight.squeeze(1), p.conv.bias, reverse=reverse, backend=self.scan_backend)
 
     def _step_inputs(self, u: torch.Tensor, p: "_Direction") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """u (R, T, I) → delta before its bias and the softplus (R, T, I), B and C (R, T, N)."""
@@ -108,7 +103,7 @@ class BiMambaMixer(nn.Module):
         steps, tail = x.shape[1], p.conv.weight.shape[-1] - 1
         if carry is not None:
             x = torch.cat([x, carry.x] if reverse else [carry.x, x], dim=1)
-        u = self._convolve(x, p, reverse)
+        u = causal_conv_silu(x, *p.taps(), reverse=reverse, backend=self.scan_backend)
         u = u[:, :steps] if reverse else u[:, u.shape[1] - steps :]
         delta, B, C = self._step_inputs(u, p)
         y, state = _scan_from_state(self, p, (u, delta, B, C), None if carry is None else carry.state, reverse)
@@ -124,6 +119,10 @@ class _Direction(NamedTuple):
     dt_proj: nn.Linear
     A_log: torch.Tensor
     D: torch.Tensor
+
+    def taps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The convolution's weight (I, K) and bias (I,)."""
+        return self.conv.weight.squeeze(1), self.conv.bias
 
 
 class ScanCarry(NamedTuple):

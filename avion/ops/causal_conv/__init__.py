@@ -5,6 +5,6 @@ With `reverse=True` time runs the other way, x_{t+s} in place of x_{t-s}: what f
 causally and flipping back gives, without any flip.
 """
 
-from .dispatch import causal_conv_silu
+from .dispatch import causal_conv_silu, causal_conv_silu_both
 
-__all__ = ["causal_conv_silu"]
+__all__ = ["causal_conv_silu", "causal_conv_silu_both"]

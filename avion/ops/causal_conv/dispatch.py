@@ -33,3 +33,13 @@ def causal_conv_silu(
 
         return causal_conv_silu_triton(x, weight, bias, reverse)
     return causal_conv_silu_torch(x, weight, bias, reverse)
+
+
+def causal_conv_silu_both(
+    x: Tensor, forward: tuple[Tensor, Tensor], backward: tuple[Tensor, Tensor], *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """`causal_conv_silu` of x with the weight and bias `forward`, and with those of `backward` in reverse."""
+    return (
+        causal_conv_silu(x, *forward, backend=backend),
+        causal_conv_silu(x, *backward, reverse=True, backend=backend),
+    )

@@ -1,0 +1,34 @@
+"""`gated_bidirectional_scan` and the choice of its backend, which goes with the scan's."""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from avion.ops.selective_scan import selective_scan
+
+
+class ScanInputs(NamedTuple):
+    """One direction's inputs; the package's docstring has the shapes. The steps are softplus(delta + delta_bias)."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+    delta_bias: Tensor
+
+
+def gated_bidirectional_scan(forward: ScanInputs, backward: ScanInputs, z: Tensor, *, backend: str = "auto") -> Tensor:
+    """(y forward + y backward) · SiLU(z), (R, T, D) in u's dtype; gradients flow to every tensor.
+
+    Raises UserError for a backend that does not exist or cannot run, ValueError for shapes that do not fit.
+    """
+    return _composed(forward, backward, z, backend)
+
+
+def _composed(forward: ScanInputs, backward: ScanInputs, z: Tensor, backend: str) -> Tensor:
+    both = ((forward, False), (backward, True))
+    y = [selective_scan(*p[:-1], delta_bias=p.delta_bias, reverse=reverse, backend=backend) for p, reverse in both]
+    return (y[0] + y[1]) * F.silu(z)
