@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,12 @@ class Meter:
 
     @property
     def mean(self) -> float:
-        return self.total / max(self.count, 1)
+        """NaN where there is no value."""
+        return self.total / self.count if self.count else math.nan
 
     def recent(self) -> float:
-        """The mean since this was last asked."""
-        value = self._recent_total / max(self._recent_count, 1)
+        """The mean since this was last asked, or NaN."""
+        value = self._recent_total / self._recent_count if self._recent_count else math.nan
         self._recent_total = self._recent_count = 0.0
         return value
 
@@ -98,17 +100,22 @@ class Meter:
 class Progress:
     """Rate, time left, share of time spent waiting for data, memory: for one epoch of training.
 
-    Call `data_ready()` when a batch has arrived and `step(...)` when the optimizer step is done.
+    Call `data_ready()` when a batch has arrived and `step(...)` when the optimizer step is done. Rank 0 hands the
+    figures of each progress line to `write`.
     """
 
-    def __init__(self, world: World, *, epoch: int, epochs: int, steps: int, done: int, print_freq: int, log: Path):
+    def __init__(
+        self, world: World, *, epoch: int, epochs: int, steps: int, done: int, print_freq: int,
+        write: Callable[[dict[str, Any]], None],
+    ):  # fmt: skip
         self.world, self.epoch, self.epochs, self.steps = world, epoch, epochs, steps
-        self.print_freq, self.log = print_freq, log
+        self.print_freq, self.write = print_freq, write
         self.meters: dict[str, Meter] = {}
         self._start = self._last = time.perf_counter()
         self._window_start, self._window_clips = self._start, 0
         self._waited = self._window_waited = 0.0
         self._done_before, self._done, self._clips = done, done, 0
+        self._skipped = self._window_skipped = 0
         on_terminal = world.is_main and sys.stderr.isatty()
         self.bar = (
             tqdm(total=steps, initial=done, desc=f"epoch {epoch}", unit="step", leave=False) if on_terminal else None
@@ -126,6 +133,9 @@ class Progress:
         self._done += 1
         self._clips += clips
         self._window_clips += clips
+        skipped = not math.isfinite(figures["grad_norm"])
+        self._skipped += skipped
+        self._window_skipped += skipped
         for name, value in figures.items():
             self.meters.setdefault(name, Meter()).add(value)
         if self.bar is not None:
@@ -135,23 +145,26 @@ class Progress:
 
     def _line(self, now: float, figures: dict[str, float]) -> None:
         elapsed = max(now - self._window_start, 1e-9)
+        recent = {name: meter.recent() for name, meter in self.meters.items()}
         row = {
             "epoch": self.epoch,
             "step": self._done,
-            **{name: meter.recent() for name, meter in self.meters.items()},
+            "global_step": self.epoch * self.steps + self._done,
+            **{name: value for name, value in recent.items() if math.isfinite(value)},
             "clips_per_s": self._window_clips / elapsed,
             "wait": self._window_waited / elapsed,
             "memory_gb": memory_gb(self.world.device),
+            "skipped_steps": self._window_skipped,
         }
         row["lr"] = figures["lr"]
         per_step = (now - self._start) / max(self._done - self._done_before, 1)
         left = duration(per_step * (self.steps - self._done + (self.epochs - self.epoch - 1) * self.steps))
-        self._window_start, self._window_clips, self._window_waited = now, 0, 0.0
+        self._window_start, self._window_clips, self._window_waited, self._window_skipped = now, 0, 0.0, 0
         if not self.world.is_main:
             return
-        append_json(self.log, row)
+        self.write(row)
         text = (
-            f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, {row['clips_per_s']:.1f} clips/s, "
+            f"loss {recent['loss']:.4f}, lr {row['lr']:.2e}, {row['clips_per_s']:.1f} clips/s, "
             f"waiting for data {100 * row['wait']:.0f} %, {row['memory_gb']:.2f} GB, {left} left"
         )
         if self.bar is not None:
@@ -160,12 +173,15 @@ class Progress:
             logger.info("epoch %d [%d/%d] %s", self.epoch, self._done, self.steps, text)
 
     def close(self) -> dict[str, float]:
-        """Means of the epoch, and its rate and waiting share."""
+        """Means of the epoch (NaN where no value was finite), its rate, waiting share, memory and skipped steps."""
         if self.bar is not None:
             self.bar.close()
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         means = {name: meter.mean for name, meter in self.meters.items()}
-        return {**means, "clips_per_s": self._clips / elapsed, "wait": self._waited / elapsed}
+        return {
+            **means, "clips_per_s": self._clips / elapsed, "wait": self._waited / elapsed,
+            "memory_gb": memory_gb(self.world.device), "skipped_steps": self._skipped,
+        }  # fmt: skip
 
 
 def table(title: str, rows: dict[str, dict[str, float]], scale: float = 100.0) -> str:

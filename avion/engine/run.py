@@ -12,7 +12,7 @@ import torch
 
 from avion.errors import UserError
 
-from . import distributed, state
+from . import distributed, sinks, state
 from .args import parse
 from .distributed import PeerError, World
 from .logging import append_json, setup_logging
@@ -46,6 +46,8 @@ def _run(task_class: type[Task], args: Any, world: World) -> dict[str, float]:
     source = state.find_resume(args)
     # Before anything slow: a process started with other flags would only be noticed much later.
     world.agree({**shared_flags(args), "checkpoint to go on from": source, "torch": torch.__version__})
+    with world.together("looking for packages"):
+        sinks.check_flags(args)
     with world.together("reading the data"):
         precision = choose_precision(args, world.device)
         task = task_class(args, world)
@@ -66,7 +68,8 @@ def _run(task_class: type[Task], args: Any, world: World) -> dict[str, float]:
         trainer.position.epoch, args.epochs - 1, str(precision.dtype).removeprefix("torch."),
         world.device.type, world.size, "" if world.size == 1 else "es", world.how,
     )  # fmt: skip
-    return trainer.fit()
+    with sinks.opened(args, world, trainer.done) as trainer.log:
+        return trainer.fit()
 
 
 def _evaluate(task: Task, model, args: Any, world: World, precision, source: str | None) -> dict[str, float]:

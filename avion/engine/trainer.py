@@ -13,12 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from avion.errors import UserError
 from avion.models.checkpoint import read_checkpoint
+from avion.models.utils import time_gates
 from avion.optim import build_optimizer, constant_scheduler, cosine_scheduler
 
 from . import state
 from .distributed import PeerError, World
 from .loader import TrainBatchSampler, build_loader, read, to_device
-from .logging import Progress, append_json
+from .logging import Progress
+from .sinks import RunLog
 from .steps import Precision
 from .tasks import Task
 
@@ -63,7 +65,8 @@ class Trainer:
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision.dtype is torch.float16)
         self.position = state.Position(epoch=args.start_epoch)
-        self.skipped = self._skipped_in_a_row = 0
+        self._skipped_in_a_row = 0
+        self.log = RunLog(self.output)
 
     def _schedule(self) -> np.ndarray:
         a = self.args
@@ -81,6 +84,11 @@ class Trainer:
         if self.position.step >= self.sampler.steps:  # written with more steps per epoch than there are now
             self.position = state.Position(self.position.epoch + 1, 0, self.position.best)
         logger.info("going on from %s: epoch %d, step %d", source, self.position.epoch, self.position.step)
+
+    @property
+    def done(self) -> int:
+        """Optimizer steps since the beginning of training."""
+        return self.position.epoch * self.sampler.steps + self.position.step
 
     def wrap(self) -> None:
         """Compile and distribute the model, once its weights are in place."""
@@ -109,8 +117,7 @@ class Trainer:
                 if figures[self.task.metric] > self.position.best:
                     self.position.best = figures[self.task.metric]
                     self.save(is_best=True)
-            if self.world.is_main:
-                append_json(self.output / "log.txt", {**row, "epoch": epoch})
+            self._record(epoch, row)
         return figures
 
     def save(self, is_best: bool = False) -> None:
@@ -121,8 +128,9 @@ class Trainer:
     def evaluate(self, epoch: int) -> dict[str, float]:
         """The task's figures, on every process; a line of eval_log.txt and of the log."""
         figures = self.task.evaluate(self.bare, self.precision)
-        if self.world.is_main:
-            append_json(self.output / "eval_log.txt", {**figures, "epoch": epoch})
+        with self.world.together("writing eval_log.txt"):
+            if self.world.is_main:
+                self.log.evaluation({**figures, "epoch": epoch})
         logger.info("epoch %d evaluation: %s", epoch, self.task.summary(figures))
         return figures
 
@@ -137,8 +145,9 @@ class Trainer:
             np.random.seed(seed)  # of timm's mixup
         progress = Progress(
             self.world, epoch=epoch, epochs=self.args.epochs, steps=self.sampler.steps, done=first,
-            print_freq=self.args.print_freq, log=self.output / "steps.txt",
+            print_freq=self.args.print_freq, write=lambda row: self.log.progress(row | self._alpha("")),
         )  # fmt: skip
+        replaced_before = self.task.replaced
         batches = iter(self.loader)
         for step in range(first, self.sampler.steps):
             micro_batches = self._next(batches)
@@ -149,18 +158,29 @@ class Trainer:
             if self.args.save_steps and (step + 1) % self.args.save_steps == 0 and step + 1 < self.sampler.steps:
                 self.save()
         means = progress.close()
-        values = self.world.mean([*means.values(), self.task.replaced])
+        values = self.world.mean([*means.values(), self.task.replaced - replaced_before])
         replaced = round(values.pop() * self.world.size)
-        return dict(zip(means, values, strict=True)) | {
-            "skipped_steps": self.skipped,
-            "replaced_clips": replaced,
-        }
+        finite = {name: v for name, v in zip(means, values, strict=True) if math.isfinite(v)}
+        return finite | {"skipped_steps": means["skipped_steps"], "replaced_clips": replaced}
+
+    def _record(self, epoch: int, row: dict[str, float]) -> None:
+        """A line of log.txt."""
+        done = {"epoch": epoch, "global_step": (epoch + 1) * self.sampler.steps}
+        with self.world.together("writing log.txt"):
+            if self.world.is_main:
+                self.log.epoch({**row, **self._alpha("train_"), **done})
+
+    def _alpha(self, prefix: str) -> dict[str, list[float]]:
+        """The time gates of all blocks in their order; nothing for a model without."""
+        gates = time_gates(self.bare)
+        return {f"{prefix}alpha": torch.stack(gates).tolist()} if gates else {}
 
     def _next(self, batches: Iterator) -> list[dict[str, Any]]:
         """The micro-batches of one step, on the device. An error of any process stops all of them."""
         error: Exception | None = None
         micro_batches = []
         try:
+            self.log.check()
             for _ in range(self.args.update_freq):
                 micro_batches.append(read(batches))
         except Exception as e:
@@ -189,12 +209,11 @@ class Trainer:
         return {**{k: float(v) for k, v in figures.items()}, "grad_norm": norm, "lr": float(lr)}
 
     def _skip(self) -> None:
-        self.skipped += 1
         self._skipped_in_a_row += 1
         if self.scaler.is_enabled():
             logger.info("fp16 overflow: step skipped, loss scale %g is lowered", self.scaler.get_scale())
         else:
-            logger.warning("gradients are not finite: step skipped (%d so far)", self.skipped)
+            logger.warning("gradients are not finite: step skipped (%d in a row)", self._skipped_in_a_row)
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
                 f"gradients were not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row; the last good checkpoint is in "

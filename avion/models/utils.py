@@ -1,7 +1,8 @@
-"""Position and temporal embeddings for another grid or another number of frames."""
+"""Position and temporal embeddings for another grid or another number of frames; the time gates of a model."""
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from avion.errors import UserError
 
@@ -81,3 +82,8 @@ def _fit_frames(embed: torch.Tensor, num_frames: int, how: str) -> torch.Tensor:
         return F.pad(embed, (0, 0, 0, missing))  # a negative pad keeps the first frames
     nearest = torch.arange(num_frames, device=embed.device) * embed.shape[-2] // num_frames
     return embed.index_select(-2, nearest)
+
+
+def time_gates(model: nn.Module) -> list[torch.Tensor]:
+    """α of every block, 0-d, in the order of the blocks; time mixing is multiplied by tanh(α). Empty without gates."""
+    return [p.detach().float() for name, p in model.named_parameters() if name.endswith("alpha_timeattn")]

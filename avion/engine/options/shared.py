@@ -93,6 +93,13 @@ class RunOptions:
     eval_batch_size: int = flag(0, "clips per forward pass in evaluation; 0: as --batch-size")
     save_steps: int = flag(0, "optimizer steps between checkpoints within an epoch; 0: at its end only")
     print_freq: int = flag(10, "optimizer steps between progress lines")
+    tensorboard: bool = flag(False, "figures to TensorBoard too, in {output-dir}/tensorboard (docs/logging.md)")
+    wandb: bool = flag(False, "figures to Weights & Biases too")
+    wandb_project: str = flag("avion-timemamba", "its project", metavar="NAME")
+    wandb_name: str | None = flag(None, "its name of the run [the name of --output-dir]", metavar="NAME")
+    wandb_mode: str = flag(
+        "online", "offline: into {output-dir}/wandb, for `wandb sync`", choices=["online", "offline"]
+    )
     workers: int = flag(8, "data-loading processes per training process", names=["-j"])
     seed: int = flag(0, "seed of initialisation, data order and augmentation")
     debug: bool = flag(False, "show the traceback of every error", off="")

@@ -1,0 +1,227 @@
+"""Where a run's figures go: JSON lines always, TensorBoard and Weights & Biases on request.
+
+    row of                    file          TensorBoard and W&B
+    a progress line           steps.txt     train/{key}, alpha/{block}
+    an epoch                  log.txt       epoch/{key} of train_{key}, test/{key} of test_{key}
+    an evaluation             eval_log.txt  (its figures are the epoch's test_*)
+
+The x axis is the number of optimizer steps since the beginning of training (`global_step`). Only rank 0 has sinks.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import logging
+import secrets
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from avion.errors import UserError
+
+from .distributed import World
+from .files import written_whole
+from .logging import append_json
+
+logger = logging.getLogger(__name__)
+
+_FILES = PROGRESS, EPOCHS, EVALUATIONS = "steps.txt", "log.txt", "eval_log.txt"
+_WANDB_FLAGS = ("wandb_project", "wandb_name", "wandb_mode")
+_WANDB_ID = "wandb_id.txt"
+# Seconds after which TensorBoard sees a figure at the latest.
+_FLUSH_S = 30
+
+
+class Sink(Protocol):
+    """Takes scalars by name at a global step. Any exception means that it is broken and not asked again."""
+
+    flag: str
+
+    def write(self, step: int, scalars: dict[str, float]) -> None: ...
+
+    def close(self, failed: bool) -> None: ...
+
+
+class TensorBoard:
+    """Event files in {output_dir}/tensorboard. `done`: steps of the run so far; later points there are hidden."""
+
+    flag = "--tensorboard"
+
+    def __init__(self, args: Any, done: int):
+        _package("tensorboard", self.flag)
+        from torch.utils.tensorboard import SummaryWriter  # needs the package
+
+        folder = Path(args.output_dir) / "tensorboard"
+        try:
+            self._writer = SummaryWriter(folder, purge_step=done + 1, flush_secs=_FLUSH_S)
+        except OSError as e:
+            raise UserError(f"{folder}: cannot be written ({e.strerror}); change --output-dir") from e
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self, failed: bool) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of wandb. Its id stays in {output_dir}/wandb_id.txt, by which a resumed training goes on in it."""
+
+    flag = "--wandb"
+
+    def __init__(self, args: Any, done: int):
+        wandb = _package("wandb", self.flag)
+        folder = Path(args.output_dir)
+        known = folder / _WANDB_ID
+        if done == 0 or not known.exists():
+            with written_whole(known) as file:
+                file.write(secrets.token_hex(4).encode())
+        try:
+            self._run = wandb.init(
+                project=args.wandb_project, name=args.wandb_name or folder.resolve().name, mode=args.wandb_mode,
+                id=known.read_text(encoding="utf-8").strip(), resume="allow", dir=str(folder),
+                config=dataclasses.asdict(args), settings=wandb.Settings(console="off"),
+            )  # fmt: skip
+        except Exception as e:  # the package's own, of many kinds
+            raise UserError(
+                f"--wandb: the run could not be started ({_line(e)}); log in with `wandb login`, or use "
+                "--wandb-mode offline and `wandb sync` later"
+            ) from e
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        # Steps that a run went back for are there already; wandb keeps the first figures.
+        if step >= self._run.step:
+            self._run.log(scalars, step=step)
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+SINKS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+
+
+def check_flags(args: Any) -> None:
+    """UserError for a sink whose package is missing, and for flags that would have no effect."""
+    for name in SINKS:
+        if not getattr(args, name):
+            continue
+        if args.evaluate:
+            raise UserError(
+                f"--{name}: follows a training, and --evaluate trains nothing; its figures go to eval_log.txt"
+            )
+        _package(name, f"--{name}")
+    idle = sorted(set(_WANDB_FLAGS) & args.given)
+    if idle and not args.wandb:
+        raise UserError(f"--{idle[0].replace('_', '-')}: has no effect without --wandb; give both or neither")
+
+
+def _package(name: str, flag: str) -> ModuleType:
+    """An optional package."""
+    try:
+        module = importlib.import_module(name)
+        if module.__file__ is None:  # a mere folder of that name in the working directory, such as a sink's own
+            raise ImportError(f"No module named {name!r}")
+    except ImportError as e:
+        raise UserError(f"{flag}: {_line(e)}; install it with: pip install {name}") from e
+    return module
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+class RunLog:
+    """The figures of a run, on rank 0. Files that cannot be written end the run; other sinks are only given up."""
+
+    def __init__(self, folder: Path, sinks: Sequence[Sink] = ()):
+        self.folder, self.sinks = folder, list(sinks)
+        self._failure: UserError | None = None
+
+    def open(self, args: Any, done: int) -> None:
+        """Mend the files of a run that was killed, and open the sinks of the flags."""
+        for name in _FILES:
+            drop_unfinished_line(self.folder / name)
+        for name, sink in SINKS.items():
+            if getattr(args, name):
+                self.sinks.append(sink(args, done))
+
+    def progress(self, row: dict[str, Any]) -> None:
+        """A progress line: `global_step`, figures, `alpha` if the model has time gates. Never raises, see `check`."""
+        try:
+            self._append(PROGRESS, row)
+        except UserError as e:
+            self._failure = self._failure or e
+        scalars = {k: v for k, v in row.items() if k not in ("epoch", "step", "global_step", "alpha")}
+        alpha = {f"alpha/{i:02d}": value for i, value in enumerate(row.get("alpha", []))}
+        self._send(row["global_step"], {f"train/{k}": v for k, v in scalars.items()} | alpha)
+
+    def check(self) -> None:
+        """Raise what went wrong since: called where all processes can learn of it."""
+        if self._failure is not None:
+            raise self._failure
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """A line of log.txt: train_* and test_* figures, `epoch`, `global_step`."""
+        self.check()
+        self._append(EPOCHS, row)
+        renamed = {k.replace("train_", "epoch/", 1).replace("test_", "test/", 1): v for k, v in row.items()}
+        scalars = {k: v for k, v in renamed.items() if k.startswith(("epoch/", "test/")) and k != "epoch/alpha"}
+        self._send(row["global_step"], scalars)
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        self._append(EVALUATIONS, row)
+
+    def close(self, failed: bool = False) -> None:
+        for sink in self.sinks:
+            try:
+                sink.close(failed)
+            except Exception as e:  # of a foreign package; the training is over and safe
+                logger.warning("%s could not be closed (%s); its last figures may be missing", sink.flag, _line(e))
+        self.sinks = []
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        path = self.folder / name
+        try:
+            append_json(path, row)
+        except OSError as e:
+            raise UserError(f"{path}: cannot be written ({e.strerror}); free space or change --output-dir") from e
+
+    def _send(self, step: int, scalars: dict[str, float]) -> None:
+        for sink in list(self.sinks):
+            try:
+                sink.write(step, scalars)
+            except Exception as e:  # of a foreign package: days of training are worth more than its curves
+                logger.warning("%s failed (%s) and gets no more figures; the run goes on", sink.flag, _line(e))
+                self.sinks.remove(sink)
+
+
+def drop_unfinished_line(path: Path) -> None:
+    """Cut off what a killed run began to write: the next line would be glued to it."""
+    try:
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            logger.info("%s: an unfinished last line is cut off", path)
+            with open(path, "rb+") as file:
+                file.truncate(whole)
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror}); change --output-dir") from e
+
+
+@contextlib.contextmanager
+def opened(args: Any, world: World, done: int) -> Iterator[RunLog]:
+    """The log of a run that has done so many steps, until the block is left, by an error too."""
+    log = RunLog(Path(args.output_dir))
+    try:
+        with world.together("opening the sinks"):
+            if world.is_main:
+                log.open(args, done)
+        yield log
+    except BaseException:
+        log.close(failed=True)
+        raise
+    log.close()
