@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -145,7 +145,7 @@ def build_parser(config: type, prog: str, description: str) -> argparse.Argument
     hints = typing.get_type_hints(config)
     parser.add_argument(
         "--config", metavar="FILE", default=argparse.SUPPRESS,
-        help="YAML file whose keys are these flags; flags on the command line override it",
+        help="YAML file whose keys are these flags, or a recipe; flags on the command line override it",
     )  # fmt: skip
     for title, fields in _groups(config).items():
         group = parser.add_argument_group(title)
@@ -154,38 +154,70 @@ def build_parser(config: type, prog: str, description: str) -> argparse.Argument
     return parser
 
 
-def _yaml_arguments(path: str, config: type) -> list[str]:
-    """A YAML mapping as command-line words. Unknown keys are refused."""
+# The keys of a recipe (recipes/*.yaml): a run of a table's row, whose `flags` are what `--config` takes.
+RECIPE_KEYS = (
+    "table", "figure", "row", "task", "name", "entry-point", "gpus", "hours", "hours-on", "flags", "starts-from",
+    "paper", "released", "tolerance", "checkpoint",
+)  # fmt: skip
+
+
+def read_yaml_mapping(path: str | Path, flag_name: str = "--config") -> dict[Any, Any]:
+    """A YAML file that holds a mapping; UserError, one line beginning with `flag_name` and the path, for any other."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
-        raise UserError(f"--config {path}: cannot be read ({e.strerror}); give the path of a YAML file") from e
+        raise UserError(f"{flag_name} {path}: cannot be read ({e.strerror}); give the path of a YAML file") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         mark = getattr(e, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"--config {path}: not valid YAML{where}; expected lines of the form `flag: value`") from e
+        raise UserError(f"{flag_name} {path}: not valid YAML{where}; expected lines of the form `flag: value`") from e
     if not isinstance(content, dict):
-        raise UserError(f"--config {path}: expected a mapping of flags to values, found {type(content).__name__}")
+        raise UserError(f"{flag_name} {path}: expected a mapping of flags to values, found {type(content).__name__}")
+    return content
+
+
+def unknown_key(where: str, key: Any, known: Iterable[str], otherwise: str) -> UserError:
+    """The error for a key that does not exist: the known ones that come near, else the sentence `otherwise`."""
+    near = difflib.get_close_matches(str(key), known, n=3)
+    cure = f"did you mean {' or '.join(near)}?" if near else otherwise
+    return UserError(f"{where}: unknown key {key!r}: {cure}")
+
+
+def recipe_flags(where: str, content: dict[Any, Any], prog: str | None = None) -> dict[Any, Any]:
+    """The flags of a recipe, whose other keys must be a recipe's; `prog` must be its entry point if it is given."""
+    for key in content:
+        if key not in RECIPE_KEYS:
+            raise unknown_key(where, key, RECIPE_KEYS, f"a recipe's keys are {', '.join(RECIPE_KEYS)}")
+    for key, kind in (("entry-point", str), ("flags", dict)):
+        if not isinstance(content.get(key), kind):
+            found = type(content[key]).__name__ if key in content else "none"
+            expected = "a name" if kind is str else "a mapping of flags to values"
+            raise UserError(f"{where}: key {key!r} of a recipe: expected {expected}, found {found}")
+    if prog is not None and content["entry-point"] != prog:
+        raise UserError(f"{where}: is a recipe of {content['entry-point']}, not of {prog}; run that one")
+    return content["flags"]
+
+
+def flag_words(where: str, flags: dict[Any, Any], config: type) -> list[str]:
+    """A mapping of flags to values as command-line words. UserError, beginning with `where`, for unknown keys."""
     fields = {f.name: f for f in dataclasses.fields(config) if "flag" in f.metadata}
     words: list[str] = []
-    for key, value in content.items():
+    for key, value in flags.items():
         field = fields.get(str(key).replace("-", "_"))
         if field is None:
-            near = difflib.get_close_matches(str(key).replace("-", "_"), fields, n=3)
-            cure = f"did you mean {' or '.join(near)}?" if near else "keys are the flags of --help without `--`"
-            raise UserError(f"--config {path}: unknown key {key!r}: {cure}")
-        words += _yaml_words(path, str(key), value, field)
+            raise unknown_key(where, key, fields, "keys are the flags of --help without `--`")
+        words += _flag_words(where, str(key), value, field)
     return words
 
 
-def _yaml_words(path: str, key: str, value: Any, field: dataclasses.Field) -> list[str]:
+def _flag_words(where: str, key: str, value: Any, field: dataclasses.Field) -> list[str]:
     name = "--" + field.name.replace("_", "-")
     if value is None:
-        raise UserError(f"--config {path}: key {key!r} has no value; give one or remove the line")
+        raise UserError(f"{where}: key {key!r} has no value; give one or remove the line")
     if isinstance(value, bool):
         if isinstance(_default(field), bool) or _default(field) is None:
             return [name] if value else [_off_name(field)]
-        raise UserError(f"--config {path}: key {key!r} is {value}, expected {type(_default(field)).__name__}")
+        raise UserError(f"{where}: key {key!r} is {value}, expected {type(_default(field)).__name__}")
     if isinstance(value, dict):  # --model-args {depth: 4} reads better than a list of depth=4
         value = [f"{k}={v}" for k, v in value.items()]
     if isinstance(value, list):
@@ -202,11 +234,14 @@ def parse(config: type[T], argv: Sequence[str] | None, prog: str, description: s
     values = vars(parser.parse_args(argv))
     path = values.pop("config", None)
     if path is not None:
-        words = _yaml_arguments(path, config)
+        content, where = read_yaml_mapping(path), f"--config {path}"
+        if "flags" in content or "entry-point" in content:
+            content = recipe_flags(where, content, prog)
+        words = flag_words(where, content, config)
         try:
             from_file = vars(parser.parse_args(words))
         except UserError as e:
-            raise UserError(f"--config {path}: {str(e).removeprefix(prog + ': ')}") from e
+            raise UserError(f"{where}: {str(e).removeprefix(prog + ': ')}") from e
         values = {**from_file, **values}
     result = config(**values)
     object.__setattr__(result, "given", frozenset(values))

@@ -1,0 +1,286 @@
+"""Recipes: what a row of the paper's tables takes, as recipes/*.yaml says it, in full or scaled down."""
+
+import dataclasses
+import functools
+from argparse import ArgumentParser
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from avion.engine.args import build_parser, flag_words, read_yaml_mapping, recipe_flags, unknown_key
+from avion.engine.options import (
+    EgoSchemaOptions,
+    FinetuneClassificationOptions,
+    FinetuneRetrievalOptions,
+    PretrainOptions,
+)
+from avion.errors import UserError
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+ENTRY_POINTS: dict[str, type] = {
+    "main_pretrain.py": PretrainOptions,
+    "main_finetune_retrieval.py": FinetuneRetrievalOptions,
+    "main_finetune_classification.py": FinetuneClassificationOptions,
+    "main_egoschema.py": EgoSchemaOptions,
+}
+TASKS = ("zero-shot retrieval", "retrieval", "actions", "egoschema")
+FULL = "full"
+# What a run leaves for those who start from it: the weights after the last epoch, as in the tables.
+CHECKPOINT = "checkpoint.pt"
+
+Figures = Mapping[str | int, float]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run of a table's row. Figures are in percent, their keys those of eval_log.txt (EgoSchema: frames)."""
+
+    path: Path
+    task: str
+    name: str
+    entry_point: str
+    flags: Mapping[str, Any]
+    table: int | str | None = None  # "avion": AVION's own baseline, which is in none of the paper's tables
+    figure: int | None = None
+    row: int | None = None
+    gpus: int = 1
+    hours: float | None = None
+    hours_on: str | None = None
+    starts_from: str | None = None  # key of the recipe whose checkpoint is the flag pretrain-model
+    paper: Figures = field(default_factory=dict)
+    released: Figures = field(default_factory=dict)
+    tolerance: float = 0.5
+    checkpoint: str | None = None
+    scale: str = FULL
+
+    @property
+    def key(self) -> str:
+        return self.path.stem
+
+    @property
+    def model(self) -> str:
+        return self.flags["model"]
+
+    @property
+    def options(self) -> type:
+        """The dataclass of the entry point's flags."""
+        return ENTRY_POINTS[self.entry_point]
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.flags["output-dir"])
+
+    @property
+    def where(self) -> str:
+        """For people: "Table 8, row 7"."""
+        part = f"Figure {self.figure}" if self.figure is not None else f"Table {self.table}"
+        if self.table == "avion":
+            return "AVION's baseline"
+        return part if self.row is None else f"{part}, row {self.row}"
+
+    @property
+    def global_batch(self) -> int | None:
+        """Clips per optimizer step; None where nothing is trained."""
+        batch = self.flags.get("batch-size")
+        return None if batch is None else batch * self.flags.get("update-freq", 1) * self.gpus
+
+    def words(self) -> list[str]:
+        """The entry point's command line."""
+        return flag_words(f"recipe {self.path}", dict(self.flags), self.options)
+
+    def args(self) -> Any:
+        """The entry point's configuration that these words are read as, without `given`."""
+        return self.options(**vars(parser_of(self.entry_point).parse_args(self.words())))
+
+    def with_flags(self, changes: Mapping[str, Any]) -> "Recipe":
+        """Some flags set to other values; None takes a flag out, a mapping changes single entries of a mapping."""
+        return dataclasses.replace(self, flags=merged(self.flags, changes))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A row that is in a table for its figures alone."""
+
+    task: str
+    name: str
+    paper: Figures
+    table: int | None = None
+    figure: int | None = None
+    row: int | None = None
+
+
+@functools.lru_cache
+def parser_of(entry_point: str) -> ArgumentParser:
+    return build_parser(ENTRY_POINTS[entry_point], entry_point, "")
+
+
+def merged(flags: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """See `Recipe.with_flags`."""
+    result = dict(flags)
+    for key, value in changes.items():
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, Mapping):
+            before = result.get(key)
+            result[key] = merged(before if isinstance(before, Mapping) else {}, value)
+        else:
+            result[key] = value
+    return result
+
+
+# ---- reading ---------------------------------------------------------------------------------
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """The recipe in a file, its flags checked by the entry point's own parser. UserError, one line, for any fault."""
+    path = Path(path)
+    where = f"recipe {path}"
+    content = read_yaml_mapping(path, "recipe")
+    flags = recipe_flags(where, content)
+    if content["entry-point"] not in ENTRY_POINTS:
+        raise UserError(f"{where}: entry-point {content['entry-point']!r} is not one of {', '.join(ENTRY_POINTS)}")
+    fields = {key.replace("-", "_"): value for key, value in content.items()}
+    _check_kinds(where, fields)
+    if ("table" in fields) == ("figure" in fields):
+        raise UserError(f"{where}: give one of the keys table and figure, which say where its figures stand")
+    for key in ("model", "output-dir"):
+        if not isinstance(flags.get(key), str):
+            raise UserError(f"{where}: its flags lack {key!r}, a text")
+    recipe = Recipe(path=path, **fields)
+    try:
+        recipe.args()
+    except UserError as e:
+        raise UserError(f"{where}: {str(e).removeprefix(recipe.entry_point + ': ').removeprefix(where + ': ')}") from e
+    return recipe
+
+
+def load_recipes(
+    table: int | str | None = None, row: int | None = None, figure: int | None = None, folder: str | Path = RECIPES
+) -> list[Recipe]:
+    """All recipes of a folder, or those of a table, a row or a figure, in the order of their file names."""
+    found = [load_recipe(path) for path in sorted(Path(folder).glob("*.yaml")) if _is_recipe(path)]
+    wanted = {"table": table, "row": row, "figure": figure}
+    return [r for r in found if all(value is None or getattr(r, name) == value for name, value in wanted.items())]
+
+
+def load_references(path: str | Path = RECIPES / "references.yaml") -> list[Reference]:
+    """The rows that are reference figures only, in the order of the file."""
+    where = f"references {path}"
+    rows = read_yaml_mapping(path, "references").get("references")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{where}: expected `references:` and a list of mappings")
+    known = [f.name for f in dataclasses.fields(Reference)]
+    for number, row in enumerate(rows):
+        for key in row:
+            if key not in known:
+                raise unknown_key(f"{where}: row {number}", key, known, f"keys are {', '.join(known)}")
+        _check_kinds(f"{where}: row {number}", row, ("task", "name", "paper"))
+    return [Reference(**row) for row in rows]
+
+
+def _is_recipe(path: Path) -> bool:
+    """Whether a file is a recipe rather than plain flags or the references."""
+    return "entry-point" in (content := read_yaml_mapping(path, "recipe")) or "flags" in content
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "table": (int, str), "figure": (int,), "row": (int,), "task": (str,), "name": (str,), "gpus": (int,),
+    "hours": (int, float), "hours_on": (str,), "starts_from": (str,), "paper": (dict,), "released": (dict,),
+    "tolerance": (int, float), "checkpoint": (str,),
+}  # fmt: skip
+
+_KIND_NAMES = {int: "a whole number", float: "a number", str: "a text", dict: "a mapping"}
+
+
+def _check_kinds(where: str, fields: Mapping[str, Any], due: tuple[str, ...] = ("task", "name", "gpus")) -> None:
+    for key in due:
+        if key not in fields:
+            raise UserError(f"{where}: key {key!r} is missing")
+    for key, kinds in _KINDS.items():
+        value = fields.get(key)
+        if key in fields and (not isinstance(value, kinds) or isinstance(value, bool)):
+            expected = " or ".join(_KIND_NAMES[kind] for kind in kinds)
+            raise UserError(f"{where}: key {key.replace('_', '-')!r}: expected {expected}, found {value!r}")
+    if fields["task"] not in TASKS:
+        raise UserError(f"{where}: task {fields['task']!r} is not one of {', '.join(TASKS)}")
+    if fields.get("gpus", 1) < 1:
+        raise UserError(f"{where}: gpus {fields['gpus']}: at least 1 is due")
+    for key in ("paper", "released"):
+        for name, value in fields.get(key, {}).items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
+                raise UserError(f"{where}: {key}: {name}: a figure in percent is due, found {value!r}")
+
+
+# ---- scaling ---------------------------------------------------------------------------------
+
+
+def scaled(recipe: Recipe, scale: str = FULL, output_root: str | Path = "runs", seed: int | None = None) -> Recipe:
+    """The recipe as it is run: under `output_root`, with a seed, at a scale.
+
+    scale: "full", the name of a file in recipes/scales, or the path of one. Such a file holds, per entry point,
+    `gpus`, `flags` (changes as `Recipe.with_flags` takes them), and the same under `models` and `recipes` for those of
+    one model and of one recipe.
+    """
+    changes: dict[str, Any] = {}
+    gpus, name = recipe.gpus, FULL
+    if scale != FULL:
+        content, name = _read_scale(scale, recipe.entry_point)
+        gpus = content.get("gpus", gpus)
+        for part in (content, content["models"].get(recipe.model, {}), content["recipes"].get(recipe.key, {})):
+            changes = _joined(changes, part.get("flags", {}))
+    folder = run_folder(recipe.key, output_root, seed)
+    changes["output-dir"] = str(folder)
+    if recipe.starts_from is not None:
+        changes["pretrain-model"] = str(run_folder(recipe.starts_from, output_root, seed) / CHECKPOINT)
+    if seed is not None:
+        changes["seed"] = seed
+    return dataclasses.replace(recipe.with_flags(changes), gpus=gpus, scale=name)
+
+
+def run_folder(key: str, output_root: str | Path, seed: int | None) -> Path:
+    folder = Path(output_root) / key
+    return folder if seed is None else folder / f"seed{seed}"
+
+
+def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Two sets of changes, one after the other, as one."""
+    result = dict(first)
+    for key, value in second.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = _joined(result[key], value) if both else value
+    return result
+
+
+def _read_scale(scale: str, entry_point: str) -> tuple[dict[str, Any], str]:
+    """What a scale says of an entry point, and the scale's name."""
+    path = Path(scale) if scale.endswith((".yaml", ".yml")) else RECIPES / "scales" / f"{scale}.yaml"
+    if not path.is_file():
+        known = [FULL, *sorted(p.stem for p in (RECIPES / "scales").glob("*.yaml"))]
+        raise UserError(f"--scale {scale}: no such scale; there are {', '.join(known)}, or give a YAML file")
+    content = read_yaml_mapping(path, "scale")
+    where = f"scale {path}"
+    for key in content:
+        if key not in ENTRY_POINTS:
+            raise unknown_key(where, key, ENTRY_POINTS, f"keys are entry points: {', '.join(ENTRY_POINTS)}")
+    own = content.get(entry_point)
+    if own is None:
+        raise UserError(f"{where}: says nothing of {entry_point}")
+    _check_part(f"{where}: {entry_point}", own, ("gpus", "flags", "models", "recipes"))
+    for group in ("models", "recipes"):
+        own = {**own, group: own.get(group) or {}}
+        for name, part in own[group].items():
+            _check_part(f"{where}: {entry_point}: {group}: {name}", part, ("flags",))
+    return own, path.stem
+
+
+def _check_part(where: str, part: Any, known: tuple[str, ...]) -> None:
+    if not isinstance(part, dict):
+        raise UserError(f"{where}: expected a mapping with {', '.join(known)}, found {type(part).__name__}")
+    for key, value in part.items():
+        if key not in known:
+            raise unknown_key(where, key, known, f"keys are {', '.join(known)}")
+        if key == "gpus" and (type(value) is not int or value < 1):
+            raise UserError(f"{where}: gpus: a number of at least 1 is due, found {value!r}")
+        if key != "gpus" and not isinstance(value, dict):
+            raise UserError(f"{where}: {key}: expected a mapping, found {type(value).__name__}")
