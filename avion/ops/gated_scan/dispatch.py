@@ -2,10 +2,11 @@
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from avion.ops.selective_scan import selective_scan
+from avion.ops.selective_scan import resolve_backend, selective_scan
 
 
 class ScanInputs(NamedTuple):
@@ -25,7 +26,15 @@ def gated_bidirectional_scan(forward: ScanInputs, backward: ScanInputs, z: Tenso
 
     Raises UserError for a backend that does not exist or cannot run, ValueError for shapes that do not fit.
     """
-    return _composed(forward, backward, z, backend)
+    if z.shape != forward.u.shape:
+        raise ValueError(f"gated_bidirectional_scan: z must be {tuple(forward.u.shape)} as u is, got {tuple(z.shape)}")
+    float64 = any(t.dtype == torch.float64 for t in (*forward, *backward, z))
+    name = resolve_backend(backend, z.device, float64=float64)
+    if name == "triton":
+        from .triton import gated_scan_triton  # only where there is a GPU for it
+
+        return gated_scan_triton(forward, backward, z)
+    return _composed(forward, backward, z, name)
 
 
 def _composed(forward: ScanInputs, backward: ScanInputs, z: Tensor, backend: str) -> Tensor:

@@ -8,6 +8,13 @@ over the states only; backward sums over the channels too, and wants a thread to
 Walking order: step i = 0 … T-1 is t = i, or t = T-1-i with REVERSE. Steps are taken CHUNK at a time, unrolled.
 In the last chunk steps past the end are dead: they load zeros, and nothing of them is stored.
 
+With GATE the output is y · SiLU(z), and with ADD y is first added to what the output holds already, the other
+direction's y: both directions and the gate in two launches, and no tensor in between.
+
+With PARTED a row's time is cut into parts of `part_steps` that run side by side, for few and long rows: `part_kernel`
+finds what each part would hand on if it began with nothing, `join_kernel` joins these along the row, and the others
+begin with what it found, `carried` (R, parts - 1, N, D). Of the state forward, of its adjoint in backward.
+
 N is padded to a power of two; padded states have A = B = C = 0 and stay zero.
 """
 
@@ -25,37 +32,62 @@ def _softplus(x):
 
 
 @triton.jit
-def _at(i, steps, in_d, in_n, REVERSE: tl.constexpr):
-    """Of step i: its t, 64 bits wide since offsets can be beyond 2^31, and the masks, all off past the end."""
+def _at(i, alive, steps, in_d, in_n, REVERSE: tl.constexpr):
+    """Of step i: its t, 64 bits wide since offsets can be beyond 2^31, and the masks, all off where it is dead."""
     i = tl.full((), 0, tl.int64) + i
-    alive = i < steps
     return (steps - 1 - i if REVERSE else i), tl.where(alive, in_d, False), tl.where(alive, in_n, False)
+
+
+@triton.jit
+def _span(item, steps, part_steps, PARTED: tl.constexpr):
+    """Row, part, the part's first step and its end, of a (row, part)."""
+    item = tl.full((), 0, tl.int64) + item
+    if PARTED:
+        parts = tl.cdiv(steps, part_steps)
+        first = (item % parts) * part_steps
+        return item // parts, item % parts, first, tl.minimum(first + part_steps, steps)
+    else:
+        nothing = item * 0
+        return item, nothing, nothing, nothing + steps
+
+
+@triton.jit
+def _carried(carried, row, slot, there, parts, states, channels, n, d, in_tile):
+    """A tile of `carried`, or zeros where there is no such slot."""
+    place = carried + ((row * (parts - 1) + slot) * states + n[:, None]) * channels + d[None, :]
+    return tl.load(place, mask=tl.where(there, in_tile, False), other=0.0)
+
+
+@triton.jit
+def _size(delta, shift, live, SOFTPLUS: tl.constexpr):
+    """Δ before and after the softplus (BLOCK_D,)."""
+    raw = tl.load(delta, mask=live, other=0.0).to(tl.float32) + shift
+    return raw, (_softplus(raw) if SOFTPLUS else raw)
 
 
 @triton.jit
 def _drive(u, delta, B, shift, t, live, in_step, u_t, delta_t, B_t, SOFTPLUS: tl.constexpr):
     """What step t feeds the state: u (BLOCK_D,), Δ before and after the softplus, and Δ·B·u (N, BLOCK_D)."""
     u_now = tl.load(u + t * u_t, mask=live, other=0.0).to(tl.float32)
-    raw = tl.load(delta + t * delta_t, mask=live, other=0.0).to(tl.float32) + shift
     B_now = tl.load(B + t * B_t, mask=in_step, other=0.0).to(tl.float32)
-    size = _softplus(raw) if SOFTPLUS else raw
+    raw, size = _size(delta + t * delta_t, shift, live, SOFTPLUS)
     return u_now, raw, size, B_now[:, None] * (size * u_now)[None, :]
 
 
 # Without a known alignment A is loaded element by element, 32 channels to a warp and all N states to a thread.
-@triton.jit(do_not_specialize_on_alignment=["A", "entering"])
+@triton.jit(do_not_specialize_on_alignment=["A", "entering", "carried"])
 def forward_kernel(
-    u, delta, A, B, C, D, bias, y, entering,
-    steps, channels, states,
-    u_r, u_t, u_d, delta_r, delta_t, delta_d, B_r, B_t, B_n, C_r, C_t, C_n,
+    u, delta, A, B, C, D, bias, z, y, entering, carried,
+    steps, channels, states, part_steps,
+    u_r, u_t, u_d, delta_r, delta_t, delta_d, B_r, B_t, B_n, C_r, C_t, C_n, z_r, z_t, z_d,
     N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-    ONE_CHUNK: tl.constexpr, KEEP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr,
+    ONE_CHUNK: tl.constexpr, KEEP: tl.constexpr, PARTED: tl.constexpr,
 ):  # fmt: skip
     """y (R, T, D) contiguous; with KEEP also `entering` (R, segments - 1, states, D), the state before each later
-    segment of SEGMENT steps. Program (row, block of channels)."""
+    segment of SEGMENT steps. Program (row, part, block of channels)."""
     blocks = tl.cdiv(channels, BLOCK_D)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
+    row, part, start, end = _span(tl.program_id(0) // blocks, steps, part_steps, PARTED)
     d = (tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     n = tl.arange(0, N)
     in_d, in_n = d < channels, n < states
@@ -67,15 +99,18 @@ def forward_kernel(
     delta += row * delta_r + d * delta_d
     B += row * B_r + n * B_n
     C += row * C_r + n * C_n
+    z += row * z_r + d * z_d
     out = y + row * steps * channels + d
 
     state = tl.zeros((N, BLOCK_D), tl.float32)
-    for first in range(0, steps, CHUNK):
+    if PARTED:
+        state = _carried(carried, row, part - 1, part > 0, tl.cdiv(steps, part_steps), states, channels, n, d, in_tile)
+    for first in range(start, end, CHUNK):
         if KEEP and first > 0 and first % SEGMENT == 0:
             slot = row * ((steps - 1) // SEGMENT) + first // SEGMENT - 1
             tl.store(entering + (slot * states + n[:, None]) * channels + d[None, :], state, mask=in_tile)
         for j in tl.static_range(CHUNK):
-            t, live, in_step = _at(first + j, steps, in_d, in_n, REVERSE)
+            t, live, in_step = _at(first + j, first + j < end, steps, in_d, in_n, REVERSE)
             u_now, _, size, drive = _drive(u, delta, B, shift, t, live, in_step, u_t, delta_t, B_t, SOFTPLUS)
             if ONE_CHUNK and j == 0:
                 state = drive  # nothing came before: no decay
@@ -83,7 +118,83 @@ def forward_kernel(
                 state = tl.exp2(size[None, :] * a) * state + drive
             C_now = tl.load(C + t * C_t, mask=in_step, other=0.0).to(tl.float32)
             y_now = tl.sum(state * C_now[:, None], axis=0) + skip * u_now
+            if ADD:
+                y_now += tl.load(out + t * channels, mask=live, other=0.0).to(tl.float32)
+            if GATE:
+                z_now = tl.load(z + t * z_t, mask=live, other=0.0).to(tl.float32)
+                y_now *= z_now * tl.sigmoid(z_now)
             tl.store(out + t * channels, y_now.to(y.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize_on_alignment=["A", "carried"])
+def part_kernel(
+    v, delta, A, W, bias, z, carried, total,
+    steps, channels, states, part_steps,
+    v_r, v_t, v_d, delta_r, delta_t, delta_d, W_r, W_t, W_n, z_r, z_t, z_d,
+    N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, GATE: tl.constexpr, ADJOINT: tl.constexpr,
+):  # fmt: skip
+    """What a part hands on if it begins with nothing, into its slot of `carried`, and the sum of its Δ, `total`
+    (R, parts - 1, D). The state, from v = u and W = B; with ADJOINT its adjoint, walked from the part's end, from
+    v = dy (with GATE times SiLU(z)) and W = C. Program (row, slot, block of channels)."""
+    blocks, parts = tl.cdiv(channels, BLOCK_D), tl.cdiv(steps, part_steps)
+    item = (tl.program_id(0) // blocks).to(tl.int64)
+    row, slot = item // (parts - 1), item % (parts - 1)
+    start = (slot + 1 if ADJOINT else slot) * part_steps  # the last part hands on nothing; of the adjoint, the first
+    end = tl.minimum(start + part_steps, steps)
+    d = (tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, N)
+    in_d, in_n = d < channels, n < states
+    in_tile = in_n[:, None] & in_d[None, :]
+    a = tl.load(A + n[:, None] * channels + d[None, :], mask=in_tile, other=0.0)
+    shift = tl.load(bias + d, mask=in_d, other=0.0) if HAS_BIAS else tl.zeros((BLOCK_D,), tl.float32)
+    v += row * v_r + d * v_d
+    delta += row * delta_r + d * delta_d
+    W += row * W_r + n * W_n
+    z += row * z_r + d * z_d
+
+    state, sizes = tl.zeros((N, BLOCK_D), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
+    for k in range(0, end - start, CHUNK):
+        for j in tl.static_range(CHUNK):
+            i = end - 1 - k - j if ADJOINT else start + k + j
+            alive = k + j < end - start
+            t, live, in_step = _at(i, alive, steps, in_d, in_n, REVERSE)
+            _, size = _size(delta + t * delta_t, shift, live, SOFTPLUS)
+            size = tl.where(alive, size, 0.0)  # a dead step changes nothing
+            v_now = tl.load(v + t * v_t, mask=live, other=0.0).to(tl.float32)
+            W_now = tl.load(W + t * W_t, mask=in_step, other=0.0).to(tl.float32)
+            decay = tl.exp2(size[None, :] * a)
+            if ADJOINT:
+                if GATE:
+                    z_now = tl.load(z + t * z_t, mask=live, other=0.0).to(tl.float32)
+                    v_now *= z_now * tl.sigmoid(z_now)
+                state = decay * (state + W_now[:, None] * v_now[None, :])
+            else:
+                state = decay * state + W_now[:, None] * (size * v_now)[None, :]
+            sizes += size
+    tl.store(carried + (item * states + n[:, None]) * channels + d[None, :], state, mask=in_tile)
+    tl.store(total + item * channels + d, sizes, mask=in_d)
+
+
+@triton.jit(do_not_specialize_on_alignment=["A", "carried"])
+def join_kernel(
+    carried, total, A, slots, channels, states, N: tl.constexpr, BLOCK_D: tl.constexpr, ADJOINT: tl.constexpr
+):  # fmt: skip
+    """`carried` in place: from what each part alone hands on to what it does after those before it (with ADJOINT,
+    those behind it). Program (row, block of channels)."""
+    blocks = tl.cdiv(channels, BLOCK_D)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    d = (tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, N)
+    in_d, in_tile = d < channels, (n < states)[:, None] & (d < channels)[None, :]
+    a = tl.load(A + n[:, None] * channels + d[None, :], mask=in_tile, other=0.0)
+    state = tl.zeros((N, BLOCK_D), tl.float32)
+    for k in range(slots):
+        item = row * slots + (slots - 1 - k if ADJOINT else k)
+        place = carried + (item * states + n[:, None]) * channels + d[None, :]
+        size = tl.load(total + item * channels + d, mask=in_d, other=0.0)
+        state = tl.exp2(size[None, :] * a) * state + tl.load(place, mask=in_tile, other=0.0)
+        tl.store(place, state, mask=in_tile)
 
 
 @triton.jit
@@ -96,7 +207,8 @@ def _store_chunk_states(
     for c in range(chunks):
         tl.store(scratch + c * before.numel + lane, before)
         for j in tl.static_range(CHUNK):
-            t, live, in_step = _at(start + c * CHUNK + j, steps, in_d, in_n, REVERSE)
+            i = start + c * CHUNK + j
+            t, live, in_step = _at(i, i < steps, steps, in_d, in_n, REVERSE)
             _, _, size, drive = _drive(u, delta, B, shift, t, live, in_step, u_t, delta_t, B_t, SOFTPLUS)
             before = tl.exp2(size[None, :] * a) * before + drive
     tl.debug_barrier()  # a thread may read what another one wrote
@@ -111,7 +223,7 @@ def _chunk_states(
     state = before
     states, decays, us, raws, sizes = (before,), (), (), (), ()
     for j in tl.static_range(CHUNK):
-        t, live, in_step = _at(first + j, steps, in_d, in_n, REVERSE)
+        t, live, in_step = _at(first + j, first + j < steps, steps, in_d, in_n, REVERSE)
         u_now, raw, size, drive = _drive(u, delta, B, shift, t, live, in_step, u_t, delta_t, B_t, SOFTPLUS)
         if ONE_CHUNK and j == 0:
             decay = tl.zeros_like(drive)  # there is no state before
@@ -125,16 +237,31 @@ def _chunk_states(
 
 
 @triton.jit
+def _ungated(dy_now, z, dz, state, C_now, skip, u_now, live, ADD: tl.constexpr):
+    """The gradient of y from that of y · SiLU(z). Stores z's, to which each direction adds its share."""
+    z_now = tl.load(z, mask=live, other=0.0).to(tl.float32)
+    gate = tl.sigmoid(z_now)
+    y = tl.sum(state * C_now[:, None], axis=0) + skip * u_now
+    by_z = dy_now * y * gate * (1.0 + z_now * (1.0 - gate))
+    if ADD:
+        by_z += tl.load(dz, mask=live, other=0.0).to(tl.float32)
+    tl.store(dz, by_z.to(dz.dtype.element_ty), mask=live)
+    return dy_now * z_now * gate
+
+
+@triton.jit
 def _step_gradients(
-    dy, B, C, du, d_delta, dB, dC,
+    dy, B, C, z, du, d_delta, dB, dC, dz,
     state, previous, decay, u_now, raw, size, carry, a, skip, live, in_step,
-    SOFTPLUS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """One step of the adjoint. Stores what belongs to the step; returns the adjoint of the state before it, and the
     step's shares of dA (N, BLOCK_D), dD and d_bias (BLOCK_D,)."""
     dy_now = tl.load(dy, mask=live, other=0.0).to(tl.float32)
     B_now = tl.load(B, mask=in_step, other=0.0).to(tl.float32)
     C_now = tl.load(C, mask=in_step, other=0.0).to(tl.float32)
+    if GATE:
+        dy_now = _ungated(dy_now, z, dz, state, C_now, skip, u_now, live, ADD)
     adjoint = C_now[:, None] * dy_now[None, :] + carry
     tl.store(dC, tl.sum(state * dy_now[None, :], axis=1), mask=in_step)
     tl.store(dB, tl.sum(adjoint * (size * u_now)[None, :], axis=1), mask=in_step)
@@ -151,21 +278,22 @@ def _step_gradients(
 
 @triton.jit
 def backward_kernel(
-    dy, u, delta, A, B, C, D, bias, entering, scratch,
-    du, d_delta, dB, dC, dA, dD, d_bias,
-    rows, steps, channels, states, programs,
-    dy_r, dy_t, dy_d, u_r, u_t, u_d, delta_r, delta_t, delta_d, B_r, B_t, B_n, C_r, C_t, C_n,
+    dy, u, delta, A, B, C, D, bias, z, entering, carried, scratch,
+    du, d_delta, dB, dC, dA, dD, d_bias, dz,
+    items, steps, channels, states, part_steps, programs,
+    dy_r, dy_t, dy_d, u_r, u_t, u_d, delta_r, delta_t, delta_d, B_r, B_t, B_n, C_r, C_t, C_n, z_r, z_t, z_d,
     N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-    ONE_CHUNK: tl.constexpr, KEPT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr,
+    ONE_CHUNK: tl.constexpr, KEPT: tl.constexpr, PARTED: tl.constexpr,
 ):  # fmt: skip
-    """All gradients. Program (p, block of channels) takes rows p, p + programs, … one after the other.
+    """All gradients. Program (p, block of channels) takes items p, p + programs, … one after the other; an item is a
+    row, or a part of one.
 
     Per segment of time, last one first: the state before each chunk goes to `scratch` (programs · blocks, SEGMENT /
     CHUNK, N, BLOCK_D), which stays in the second-level cache; then chunk by chunk from the end the states are
     recomputed in registers and the adjoint is walked the other way.
 
-    du, d_delta (R, T, D) contiguous. Partial sums, for the caller to add up: dB, dC (blocks, R, T, states),
+    du, d_delta, dz (R, T, D) contiguous. Partial sums, for the caller to add up: dB, dC (blocks, R, T, states),
     dA (programs, states, D), dD and d_bias (programs, D).
     """
     blocks = tl.cdiv(channels, BLOCK_D)
@@ -179,21 +307,27 @@ def backward_kernel(
     shift = tl.load(bias + d, mask=in_d, other=0.0) if HAS_BIAS else tl.zeros((BLOCK_D,), tl.float32)
     scratch += tl.program_id(0).to(tl.int64) * (SEGMENT // CHUNK) * N * BLOCK_D
     lane = n[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    segments = tl.cdiv(tl.full((), 0, tl.int64) + steps, SEGMENT)
+    parts = tl.cdiv(steps, part_steps)
+    kept_per_row = (steps - 1) // SEGMENT
 
     sum_A, sum_D, sum_bias = tl.zeros_like(a), tl.zeros_like(skip), tl.zeros_like(skip)
-    for row in range(p, rows, programs):
+    for item in range(p, items, programs):
+        row, part, part_start, end = _span(item, steps, part_steps, PARTED)
         u_, delta_ = u + row * u_r + d * u_d, delta + row * delta_r + d * delta_d
         B_, C_ = B + row * B_r + n * B_n, C + row * C_r + n * C_n
+        dy_, z_ = dy + row * dy_r + d * dy_d, z + row * z_r + d * z_d
         carry = tl.zeros_like(a)
+        if PARTED:
+            carry = _carried(carried, row, part, part < parts - 1, parts, states, channels, n, d, in_tile)
+        segments = tl.cdiv(end - part_start, SEGMENT)
         for back in range(segments):
-            segment, start = segments - 1 - back, (segments - 1 - back) * SEGMENT
-            chunks = tl.cdiv(tl.minimum(SEGMENT, steps - start), CHUNK)
+            start = part_start + (segments - 1 - back) * SEGMENT
+            chunks = tl.cdiv(tl.minimum(SEGMENT, end - start), CHUNK)
             before = tl.zeros_like(a)
             if KEPT:
-                slot = row * (segments - 1) + segment - 1
+                slot = row * kept_per_row + start // SEGMENT - 1
                 kept = entering + (slot * states + n[:, None]) * channels + d[None, :]
-                before = tl.load(kept, mask=tl.where(segment > 0, in_tile, False), other=0.0)
+                before = tl.load(kept, mask=tl.where(start > 0, in_tile, False), other=0.0)
             if not ONE_CHUNK:
                 _store_chunk_states(scratch, lane, before, a, u_, delta_, B_, shift, start, chunks, steps,
                                     in_d, in_n, u_t, delta_t, B_t, CHUNK, SOFTPLUS, REVERSE)  # fmt: skip
@@ -205,15 +339,16 @@ def backward_kernel(
                     before, a, u_, delta_, B_, shift, first, steps, in_d, in_n, u_t, delta_t, B_t,
                     CHUNK, SOFTPLUS, REVERSE, ONE_CHUNK)  # fmt: skip
                 for j_back in tl.static_range(CHUNK):
-                    t, live, in_step = _at(first + CHUNK - 1 - j_back, steps, in_d, in_n, REVERSE)
+                    i = first + CHUNK - 1 - j_back
+                    t, live, in_step = _at(i, i < steps, steps, in_d, in_n, REVERSE)
                     place = (row * steps + t) * channels + d
-                    target = ((block * rows + row) * steps + t) * states + n
+                    target = ((block * (items // parts) + row) * steps + t) * states + n
                     carry, by_A, by_D, by_bias = _step_gradients(
-                        dy + row * dy_r + t * dy_t + d * dy_d, B_ + t * B_t, C_ + t * C_t, du + place, d_delta + place,
-                        dB + target, dC + target,
+                        dy_ + t * dy_t, B_ + t * B_t, C_ + t * C_t, z_ + t * z_t, du + place, d_delta + place,
+                        dB + target, dC + target, dz + place,
                         kept_states[CHUNK - j_back], kept_states[CHUNK - 1 - j_back], decays[CHUNK - 1 - j_back],
                         us[CHUNK - 1 - j_back], raws[CHUNK - 1 - j_back], sizes[CHUNK - 1 - j_back], carry, a, skip,
-                        live, in_step, SOFTPLUS)  # fmt: skip
+                        live, in_step, SOFTPLUS, ADD, GATE)  # fmt: skip
                     sum_A += by_A
                     sum_D += by_D
                     sum_bias += by_bias

@@ -1,0 +1,91 @@
+"""The `triton` backend: the kernels of `avion.ops.selective_scan`, two launches, forward and backward.
+
+The direction that comes second reads the first one's share back, adds its own and applies the gate, so that y itself is
+never written; backward recomputes it beside the states. What is kept is the inputs, and for T > 32 the states that
+enter each direction's later segments of 32 steps.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from avion.ops.selective_scan import triton_launch as launch
+from avion.ops.selective_scan.triton_launch import Direction, Gate, Plan
+from avion.ops.tuning import tuned
+
+
+def _directions(ahead: Sequence[Tensor], behind: Sequence[Tensor]) -> tuple[Direction, Direction]:
+    return Direction(*ahead), Direction(*behind, reverse=True)
+
+
+@torch.library.custom_op("avion::gated_scan_triton", mutates_args=())
+def _gated_scan(
+    ahead: Sequence[Tensor], behind: Sequence[Tensor], z: Tensor, keep_states: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output (R, T, D), and the states (R, segments - 1, N, D) that enter each direction's later segments."""
+    first, second = _directions(ahead, behind)
+    u, states = first.u, first.A.shape[1]
+
+    def run(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+        out = torch.empty_like(u, memory_format=torch.contiguous_format)
+        kept = launch.forward(first, plan, out, keep_states, Gate(z, add=False, close=False))
+        return out, kept, launch.forward(second, plan, out, keep_states, Gate(z, add=True))
+
+    return tuned("gated scan", u, states, launch.forward_plans(u, states), run)
+
+
+@_gated_scan.register_fake
+def _(ahead, behind, z, keep_states):
+    u, states = ahead[0], ahead[2].shape[1]
+    kept = [u.new_empty(launch.kept_shape(u, states, keep_states), dtype=torch.float32) for _ in range(2)]
+    return torch.empty_like(u, memory_format=torch.contiguous_format), *kept
+
+
+@torch.library.custom_op("avion::gated_scan_triton_backward", mutates_args=())
+def _gated_scan_backward(
+    d_out: Tensor, ahead: Sequence[Tensor], behind: Sequence[Tensor], z: Tensor, kept: Sequence[Tensor]
+) -> list[Tensor]:
+    """Gradients of the tensors of `ahead`, of those of `behind`, and of z."""
+    first, second = _directions(ahead, behind)
+    u, states = first.u, first.A.shape[1]
+
+    def run(plan: Plan) -> list[Tensor]:
+        dz = torch.empty_like(z, memory_format=torch.contiguous_format)
+        by_first = launch.backward(first, plan, d_out, kept[0], Gate(z, add=False), dz)
+        return [*by_first, *launch.backward(second, plan, d_out, kept[1], Gate(z, add=True), dz), dz]
+
+    return tuned("gated scan backward", u, states, launch.backward_plans(u, states), run)
+
+
+@_gated_scan_backward.register_fake
+def _(d_out, ahead, behind, z, kept):
+    return [t.new_empty(t.shape) for t in (*ahead, *behind, z)]
+
+
+def _keep_for_backward(ctx, inputs, output) -> None:
+    ahead, behind, z, _ = inputs
+    _, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
+    ctx.count = len(ahead)
+    ctx.save_for_backward(*ahead, *behind, z, *kept)
+
+
+def _backward(ctx, d_out: Tensor | None, *_):
+    n = ctx.count
+    if d_out is None:
+        return [None] * n, [None] * n, None, None
+    tensors = ctx.saved_tensors
+    ahead, behind, z, kept = tensors[:n], tensors[n : 2 * n], tensors[2 * n], tensors[2 * n + 1 :]
+    grads = _gated_scan_backward(d_out, ahead, behind, z, kept)
+    return grads[:n], grads[n : 2 * n], grads[2 * n], None
+
+
+_gated_scan.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+def gated_scan_triton(ahead: Sequence[Tensor], behind: Sequence[Tensor], z: Tensor) -> Tensor:
+    """See the package's docstring; float32, bfloat16 or float16."""
+    keep_states = torch.is_grad_enabled() and any(t.requires_grad for t in (*ahead, *behind, z))
+    return _gated_scan(list(ahead), list(behind), z, keep_states)[0]
