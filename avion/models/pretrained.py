@@ -113,9 +113,29 @@ def _open_clip_name(config: ModelConfig, tag: str | None) -> str | None:
     return min(same, key=lambda name: abs(same[name] - config.img_size), default=None)
 
 
+def openai_files(config: ModelConfig) -> tuple[str, list[str]] | None:
+    """The hub's repository that has OpenAI's CLIP of a model's size, and the names its file may have; None if none has.
+
+    `load_pretrained(model, "openai")` takes the file from there.
+    """
+    from open_clip import pretrained as zoo
+
+    name = _open_clip_name(config, "openai")
+    return _hub_names(zoo.get_pretrained_cfg(name, "openai")) if name is not None else None
+
+
+def _hub_names(cfg: Mapping) -> tuple[str, list[str]] | None:
+    """Repository and file names of an entry of open_clip's table; None where it has an address of its own."""
+    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+
+    if not cfg.get("hf_hub"):
+        return None
+    repo, filename = os.path.split(cfg["hf_hub"])
+    return repo, [filename] if filename else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
+
+
 def _open_clip_source(name: str, tag: str | None) -> _Source:
     from open_clip import pretrained as zoo  # takes seconds: only where its table is needed
-    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 
     tags = zoo.list_pretrained_tags_by_model(name)
     if tag is None:
@@ -124,11 +144,8 @@ def _open_clip_source(name: str, tag: str | None) -> _Source:
         near = difflib.get_close_matches(tag, tags, n=3) or tags
         raise UserError(f"{_FLAG} {tag}: neither a file nor a tag that open_clip has for {name}: try {few(near)}")
     cfg = zoo.get_pretrained_cfg(name, tag)
-    if cfg.get("hf_hub"):
-        repo, filename = os.path.split(cfg["hf_hub"])
-        file = hub_file(repo, [filename] if filename else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME], _FLAG)
-    else:
-        file = _download(cfg["url"])
+    on_hub = _hub_names(cfg)
+    file = _download(cfg["url"]) if on_hub is None else hub_file(*on_hub, _FLAG)
     notes = ()
     mean = cfg.get("mean")
     clip_mean = NORM_STYLES["openai"].mean

@@ -41,6 +41,7 @@ class Recipe:
     name: str
     entry_point: str
     flags: Mapping[str, Any]
+    model: str  # registered name; a scale may leave it to the checkpoint and take it out of the flags
     table: int | str | None = None  # "avion": AVION's own baseline, which is in none of the paper's tables
     figure: int | None = None
     row: int | None = None
@@ -57,10 +58,6 @@ class Recipe:
     @property
     def key(self) -> str:
         return self.path.stem
-
-    @property
-    def model(self) -> str:
-        return self.flags["model"]
 
     @property
     def options(self) -> type:
@@ -147,7 +144,7 @@ def load_recipe(path: str | Path) -> Recipe:
     for key in ("model", "output-dir"):
         if not isinstance(flags.get(key), str):
             raise UserError(f"{where}: its flags lack {key!r}, a text")
-    recipe = Recipe(path=path, **fields)
+    recipe = Recipe(path=path, model=flags["model"], **fields)
     try:
         recipe.args()
     except UserError as e:

@@ -1,0 +1,115 @@
+"""From a recipe to the command that runs it: on so many processes, from released weights, with more flags."""
+
+import dataclasses
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from avion.engine.options import OptimOptions
+from avion.errors import UserError
+
+from .recipe import RECIPES, Recipe, parser_of
+
+ROOT = RECIPES.parent
+EGOSCHEMA = "main_egoschema.py"
+_CLASSIFICATION = "main_finetune_classification.py"
+# Flags that evaluation does not read, beside those of OptimOptions.
+_TRAINING = (
+    "train-metadata-aux", "scale-range", "pretrain-zoo", "pretrain-path", "pretrain-model", "freeze-temperature",
+    "gather-with-grad", "grad-checkpointing", "margin", "relevancy-threshold", "mixup", "cutmix", "smoothing",
+    "drop-path-rate", "dropout-rate", "eval-freq",
+)  # fmt: skip
+# Where a run's files lie and what it is are this program's to say.
+_RESERVED = ("output_dir", "seed", "evaluate", "resume", "device")
+
+
+def with_processes(recipe: Recipe, count: int) -> Recipe:
+    """The recipe on `count` processes with the same global batch: fewer clips each, or in several micro-batches.
+
+    The micro-batch stays within the recipe's, whose memory is known to do. UserError where the batch does not divide.
+    """
+    if count < 1:
+        raise UserError(f"--gpus {count}: at least 1 is due")
+    if count == recipe.gpus or recipe.global_batch is None or recipe.flags.get("evaluate"):
+        return dataclasses.replace(recipe, gpus=count)
+    total, largest = recipe.global_batch, recipe.flags["batch-size"]
+    pairs = recipe.entry_point == _CLASSIFICATION and (recipe.flags.get("mixup") or recipe.flags.get("cutmix"))
+    each = total // count if total % count == 0 else 0
+    for update_freq in range(1, each + 1):
+        batch = each // update_freq
+        if each % update_freq == 0 and batch <= largest and not (pairs and batch % 2):
+            changes = {"batch-size": batch, "update-freq": None if update_freq == 1 else update_freq}
+            return dataclasses.replace(recipe.with_flags(changes), gpus=count)
+    possible = [n for n in range(1, 33) if total % n == 0 and not (pairs and (total // n) % 2)]
+    even = " in even parts, which mixup needs" if pairs else ""
+    raise UserError(
+        f"--gpus {count}: the batch of {total} clips of {recipe.key} does not divide among {count} processes{even}; "
+        f"give one of {', '.join(map(str, possible))}"
+    )
+
+
+def from_released(recipe: Recipe, checkpoint: str | None) -> Recipe:
+    """The evaluation of released weights: the recipe's own, or those of `checkpoint` (a path or an hf: address).
+
+    By one process; the figures are those of any number.
+    """
+    source = checkpoint or recipe.checkpoint
+    if source is None:
+        raise UserError(
+            f"--from-released: no checkpoint of {recipe.key} was released; give a file of your own with --checkpoint"
+        )
+    changes: dict[str, object] = {"output-dir": str(recipe.output_dir / "released"), "seed": None}
+    if recipe.entry_point == EGOSCHEMA:
+        changes["pretrain-model"] = source
+    else:
+        optimisation = {f.name.replace("_", "-") for f in dataclasses.fields(OptimOptions)} - {"batch-size"}
+        changes |= dict.fromkeys((*_TRAINING, *optimisation))
+        changes |= {"evaluate": True, "resume": source}
+    return dataclasses.replace(recipe.with_flags(changes), starts_from=None, gpus=1)
+
+
+def with_words(recipe: Recipe, words: Sequence[str]) -> Recipe:
+    """More flags of the entry point, which override the recipe's."""
+    if not words:
+        return recipe
+    values = vars(parser_of(recipe.entry_point).parse_args(list(words)))
+    for name in (*_RESERVED, "config"):
+        if name in values:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} after `--`: is set by this program; --runs, --seed, --device, --checkpoint say it")
+    recipe = dataclasses.replace(recipe, flags={**recipe.flags, **{k.replace("_", "-"): v for k, v in values.items()}})
+    return dataclasses.replace(recipe, starts_from=None) if "pretrain_model" in values else recipe
+
+
+def command(recipe: Recipe) -> list[str]:
+    """The words of the command that runs a recipe, as they are typed in an activated environment."""
+    script = os.path.relpath(ROOT / recipe.entry_point)
+    start = ["python"] if recipe.gpus == 1 else ["torchrun", "--standalone", f"--nproc_per_node={recipe.gpus}"]
+    return [*start, script, *recipe.words()]
+
+
+def executable(words: Sequence[str]) -> list[str]:
+    """The same command with this Python, whatever is activated."""
+    start = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "torch.distributed.run"]
+    return [*start, *words[1:]]
+
+
+def shell_text(words: Sequence[str], width: int = 110) -> str:
+    """The command quoted for a shell, a flag and its values never apart, in lines that end in a backslash."""
+    groups: list[str] = []
+    for word in words:
+        starts = not groups or word.startswith("--") or Path(word).suffix == ".py"
+        text = shlex.quote(word)
+        if starts:
+            groups.append(text)
+        else:
+            groups[-1] += f" {text}"
+    lines = [""]
+    for group in groups:
+        if lines[-1] and len(lines[-1]) + len(group) > width:
+            lines.append(f"    {group}")
+        else:
+            lines[-1] = f"{lines[-1]} {group}".strip() if len(lines) == 1 else f"{lines[-1]} {group}"
+    return " \\\n".join(lines)

@@ -1,0 +1,138 @@
+"""A run of a recipe: whether it was done, what marks it, and doing it in a child process."""
+
+import json
+import logging
+import signal
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from avion.engine.files import written_whole
+from avion.errors import UserError
+
+from .commands import command, executable
+from .recipe import CHECKPOINT, Recipe
+
+logger = logging.getLogger(__name__)
+
+RECORD, EVALUATIONS = "recipe.json", "eval_log.txt"
+TRAINED, RELEASED = "trained", "released"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe as it will be run. `evaluated`: whose weights."""
+
+    recipe: Recipe
+    evaluated: str = TRAINED
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.output_dir
+
+    @property
+    def words(self) -> list[str]:
+        return command(self.recipe)
+
+    def record(self) -> dict[str, Any]:
+        """What recipe.json says: by it the tables know what a folder holds."""
+        recipe, args = self.recipe, self.recipe.args()
+        if hasattr(args, "epochs") and self.evaluated == TRAINED:
+            checkpoint, more = str(self.folder / CHECKPOINT), {"epochs": args.epochs}
+        else:
+            checkpoint, more = getattr(args, "pretrain_model", "") or getattr(args, "resume", ""), {}
+        return {
+            "recipe": recipe.key, "scale": recipe.scale, "seed": recipe.flags.get("seed", 0),
+            "evaluated": self.evaluated, "checkpoint": checkpoint, **more,
+        }  # fmt: skip
+
+    def finished(self) -> bool:
+        """Whether its figures are there. A folder without recipe.json is taken for this run's, started by hand."""
+        if self._found() not in (None, self.record()):
+            return False
+        rows, args = _rows(self.folder / EVALUATIONS), self.recipe.args()
+        if self.recipe.task == "egoschema":
+            return set(args.frames) <= {row.get("frames") for row in rows}
+        if self.evaluated == RELEASED:
+            return any("epoch" not in row for row in rows)
+        return any(row.get("epoch") == args.epochs - 1 for row in rows)
+
+    def check_folder(self) -> None:
+        """UserError where the folder holds something else, which this run would take for its own beginning."""
+        found, own = self._found(), self.record()
+        if found is None:
+            return
+        differs = [f"{key} {found.get(key)!r}, not {value!r}" for key, value in own.items() if found.get(key) != value]
+        if differs:
+            raise UserError(
+                f"{self.folder}: holds another run ({'; '.join(differs)}); give another folder with --runs, or "
+                "--again to put that run aside"
+            )
+
+    def _found(self) -> dict[str, Any] | None:
+        try:
+            found = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as e:
+            raise UserError(f"{self.folder / RECORD}: cannot be read ({e}); remove it") from e
+        return found if isinstance(found, dict) else {}
+
+    def mark(self) -> None:
+        """Write recipe.json."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with written_whole(self.folder / RECORD) as file:
+                file.write((json.dumps(self.record(), indent=1) + "\n").encode())
+        except OSError as e:
+            raise UserError(f"{self.folder}: cannot be written ({e.strerror}); give another folder with --runs") from e
+
+    def put_aside(self) -> None:
+        """Move the files of an earlier run in this folder into before1, before2, …, where nothing looks for runs."""
+        files = [path for path in self.folder.glob("*") if path.is_file()]
+        if not files:
+            return
+        number = 1
+        while (target := self.folder / f"before{number}").exists():
+            number += 1
+        target.mkdir()
+        for path in files:
+            path.rename(target / f"{path.name}.old")
+        logger.info("%s: the earlier run's files are in %s now", self.folder, target)
+
+    def execute(self) -> int:
+        """Run the command in a child process, its output passed through; its exit status (128 + n after signal n)."""
+        self.mark()
+        return run_child(executable(self.words))
+
+
+def run_child(words: Sequence[str]) -> int:
+    """Exit status of a command. What asks this process to end (SIGTERM, SIGUSR1) is handed on to it."""
+    with subprocess.Popen(list(words)) as child:
+        handlers = {n: signal.signal(n, lambda number, _: child.send_signal(number)) for n in _HANDED_ON}
+        try:
+            status = child.wait()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
+
+
+_HANDED_ON = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; damaged ones, of processes that were killed, are passed over."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows

@@ -1,0 +1,178 @@
+"""What a recipe needs that may not be here: data, weights, GPUs, packages. All that is missing, each with its cure."""
+
+import functools
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub as hub
+import torch
+
+from avion.data.decoding import resolve_decoder
+from avion.data.ek100 import sentence_path
+from avion.engine.tasks.finetune_retrieval import relevancy_file
+from avion.errors import UserError
+from avion.models.pretrained import openai_files
+from avion.models.registry import model_config
+from avion.models.weight_files import HF_PREFIX
+
+from .commands import EGOSCHEMA
+from .recipe import Recipe
+
+_EK100 = "github.com/epic-kitchens/epic-kitchens-100-annotations"
+_CURES = {
+    "videos": "docs/data.md says how videos are laid out; link the folder or give another one after `--`",
+    "ego4d": "it comes with LaViLa (github.com/facebookresearch/LaViLa); docs/data.md says what is in it",
+    "ek100": f"get it from {_EK100}",
+    "relevancy": "python tools/build_relevancy.py makes it from the annotations",
+    "egoschema": "get it from github.com/egoschema/EgoSchema",
+    "weights": "give the path of a checkpoint",
+}  # fmt: skip
+_PACKAGES = ("torch", "torchvision", "timm", "open_clip", "ftfy", "regex", "numpy", "safetensors", "huggingface_hub")
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What is not here, and what to do about it."""
+
+    what: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.cure}"
+
+
+def missing(recipe: Recipe, device: str = "auto", *, here: bool = True) -> list[Missing]:
+    """All that this machine lacks for running the recipe, but for the checkpoint of another recipe.
+
+    here: False where it will run on another machine, whose GPUs and packages cannot be seen.
+    """
+    args = recipe.args()
+    found = [*_packages(), *_gpus(recipe, device)] if here else []
+    return [*found, *_data(recipe, args), *_weights(recipe, args, here)]
+
+
+def _packages() -> Iterator[Missing]:
+    for name in _PACKAGES:
+        if importlib.util.find_spec(name) is None:
+            yield Missing(f"package {name}", "pip install -r requirements.txt")
+    try:
+        resolve_decoder("auto")
+    except UserError as e:
+        yield Missing("video decoder", str(e).removeprefix("decoder: "))
+
+
+def _gpus(recipe: Recipe, device: str) -> Iterator[Missing]:
+    found = torch.cuda.device_count()
+    # What was shrunk for a CPU runs on one where there is no GPU.
+    optional = recipe.flags.get("dataset") == "demo" and device == "auto" and found == 0
+    if device == "cpu" or optional or found >= recipe.gpus:
+        return
+    less = f"--gpus {found}, which keeps the batch, " if found else ""
+    yield Missing(
+        f"GPUs: {recipe.gpus} needed, {found} found", f"{less}--submit for a SLURM cluster, or --device cpu (very slow)"
+    )
+
+
+# ---- data ------------------------------------------------------------------------------------
+
+
+def _data(recipe: Recipe, args: Any) -> Iterator[Missing]:
+    if args.dataset == "demo":
+        return  # it is made where it is missing
+    for flag, path, kind in sorted(set(_paths(recipe, args)), key=lambda entry: entry[:2]):
+        there = Path(path).is_dir() if kind == "videos" else Path(path).is_file()
+        if not there:
+            yield Missing(f"{'folder' if kind == 'videos' else 'file'} {path} ({flag})", _CURES[kind])
+
+
+def _paths(recipe: Recipe, args: Any) -> Iterator[tuple[str, str, str]]:
+    """(flag, path, kind) of every file and folder that the run reads, kinds as in `_CURES`."""
+    trains = not getattr(args, "evaluate", False)
+    if recipe.entry_point == EGOSCHEMA:
+        yield "--root", args.root, "videos"
+        yield "--questions", args.questions, "egoschema"
+        if args.answers:
+            yield "--answers", args.answers, "egoschema"
+        return
+    if recipe.task == "zero-shot retrieval":
+        yield "--root-val", args.root_val, "videos"
+        if trains:
+            yield "--root", args.root, "videos"
+            for path in (args.train_metadata, *args.train_metadata_aux):
+                yield "--train-metadata", path, "ego4d"
+    else:
+        yield "--root", args.root, "videos"
+    yield "--val-metadata", args.val_metadata, "ek100"
+    if recipe.task == "actions":
+        if trains or not args.action_metadata:  # a released classifier holds no list of its classes
+            yield "--train-metadata", args.train_metadata, "ek100"
+        return
+    yield "beside --val-metadata", str(sentence_path(args.val_metadata)), "ek100"
+    yield "--relevancy-path", relevancy_file(args.relevancy_path, "test"), "relevancy"
+    if recipe.task == "retrieval" and trains:
+        yield "--train-metadata", args.train_metadata, "ek100"
+        yield "beside --train-metadata", str(sentence_path(args.train_metadata)), "ek100"
+        path = args.train_relevancy_path or relevancy_file(args.relevancy_path, "train")
+        yield "--train-relevancy-path", path, "relevancy"
+
+
+# ---- weights ---------------------------------------------------------------------------------
+
+
+def _weights(recipe: Recipe, args: Any, here: bool) -> Iterator[Missing]:
+    evaluates = getattr(args, "evaluate", False)
+    source = args.resume if evaluates else getattr(args, "pretrain_model", None)
+    if source and recipe.starts_from is None:
+        if not str(source).startswith(HF_PREFIX):
+            yield from _file(str(source))
+        elif here:
+            yield from _hub(str(source))
+    zoo = getattr(args, "pretrain_zoo", "none")
+    if not evaluates and zoo == "openai" and here:
+        yield from [*_file(args.pretrain_path)] if args.pretrain_path else _openai(recipe)
+
+
+def _file(path: str) -> Iterator[Missing]:
+    if path.startswith(("http://", "https://")):
+        yield Missing(f"weights {path}", "a page to download them from by hand; then give --checkpoint FILE")
+    elif not Path(path).is_file():
+        yield Missing(f"weights {path}", _CURES["weights"])
+
+
+def _hub(address: str) -> Iterator[Missing]:
+    owner, repo, *file = address.removeprefix(HF_PREFIX).split("/")
+    problem = _hub_problem(f"{owner}/{repo}", ["/".join(file)])
+    if problem:
+        yield Missing(f"weights {address}", f"{problem}; download it elsewhere and give --checkpoint FILE")
+
+
+def _openai(recipe: Recipe) -> Iterator[Missing]:
+    files = openai_files(model_config(recipe.model))
+    problem = _hub_problem(*files) if files else None
+    if problem:
+        where = f"{files[0]} ({' or '.join(files[1])})"
+        yield Missing(
+            f"OpenAI's CLIP weights, {where}",
+            f"{problem}; download them elsewhere and give --pretrain-path FILE after `--`",
+        )
+
+
+@functools.lru_cache
+def _hub_reachable() -> bool:
+    try:
+        hub.utils.get_session().head(hub.constants.ENDPOINT, timeout=5)
+    except Exception:  # requests' or httpx's, by the hub's version
+        return False
+    return True
+
+
+def _hub_problem(repo: str, names: list[str]) -> str:
+    """Why none of these files of a repository can be had; empty where one is in the cache or the hub answers."""
+    if any(isinstance(hub.try_to_load_from_cache(repo, name), str) for name in names):
+        return ""
+    if hub.constants.HF_HUB_OFFLINE:
+        return "not in the hub's cache, and HF_HUB_OFFLINE is set"
+    return "" if _hub_reachable() else "not in the hub's cache, and the hub cannot be reached"

@@ -1,0 +1,62 @@
+"""A step of a plan as people read it: the command, what the paper says, what is missing."""
+
+from collections.abc import Mapping
+
+from .commands import shell_text
+from .launch import RELEASED
+from .plan import Step
+from .recipe import FULL, Figures, Recipe
+
+# Of figures that stand together: what they are called, and their keys in eval_log.txt.
+_GROUPS = {
+    "mAP V2T/T2V/avg": ("vis_map", "txt_map", "avg_map"),
+    "nDCG V2T/T2V/avg": ("vis_ndcg", "txt_ndcg", "avg_ndcg"),
+    "top-1 verb/noun/action": ("verb_top1", "noun_top1", "action_top1"),
+    "action top-5": ("action_top5",),
+}
+
+
+def figures_text(figures: Figures) -> str:
+    """{"avg_map": 26.2, ...} in one line; EgoSchema's by number of frames. A dash for what is not given."""
+    parts = []
+    for label, keys in _GROUPS.items():
+        if any(key in figures for key in keys):
+            parts.append(f"{label} " + "/".join(f"{figures[key]:g}" if key in figures else "–" for key in keys))
+    frames = [f"{figures[count]:g} with {count} frames" for count in sorted(k for k in figures if isinstance(k, int))]
+    return ", ".join([*parts, *([f"accuracy {', '.join(frames)}"] if frames else [])])
+
+
+def described(step: Step) -> str:
+    """Several lines, the command among them, to be copied as it is."""
+    recipe = step.run.recipe
+    lines = [_title(step), "", shell_text(step.run.words), ""]
+    for name, figures in (("paper", recipe.paper), ("released", recipe.released)):
+        if figures:
+            lines.append(f"  {name + ':':<10}{figures_text(figures)}")
+    lines.append(f"  {'run in:':<10}{step.run.folder}")
+    if step.done:
+        lines.append(f"  {'done:':<10}its figures are there; --again runs it anew")
+    elif recipe.scale == FULL and step.run.evaluated != RELEASED:
+        lines.append(f"  {'expect:':<10}{_expected(recipe)}")
+    for before in step.needs:
+        lines.append(f"  {'after:':<10}{before.run.recipe.key}")
+    for number, problem in enumerate(step.missing):
+        lines.append(f"  {'missing:' if number == 0 else '':<10}{problem}")
+    return "\n".join(lines)
+
+
+def _title(step: Step) -> str:
+    recipe = step.run.recipe
+    notes: Mapping[str, bool] = {
+        "from released weights": step.run.evaluated == RELEASED,
+        f"scale {recipe.scale}": recipe.scale != FULL,
+        f"seed {recipe.flags.get('seed')}": "seed" in recipe.flags,
+    }
+    more = "".join(f", {note}" for note, holds in notes.items() if holds)
+    return f"{recipe.where}: {recipe.name}, {recipe.task} ({recipe.key}{more})"
+
+
+def _expected(recipe: Recipe) -> str:
+    if recipe.hours is None:
+        return "nobody has measured how long it takes"
+    return f"about {recipe.hours:g} hours on {recipe.hours_on} (docs/recipes.md says where this comes from)"

@@ -1,0 +1,130 @@
+"""Rows of the paper's tables, each a command: show it, run it, send it to SLURM, or evaluate what was released.
+
+Examples:
+    python tools/reproduce.py --table 8 --row 7                    # the command, and what is missing for it here
+    python tools/reproduce.py --table 8 --row 7 --run
+    python tools/reproduce.py --table 9 --row 6 --task actions --run --with-prerequisites --gpus 4
+    python tools/reproduce.py --table 8 --from-released --run      # every row that weights were released of
+    python tools/reproduce.py --figure 5 --scale demo --run --with-prerequisites --runs runs/tables_demo
+    python tools/reproduce.py --table 8 --row 6 --run -- --workers 16 --tensorboard    # more flags of main_pretrain.py
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from avion.engine.distributed import World
+from avion.engine.logging import setup_logging
+from avion.errors import UserError
+from avion.reproduce.plan import Request, Step, plan
+from avion.reproduce.recipe import FULL, TASKS, Recipe, load_recipes
+from avion.reproduce.show import described
+
+logger = logging.getLogger(__name__)
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_argument_group("which")
+    which.add_argument("--table", metavar="N", help="8, 9, 10, or avion for AVION's own baseline")
+    which.add_argument("--figure", type=int, metavar="N", help="5")
+    which.add_argument("--row", type=int, metavar="ID", help="the paper's ID: 4 to 8; without it, every row")
+    which.add_argument("--task", choices=TASKS, help="where a row has several")
+    what = parser.add_argument_group("what to do (default: show the commands)").add_mutually_exclusive_group()
+    what.add_argument("--run", action="store_true", help="run them here one by one; goes on where one stopped")
+    what.add_argument("--submit", action="store_true", help="send them to SLURM")
+    what.add_argument("--mark", action="store_true", help="write recipe.json alone, of runs that were started by hand")
+    how = parser.add_argument_group("how")
+    how.add_argument("--from-released", action="store_true", help="evaluate the released weights only")
+    how.add_argument("--checkpoint", metavar="FILE", help="those weights, downloaded before (or an hf: address)")
+    how.add_argument("--with-prerequisites", action="store_true", help="first the runs that these start from")
+    how.add_argument("--again", action="store_true", help="put finished runs aside and run them anew")
+    how.add_argument("--seed", type=int, nargs="+", default=[], metavar="N", help="a run for each of these seeds")
+    how.add_argument("--gpus", type=int, metavar="N", help="processes, with the recipe's global batch [the recipe's]")
+    how.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    how.add_argument("--scale", default=FULL, help=f"{FULL}, demo (recipes/scales/demo.yaml), or a YAML file [{FULL}]")
+    how.add_argument("--runs", default="runs", metavar="DIR", help="where the runs' folders lie [%(default)s]")
+    return parser
+
+
+def selected(args: argparse.Namespace) -> list[Recipe]:
+    """The recipes that --table, --figure, --row and --task name. UserError where there are none."""
+    if (args.table is None) == (args.figure is None):
+        raise UserError("give one of --table (8, 9, 10, avion) and --figure (5)")
+    table = int(args.table) if args.table is not None and args.table.isdigit() else args.table
+    place = load_recipes(table=table, figure=args.figure)
+    found = [r for r in place if args.row in (None, r.row) and args.task in (None, r.task)]
+    if found:
+        return found
+    if place:
+        rows = "; ".join(f"--row {r.row} --task {r.task!r}" for r in place)
+        raise UserError(f"no recipe for this row and task; there are {rows}")
+    tables, figures = ({getattr(r, k) for r in load_recipes()} - {None} for k in ("table", "figure"))
+    raise UserError(f"no recipes for it; there are tables {', '.join(sorted(map(str, tables)))} and figures {figures}")
+
+
+def run_all(steps: Sequence[Step], again: bool) -> int:
+    """Run what is not done; the first exit status that is not 0 ends it."""
+    for number, step in enumerate(steps, 1):
+        key = step.run.recipe.key
+        if step.done:
+            logger.info("%d of %d: %s is done (%s)", number, len(steps), key, step.run.folder)
+            step.run.mark()
+            continue
+        if again:
+            step.run.put_aside()
+        logger.info("%d of %d: %s", number, len(steps), key)
+        status = step.run.execute()
+        if status != 0:
+            logger.error("%s ended with status %d; the same command goes on with it", key, status)
+            return status
+    return 0
+
+
+def reproduce(args: argparse.Namespace, words: Sequence[str]) -> int:
+    if args.checkpoint and not args.from_released:
+        raise UserError("--checkpoint: goes with --from-released; to start from it, give `-- --pretrain-model FILE`")
+    request = Request(
+        runs=args.runs, scale=args.scale, seeds=tuple(args.seed) or (None,), gpus=args.gpus, device=args.device,
+        released=args.from_released, checkpoint=args.checkpoint, words=tuple(words),
+        with_prerequisites=args.with_prerequisites, again=args.again, here=not args.submit,
+    )  # fmt: skip
+    steps = plan(selected(args), request)
+    if args.mark:
+        for step in steps:
+            step.run.mark()
+        return 0
+    if not (args.run or args.submit):
+        print("\n\n".join(described(step) for step in steps))
+        return 0
+    lacking = [step for step in steps if step.missing]
+    if lacking:
+        print("\n\n".join(described(step) for step in lacking))
+        count = len({str(problem) for step in lacking for problem in step.missing})
+        raise UserError(f"nothing was started: {count} thing{'s' * (count > 1)} missing, listed above with the cure")
+    return run_all(steps, args.again)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these command-line words (None: `sys.argv`); returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    split = words.index("--") if "--" in words else len(words)
+    args = build_parser().parse_args(words[:split])
+    setup_logging(World())
+    try:
+        return reproduce(args, words[split + 1 :])
+    except UserError as e:
+        print(f"tools/reproduce.py: error: {e}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("tools/reproduce.py: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
