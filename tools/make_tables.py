@@ -1,0 +1,41 @@
+"""The paper's tables and Fig. 5 from runs of recipes: what was measured beside what the paper says.
+
+    python tools/make_tables.py runs --output runs/tables
+
+Writes tables.md, tables.html (one file, nothing to load) and the figure as PNG. RUNS are folders, searched with all
+that is in them. Runs that are unfinished or damaged are named in the report and on the screen. docs/tables.md says how
+to read what comes out.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from avion.errors import UserError
+from avion.reproduce.report import make_report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUNS", help="folders that hold runs of recipes")
+    parser.add_argument("--output", default="runs/tables", metavar="DIR", help="where the report goes [%(default)s]")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    try:
+        runs, files = make_report(args.runs, args.output)
+    except UserError as e:
+        if args.debug:
+            raise
+        print(f"make_tables.py: error: {e}", file=sys.stderr)
+        return 2
+    for problem in runs.problems:
+        print(f"in no table: {problem.path}: {problem.reason}", file=sys.stderr)
+    print(f"runs in the tables: {len(runs.results)}; written: {', '.join(map(str, files))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
