@@ -73,6 +73,7 @@ class WeightsAndBiases:
 
     def __init__(self, args: Any, done: int):
         wandb = _package("wandb", self.flag)
+        logging.getLogger("wandb").propagate = False  # it keeps a log of its own
         folder = Path(args.output_dir)
         known = folder / _WANDB_ID
         if done == 0 or not known.exists():
