@@ -18,6 +18,11 @@ import torch.distributed as dist
 
 from avion.errors import UserError
 
+from . import signals
+from .signals import Stopped
+
+_FAILED = 1 << 10  # as a message: larger than any signal's number
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -124,12 +129,33 @@ class World:
         return box[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up on at least one process. A CPU message of four bytes."""
+        """Whether the flag is up on at least one process."""
+        return bool(self.most(int(flag)))
+
+    def most(self, number: int) -> int:
+        """The largest of the processes' numbers, on every process. A CPU message of four bytes."""
         if self.size == 1:
-            return flag
-        value = torch.tensor([int(flag)], dtype=torch.int32)
+            return number
+        value = torch.tensor([number], dtype=torch.int32)
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._control)
-        return bool(value.item())
+        return int(value.item())
+
+    def go_on(self, error: Exception | None, what: str) -> int:
+        """Between two steps: an error of any process (`what` it could not do) stops all of them.
+
+        Returns the number of the signal that asked some process to stop, 0 if none was; it is the same on all. One
+        message of four bytes says both.
+        """
+        number = self.most(signals.asked() if error is None else _FAILED)
+        if number >= _FAILED:
+            raise error or PeerError(f"another process could not {what}")
+        return number
+
+    def stop_if_asked(self, where: str) -> None:
+        """Raise Stopped on all processes if a signal asked one of them to stop; nothing is to be written here."""
+        number = self.most(signals.asked())
+        if number:
+            raise Stopped(f"{signals.name(number)} {where}")
 
     def mean(self, values: list[float]) -> list[float]:
         """Means over the processes, in float64."""
@@ -144,7 +170,8 @@ class World:
         """Leave this block on all processes or on none.
 
         An error on one process is raised on the others too, so that nobody waits for a process that has
-        given up. The block must not communicate: an error before its first message would leave the rest waiting.
+        given up; Stopped on one is Stopped on all. The block must not communicate: an error before its first message
+        would leave the rest waiting.
         """
         error: Exception | None = None
         try:
@@ -155,12 +182,15 @@ class World:
             error = e
         if self.size == 1:
             return
-        errors = self.gather(None if error is None else str(error) or type(error).__name__)
-        if error is not None:
+        own = None if error is None else (isinstance(error, Stopped), str(error) or type(error).__name__)
+        errors = [(rank, *e) for rank, e in enumerate(self.gather(own)) if e is not None]
+        if error is not None and not isinstance(error, Stopped):
             raise error
-        failed = [f"process {r}: {e}" for r, e in enumerate(errors) if e is not None]
-        if failed:
-            raise PeerError(f"{what} failed on {failed[0]}")
+        for rank, stopped, text in errors:
+            if not stopped:
+                raise PeerError(f"{what} failed on process {rank}: {text}")
+        if errors:
+            raise Stopped(errors[0][2])
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Raise UserError on all processes where they differ in any of the named values."""

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from avion.errors import UserError
 
+from . import signals
 from .distributed import World
 from .loader import EvalBatchSampler, build_loader, read, to_device
 from .steps import Precision
@@ -78,6 +79,7 @@ def encode_clips(
     with world.together("encoding the clips"):
         batches = iter(build_loader(dataset, sampler, workers=workers, device=world.device))
         for _ in range(len(sampler)):
+            signals.raise_if_asked("while clips were encoded")
             batch = read(batches)
             numbers = batch["index"].numpy()
             errors.update({int(i): e for i, e in zip(numbers, batch["error"], strict=True) if e})
@@ -108,6 +110,7 @@ def encode_texts(
     indices, rows = [], []
     with world.together("encoding the texts"):
         for batch in EvalBatchSampler(len(texts), batch_size, rank=world.rank, size=world.size):
+            signals.raise_if_asked("while texts were encoded")
             tokens = tokenizer([texts[i] for i in batch]).to(world.device)
             with precision.autocast():
                 features = model.encode_text(tokens)

@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from avion.data.transforms import normalize_clip
 from avion.errors import UserError
 
+from . import signals
+
 
 class TrainBatchSampler(Sampler):
     """Micro-batches of (epoch, index) keys for one process.
@@ -116,6 +118,14 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
+class _Loader(DataLoader):
+    """A loader whose workers outlive the signals that a scheduler sends to all processes of a job."""
+
+    def __iter__(self) -> Iterator:
+        with signals.held():
+            return super().__iter__()
+
+
 # A worker that has sent nothing for so long is stuck on a dead file system or decoder.
 LOADER_TIMEOUT_S = 900
 
@@ -131,9 +141,9 @@ def build_loader(
     how = {"batch_sampler": sampler, "collate_fn": collate, "pin_memory": device.type == "cuda"}
     if large_samples:
         how = {"sampler": sampler, "batch_size": None, "prefetch_factor": 1 if workers > 0 else None}
-    return DataLoader(
+    return _Loader(
         _ErrorsAsSamples(dataset), num_workers=workers, persistent_workers=workers > 0,
-        timeout=LOADER_TIMEOUT_S if workers > 0 else 0, **how,
+        timeout=LOADER_TIMEOUT_S if workers > 0 else 0, worker_init_fn=signals.obey_parent_only, **how,
         # Its own generator: starting an epoch must not advance the one that dropout draws from.
         generator=torch.Generator(),
     )  # fmt: skip

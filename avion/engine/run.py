@@ -12,10 +12,11 @@ import torch
 
 from avion.errors import UserError
 
-from . import distributed, sinks, state
+from . import distributed, signals, sinks, state
 from .args import parse
 from .distributed import PeerError, World
 from .logging import append_json, setup_logging
+from .signals import STOPPED, Stopped
 from .tasks import Task
 from .trainer import Trainer, choose_precision
 
@@ -52,6 +53,7 @@ def _run(task_class: type[Task], args: Any, world: World) -> dict[str, float]:
         precision = choose_precision(args, world.device)
         task = task_class(args, world)
     world.agree(task.facts())
+    world.stop_if_asked("before the model was built")
     with world.together("building the model"):
         torch.manual_seed(args.seed)
         model = task.build_model(source)
@@ -96,10 +98,15 @@ def run_main(task_class: type[Task], config: type, argv: Sequence[str] | None, p
 
 
 def run_entry(body: Callable[[Any], Any], config: type, argv: Sequence[str] | None, prog: str, description: str) -> int:
-    """`body(args)` with a command line's flags: 0, or 2 after one line on stderr for a mistake of the user's."""
+    """`body(args)` with a command line's flags: 0; 2 after one line on stderr for a mistake of the user's; 75 where
+    SIGTERM or SIGUSR1 asked it to stop, and the same command would go on."""
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     try:
-        body(parse(config, argv, prog, description))
+        with signals.heeded():
+            body(parse(config, argv, prog, description))
+    except Stopped as e:
+        logger.info("%s; leaving with status %d: the same command goes on from there", e, STOPPED)
+        return STOPPED
     except PeerError as e:
         return _fail(f"{prog}: stopped because {e}", debug)
     except UserError as e:

@@ -1,7 +1,8 @@
 """Training checkpoints: written whole or not at all, with everything a run needs to go on.
 
 Keys are AVION's (epoch, state_dict, optimizer, scaler, best_acc1, args) and ours: `model_config` (and
-`classifier`, if it is one), `preprocess`, `step` (optimizer steps done within `epoch`), `rng` (one entry per process).
+`classifier`, if it is one), `preprocess`, `step` (optimizer steps done within `epoch`), `due` (see `Position`), `rng`
+(one entry per process).
 """
 
 import logging
@@ -32,11 +33,15 @@ LATEST, BEST = "checkpoint.pt", "checkpoint_best.pt"
 
 @dataclass
 class Position:
-    """Where a run stands: `step` optimizer steps into `epoch`; the best figure so far."""
+    """Where a run stands: `step` optimizer steps into `epoch`; the best figure so far.
+
+    `due`: the line of log.txt of the epoch before, while its evaluation is still to come.
+    """
 
     epoch: int = 0
     step: int = 0
     best: float = float("-inf")
+    due: dict[str, Any] | None = None
 
 
 def save_atomically(content: Mapping[str, Any], path: Path) -> None:
@@ -90,6 +95,7 @@ def save_checkpoint(
             content = {
                 "epoch": position.epoch,
                 "step": position.step,
+                "due": position.due,
                 "state_dict": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
@@ -149,4 +155,7 @@ def restore(checkpoint: Mapping[str, Any], source: str, args: Any, world: World,
         )  # fmt: skip
     best = checkpoint.get("best_acc1")
     best = float("-inf") if best is None else float(best)
-    return Position(int(checkpoint.get("epoch", 0)), int(checkpoint.get("step", 0)), best)
+    # Another run's evaluation is not ours to make up for.
+    here = Path(source).resolve() == (Path(args.output_dir) / LATEST).resolve()
+    due = checkpoint.get("due") if here and isinstance(checkpoint.get("due"), dict) else None
+    return Position(int(checkpoint.get("epoch", 0)), int(checkpoint.get("step", 0)), best, due)

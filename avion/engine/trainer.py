@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from avion.models.checkpoint import read_checkpoint
 from avion.models.utils import time_gates
 from avion.optim import build_optimizer, constant_scheduler, cosine_scheduler
 
-from . import state
-from .distributed import PeerError, World
+from . import signals, state
+from .distributed import World
 from .loader import TrainBatchSampler, build_loader, read, to_device
 from .logging import Progress
 from .sinks import RunLog
@@ -66,6 +67,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision.dtype is torch.float16)
         self.position = state.Position(epoch=args.start_epoch)
         self._skipped_in_a_row = 0
+        self._saved = self.done
         self.log = RunLog(self.output)
 
     def _schedule(self) -> np.ndarray:
@@ -83,6 +85,7 @@ class Trainer:
         self.position = state.restore(checkpoint, source, self.args, self.world, self.optimizer, self.scaler)
         if self.position.step >= self.sampler.steps:  # written with more steps per epoch than there are now
             self.position = state.Position(self.position.epoch + 1, 0, self.position.best)
+        self._saved = self.done
         logger.info("going on from %s: epoch %d, step %d", source, self.position.epoch, self.position.step)
 
     @property
@@ -101,7 +104,10 @@ class Trainer:
     def fit(self) -> dict[str, float]:
         """Train to the last epoch. Returns the figures of the last evaluation."""
         figures: dict[str, float] = {}
-        if self.position.epoch >= self.args.epochs:
+        due = self.position.due
+        if due is not None and not self.world.broadcast(self.world.is_main and self._is_recorded(due["epoch"])):
+            figures = self._conclude()
+        elif self.position.epoch >= self.args.epochs:
             logger.info(
                 "nothing left to train: epoch %d of %d is done; raise --epochs or change --output-dir",
                 self.position.epoch, self.args.epochs,
@@ -109,20 +115,38 @@ class Trainer:
         while self.position.epoch < self.args.epochs:
             epoch = self.position.epoch
             row = {f"train_{k}": v for k, v in self.train_epoch(epoch).items()}
-            self.position = state.Position(epoch + 1, 0, self.position.best)
-            self.save()  # before the evaluation, so that nothing is lost should that fail
-            if (epoch + 1) % self.args.eval_freq == 0 or epoch + 1 == self.args.epochs:
-                figures = self.evaluate(epoch)
-                row |= {f"test_{k}": v for k, v in figures.items()}
-                if figures[self.task.metric] > self.position.best:
-                    self.position.best = figures[self.task.metric]
-                    self.save(is_best=True)
-            self._record(epoch, row)
+            self.position = state.Position(epoch + 1, 0, self.position.best, due={**row, "epoch": epoch})
+            self.save()  # before the evaluation, so that nothing is lost should that fail or be asked to stop
+            figures = self._conclude() or figures
+        return figures
+
+    def _conclude(self) -> dict[str, float]:
+        """Evaluate the epoch that was trained last, if it is to be evaluated, and write its line of log.txt."""
+        row, figures = dict(self.position.due), {}
+        epoch = row.pop("epoch")
+        if (epoch + 1) % self.args.eval_freq == 0 or epoch + 1 == self.args.epochs:
+            figures = self.evaluate(epoch)
+            row |= {f"test_{k}": v for k, v in figures.items()}
+            if figures[self.task.metric] > self.position.best:
+                self.position.best = figures[self.task.metric]
+                self.save(is_best=True)
+        self._record(epoch, row)
+        self.position.due = None
         return figures
 
     def save(self, is_best: bool = False) -> None:
         state.save_checkpoint(
             self.args, self.world, self.bare, self.optimizer, self.scaler, self.position, is_best=is_best
+        )
+        self._saved = self.done
+
+    def _stop(self, number: int) -> None:
+        """Leave between two steps, with a checkpoint."""
+        if self._saved != self.done:
+            self.save()
+        raise signals.Stopped(
+            f"{signals.name(number)} at epoch {self.position.epoch}, step {self.position.step} of "
+            f"{self.sampler.steps}, which the checkpoint in {self.output} holds"
         )
 
     def evaluate(self, epoch: int) -> dict[str, float]:
@@ -150,7 +174,10 @@ class Trainer:
         replaced_before = self.task.replaced
         batches = iter(self.loader)
         for step in range(first, self.sampler.steps):
-            micro_batches = self._next(batches)
+            micro_batches, asked = self._next(batches)
+            if asked:
+                progress.close()
+                self._stop(asked)
             progress.data_ready()
             figures = self._optimizer_step(micro_batches, self.schedule[epoch * self.sampler.steps + step])
             progress.step(self.sampler.global_batch, figures)
@@ -170,13 +197,20 @@ class Trainer:
             if self.world.is_main:
                 self.log.epoch({**row, **self._alpha("train_"), **done})
 
+    def _is_recorded(self, epoch: int) -> bool:
+        """Whether log.txt has this epoch's line."""
+        path = self.output / "log.txt"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return any(re.search(rf'"epoch": {epoch}\b', line) for line in lines)
+
     def _alpha(self, prefix: str) -> dict[str, list[float]]:
         """The time gates of all blocks in their order; nothing for a model without."""
         gates = time_gates(self.bare)
         return {f"{prefix}alpha": torch.stack(gates).tolist()} if gates else {}
 
-    def _next(self, batches: Iterator) -> list[dict[str, Any]]:
-        """The micro-batches of one step, on the device. An error of any process stops all of them."""
+    def _next(self, batches: Iterator) -> tuple[list[dict[str, Any]], int]:
+        """The micro-batches of one step, on the device, and the signal that asked any process to stop before it (0:
+        none did). An error of any process stops all of them."""
         error: Exception | None = None
         micro_batches = []
         try:
@@ -185,10 +219,9 @@ class Trainer:
                 micro_batches.append(read(batches))
         except Exception as e:
             error = e
-        if self.world.any(error is not None):
-            raise error or PeerError("another process could not read its data")
+        asked = self.world.go_on(error, "read its data")
         self.task.report(micro_batches)
-        return [to_device(b, self.world.device, self.args.norm_style) for b in micro_batches]
+        return [to_device(b, self.world.device, self.args.norm_style) for b in micro_batches], asked
 
     def _optimizer_step(self, micro_batches: list[dict[str, Any]], lr: float) -> dict[str, float]:
         for group in self.optimizer.param_groups:

@@ -20,10 +20,11 @@ from avion.data.transforms import normalize_clip
 from avion.engine import encode
 from avion.engine.build import build_as_saved
 from avion.engine.demo_data import use_demo_dataset
-from avion.engine.distributed import PeerError, World
+from avion.engine.distributed import World
 from avion.engine.loader import build_loader, read
 from avion.engine.logging import append_json, duration
 from avion.engine.run import joined, shared_flags
+from avion.engine.signals import Stopped, name
 from avion.engine.steps import Precision
 from avion.engine.trainer import choose_precision
 from avion.errors import UserError
@@ -118,6 +119,7 @@ class _Run:
             self.max_tokens = args.max_tokens or default_max_tokens(world.device)
             mark = fingerprint(self.model, self._settings())
         world.agree({"questions": len(self.questions), "weights and settings": mark})
+        world.stop_if_asked("before the first video")
         self.log = ResultLog(self.folder, world.rank, mark)
 
     def _settings(self) -> dict[str, Any]:
@@ -187,8 +189,10 @@ class _Run:
                     self._answer_one(read(samples), texts, results, errors)
                 except Exception as e:  # raised below, once the other processes know
                     failure = e
-            if world.any(failure is not None):
-                raise failure or PeerError("another process could not answer its question")
+            asked = world.go_on(failure, "answer its question")
+            if asked and done < rounds:
+                left = len(todo) - done * world.size
+                raise Stopped(f"{name(asked)} with {left} videos left; {self.folder} keeps the answers so far")
             if done % self.args.print_freq == 0 or done == rounds:
                 pace = (time.perf_counter() - start) / done
                 logger.info(
