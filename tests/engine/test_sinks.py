@@ -18,6 +18,7 @@ from avion.engine.tasks import Pretrain
 from avion.errors import UserError
 from tests.engine.wandb_file import read_wandb
 from tests.processes import run_processes
+from tools import plot_run
 
 BOTH = ["--tensorboard", "--wandb", "--wandb-mode", "offline"]
 NOT_SENT = {"epoch", "step", "global_step", "alpha"}
@@ -112,6 +113,10 @@ def test_the_gates_in_the_logs_are_those_of_the_checkpoint(tiny_flags, tmp_path)
     assert lines(tmp_path / "log.txt")[-1]["train_alpha"] == gates
     assert lines(tmp_path / "steps.txt")[-1]["alpha"] == gates
     assert len({tuple(row["alpha"]) for row in lines(tmp_path / "steps.txt")}) == 6
+
+    drawn = plot_run.read_run(tmp_path, "name")
+    assert (drawn.blocks, len(drawn.steps), len(drawn.epochs)) == (2, 6, 2) and "avg_map" in drawn.evaluated()
+    assert plot_run.main([str(tmp_path), "--output", str(tmp_path / "curves.png")]) == 0
 
 
 def test_a_model_without_gates_logs_none(tiny_flags, tmp_path):

@@ -1,0 +1,295 @@
+"""Curves of one or several runs as a picture: loss, learning rate, gradient norm, time gates, speed, evaluations.
+
+Examples:
+    python tools/plot_run.py runs/id6 --output id6.png
+    python tools/plot_run.py runs/id4 runs/id6 runs/id7 --output compare.png
+
+RUN is the --output-dir of a training; resumed runs and runs that are still going are fine. Exit status: 0, or 2 after
+one line for a mistake.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from avion.engine.files import written_whole
+from avion.errors import UserError
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+# Okabe and Ito's colours, told apart by colour-blind readers too; their yellow is too pale for a line.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", ":", "-.")
+COLUMNS = 3
+# More points than this are drawn pale under their moving average.
+SMOOTHED_ABOVE = 150
+# More blocks than this get a colour bar in the place of a legend.
+LEGEND_BLOCKS = 6
+# Figures of the evaluations worth a panel; of a task that has none of them, every figure gets one.
+HEADLINES = {
+    "avg_map": "mAP, mean of V2T and T2V", "avg_ndcg": "nDCG, mean of V2T and T2V", "verb_top1": "verb top-1",
+    "noun_top1": "noun top-1", "action_top1": "action top-1",
+}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """What a run has written so far. Rows are in the order of their global step, which no two share."""
+
+    name: str
+    steps: list[dict[str, Any]]
+    epochs: list[dict[str, Any]]
+
+    @property
+    def blocks(self) -> int:
+        """Time gates of the model."""
+        return len(self.steps[-1].get("alpha", []))
+
+    def evaluated(self) -> set[str]:
+        """Names of the evaluations' figures."""
+        return {key.removeprefix("test_") for row in self.epochs for key in row if key.startswith("test_")}
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines log. A last line without its end is being written, or never was, and is left out.
+
+    A resumed run does the steps since its checkpoint again: its lines take the place of those written before.
+    Raises UserError naming file and line for anything else that is not a row of figures.
+    """
+    try:
+        *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); name the --output-dir of a training") from e
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        row = _row(line, f"{path} line {number}")
+        while rows and rows[-1]["global_step"] >= row["global_step"]:
+            rows.pop()
+        rows.append(row)
+    return rows
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: not valid JSON; correct or remove the line") from e
+    if not isinstance(row, dict) or type(row.get("global_step")) is not int:
+        raise UserError(f"{where}: no figures with a whole number `global_step`; correct or remove the line")
+    for key, value in row.items():
+        values = value if key in ("alpha", "train_alpha") and isinstance(value, list) else [value]
+        if not all(type(v) is float or type(v) is int and abs(v) < 2**63 for v in values):
+            raise UserError(f"{where}: {key} must be a number, found {value!r}; correct or remove the line")
+    return row
+
+
+def read_run(folder: Path, name: str) -> Run:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name the --output-dir of a training")
+    steps = read_log(folder / "steps.txt")
+    if not steps:
+        raise UserError(f"{folder / 'steps.txt'}: holds no progress line yet; wait for the first (--print-freq)")
+    epochs = folder / "log.txt"
+    return Run(name, steps, read_log(epochs) if epochs.exists() else [])
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as it takes to tell them apart."""
+    whole = [folder.resolve().parts for folder in folders]
+    for count in range(1, max(map(len, whole)) + 1):
+        names = ["/".join(parts[-count:]) for parts in whole]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"{folders[0]}: a run is named twice; name each once")
+
+
+# --- panels ----------------------------------------------------------------------------------
+
+
+def points(rows: list[dict[str, Any]], key: str, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the rows that have the figure."""
+    found = [(row["global_step"], row[key]) for row in rows if key in row and math.isfinite(row[key])]
+    x, y = np.array(found, dtype=float).reshape(-1, 2).T
+    return x, scale * y
+
+
+def moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred; at the ends over what there is."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    start, stop = np.maximum(at - window // 2, 0), np.minimum(at + window // 2 + 1, len(values))
+    return (total[stop] - total[start]) / (stop - start)
+
+
+def curve(axes: Axes, x: np.ndarray, y: np.ndarray, index: int, smooth: bool) -> None:
+    """One run's line."""
+    look = {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index // len(COLOURS) % len(STYLES)]}
+    if smooth and len(x) > SMOOTHED_ABOVE:
+        axes.plot(x, y, **look, linewidth=0.6, alpha=0.25)
+        y = moving_average(y, len(x) // 40)
+    axes.plot(x, y, **look, linewidth=1.5, marker="o" if len(x) == 1 else None, markersize=4)
+
+
+def training_panel(
+    key: str, title: str, unit: str, *, scale: float = 1.0, smooth: bool = True, from_zero: bool = False
+) -> Callable[[Axes, list[Run]], None]:
+    """A figure of the progress lines, all runs in one."""
+
+    def draw(axes: Axes, runs: list[Run]) -> None:
+        lowest, highest = math.inf, 0.0
+        for index, run in enumerate(runs):
+            x, y = points(run.steps, key, scale)
+            curve(axes, x, y, index, smooth)
+            if len(y):
+                lowest, highest = min(lowest, y.min()), max(highest, y.max())
+        if key == "grad_norm" and lowest > 0 and highest > 20 * lowest:
+            axes.set_yscale("log")
+        elif from_zero:
+            axes.set_ylim(0, None)
+        axes.set(title=title, ylabel=unit)
+
+    return draw
+
+
+def evaluation_panel(key: str, title: str, percent: bool) -> Callable[[Axes, list[Run]], None]:
+    """A figure of the evaluations, all runs in one."""
+
+    def draw(axes: Axes, runs: list[Run]) -> None:
+        for index, run in enumerate(runs):
+            x, y = points(run.epochs, f"test_{key}", 100.0 if percent else 1.0)
+            curve(axes, x, y, index, smooth=False)
+            axes.plot(x, y, ".", color=COLOURS[index % len(COLOURS)], markersize=7)
+        axes.set(title=f"evaluation: {title}", ylabel="%" if percent else "")
+
+    return draw
+
+
+def gates_panel(run: Run, title: str, limits: tuple[float, float]) -> Callable[[Axes, list[Run]], None]:
+    """α of every block of one run."""
+
+    def draw(axes: Axes, runs: list[Run]) -> None:
+        colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.88, run.blocks))
+        rows = [row for row in run.steps if len(row.get("alpha", [])) == run.blocks]
+        x = [row["global_step"] for row in rows]
+        for block in range(run.blocks):
+            y = [row["alpha"][block] for row in rows]
+            axes.plot(x, y, color=colours[block], linewidth=1.4, marker="o" if len(x) == 1 else None, label=str(block))
+        axes.set(title=title, ylabel="α (mixing is multiplied by tanh α)", ylim=limits)
+        if run.blocks <= LEGEND_BLOCKS:
+            axes.legend(title="block", fontsize="small", title_fontsize="small", ncols=2, frameon=False)
+        else:
+            cmap = matplotlib.colors.ListedColormap(colours)
+            scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(-0.5, run.blocks - 0.5), cmap)
+            axes.figure.colorbar(scale, ax=axes, label="block", ticks=MaxNLocator(6, integer=True), pad=0.02)
+
+    return draw
+
+
+def gate_limits(runs: list[Run]) -> tuple[float, float]:
+    """One scale for the gates of all runs."""
+    values = [v for run in runs for row in run.steps for v in row.get("alpha", []) if math.isfinite(v)]
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    margin = 0.06 * (high - low) or 0.01
+    return low - margin, high + margin
+
+
+def panels(runs: list[Run]) -> list[Callable[[Axes, list[Run]], None]]:
+    """The panels that these runs have something to show in."""
+    has = {key for run in runs for row in run.steps for key in row}
+    found = [
+        training_panel(key, title, unit, **more)
+        for key, title, unit, more in (
+            ("loss", "training loss", "loss", {}),
+            ("lr", "learning rate", "learning rate", {"smooth": False, "from_zero": True}),
+            ("grad_norm", "gradient norm, before clipping", "norm", {}),
+            ("clips_per_s", "speed, all processes", "clips/s", {"from_zero": True}),
+            ("wait", "waiting for data", "% of the time", {"scale": 100.0, "from_zero": True}),
+        )
+        if key in has
+    ]
+    if any(row.get("skipped_steps") for run in runs for row in run.steps):
+        found.append(training_panel("skipped_steps", "skipped steps", "steps per progress line", smooth=False))
+    gated = [run for run in runs if run.blocks]
+    for run in gated:
+        title = "time gates" + (f": {run.name}" if len(runs) > 1 else "")
+        found.append(gates_panel(run, title, gate_limits(gated)))
+    figures = {name for run in runs for name in run.evaluated()}
+    named = [name for name in HEADLINES if name in figures]
+    found += [evaluation_panel(name, HEADLINES[name], percent=True) for name in named]
+    if not named:
+        found += [evaluation_panel(name, name, percent=False) for name in sorted(figures)]
+    return found
+
+
+def draw(runs: list[Run]) -> Figure:
+    """All panels of the runs, in one figure."""
+    todo = panels(runs)
+    columns = min(COLUMNS, len(todo))
+    rows = math.ceil(len(todo) / columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(4.4 * columns, 3.0 * rows + 0.5), layout="constrained", squeeze=False
+    )
+    for axes, panel in zip(grid.flat, todo, strict=False):
+        panel(axes, runs)
+        axes.set_title(axes.get_title(), fontsize="medium", loc="left")
+        axes.set_xlabel("optimizer step")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid.flat[len(todo) :]:
+        axes.set_visible(False)
+    if len(runs) == 1:
+        figure.suptitle(runs[0].name, fontweight="bold")
+    else:
+        handles = [
+            plt.Line2D([], [], color=COLOURS[i % len(COLOURS)], linestyle=STYLES[i // len(COLOURS) % len(STYLES)])
+            for i in range(len(runs))
+        ]
+        names = [run.name for run in runs]
+        figure.legend(handles, names, loc="outside upper center", ncols=min(len(runs), 4), frameon=False)
+    return figure
+
+
+def plot(folders: Sequence[Path], output: Path) -> None:
+    """Draw the runs in these folders into a PNG file."""
+    if output.suffix.lower() != ".png":
+        raise UserError(f"--output {output}: a name that ends with .png is due")
+    runs = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
+    figure = draw(runs)
+    with written_whole(output, flag="--output", cure="choose another place") as file:
+        figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these command-line words (None: `sys.argv`); returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the --output-dir of a training")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE.png", help="where the picture goes")
+    given = parser.parse_args(argv)
+    try:
+        plot(given.runs, given.output)
+    except UserError as e:
+        print(f"tools/plot_run.py: error: {e}", file=sys.stderr)
+        return 2
+    print(given.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
