@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from avion.engine.args import unknown_key
 from avion.engine.distributed import World
 from avion.engine.logging import setup_logging
 from avion.errors import UserError
@@ -35,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     which.add_argument("--figure", type=int, metavar="N", help="5")
     which.add_argument("--row", type=int, metavar="ID", help="the paper's ID: 4 to 8; without it, every row")
     which.add_argument("--task", choices=TASKS, help="where a row has several")
+    which.add_argument("--recipe", nargs="+", metavar="KEY", help="instead: recipes by the names of their files")
     what = parser.add_argument_group("what to do (default: show the commands)").add_mutually_exclusive_group()
     what.add_argument("--run", action="store_true", help="run them here one by one; goes on where one stopped")
     what.add_argument("--submit", action="store_true", help="send them to SLURM")
@@ -54,8 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def selected(args: argparse.Namespace) -> list[Recipe]:
     """The recipes that --table, --figure, --row and --task name. UserError where there are none."""
-    if (args.table is None) == (args.figure is None):
-        raise UserError("give one of --table (8, 9, 10, avion) and --figure (5)")
+    if [args.table, args.figure, args.recipe].count(None) != 2:
+        raise UserError("give one of --table (8, 9, 10, avion), --figure (5) and --recipe")
+    if args.recipe is not None:
+        return _by_key(args.recipe)
     table = int(args.table) if args.table is not None and args.table.isdigit() else args.table
     place = load_recipes(table=table, figure=args.figure)
     found = [r for r in place if args.row in (None, r.row) and args.task in (None, r.task)]
@@ -66,6 +70,14 @@ def selected(args: argparse.Namespace) -> list[Recipe]:
         raise UserError(f"no recipe for this row and task; there are {rows}")
     tables, figures = ({getattr(r, k) for r in load_recipes()} - {None} for k in ("table", "figure"))
     raise UserError(f"no recipes for it; there are tables {', '.join(sorted(map(str, tables)))} and figures {figures}")
+
+
+def _by_key(keys: Sequence[str]) -> list[Recipe]:
+    known = {recipe.key: recipe for recipe in load_recipes()}
+    for key in keys:
+        if key not in known:
+            raise unknown_key("--recipe", key, known, f"there are {', '.join(known)}")
+    return [known[key] for key in keys]
 
 
 def run_all(steps: Sequence[Step], again: bool) -> int:

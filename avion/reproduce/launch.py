@@ -44,7 +44,7 @@ class Run:
         else:
             checkpoint, more = getattr(args, "pretrain_model", "") or getattr(args, "resume", ""), {}
         return {
-            "recipe": recipe.key, "scale": recipe.scale, "seed": recipe.flags.get("seed", 0),
+            "recipe": recipe.key, "scale": recipe.scale, "seed": recipe.seed or 0,
             "evaluated": self.evaluated, "checkpoint": checkpoint, **more,
         }  # fmt: skip
 

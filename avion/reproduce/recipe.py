@@ -54,6 +54,7 @@ class Recipe:
     tolerance: float = 0.5
     checkpoint: str | None = None
     scale: str = FULL
+    seed: int | None = None  # of the training that this run is or starts from; None: the default, 0
 
     @property
     def key(self) -> str:
@@ -230,9 +231,9 @@ def scaled(recipe: Recipe, scale: str = FULL, output_root: str | Path = "runs", 
     changes["output-dir"] = str(folder)
     if recipe.starts_from is not None:
         changes["pretrain-model"] = str(run_folder(recipe.starts_from, output_root, seed) / CHECKPOINT)
-    if seed is not None:
+    if seed is not None and any(f.name == "seed" for f in dataclasses.fields(recipe.options)):
         changes["seed"] = seed
-    return dataclasses.replace(recipe.with_flags(changes), gpus=gpus, scale=name)
+    return dataclasses.replace(recipe.with_flags(changes), gpus=gpus, scale=name, seed=seed)
 
 
 def run_folder(key: str, output_root: str | Path, seed: int | None) -> Path:

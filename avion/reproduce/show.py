@@ -50,7 +50,7 @@ def _title(step: Step) -> str:
     notes: Mapping[str, bool] = {
         "from released weights": step.run.evaluated == RELEASED,
         f"scale {recipe.scale}": recipe.scale != FULL,
-        f"seed {recipe.flags.get('seed')}": "seed" in recipe.flags,
+        f"seed {recipe.seed}": recipe.seed is not None,
     }
     more = "".join(f", {note}" for note, holds in notes.items() if holds)
     return f"{recipe.where}: {recipe.name}, {recipe.task} ({recipe.key}{more})"
