@@ -4,13 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from avion.ops.causal_conv import causal_conv_silu
+from avion.ops.buffers import forget_spare_buffers
+from avion.ops.causal_conv import causal_conv_silu, causal_conv_silu_both
 from avion.ops.causal_conv import torch as blocked
 from tests.ops.named import assert_close, poisoned_memory
 
 
 @pytest.fixture(autouse=True)
 def poison():
+    forget_spare_buffers()  # memory of earlier calls holds numbers, not NaN
     with poisoned_memory():
         yield
 
@@ -54,6 +56,32 @@ def test_outputs_and_gradients_equal_conv1ds(shape, reverse, block, monkeypatch)
         assert_close(name, left, right, 1e-12)
 
 
+@pytest.mark.parametrize("block", [200_000, 12])
+@pytest.mark.parametrize("shape", [(5, 4, 7, 4), (0, 4, 5, 4), (2, 23, 3, 3), (2, 9, 4, 1)])
+def test_both_directions_at_once_equal_each_alone(shape, block, monkeypatch):
+    monkeypatch.setattr(blocked, "_BLOCK_ELEMENTS", block)
+    wide, *ahead = random_inputs(*shape)
+    behind = random_inputs(*shape)[1:]
+    x, inputs = wide[..., : shape[2]], (wide, *ahead, *behind)
+    actual = torch.cat(causal_conv_silu_both(x, ahead, behind))
+    expected = torch.cat([by_conv1d(x, *ahead, False), by_conv1d(x, *behind, True)])
+    assert_close("y", actual, expected, 1e-12)
+    loss_weight = torch.randn_like(actual)
+    found = torch.autograd.grad(actual, inputs, loss_weight)
+    wanted = torch.autograd.grad(expected, inputs, loss_weight)
+    for name, left, right in zip(("dx", "dw", "db", "dw behind", "db behind"), found, wanted, strict=True):
+        assert_close(name, left, right, 1e-12)
+
+
+def test_gradients_of_one_of_both_directions_only():
+    wide, *ahead = random_inputs(2, 5, 3, 4)
+    behind = random_inputs(2, 5, 3, 4)[1:]
+    x = wide[..., :3]
+    (actual,) = torch.autograd.grad(causal_conv_silu_both(x, ahead, behind)[1].square().sum(), wide)
+    (expected,) = torch.autograd.grad(by_conv1d(x, *behind, True).square().sum(), wide)
+    assert_close("dx", actual, expected, 1e-12)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_by_hand(reverse):
     x, weight, bias = [1.0, -2.0, 3.0], [0.5, 2.0], 0.25
@@ -95,6 +123,8 @@ def test_the_operator_keeps_torch_librarys_rules():
     wide, weight, bias = random_inputs(2, 5, 3, 4)
     x = wide[..., :3].detach().requires_grad_()
     torch.library.opcheck(torch.ops.avion.causal_conv_silu.default, (x, weight, bias, True))
+    arguments = (x, weight, bias, weight.detach().clone().requires_grad_(), bias.detach().clone().requires_grad_())
+    torch.library.opcheck(torch.ops.avion.causal_conv_silu_both.default, arguments)
 
 
 def test_shapes_that_do_not_fit_are_refused():

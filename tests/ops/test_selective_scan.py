@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from avion.errors import UserError
-from avion.ops.selective_scan import available_backends, dispatch, resolve_backend, selective_scan
+from avion.ops.buffers import forget_spare_buffers
+from avion.ops.selective_scan import available_backends, dispatch, resolve_backend, selective_scan, torch_blocks
 from avion.ops.selective_scan import torch as fast
 from tests.ops.named import assert_close, poisoned_memory
 
@@ -20,6 +21,7 @@ SHAPES = [(5, 4, 7, 16), (3, 1, 8, 4), (0, 4, 8, 16), (1, 2, 1, 5), (7, 3, 5, 64
 
 @pytest.fixture(autouse=True)
 def poison():
+    forget_spare_buffers()  # memory of earlier calls holds numbers, not NaN
     with poisoned_memory():
         yield
 
@@ -27,8 +29,10 @@ def poison():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks, ragged ones among them, in a group; several groups; several blocks of time."""
-    monkeypatch.setattr(fast, "_MAX_STEPS", 4)
-    monkeypatch.setattr(fast, "_budget", lambda device: fast._Budget(block=2 * 4 * 5 * 4, group=2 * 2 * 4 * 5))
+    monkeypatch.setattr(torch_blocks, "_MAX_STEPS", 4)
+    monkeypatch.setattr(
+        torch_blocks, "_budget", lambda device: torch_blocks._Budget(block=2 * 4 * 5 * 4, group=2 * 2 * 4 * 5)
+    )
 
 
 def random_inputs(rows, steps, channels, states, dtype=torch.float64, device="cpu") -> dict[str, torch.Tensor]:
@@ -168,7 +172,7 @@ def test_extreme_step_sizes():
 
     small = torch.linspace(-16, -4, 1000)  # softplus ≈ e^x: compare it relatively, not absolutely
     out = torch.empty_like(small)
-    fast._softplus(small, out)
+    torch_blocks.softplus(small, out, torch.empty_like(small))
     expected = F.softplus(small.double())
     assert ((out.double() - expected).abs() / expected).max() < 2e-6
 
@@ -243,8 +247,8 @@ class _LargestTensor(TorchDispatchMode):
 
 def test_nothing_of_size_rows_times_steps_times_channels_times_states_is_made(monkeypatch):
     rows, steps, channels, states = 40, 4, 24, 8
-    budget = fast._Budget(block=4 * channels * states, group=rows * steps * channels)
-    monkeypatch.setattr(fast, "_budget", lambda device: budget)
+    budget = torch_blocks._Budget(block=4 * channels * states, group=rows * steps * channels)
+    monkeypatch.setattr(torch_blocks, "_budget", lambda device: budget)
     inputs = [tensor.detach() for tensor in random_inputs(rows, steps, channels, states).values()]
     with _LargestTensor() as forward:
         _, entering = fast._scan._init_fn(*inputs, True, False, True)

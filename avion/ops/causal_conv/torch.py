@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from avion.ops.buffers import Buffers, borrowed_buffers
+
 from .autograd import differentiable
 
 _BLOCK_ELEMENTS = 200_000  # of a block's (rows, steps, D) on a CPU, so that its few buffers fit the cache
@@ -37,37 +39,104 @@ def _overlap(start: int, stop: int, shift: int, low: int, high: int) -> tuple[sl
     return slice(first - start, end - start), slice(first - shift - low, end - shift - low)
 
 
-def _convolve(x: Tensor, taps: list[Tensor], bias: Tensor, start: int, stop: int, sign: int) -> Tensor:
-    """Steps [start, stop) before the SiLU, of x (rows, T, D); taps[s] (D,) weighs x_{t - sign·s}."""
-    y = torch.addcmul(bias, x[:, start:stop], taps[0])
-    for s, tap in enumerate(taps[1:], 1):
-        overlap = _overlap(start, stop, sign * s, 0, x.shape[1])
-        if overlap is not None:
-            y[:, overlap[0]].addcmul_(x[:, overlap[1]], tap)
-    return y
+class _Direction:
+    """One direction's taps, of x_t, x_{t ∓ 1}, … (D,) each, and bias, in the compute dtype."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, reverse: bool, dtype: torch.dtype):
+        self.taps = list(weight.to(dtype).t().flip(0).contiguous().unbind(0))
+        self.bias = bias.to(dtype)
+        self.reverse, self.sign, self.halo = reverse, -1 if reverse else 1, len(self.taps) - 1
+
+    def convolve(self, x: Tensor, start: int, stop: int, out: Tensor) -> None:
+        """Steps [start, stop) of x (rows, T, D), before the SiLU."""
+        torch.addcmul(self.bias, x[:, start:stop], self.taps[0], out=out)
+        for s, tap in enumerate(self.taps[1:], 1):
+            overlap = _overlap(start, stop, self.sign * s, 0, x.shape[1])
+            if overlap is not None:
+                out[:, overlap[0]].addcmul_(x[:, overlap[1]], tap)
 
 
-@torch.library.custom_op("avion::causal_conv_silu", mutates_args=())
-def _conv_silu(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
-    dtype, sign = _compute_dtype(x, weight, bias), -1 if reverse else 1
-    taps, bias = _taps(weight, dtype), bias.to(dtype)
-    y = x.new_empty(x.shape)
-    for rows, start, stop in _blocks(x):
-        block, first = _with_halo(x, rows, start, stop, len(taps) - 1, dtype)
-        conv = _convolve(block, taps, bias, start - first, stop - first, sign)
-        y[rows, start:stop] = torch.nn.functional.silu(conv, inplace=True)
-    return y
-
-
-def _taps(weight: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """The weights of x_t, x_{t-1}, …, (D,) each."""
-    return list(weight.to(dtype).t().flip(0).contiguous().unbind(0))
+def _forward(x: Tensor, directions: list[_Direction], outputs: list[Tensor], dtype: torch.dtype) -> None:
+    with borrowed_buffers(dtype, x.device) as buffers:
+        for rows, start, stop in _blocks(x):
+            for p, y in zip(directions, outputs, strict=True):
+                block, first = _with_halo(x, rows, start, stop, p.halo, dtype)
+                conv = buffers.view("conv", len(block), stop - start, x.shape[2])
+                p.convolve(block, start - first, stop - first, out=conv)
+                y[rows, start:stop] = torch.nn.functional.silu(conv, inplace=True)
 
 
 def _with_halo(x: Tensor, rows: slice, start: int, stop: int, halo: int, dtype: torch.dtype):
     """Rows of x with up to `halo` steps around [start, stop), in the compute dtype, and their first step."""
     first = max(0, start - halo)
     return x[rows, first : min(stop + halo, x.shape[1])].to(dtype), first
+
+
+class _Gradients:
+    """What a direction's backward fills, in the compute dtype."""
+
+    def __init__(self, p: _Direction):
+        self.taps = torch.stack(p.taps).zero_()
+        self.bias = torch.zeros_like(p.bias)
+
+    def as_inputs(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return self.taps.flip(0).t().contiguous().to(weight.dtype), self.bias.to(bias.dtype)
+
+
+def _backward(
+    x: Tensor, directions: list[_Direction], by_y: list[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, list[_Gradients]]:
+    """dx, all directions' together, and the gradients of each direction's taps and bias."""
+    dx, grads = x.new_empty(x.shape), [_Gradients(p) for p in directions]
+    with borrowed_buffers(dtype, x.device) as buffers:
+        for rows, start, stop in _blocks(x):
+            d_block = buffers.view("d_block", len(range(len(x))[rows]), stop - start, x.shape[2]).zero_()
+            for p, dy, grad in zip(directions, by_y, grads, strict=True):
+                _backward_block(p, x, dy, (rows, start, stop), d_block, grad, buffers)
+            dx[rows, start:stop] = d_block
+    return dx, grads
+
+
+def _backward_block(
+    p: _Direction,
+    x: Tensor,
+    dy: Tensor,
+    at: tuple[slice, int, int],
+    d_block: Tensor,
+    grad: _Gradients,
+    buffers: Buffers,
+) -> None:
+    """Adds to d_block, the gradient of x at the block, and to `grad`."""
+    rows, start, stop = at
+    # The steps of y that x_t reaches, t in [start, stop): up to `halo` later ones, earlier in reverse.
+    low = max(0, start - p.halo) if p.reverse else start
+    high = stop if p.reverse else min(stop + p.halo, x.shape[1])
+    block, first = _with_halo(x, rows, low, high, p.halo, d_block.dtype)
+    shape = (len(block), high - low, x.shape[2])
+    conv, d_conv = (buffers.view(name, *shape) for name in ("conv", "d_conv"))
+    p.convolve(block, low - first, high - first, out=conv)
+    torch.ops.aten.silu_backward.grad_input(dy[rows, low:high].to(conv.dtype), conv, grad_input=d_conv)
+
+    own = d_conv[:, start - low : stop - low]  # a step's weight gradients belong to one block
+    grad.bias += own.sum((0, 1))
+    product = conv[:, : stop - start]  # conv is done with
+    for s, tap in enumerate(p.taps):
+        seen = _overlap(start, stop, p.sign * s, first, first + block.shape[1])
+        if seen is not None:
+            grad.taps[s] += torch.mul(own[:, seen[0]], block[:, seen[1]], out=product[:, seen[0]]).sum((0, 1))
+        reached = _overlap(start, stop, -p.sign * s, low, high)
+        if reached is not None:
+            d_block[:, reached[0]].addcmul_(d_conv[:, reached[1]], tap)
+
+
+# ---- the operators -----------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("avion::causal_conv_silu", mutates_args=())
+def _conv_silu(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
+    dtype, y = _compute_dtype(x, weight, bias), x.new_empty(x.shape)
+    _forward(x, [_Direction(weight, bias, reverse, dtype)], [y], dtype)
+    return y
 
 
 @_conv_silu.register_fake
@@ -80,37 +149,61 @@ def _conv_silu_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
-    dtype, sign = _compute_dtype(x, weight, bias), -1 if reverse else 1
-    taps, bias_compute = _taps(weight, dtype), bias.to(dtype)
-    dx = x.new_empty(x.shape)
-    d_taps = torch.zeros(len(taps), x.shape[2], dtype=dtype, device=x.device)
-    d_bias = torch.zeros_like(bias_compute)
-    halo = len(taps) - 1
-    for rows, start, stop in _blocks(x):
-        # The steps of y that x_t reaches, t in [start, stop): up to `halo` later ones, earlier in reverse.
-        low = max(0, start - halo) if reverse else start
-        high = stop if reverse else min(stop + halo, x.shape[1])
-        block, first = _with_halo(x, rows, low, high, halo, dtype)
-        conv = _convolve(block, taps, bias_compute, low - first, high - first, sign)
-        d_conv = torch.ops.aten.silu_backward(dy[rows, low:high].to(dtype), conv)
-
-        own = slice(start - low, stop - low)  # a step's weight gradients belong to one block
-        d_bias += d_conv[:, own].sum((0, 1))
-        d_block = d_conv[:, own] * taps[0]
-        for s, tap in enumerate(taps):
-            seen = _overlap(start, stop, sign * s, first, first + block.shape[1])
-            if seen is not None:
-                d_taps[s] += (d_conv[:, own][:, seen[0]] * block[:, seen[1]]).sum((0, 1))
-            reached = _overlap(start, stop, -sign * s, low, high)
-            if s > 0 and reached is not None:
-                d_block[:, reached[0]].addcmul_(d_conv[:, reached[1]], tap)
-        dx[rows, start:stop] = d_block
-    return dx, d_taps.flip(0).t().contiguous().to(weight.dtype), d_bias.to(bias.dtype)
+    dtype = _compute_dtype(x, weight, bias)
+    dx, (grad,) = _backward(x, [_Direction(weight, bias, reverse, dtype)], [dy], dtype)
+    return dx, *grad.as_inputs(weight, bias)
 
 
 differentiable(_conv_silu, _conv_silu_backward)
 
 
+@torch.library.custom_op("avion::causal_conv_silu_both", mutates_args=())
+def _conv_silu_both(x: Tensor, weight: Tensor, bias: Tensor, weight_b: Tensor, bias_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both directions of time, x read once."""
+    dtype, directions = _both(x, weight, bias, weight_b, bias_b)
+    outputs = [x.new_empty(x.shape) for _ in directions]
+    _forward(x, directions, outputs, dtype)
+    return outputs[0], outputs[1]
+
+
+def _both(x: Tensor, *parameters: Tensor) -> tuple[torch.dtype, list[_Direction]]:
+    dtype = _compute_dtype(x, *parameters)
+    return dtype, [_Direction(*parameters[:2], False, dtype), _Direction(*parameters[2:], True, dtype)]
+
+
+@_conv_silu_both.register_fake
+def _(x, weight, bias, weight_b, bias_b):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@torch.library.custom_op("avion::causal_conv_silu_both_backward", mutates_args=())
+def _conv_silu_both_backward(
+    dy: Tensor, dy_b: Tensor, x: Tensor, weight: Tensor, bias: Tensor, weight_b: Tensor, bias_b: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and of the parameters."""
+    dtype, directions = _both(x, weight, bias, weight_b, bias_b)
+    dx, (ahead, behind) = _backward(x, directions, [dy, dy_b], dtype)
+    return dx, *ahead.as_inputs(weight, bias), *behind.as_inputs(weight_b, bias_b)
+
+
+@_conv_silu_both_backward.register_fake
+def _(dy, dy_b, *inputs):
+    return tuple(t.new_empty(t.shape) for t in inputs)
+
+
+_conv_silu_both.register_autograd(
+    lambda ctx, dy, dy_b: _conv_silu_both_backward(dy, dy_b, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
 def causal_conv_silu_torch(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
     """See the package's docstring."""
     return _conv_silu(x, weight, bias, reverse)
+
+
+def causal_conv_silu_both_torch(
+    x: Tensor, ahead: tuple[Tensor, Tensor], behind: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Both directions, weight and bias of each."""
+    return _conv_silu_both(x, *ahead, *behind)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from avion.ops.selective_scan import resolve_backend, selective_scan
 
+from .torch import gated_scan_torch
+
 
 class ScanInputs(NamedTuple):
     """One direction's inputs; the package's docstring has the shapes. The steps are softplus(delta + delta_bias)."""
@@ -34,6 +36,8 @@ def gated_bidirectional_scan(forward: ScanInputs, backward: ScanInputs, z: Tenso
         from .triton import gated_scan_triton  # only where there is a GPU for it
 
         return gated_scan_triton(forward, backward, z)
+    if name == "torch":
+        return gated_scan_torch(forward, backward, z)
     return _composed(forward, backward, z, name)
 
 
