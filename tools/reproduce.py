@@ -23,7 +23,7 @@ from avion.engine.logging import setup_logging
 from avion.errors import UserError
 from avion.reproduce.plan import Request, Step, plan
 from avion.reproduce.recipe import FULL, TASKS, Recipe, load_recipes
-from avion.reproduce.show import described
+from avion.reproduce.show import described, recipes_table
 
 logger = logging.getLogger(__name__)
 USER_ERROR, INTERRUPTED = 2, 130
@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what to do (default: show the commands)").add_mutually_exclusive_group()
     what.add_argument("--run", action="store_true", help="run them here one by one; goes on where one stopped")
     what.add_argument("--submit", action="store_true", help="send them to SLURM")
+    what.add_argument("--list", action="store_true", help="all recipes, as a Markdown table")
     what.add_argument("--mark", action="store_true", help="write recipe.json alone, of runs that were started by hand")
     how = parser.add_argument_group("how")
     how.add_argument("--from-released", action="store_true", help="evaluate the released weights only")
@@ -68,8 +69,8 @@ def selected(args: argparse.Namespace) -> list[Recipe]:
     if place:
         rows = "; ".join(f"--row {r.row} --task {r.task!r}" for r in place)
         raise UserError(f"no recipe for this row and task; there are {rows}")
-    tables, figures = ({getattr(r, k) for r in load_recipes()} - {None} for k in ("table", "figure"))
-    raise UserError(f"no recipes for it; there are tables {', '.join(sorted(map(str, tables)))} and figures {figures}")
+    tables = sorted({str(r.table) for r in load_recipes() if r.table is not None})
+    raise UserError(f"no recipes for it; there are tables {', '.join(tables)} and figure 5")
 
 
 def _by_key(keys: Sequence[str]) -> list[Recipe]:
@@ -99,6 +100,9 @@ def run_all(steps: Sequence[Step], again: bool) -> int:
 
 
 def reproduce(args: argparse.Namespace, words: Sequence[str]) -> int:
+    if args.list:
+        print(recipes_table(load_recipes()))
+        return 0
     if args.checkpoint and not args.from_released:
         raise UserError("--checkpoint: goes with --from-released; to start from it, give `-- --pretrain-model FILE`")
     request = Request(

@@ -91,8 +91,8 @@ def command(recipe: Recipe) -> list[str]:
 
 
 def executable(words: Sequence[str]) -> list[str]:
-    """The same command with this Python, whatever is activated."""
-    start = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "torch.distributed.run"]
+    """The same command with this Python, whatever is activated, and with the processes' own exit status."""
+    start = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "avion.engine.torchrun"]
     return [*start, *words[1:]]
 
 

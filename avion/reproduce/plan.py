@@ -62,7 +62,7 @@ def plan(recipes: Sequence[Recipe], request: Request) -> list[Step]:
     recipes = _released_ones(recipes, request) if request.released else recipes
     if request.checkpoint and len(recipes) > 1:
         names = ", ".join(recipe.key for recipe in recipes)
-        raise UserError(f"--checkpoint: is of one recipe, and this asks for {names}; choose with --row and --task, or --recipe")
+        raise UserError(f"--checkpoint: is of one recipe, and this asks for {names}; choose with --recipe")
     if request.released and request.seeds != (None,):
         raise UserError("--seed: an evaluation of released weights draws nothing; leave it out")
     steps: dict[Path, Step] = {}

@@ -156,8 +156,9 @@ def load_recipe(path: str | Path) -> Recipe:
 def load_recipes(
     table: int | str | None = None, row: int | None = None, figure: int | None = None, folder: str | Path = RECIPES
 ) -> list[Recipe]:
-    """All recipes of a folder, or those of a table, a row or a figure, in the order of their file names."""
+    """All recipes of a folder, or those of a table, a row or a figure: tables in order, then figures, then AVION's."""
     found = [load_recipe(path) for path in sorted(Path(folder).glob("*.yaml")) if _is_recipe(path)]
+    found.sort(key=lambda r: (r.table == "avion", r.figure or 0, str(r.table).zfill(3), r.row or 0, r.key))
     wanted = {"table": table, "row": row, "figure": figure}
     return [r for r in found if all(value is None or getattr(r, name) == value for name, value in wanted.items())]
 

@@ -1,29 +1,35 @@
 """A step of a plan as people read it: the command, what the paper says, what is missing."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from .commands import shell_text
 from .launch import RELEASED
 from .plan import Step
 from .recipe import FULL, Figures, Recipe
 
-# Of figures that stand together: what they are called, and their keys in eval_log.txt.
-_GROUPS = {
-    "mAP V2T/T2V/avg": ("vis_map", "txt_map", "avg_map"),
-    "nDCG V2T/T2V/avg": ("vis_ndcg", "txt_ndcg", "avg_ndcg"),
-    "top-1 verb/noun/action": ("verb_top1", "noun_top1", "action_top1"),
-    "action top-5": ("action_top5",),
-}
+# Figures that stand together: what they are called, what is what among them, their keys in eval_log.txt.
+_GROUPS = (
+    ("mAP", "V2T/T2V/avg", ("vis_map", "txt_map", "avg_map")),
+    ("nDCG", "V2T/T2V/avg", ("vis_ndcg", "txt_ndcg", "avg_ndcg")),
+    ("top-1", "verb/noun/action", ("verb_top1", "noun_top1", "action_top1")),
+    ("top-5", "action", ("action_top5",)),
+)
 
 
-def figures_text(figures: Figures) -> str:
-    """{"avg_map": 26.2, ...} in one line; EgoSchema's by number of frames. A dash for what is not given."""
+def figures_text(figures: Figures, *, explained: bool = True) -> str:
+    """{"avg_map": 26.2, ...} in one line, EgoSchema's by number of frames; a dash for what is not given."""
     parts = []
-    for label, keys in _GROUPS.items():
+    for name, columns, keys in _GROUPS:
         if any(key in figures for key in keys):
-            parts.append(f"{label} " + "/".join(f"{figures[key]:g}" if key in figures else "–" for key in keys))
-    frames = [f"{figures[count]:g} with {count} frames" for count in sorted(k for k in figures if isinstance(k, int))]
-    return ", ".join([*parts, *([f"accuracy {', '.join(frames)}"] if frames else [])])
+            values = "/".join(_percent(figures[key]) if key in figures else "–" for key in keys)
+            parts.append(f"{name} {columns} {values}" if explained else f"{name} {values}")
+    counts = sorted(key for key in figures if isinstance(key, int))
+    return ", ".join([*parts, *(f"{_percent(figures[n])} @{n}{' frames' * explained}" for n in counts)])
+
+
+def _percent(value: float) -> str:
+    """One digit, or two where one would round it."""
+    return f"{value:.1f}" if abs(value - round(value, 1)) < 1e-9 else f"{value:.2f}"
 
 
 def described(step: Step) -> str:
@@ -43,6 +49,17 @@ def described(step: Step) -> str:
     for number, problem in enumerate(step.missing):
         lines.append(f"  {'missing:' if number == 0 else '':<10}{problem}")
     return "\n".join(lines)
+
+
+def recipes_table(recipes: Sequence[Recipe]) -> str:
+    """All recipes in a Markdown table, as docs/recipes.md has it."""
+    rows = [("recipe", "what", "expected", "paper", "released")]
+    for recipe in recipes:
+        hours = "" if recipe.hours is None else f"{recipe.hours:g} h, {recipe.hours_on}"
+        figures = (figures_text(f, explained=False) for f in (recipe.paper, recipe.released))
+        rows.append((f"`{recipe.key}`", f"{recipe.name}, {recipe.task}", hours, *figures))
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|-" * len(rows[0]) + "|", *lines[1:]])
 
 
 def _title(step: Step) -> str:
