@@ -140,9 +140,9 @@ def likely_models(weights: Mapping[str, Tensor], layout: Layout) -> list[str]:
 
     Vanilla and Frozen residuals, and ViM in time and in space-time, have the same parameters.
     """
-    vim = has_time_mamba(weights)
+    mixers = ("vim", "vim_spacetime") if has_time_mamba(weights) else ("attention",)
     configs = [model_config(name) for name in list_models()]
-    configs = [c for c in configs if c.tower == layout.name and c.mixer.startswith("vim") == vim]
+    configs = [c for c in configs if c.tower == layout.name and c.mixer in mixers]
     sizes = sizes_of(weights, layout, "checkpoint")
     for fields in (("embed_dim", "depth", "patch_size", "img_size"), ("embed_dim", "depth", "patch_size")):
         same = [c.name for c in configs if all(getattr(c, f) == sizes.get(f) for f in fields)]

@@ -219,7 +219,9 @@ _DIVIDED_TO_LAVILA = (
 _NOT_TEXT = ("visual.", "logit_", "image_projection")
 _BLOCK = r"visual\.(?:blocks|transformer\.resblocks)\.\d+\."
 _TIME_GATE = re.compile(_BLOCK + "alpha_timeattn")
-_TEMPORAL_PARTS = re.compile(rf"visual\.temporal_embed(?:ding)?$|{_BLOCK}(?:norm3|timeattn|time_mamba|alpha_timeattn)")
+_TEMPORAL_PARTS = re.compile(
+    rf"visual\.temporal_embed(?:ding)?$|{_BLOCK}(?:norm3|timeattn|time_mamba|time_mixer|alpha_timeattn)"
+)
 
 
 def _rename(weights: Mapping[str, Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:

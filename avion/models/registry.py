@@ -1,4 +1,4 @@
-"""The list of models: `register_model`, `create_model`, `list_models`. Nothing else lives here.
+"""The list of models: `register_model`, `register_mixer`, `create_model`, `list_models`. Nothing else lives here.
 
 A model is a flat `ModelConfig` and a function that builds it. Every field of the config can be
 overridden when the model is created; a name or a field that does not exist is an error that says
@@ -24,7 +24,7 @@ class ModelConfig:
     tower: str  # "divided" (timemamba.py), "joint" (AVION's ViT), "lavila"; or one of yours
 
     # the two choices of a divided space-time block
-    mixer: str = "attention"  # "attention", "vim", "vim_spacetime"
+    mixer: str = "attention"  # "attention", "vim", "vim_spacetime"; or one of yours
     residual: str = "vanilla"  # "vanilla", "frozen"
 
     # video tower
@@ -106,7 +106,7 @@ _VIM_FIELDS = ("ssm_expand", "d_state", "d_conv", "dt_rank", "scan_backend")
 
 def _check_choices(config: ModelConfig) -> None:
     """A choice that the model would ignore is refused: an accepted field always does what it says."""
-    for name, choices in CHOICES.items():
+    for name, choices in {**CHOICES, "mixer": (*CHOICES["mixer"], *_MIXERS)}.items():
         if getattr(config, name) not in choices:
             listed = ", ".join(map(str, choices))
             raise UserError(f"{config.name}: {name} must be one of {listed}, found {getattr(config, name)!r}")
@@ -139,6 +139,7 @@ class _Entry(NamedTuple):
 
 _MODELS: dict[str, _Entry] = {}
 _ALIASES: dict[str, str] = {}
+_MIXERS: dict[str, Callable[[ModelConfig], nn.Module]] = {}
 
 
 def register_model(
@@ -154,6 +155,22 @@ def register_model(
             raise UserError(f"model name {name!r} is already taken; choose another one")
     _MODELS[config.name] = _Entry(config, build)
     _ALIASES.update(dict.fromkeys(aliases, config.name))
+
+
+def register_mixer(name: str, build: Callable[[ModelConfig], nn.Module]) -> None:
+    """Make `mixer=name` a choice of the divided towers: time is mixed by the module `build(config)`.
+
+    It takes the T frames of each patch as a row, (R, T, D), for any T, and returns the same shape.
+    Raises UserError where the name is taken.
+    """
+    if name in CHOICES["mixer"] or name in _MIXERS:
+        raise UserError(f"mixer {name!r} is already taken; choose another name")
+    _MIXERS[name] = build
+
+
+def build_mixer(config: ModelConfig) -> nn.Module:
+    """The module of a mixer that `register_mixer` added."""
+    return _MIXERS[config.mixer](config)
 
 
 def list_models(pattern: str = "*") -> list[str]:

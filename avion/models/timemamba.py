@@ -3,7 +3,7 @@
 One block mixes over time first and over space next. Two choices make the five models:
 
     mixer      what mixes over time: "attention" or "vim" over the T frames of each patch,
-               "vim_spacetime" over all N·T tokens of a clip
+               "vim_spacetime" over all N·T tokens of a clip; or a module of yours (register_mixer)
     residual   what the result is added to: "vanilla" (TimeSformer, arXiv 2102.05095) the tokens after
                time mixing, "frozen" (Frozen in Time, arXiv 2104.00650) the block's input
 
@@ -20,7 +20,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from .model_clip import CLIP
-from .registry import ModelConfig, register_model
+from .registry import ModelConfig, build_mixer, register_model
 from .transformer import (
     Attention,
     Mlp,
@@ -52,10 +52,12 @@ class DividedBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)
         if config.mixer == "attention":
             self.timeattn = Attention(dim, config.num_heads, config.use_flash_attn)
-        else:
+        elif config.mixer in ("vim", "vim_spacetime"):
             self.time_mamba = BiMambaMixer(
                 dim, config.d_state, config.d_conv, config.ssm_expand, config.dt_rank, config.scan_backend
             )
+        else:
+            self.time_mixer = build_mixer(config)
         # Closed (0) unless asked otherwise: the image model is the starting point.
         self.alpha_timeattn = nn.Parameter(torch.full([], float(config.time_gate_init)))
 
@@ -88,7 +90,9 @@ class DividedBlock(nn.Module):
             return self.timeattn(tokens.flatten(0, 1)).view_as(tokens)  # (B·N, T, D)
         if self.mixer == "vim":
             return self.time_mamba(tokens.flatten(0, 1)).view_as(tokens)  # (B·N, T, D)
-        return self.time_mamba(tokens.flatten(1, 2)).view_as(tokens)  # (B, N·T, D)
+        if self.mixer == "vim_spacetime":
+            return self.time_mamba(tokens.flatten(1, 2)).view_as(tokens)  # (B, N·T, D)
+        return self.time_mixer(tokens.flatten(0, 1)).view_as(tokens)  # (B·N, T, D)
 
     def mix_space(self, cls: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention over [CLS, patches] of each frame. Every frame gets the CLS; its results are averaged."""
@@ -133,7 +137,7 @@ class DividedTower(nn.Module):
         self.patch_embed.proj = nn.Conv2d(config.in_chans, dim, config.patch_size, config.patch_size, bias=False)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + patches, dim))
-        # A ViM mixer knows the order of its tokens, attention has to be told.
+        # Other mixers know the order of their tokens, attention has to be told.
         self.temporal_embed = (
             nn.Parameter(torch.empty(1, config.num_frames, dim)) if config.mixer == "attention" else None
         )
@@ -144,7 +148,7 @@ class DividedTower(nn.Module):
         self.init_parameters()
 
     def init_parameters(self) -> None:
-        """CLIP's initial values; the ViM mixers keep their own."""
+        """CLIP's initial values; mixers other than attention keep their own."""
         for parameter in (self.cls_token, self.pos_embed, self.image_projection):
             nn.init.normal_(parameter, std=self.width**-0.5)
         if self.temporal_embed is not None:

@@ -1,0 +1,154 @@
+"""Pages whose code and quotations must not rot: the model in 30 lines, the messages of the troubleshooting page."""
+
+import re
+
+import pytest
+import torch
+
+import main_pretrain
+from avion.engine.args import parse
+from avion.engine.options import PretrainOptions
+from avion.engine.steps import Precision, contrastive_step
+from avion.models import create_model, list_models, load_checkpoint, model_from_checkpoint, registry
+from avion.models.checkpoint import save_weights
+from avion.models.long_video import encode_long_video
+from avion.models.model_clip import VideoClassifier
+from avion.models.pretrained import load_pretrained
+from avion.models.utils import time_gates
+from avion.optim import build_optimizer
+from tests.layering import ROOT
+
+DOCS = ROOT / "docs"
+
+
+def code_blocks(page: str, language: str = "python") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+# --- docs/add_a_model.md ---------------------------------------------------------------------
+
+TINY = {
+    "img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2, "text_width": 32, "text_heads": 2, "text_layers": 1,
+    "context_length": 8, "vocab_size": 64, "project_embed_dim": 16, "num_frames": 4,
+}  # fmt: skip
+
+
+@pytest.fixture
+def timeconv(monkeypatch):
+    """The page's example, run; what it registers is gone after the test."""
+    for table in ("_MODELS", "_ALIASES", "_MIXERS"):
+        monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
+    before = set(list_models())
+    names = {}
+    exec(code_blocks("add_a_model.md")[0], names)
+    (name,) = set(list_models()) - before
+    return name
+
+
+def inputs():
+    return torch.randn(3, 3, 4, 32, 32), torch.randint(1, 64, (3, 8))
+
+
+def test_the_example_has_at_most_30_lines():
+    assert len(code_blocks("add_a_model.md")[0].strip().splitlines()) <= 30
+
+
+def test_the_example_learns_in_its_own_mixer_too(timeconv):
+    model = create_model(timeconv, **TINY, time_gate_init=0.5)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    optimizer = build_optimizer(model, "adamw", lr=1e-2, weight_decay=0.0)
+    video, tokens = inputs()
+
+    def loss_fn(video_embed, text_embed, scale, batch):
+        logits, labels = scale * video_embed @ text_embed.T, torch.arange(len(video_embed))
+        both = torch.nn.functional.cross_entropy(logits, labels), torch.nn.functional.cross_entropy(logits.T, labels)
+        return {"loss": sum(both) / 2}
+
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        batch = {"video": video, "tokens": tokens}
+        losses.append(contrastive_step(model, [batch], loss_fn, Precision("cpu", torch.float32), lambda x: x)["loss"])
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    for block in range(2):
+        for part in ("depthwise.weight", "pointwise.weight"):
+            assert f"visual.blocks.{block}.time_mixer.{part}" in changed
+    assert len(time_gates(model)) == 2
+
+
+def test_the_example_sees_the_order_of_frames_behind_open_gates_only(timeconv):
+    video, _ = inputs()
+    for gate, same in ((0.0, True), (0.5, False)):
+        model = create_model(timeconv, **TINY, time_gate_init=gate).eval()
+        with torch.no_grad():
+            a, b = model.encode_image(video), model.encode_image(video.flip(2))
+        assert torch.allclose(a, b, atol=1e-5) is same
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_the_example_goes_through_a_checkpoint(suffix, timeconv, tmp_path):
+    model = create_model(timeconv, **TINY, time_gate_init=0.5, residual="frozen").eval()
+    path = tmp_path / f"model{suffix}"
+    save_weights(model, path, {"norm_style": "openai", "mean": [0.0] * 3, "std": [1.0] * 3})
+    again = model_from_checkpoint(path).eval()
+    assert again.config == model.config and again.config.mixer == "conv"
+    fresh = create_model(timeconv, **TINY, residual="frozen").eval()
+    assert not load_checkpoint(fresh, path).missing
+    video, tokens = inputs()
+    with torch.no_grad():
+        expected = model(video, tokens)
+        for other in (again, fresh):
+            for a, b in zip(other(video, tokens), expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_the_example_takes_long_videos_a_head_and_other_lengths(timeconv):
+    model = create_model(timeconv, **TINY, time_gate_init=0.5).eval()
+    video = torch.randn(1, 3, 11, 32, 32)
+    with torch.no_grad():
+        expected = model.encode_image(video)[0]
+    found = encode_long_video(model, lambda a, b: video[0, :, a:b], 11, max_tokens=16)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert VideoClassifier(model.visual, 0.1, 7, config=model.config)(video).shape == (1, 7)
+
+
+def test_the_example_starts_from_an_image_clip(timeconv, tmp_path):
+    """Of a made-up one: all but the temporal parts are in it."""
+    source = create_model("TIMESFORMER_VITB16", **TINY)
+    weights = {
+        _to_clip(name): value.squeeze(0) if name == "visual.pos_embed" else value.flatten() if "cls" in name else value
+        for name, value in source.state_dict().items()
+        if not re.search("norm3|timeattn|temporal", name)
+    }
+    torch.save({"state_dict": weights}, tmp_path / "clip.pt")
+    model = create_model(timeconv, **TINY)
+    report = load_pretrained(model, "open_clip", str(tmp_path / "clip.pt"))
+    assert report.missing and all(re.search("norm3|time_mixer|alpha", name) for name in report.missing)
+    torch.testing.assert_close(model.visual.blocks[1].mlp.fc1.weight, source.visual.blocks[1].mlp.fc1.weight)
+
+
+def _to_clip(name: str) -> str:
+    for ours, theirs in (
+        ("textual.", ""), ("visual.cls_token", "visual.class_embedding"), ("visual.image_projection", "visual.proj"),
+        ("visual.pos_embed", "visual.positional_embedding"), ("visual.patch_embed.proj.", "visual.conv1."),
+        ("visual.norm.", "visual.ln_post."), ("visual.blocks.", "visual.transformer.resblocks."),
+        ("attn.Wqkv.", "attn.in_proj_"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"),
+    ):  # fmt: skip
+        name = name.replace(ours, theirs)
+    return re.sub(r"(visual.*)\.norm([12])\.", r"\1.ln_\2.", name)
+
+
+def test_the_example_is_trained_by_the_entry_point(timeconv):
+    """Its name is a value of --model, its fields are --model-args."""
+    args = parse(PretrainOptions, ["--model", timeconv, "--model-args", "depth=1"], "main_pretrain.py", "")
+    assert args.model == timeconv
+    launcher = code_blocks("add_a_model.md")[1]
+    assert "sys.exit(main_pretrain.main())" in launcher and callable(main_pretrain.main)
+
+
+def test_a_taken_mixer_is_refused(timeconv):
+    for name in ("vim", "conv"):
+        with pytest.raises(registry.UserError, match=f"mixer '{name}' is already taken"):
+            registry.register_mixer(name, lambda config: None)
