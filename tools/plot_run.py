@@ -29,7 +29,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; their yellow is too pale for a line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -135,13 +135,18 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
     return (total[stop] - total[start]) / (stop - start)
 
 
-def curve(axes: Axes, x: np.ndarray, y: np.ndarray, index: int, smooth: bool) -> None:
+def label(axes: Axes, title: str, unit: str = "") -> None:
+    axes.set_title(title, fontsize="medium", loc="left")
+    axes.set_ylabel(unit)
+
+
+def curve(axes: Axes, x: np.ndarray, y: np.ndarray, index: int, smooth: bool, width: float = 1.5) -> None:
     """One run's line."""
     look = {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index // len(COLOURS) % len(STYLES)]}
     if smooth and len(x) > SMOOTHED_ABOVE:
         axes.plot(x, y, **look, linewidth=0.6, alpha=0.25)
         y = moving_average(y, len(x) // 40)
-    axes.plot(x, y, **look, linewidth=1.5, marker="o" if len(x) == 1 else None, markersize=4)
+    axes.plot(x, y, **look, linewidth=width, marker="o" if len(x) == 1 else None, markersize=4)
 
 
 def training_panel(
@@ -153,14 +158,19 @@ def training_panel(
         lowest, highest = math.inf, 0.0
         for index, run in enumerate(runs):
             x, y = points(run.steps, key, scale)
-            curve(axes, x, y, index, smooth)
+            if key == "skipped_steps":
+                y = np.cumsum(y)
+            # Equal schedules lie on each other: the first ones show behind the last.
+            curve(axes, x, y, index, smooth, width=1.5 if key != "lr" else 1.5 + 1.5 * (len(runs) - 1 - index))
             if len(y):
                 lowest, highest = min(lowest, y.min()), max(highest, y.max())
         if key == "grad_norm" and lowest > 0 and highest > 20 * lowest:
             axes.set_yscale("log")
         elif from_zero:
             axes.set_ylim(0, None)
-        axes.set(title=title, ylabel=unit)
+        if key == "lr":
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        label(axes, title, unit)
 
     return draw
 
@@ -173,7 +183,7 @@ def evaluation_panel(key: str, title: str, percent: bool) -> Callable[[Axes, lis
             x, y = points(run.epochs, f"test_{key}", 100.0 if percent else 1.0)
             curve(axes, x, y, index, smooth=False)
             axes.plot(x, y, ".", color=COLOURS[index % len(COLOURS)], markersize=7)
-        axes.set(title=f"evaluation: {title}", ylabel="%" if percent else "")
+        label(axes, f"evaluation: {title}", "%" if percent else "")
 
     return draw
 
@@ -188,7 +198,8 @@ def gates_panel(run: Run, title: str, limits: tuple[float, float]) -> Callable[[
         for block in range(run.blocks):
             y = [row["alpha"][block] for row in rows]
             axes.plot(x, y, color=colours[block], linewidth=1.4, marker="o" if len(x) == 1 else None, label=str(block))
-        axes.set(title=title, ylabel="α (mixing is multiplied by tanh α)", ylim=limits)
+        axes.set_ylim(limits)
+        label(axes, title, "α, mixing is times tanh α")
         if run.blocks <= LEGEND_BLOCKS:
             axes.legend(title="block", fontsize="small", title_fontsize="small", ncols=2, frameon=False)
         else:
@@ -213,25 +224,25 @@ def panels(runs: list[Run]) -> list[Callable[[Axes, list[Run]], None]]:
     found = [
         training_panel(key, title, unit, **more)
         for key, title, unit, more in (
-            ("loss", "training loss", "loss", {}),
-            ("lr", "learning rate", "learning rate", {"smooth": False, "from_zero": True}),
-            ("grad_norm", "gradient norm, before clipping", "norm", {}),
+            ("loss", "training loss", "", {}),
+            ("lr", "learning rate", "", {"smooth": False, "from_zero": True}),
+            ("grad_norm", "gradient norm, before clipping", "", {}),
             ("clips_per_s", "speed, all processes", "clips/s", {"from_zero": True}),
             ("wait", "waiting for data", "% of the time", {"scale": 100.0, "from_zero": True}),
         )
         if key in has
     ]
     if any(row.get("skipped_steps") for run in runs for row in run.steps):
-        found.append(training_panel("skipped_steps", "skipped steps", "steps per progress line", smooth=False))
-    gated = [run for run in runs if run.blocks]
-    for run in gated:
-        title = "time gates" + (f": {run.name}" if len(runs) > 1 else "")
-        found.append(gates_panel(run, title, gate_limits(gated)))
+        found.append(training_panel("skipped_steps", "skipped steps so far", "", smooth=False))
     figures = {name for run in runs for name in run.evaluated()}
     named = [name for name in HEADLINES if name in figures]
     found += [evaluation_panel(name, HEADLINES[name], percent=True) for name in named]
     if not named:
         found += [evaluation_panel(name, name, percent=False) for name in sorted(figures)]
+    gated = [run for run in runs if run.blocks]
+    for run in gated:
+        title = "time gates" + (f": {run.name}" if len(runs) > 1 else "")
+        found.append(gates_panel(run, title, gate_limits(gated)))
     return found
 
 
@@ -240,12 +251,13 @@ def draw(runs: list[Run]) -> Figure:
     todo = panels(runs)
     columns = min(COLUMNS, len(todo))
     rows = math.ceil(len(todo) / columns)
+    last = max(row["global_step"] for run in runs for row in run.steps + run.epochs)
     figure, grid = plt.subplots(
         rows, columns, figsize=(4.4 * columns, 3.0 * rows + 0.5), layout="constrained", squeeze=False
     )
     for axes, panel in zip(grid.flat, todo, strict=False):
         panel(axes, runs)
-        axes.set_title(axes.get_title(), fontsize="medium", loc="left")
+        axes.set_xlim(0, 1.02 * last)
         axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -139,10 +139,16 @@ def test_several_runs_lie_over_each_other(tmp_path):
     assert len({line.get_color() for line in loss}) == 3
     assert [line.get_color() for line in legend.get_lines()] == [line.get_color() for line in loss]
     assert data(loss[2]) == [(5, 1.8)] and loss[2].get_marker() == "o"  # a line of one point would not be seen
-    assert {"time gates: a", "time gates: c", "skipped steps"} <= found.keys() and "time gates: b" not in found
+    assert {"time gates: a", "time gates: c", "skipped steps so far"} <= found.keys() and "time gates: b" not in found
     assert found["time gates: a"].get_ylim() == found["time gates: c"].get_ylim()
     assert len(found["time gates: c"].lines) == 12 and found["time gates: c"].get_legend() is None
     assert len([axes for axes in figure.axes if axes.get_ylabel() == "block"]) == 1
+
+
+def test_skipped_steps_add_up(tmp_path):
+    steps = [progress(s, skipped_steps=n) for s, n in ((5, 1), (10, 0), (15, 3))]
+    found, _ = axes_by_title([write_run(tmp_path / "a", steps)])
+    assert data(found["skipped steps so far"].lines[0]) == [(5, 1), (10, 1), (15, 4)]
 
 
 def test_more_runs_than_colours_differ_in_their_lines(tmp_path):
