@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from avion.engine.trainer import Trainer
+from avion.errors import UserError
 from avion.reproduce import launch
 from avion.reproduce.launch import RELEASED, TRAINED, run_child
 from avion.reproduce.recipe import load_recipes, scaled
@@ -143,6 +145,25 @@ def test_an_unfinished_parent_is_no_parent(reproduce, tmp_path):
     assert reproduce(tmp_path, RECIPES["table9_row6_retrieval"], "--run") == 0
     assert reproduce(tmp_path, parent, "--mark") == 0
     assert json.loads((tmp_path / "table8_row6/recipe.json").read_text())["recipe"] == "table8_row6"
+
+
+def test_an_unfinished_run_goes_on(reproduce, tmp_path, monkeypatch):
+    recipe, words = RECIPES["table8_row4"], ("--run", "--", "--epochs", "2")
+    real, calls = Trainer.evaluate, []
+
+    def evaluate(self, epoch):
+        calls.append(epoch)
+        if len(calls) == 2:
+            raise UserError("the power failed")
+        return real(self, epoch)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    assert reproduce(tmp_path, recipe, *words) == 2
+    assert [row["epoch"] for row in rows(tmp_path / "table8_row4")] == [0]
+    assert reproduce(tmp_path, recipe, *words) == 0
+    assert calls == [0, 1, 1] and len(reproduce.commands) == 2
+    assert [row["epoch"] for row in rows(tmp_path / "table8_row4")] == [0, 1]
+    assert reproduce(tmp_path, recipe, *words) == 0 and len(reproduce.commands) == 2
 
 
 def test_again_puts_the_earlier_run_aside(reproduce, tmp_path):
