@@ -20,7 +20,7 @@ from torch import nn
 
 from avion.ops.causal_conv import causal_conv_silu, causal_conv_silu_both
 from avion.ops.gated_scan import ScanInputs, gated_bidirectional_scan
-from avion.ops.selective_scan import check_backend_name, selective_scan
+from avion.ops.selective_scan import check_backend_name, selective_scan_with_state
 
 # Step sizes at initialisation: log-uniform in this range, never below the floor (Mamba, section 3.6).
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 0.1, 1e-4
@@ -106,7 +106,10 @@ class BiMambaMixer(nn.Module):
         u = causal_conv_silu(x, *p.taps(), reverse=reverse, backend=self.scan_backend)
         u = u[:, :steps] if reverse else u[:, u.shape[1] - steps :]
         delta, B, C = self._step_inputs(u, p)
-        y, state = _scan_from_state(self, p, (u, delta, B, C), None if carry is None else carry.state, reverse)
+        y, state = selective_scan_with_state(
+            u, delta, _decay_rates(p.A_log), B, C, p.D, delta_bias=p.dt_proj.bias, reverse=reverse,
+            initial_state=None if carry is None else carry.state, backend=self.scan_backend,
+        )  # fmt: skip
         kept = x[:, :tail] if reverse else x[:, max(0, x.shape[1] - tail) :]
         return self.out_proj(y.to(z.dtype) * F.silu(z)), ScanCarry(kept.clone(), state)
 
@@ -136,36 +139,6 @@ class ScanCarry(NamedTuple):
 def _decay_rates(A_log: torch.Tensor) -> torch.Tensor:
     """A (I, N), in float32 at least."""
     return -torch.exp(A_log.float() if A_log.dtype in (torch.float16, torch.bfloat16) else A_log)
-
-
-# A step so small that nothing decays in it, exactly so in float64: exp(-1e-18 · A) rounds to 1. A power of two, so
-# that dividing by it is exact.
-_TINY_STEP = 2.0**-60
-
-
-def _scan_from_state(mixer: BiMambaMixer, p: _Direction, inputs, state, reverse: bool):
-    """The scan of (u, delta, B, C) that starts in `state` (R, N, I) or in none: y and the state that it ends in.
-
-    Any backend will do, since states go in and out through steps of the scan: N steps before the piece put one state
-    each in place (Δ·B·u with Δ tiny, B a unit vector, u = state / Δ), N after it read them (Δ = 0, C a unit vector).
-    """
-    u, delta, B, C = inputs
-    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-    rows, steps, inner = u.shape
-    step = F.softplus(delta.to(dtype) + p.dt_proj.bias.to(dtype))
-    unit = torch.eye(mixer.d_state, dtype=dtype, device=u.device).expand(rows, -1, -1)  # (R, N, N)
-    zero, nothing = torch.zeros_like(unit), u.new_zeros(rows, mixer.d_state, inner, dtype=dtype)
-    # (u, Δ, B, C) of the steps before, of the piece, of those after, in walking order.
-    parts = [(u.to(dtype), step, B.to(dtype), C.to(dtype)), (nothing, nothing, zero, unit)]
-    if state is not None:
-        parts.insert(0, (state / _TINY_STEP, torch.full_like(nothing, _TINY_STEP), unit, zero))
-    first = mixer.d_state if reverse or state is not None else 0  # of the piece
-    u, step, B, C = (torch.cat(part[::-1] if reverse else part, dim=1) for part in zip(*parts, strict=True))
-    y = selective_scan(
-        u, step, _decay_rates(p.A_log), B, C, p.D, delta_softplus=False, reverse=reverse, backend=mixer.scan_backend
-    )
-    read = y[:, : mixer.d_state] if reverse else y[:, -mixer.d_state :]
-    return y[:, first : first + steps], read
 
 
 def _initial_A_log(channels: int, states: int) -> torch.Tensor:

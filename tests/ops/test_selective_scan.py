@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 import math
 
@@ -9,7 +10,14 @@ from torch.utils.checkpoint import checkpoint
 
 from avion.errors import UserError
 from avion.ops.buffers import forget_spare_buffers
-from avion.ops.selective_scan import available_backends, dispatch, resolve_backend, selective_scan, torch_blocks
+from avion.ops.selective_scan import (
+    available_backends,
+    dispatch,
+    resolve_backend,
+    selective_scan,
+    selective_scan_with_state,
+    torch_blocks,
+)
 from avion.ops.selective_scan import torch as fast
 from tests.ops.named import assert_close, poisoned_memory
 
@@ -219,6 +227,54 @@ def test_two_runs_agree_bit_for_bit(small_blocks):
     second = outputs_and_gradients(inputs, "torch", weight)
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+# ---- states in and out ---------------------------------------------------------------------------------
+
+
+def with_state(inputs: dict[str, torch.Tensor | None], backend: str, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    main = [inputs[name] for name in NAMES[:-1]]
+    with torch.no_grad():
+        return selective_scan_with_state(*main, delta_bias=inputs["delta_bias"], backend=backend, **options)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "torch", "by steps"])
+def test_pieces_handed_on_by_their_state_are_the_whole(backend, reverse, small_blocks, monkeypatch):
+    if backend == "by steps":  # as for kernels that know no states
+        backend, entry = "torch", dispatch._BACKENDS["torch"]
+        monkeypatch.setitem(dispatch._BACKENDS, "torch", dataclasses.replace(entry, run_with_state=None))
+    inputs = random_inputs(5, 14, 4, 3)
+    expected = scan(inputs, "reference", reverse=reverse)
+    state, pieces, cuts = None, [], [slice(0, 1), slice(1, 10), slice(10, 14)]
+    for cut in cuts[::-1] if reverse else cuts:
+        piece = {name: t[:, cut] if t.ndim == 3 else t for name, t in inputs.items()}
+        y, state = with_state(piece, backend, reverse=reverse, initial_state=state)
+        pieces.append(y)
+    assert_close("y", torch.cat(pieces[::-1] if reverse else pieces, dim=1), expected.detach(), 1e-12)
+    _, whole = with_state(inputs, "reference", reverse=reverse)
+    assert_close("state", state, whole, 1e-12)
+
+
+def test_the_state_by_hand():
+    """One channel, two states: s = exp(Δ A) s0 + Δ B u, Δ given as it is."""
+    u, delta, D = torch.full((1, 1, 1), 3.0), torch.full((1, 1, 1), 0.5), torch.ones(1)
+    A, B, C = torch.tensor([[-1.0, -2.0]]), torch.tensor([[[2.0, -1.0]]]), torch.tensor([[[1.0, 10.0]]])
+    initial = torch.tensor([[[4.0], [5.0]]])  # (R, N, D)
+    inputs = dict(zip(NAMES, (u, delta, A, B, C, D, None), strict=True))
+    expected = [4 * math.exp(-0.5) + 3.0, 5 * math.exp(-1.0) - 1.5]
+    for backend in ("torch", "reference"):
+        y, state = with_state(inputs, backend, delta_softplus=False, initial_state=initial)
+        assert state.flatten().tolist() == pytest.approx(expected, rel=1e-6)
+        assert y.item() == pytest.approx(expected[0] + 10 * expected[1] + 3.0, rel=1e-6)
+
+
+def test_states_take_no_gradient_and_have_one_shape():
+    inputs = random_inputs(2, 3, 4, 5)
+    with pytest.raises(ValueError, match="no gradient flows through states; call it under torch.no_grad"):
+        selective_scan_with_state(*(inputs[name] for name in NAMES[:-1]))
+    with pytest.raises(ValueError, match=r"initial_state must be \(2, 5, 4\), got \(2, 4, 5\)"):
+        with_state(inputs, "torch", initial_state=torch.zeros(2, 4, 5))
 
 
 # ---- what is kept, and living with torch's machinery ----------------------------------------------

@@ -18,10 +18,26 @@ Shapes, with R independent rows, T steps in time, D channels, N states per chann
 
 With `reverse=True` time is walked from the last step to the first (s_t follows from s_{t+1}): the result
 is that of flipping the inputs in time, scanning and flipping y back, without any flip.
+`selective_scan_with_state` starts from a given state and returns the last one, for long sequences in pieces; inference
+only, natively in `torch` and `reference`, through extra steps of the scan in the others.
 Any R ≥ 0 and T ≥ 1, any strides. Δ and the state are float32 whatever the inputs' dtypes or autocast say
 (float64 where an input is float64). Each backend stands in a file of its own and is held to `reference`.
 """
 
-from .dispatch import available_backends, backend_names, check_backend_name, resolve_backend, selective_scan
+from .dispatch import (
+    available_backends,
+    backend_names,
+    check_backend_name,
+    resolve_backend,
+    selective_scan,
+    selective_scan_with_state,
+)
 
-__all__ = ["available_backends", "backend_names", "check_backend_name", "resolve_backend", "selective_scan"]
+__all__ = [
+    "available_backends",
+    "backend_names",
+    "check_backend_name",
+    "resolve_backend",
+    "selective_scan",
+    "selective_scan_with_state",
+]

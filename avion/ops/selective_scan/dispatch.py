@@ -13,8 +13,9 @@ import torch
 from avion.errors import UserError
 
 from . import mamba_ssm
-from .reference import selective_scan_reference
-from .torch import selective_scan_torch
+from .reference import selective_scan_reference, selective_scan_with_state_reference
+from .state_steps import with_state_by_steps
+from .torch import selective_scan_torch, selective_scan_with_state_torch
 
 _log = logging.getLogger(__name__)
 
@@ -30,12 +31,14 @@ def _runs_anywhere(device: torch.device) -> str | None:
 class Backend:
     """`run` takes selective_scan's arguments less `backend`, positionally; `unavailable(device)` gives the
     reason why it cannot run on that device, or None where it can. `auto_on`: the types of device on which `auto`
-    considers it (None: all). `float64`: whether it computes in float64 where an input is."""
+    considers it (None: all). `float64`: whether it computes in float64 where an input is. `run_with_state` takes the
+    initial state after run's arguments and returns (y, final state); None where the kernels know no such states."""
 
     run: Callable[..., torch.Tensor]
     unavailable: Callable[[torch.device], str | None] = _runs_anywhere
     auto_on: tuple[str, ...] | None = None
     float64: bool = True
+    run_with_state: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def in_auto(self, device: torch.device) -> bool:
         return (self.auto_on is None or device.type in self.auto_on) and self.unavailable(device) is None
@@ -64,8 +67,8 @@ _BACKENDS: dict[str, Backend] = {
         auto_on=(),
         float64=False,
     ),
-    "torch": Backend(selective_scan_torch),
-    "reference": Backend(selective_scan_reference),
+    "torch": Backend(selective_scan_torch, run_with_state=selective_scan_with_state_torch),
+    "reference": Backend(selective_scan_reference, run_with_state=selective_scan_with_state_reference),
 }
 _logged_picks: set[tuple[str, str]] = set()
 
@@ -136,6 +139,38 @@ def selective_scan(
     float64 = any(x is not None and x.dtype == torch.float64 for x in (u, delta, A, B, C, D, delta_bias))
     run = _BACKENDS[resolve_backend(backend, u.device, float64=float64)].run
     return run(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
+
+
+def selective_scan_with_state(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    *,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = True,
+    reverse: bool = False,
+    initial_state: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One piece of a sequence: y (R, T, D), and the state (R, N, D) after the last step in walking order, in float32
+    (float64 where an input is). `initial_state`: what the piece before returned, None for zeros.
+
+    Inference only: raises ValueError where a gradient would be expected, else as `selective_scan`.
+    """
+    _check_shapes(u, delta, A, B, C, D, delta_bias)
+    state_shape = (u.shape[0], A.shape[1], A.shape[0])
+    if initial_state is not None and initial_state.shape != state_shape:
+        raise ValueError(f"selective_scan: initial_state must be {state_shape}, got {_shape(initial_state)}")
+    given = [x for x in (u, delta, A, B, C, D, delta_bias, initial_state) if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        raise ValueError("selective_scan_with_state: no gradient flows through states; call it under torch.no_grad()")
+    name = resolve_backend(backend, u.device, float64=any(x.dtype == torch.float64 for x in given))
+    arguments = (u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, initial_state)
+    run = _BACKENDS[name].run_with_state
+    return with_state_by_steps(_BACKENDS[name].run, *arguments) if run is None else run(*arguments)
 
 
 def _check_shapes(u, delta, A, B, C, D, delta_bias) -> None:
