@@ -124,57 +124,61 @@ def _data(svg: bytes) -> str:
 
 def html_table(table: Table) -> str:
     """A box around it scrolls sideways where the screen is narrow; each group is a tbody."""
-    lines = ['<div class="wide"><table>', "<thead>", *_head(table.columns), "</thead>"]
     rows = [row for group in table.groups for row in group.rows]
-    # What follows a number takes the same room in every row of its column, so that the points stand under each other.
-    slots = [
-        _Slots(any(row[c].spread for row in rows), any(row[c].mark for row in rows)) for c in range(len(table.columns))
+    columns = [
+        _HtmlColumn(column, any(row[c].spread for row in rows), any(row[c].mark for row in rows))
+        for c, column in enumerate(table.columns)
     ]
-    lines += [line for group in table.groups for line in _body(group, table.columns, slots)]
+    lines = ['<div class="wide"><table>', "<thead>", *_head(columns), "</thead>"]
+    lines += [line for group in table.groups for line in _body(group, columns)]
     return "\n".join([*lines, "</table></div>"])
 
 
-class _Slots(NamedTuple):
+class _HtmlColumn(NamedTuple):
+    """A column, and what may follow a number in it: that takes the same room in every row, so that the numbers stand
+    under each other."""
+
+    column: Column
     spread: bool
     mark: bool
 
+    def content(self, text: str, spread: str = "", mark: str = "") -> str:
+        if self.spread:
+            text += f'<span class="spread">{_escaped(spread)}</span>'
+        if self.mark:
+            title = f' title="{mark} by more than the tolerance"' if mark else ""
+            text += f'<span class="mark"{title}>{MARKS[mark]}</span>'
+        return text
 
-def _head(columns: Sequence[Column]) -> list[str]:
+    def kind(self, *, muted: bool = False) -> str:
+        classes = [name for name, given in (("number", self.column.numeric), ("muted", muted)) if given]
+        return f' class="{" ".join(classes)}"' if classes else ""
+
+
+def _head(columns: Sequence[_HtmlColumn]) -> list[str]:
     rows = []
-    if any(c.over for c in columns):
-        cells = [(over, len(list(own))) for over, own in groupby(columns, key=lambda c: c.over)]
+    if any(c.column.over for c in columns):
+        cells = [(over, len(list(own))) for over, own in groupby(columns, key=lambda c: c.column.over)]
         spans = "".join(f'<th class="over" colspan="{n}" scope="colgroup">{_escaped(over)}</th>' for over, n in cells)
         rows.append(f"<tr>{spans}</tr>")
-    names = "".join(f'<th{_kind(c)} scope="col">{_escaped(c.header)}</th>' for c in columns)
+    names = "".join(f'<th{c.kind()} scope="col">{c.content(_escaped(c.column.header))}</th>' for c in columns)
     return [*rows, f"<tr>{names}</tr>"]
 
 
-def _body(group: Group, columns: Sequence[Column], slots: Sequence[_Slots]) -> list[str]:
+def _body(group: Group, columns: Sequence[_HtmlColumn]) -> list[str]:
     lines = ["<tbody>"]
     if group.title:
         title = _escaped(group.title)
         lines.append(f'<tr class="group"><th colspan="{len(columns)}" scope="rowgroup">{title}</th></tr>')
     for row in group.rows:
-        cells = "".join(_html_cell(*given) for given in zip(row, columns, slots, strict=True))
+        cells = "".join(_html_cell(cell, column) for cell, column in zip(row, columns, strict=True))
         lines.append(f"<tr>{cells}</tr>")
     return [*lines, "</tbody>"]
 
 
-def _html_cell(cell: Cell, column: Column, slots: _Slots) -> str:
-    text = _escaped(cell.text)
-    if slots.spread:
-        text += f'<span class="spread">{_escaped(cell.spread)}</span>'
-    if cell.bold:
-        text = f"<b>{text}</b>"
-    if slots.mark:
-        title = f' title="{cell.mark} by more than the tolerance"' if cell.mark else ""
-        text += f'<span class="mark"{title}>{MARKS[cell.mark]}</span>'
-    return f"<td{_kind(column, muted=cell.muted)}>{text}</td>"
-
-
-def _kind(column: Column, *, muted: bool = False) -> str:
-    classes = [name for name, given in (("number", column.numeric), ("muted", muted)) if given]
-    return f' class="{" ".join(classes)}"' if classes else ""
+def _html_cell(cell: Cell, column: _HtmlColumn) -> str:
+    text = f"<b>{_escaped(cell.text)}</b>" if cell.bold else _escaped(cell.text)
+    return f"<td{column.kind(muted=cell.muted)}>{column.content(text, cell.spread, cell.mark)}</td>"
 
 
 def _escaped(text: str) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from avion.engine.files import written_whole
+from avion.errors import UserError
 
 from . import figure
 from .recipe import FULL, Recipe, Reference, load_recipes, load_references
@@ -194,7 +195,10 @@ def _problems(problems: Iterable[Problem]) -> Table:
 
 def write(sections: Sequence[Section], folder: Path, title: str) -> list[Path]:
     """tables.md, tables.html and the pictures that the former shows; what was there before is replaced."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--output {folder}: cannot be made ({e.strerror}); give another folder") from e
     files = {p.name: p.png for s in sections for p in s.parts if isinstance(p, Picture)}
     files |= {"tables.md": to_markdown(sections, title).encode(), "tables.html": to_html(sections, title).encode()}
     for name, content in files.items():

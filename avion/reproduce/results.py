@@ -115,6 +115,15 @@ def read_run(folder: Path, recipes: Mapping[str, Recipe]) -> Result:
     return Result(folder, recipe, **common, figures=figures, epoch=epoch, best=best, notes=(*notes, *more))
 
 
+def evaluated_epochs(folder: Path) -> int:
+    """After how many epochs the latest evaluation in a folder was made; 0 without one."""
+    try:
+        rows, _ = _json_lines(folder / EVALUATIONS)
+    except _Unusable:
+        return 0
+    return max((row["epoch"] + 1 for row in rows if _is_whole(row.get("epoch"))), default=0)
+
+
 def _record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
     if not path.exists():

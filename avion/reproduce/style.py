@@ -8,8 +8,10 @@ STYLE = """\
 @media screen and (prefers-color-scheme: dark) {
   :root { --ink: #e6e6e6; --soft: #9aa2ab; --line: #3a4048; --faint: #1e2227; --page: #15181c; --mark: #ff8a80; }
 }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Helvetica,
-  Arial, sans-serif; }
+body {
+  margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif;
+}
 main { max-width: 56rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 1.5rem; }
 h2 { font-size: 1.25rem; margin: 3rem 0 0.5rem; padding-bottom: 0.3rem; border-bottom: 1px solid var(--line); }

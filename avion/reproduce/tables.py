@@ -81,6 +81,10 @@ class Line:
         return self.name if self.row is None else f"{self.row} {self.name}"
 
     @property
+    def full_title(self) -> str:
+        return self.title + (", released weights" if self.weights == RELEASED else "")
+
+    @property
     def seeds(self) -> list[int]:
         return [run.seed for run in self.runs]
 
@@ -139,7 +143,7 @@ def comparison(lines: Sequence[Line], task: str, *, demo: bool) -> Table:
         return [*cells, _measured(line, key), *([] if demo else [_difference(line, key)])]
 
     if task == "egoschema":
-        groups = [Group(line.title, [row(line, n, str(n)) for n in _frames(line)]) for line in lines]
+        groups = [Group(line.full_title, [row(line, n, str(n)) for n in _frames(line)]) for line in lines]
         return Table(columns, bold_best(groups, together=True))
     keys = [key for key in FIGURES[task] if key in HEADLINES] or FIGURES[task]
     return Table(
@@ -168,7 +172,7 @@ def directions(lines: Sequence[Line], *, demo: bool) -> Table:
         if line.measured:
             rows.append([Cell("measured"), *(_measured(line, key) for key in keys)])
             rows.append([Cell("difference"), *(_difference(line, key) for key in keys)])
-        groups.append(Group(line.title + (", released weights" if line.weights == RELEASED else ""), rows))
+        groups.append(Group(line.full_title, rows))
     return Table(columns, bold_best(groups, together=True, alike=True))
 
 

@@ -1,0 +1,84 @@
+"""All recipes of the paper's tables on the demo dataset, scaled down, and the report on what came out.
+
+Pretraining of every row, both fine-tunes, EgoSchema: two runs at a time on two CPU cores. What is done is not run
+again, so the same command goes on after an interruption. The report (tables.html, tables.md) is in --output-dir.
+"""
+
+import argparse
+import logging
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from avion.data.demo import ensure_demo_dataset
+from avion.engine.distributed import World
+from avion.engine.logging import duration, setup_logging
+from avion.errors import UserError
+from avion.reproduce.demo_chain import REMARK, Chain
+from avion.reproduce.jobs import JobFailed, run_jobs
+from avion.reproduce.report import make_report
+
+logger = logging.getLogger(__name__)
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", default="runs/tables_demo", metavar="DIR", help="[%(default)s]")
+    parser.add_argument("--root", default="datasets/demo", metavar="DIR", help="the demo dataset [%(default)s]")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="all of it for each of them [0]")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, a core each [%(default)s]")
+    parser.add_argument("--short", action="store_true", help="an epoch on 64 clips each, to see that everything runs")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def tables_demo(args: argparse.Namespace) -> None:
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: at least 1 is due")
+    start = time.monotonic()
+    chain = Chain(ensure_demo_dataset(args.root), Path(args.output_dir), sorted(set(args.seeds)), args.short)
+    jobs = chain.jobs()
+    if args.short:
+        chain.write_few_clips()
+    run_jobs(jobs, slots=args.jobs, environment={"OMP_NUM_THREADS": "1"})
+    runs, files = make_report([chain.runs], chain.output, [REMARK])
+    for problem in runs.problems:
+        logger.warning("in no table: %s: %s", problem.path, problem.reason)
+    logger.info("%d runs in %s", len(runs.results), duration(time.monotonic() - start))
+    print("\n".join(map(str, files)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these command-line words (None: `sys.argv`); returns the exit status."""
+    args = build_parser().parse_args(argv)
+    setup_logging(World())
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        tables_demo(args)
+    except UserError as e:
+        if args.debug:
+            raise
+        print(f"tools/tables_demo.py: error: {e}", file=sys.stderr)
+        return USER_ERROR
+    except JobFailed as e:
+        print(f"tools/tables_demo.py: {e}", file=sys.stderr)
+        return e.status
+    except KeyboardInterrupt:
+        print("tools/tables_demo.py: interrupted; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
