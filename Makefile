@@ -8,7 +8,7 @@ PYTHON_IN := .venv/bin/python
 # Processes that share out the tests; each runs on one thread.
 TEST_WORKERS ?= auto
 
-.PHONY: demo demo-short test lint format bench clean help
+.PHONY: demo demo-short tables-demo tables-demo-short test lint format bench clean help
 export PYTHON
 
 demo: $(STAMP)  ## the main job on the embedded demo dataset: train, evaluate, plot
@@ -16,6 +16,13 @@ demo: $(STAMP)  ## the main job on the embedded demo dataset: train, evaluate, p
 
 demo-short: $(STAMP)  ## the same in a minute: shows that it runs, not what it reaches
 	$(PYTHON_IN) tools/demo.py --short
+
+tables-demo: $(STAMP)  ## all recipes of the paper's tables, scaled down, and the report on them: half an hour
+	$(PYTHON_IN) tools/tables_demo.py
+
+tables-demo-short: $(STAMP)  ## the same in a minute or two: shows that it runs
+	rm -rf runs/tables_demo_short
+	$(PYTHON_IN) tools/tables_demo.py --short --output-dir runs/tables_demo_short
 
 test: $(STAMP)  ## all tests
 	$(PYTHON_IN) -m pytest -n $(TEST_WORKERS) --maxprocesses 8 --dist worksteal
@@ -36,7 +43,7 @@ clean:  ## remove caches and builds, not .venv, datasets or runs
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP):
 	tools/setup_env.sh $@

@@ -84,10 +84,6 @@ class Line:
     def full_title(self) -> str:
         return self.title + (", released weights" if self.weights == RELEASED else "")
 
-    @property
-    def seeds(self) -> list[int]:
-        return [run.seed for run in self.runs]
-
     @cached_property
     def measured(self) -> dict[Key, Spread]:
         """Each figure's spread over the runs that have it."""
@@ -138,7 +134,7 @@ def comparison(lines: Sequence[Line], task: str, *, demo: bool) -> Table:
 
     def row(line: Line, key: Key, name: str) -> list[Cell]:
         cells = [Cell(name), *([Cell(line.weights)] if weights else [])]
-        cells += [Cell(", ".join(map(str, line.seeds))), _given(line.paper, key, demo)]
+        cells += [Cell(", ".join(map(str, line.by_seed(key)))), _given(line.paper, key, demo)]
         cells += [_given(line.released, key, demo)] if released else []
         return [*cells, _measured(line, key), *([] if demo else [_difference(line, key)])]
 
@@ -177,7 +173,7 @@ def directions(lines: Sequence[Line], *, demo: bool) -> Table:
 
 
 def bold_best(groups: Sequence[Group], *, together: bool = False, alike: bool = False) -> list[Group]:
-    """The largest value of every column in bold, where at least two compete: within each group, or `together`.
+    """The largest value of every column in bold, where not all are the same: within each group, or `together`.
 
     alike: only rows whose first cells say the same compete.
     """
@@ -194,7 +190,7 @@ def bold_best(groups: Sequence[Group], *, together: bool = False, alike: bool = 
 
     def best(g: int, row: list[Cell], c: int) -> Cell:
         cell, values = row[c], columns.get(place(g, row, c), [])
-        wins = cell.value is not None and len(values) > 1 and round(cell.value, 2) == max(values)
+        wins = cell.value is not None and round(cell.value, 2) == max(values) > min(values)
         return replace(cell, bold=wins)
 
     return [
