@@ -89,13 +89,14 @@ def assert_same_run(a, b):
     ids=["one process and its workers", "one of two", "both and their workers"],
 )  # fmt: skip
 def test_a_signal_in_training_loses_nothing(size, victims, how, workers, tiny_flags, tmp_path):
-    words = [*tiny_flags, *DROPPING, "--batch-size", str(4 // size), "--workers", workers, "--dist-timeout", "1"]
+    words = [*tiny_flags, *DROPPING, "--batch-size", str(4 // size), "--dist-timeout", "1"]
 
-    def pretrain(folder, *more):
-        return run_processes(_pretrain, size, tmp_path / "log", [*words, "--output-dir", str(folder)], *more)
+    def pretrain(folder, *more, workers="0"):
+        flags = [*words, "--output-dir", str(folder), "--workers", workers]
+        return run_processes(_pretrain, size, tmp_path / "log", flags, *more)
 
     assert {status for status, _ in pretrain(tmp_path / "whole")} == {0}
-    results = pretrain(tmp_path / "cut", victims, how)
+    results = pretrain(tmp_path / "cut", victims, how, workers=workers)
     assert {status for status, _ in results} == {75}
     assert {count for _, count in results} == {int(workers)}
     checkpoint = torch.load(tmp_path / "cut/checkpoint.pt", weights_only=False)

@@ -1,0 +1,182 @@
+"""An entry point as a SLURM job, through submitit (an optional package).
+
+submitit starts one process per GPU under srun, where `distributed` finds the others. What happens on a signal is the
+sbatch files' way (`slurm/common.sh`): status 75, requeued, going on from the checkpoint.
+"""
+
+import contextlib
+import importlib
+import os
+import runpy
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+from avion.errors import UserError
+
+from .args import flag, parse
+from .options import EgoSchemaOptions, FinetuneClassificationOptions, FinetuneRetrievalOptions, PretrainOptions
+from .signals import STOPPED
+
+ENTRY_POINTS = {
+    "main_pretrain.py": PretrainOptions,
+    "main_finetune_retrieval.py": FinetuneRetrievalOptions,
+    "main_finetune_classification.py": FinetuneClassificationOptions,
+    "main_egoschema.py": EgoSchemaOptions,
+}
+_ROOT = Path(__file__).resolve().parents[2]
+_COMMON = _ROOT / "slurm/common.sh"
+_LOCAL_REQUEUE = 144  # the status by which submitit's local executor starts the processes again
+
+
+@dataclass
+class SubmitOptions:
+    """What a job asks for. AVION's launchers' names, and some more."""
+
+    TITLE: ClassVar[str] = "job"
+
+    ngpus: int = flag(8, "GPUs per node; a process for each")
+    nodes: int = flag(1, "nodes")
+    tasks_per_node: int = flag(0, "processes per node, on CPUs (--ngpus 0); 0: one per GPU")
+    timeout: int = flag(1440, "time limit in minutes; a job that reaches it is requeued and goes on", metavar="MIN")
+    cpus_per_task: int = flag(10, "CPUs per process")
+    mem: str = flag("", "memory per node, such as 240G; unset: as the cluster has it", metavar="SIZE")
+    partition: str = flag("", "partition")
+    account: str = flag("", "account to charge")
+    qos: str = flag("", "quality of service")
+    constraint: str = flag("", "features that nodes must have")
+    use_volta32: bool = flag(
+        False, "the same as --constraint volta32gb, beside another one", names=["--use_volta32"], off=""
+    )
+    comment: str = flag("", "comment for the scheduler")
+    dependency: str = flag("", "what to wait for, as sbatch takes it, such as afterok:1234")
+    job_dir: str = flag(
+        "", "where submitit's files and the processes' output go, on a disk that all nodes see [OUTPUT_DIR/slurm]",
+        names=["--job_dir"], metavar="DIR",
+    )  # fmt: skip
+    signal_delay: int = flag(120, "seconds before the time limit at which the checkpoint is asked for", metavar="S")
+    max_requeues: int = flag(50, "how often the job may come back")
+    cluster: str = flag("slurm", "local: processes on this machine, to try it out", choices=["slurm", "local"])
+    dry_run: bool = flag(False, "show what would be submitted", off="")
+
+    @property
+    def processes(self) -> int:
+        """Per node."""
+        return self.tasks_per_node or self.ngpus
+
+
+class EntryPointJob:
+    """What every process of the job calls: the entry point's `main` in the surroundings that submitit made."""
+
+    def __init__(self, entry_point: str, words: Sequence[str]):
+        self.entry_point, self.words = entry_point, list(words)
+
+    def __call__(self) -> None:
+        local = os.environ.get("SUBMITIT_EXECUTOR") == "local"
+        if local:
+            _as_torchrun_would()
+        status = runpy.run_path(str(_ROOT / self.entry_point))["main"](self.words)
+        if local and status == STOPPED:
+            status = _LOCAL_REQUEUE
+        if status:
+            sys.exit(status)
+
+
+def _as_torchrun_would() -> None:
+    """The variables by which the processes of submitit's local executor find each other."""
+    job = int(os.environ["SUBMITIT_LOCAL_JOB_ID"])
+    names = {"RANK": "GLOBALID", "LOCAL_RANK": "LOCALID", "WORLD_SIZE": "NTASKS"}
+    os.environ.update({name: os.environ["SUBMITIT_LOCAL_" + source] for name, source in names.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(15000 + job % 15000))
+
+
+def submit(entry_point: str, words: Sequence[str], options: SubmitOptions) -> str:
+    """Send `python {entry_point} {words}` to SLURM; the job's id (empty with `dry_run`, which prints it).
+
+    entry_point: one of ENTRY_POINTS; words: its flags, which its own parser reads first. Raises UserError for flags
+    that it refuses, for options that cannot be, where submitit is missing, and where SLURM refuses the job.
+    """
+    if Path(entry_point).name not in ENTRY_POINTS:
+        raise UserError(f"{entry_point}: no such entry point; there are {', '.join(ENTRY_POINTS)}")
+    entry_point = Path(entry_point).name
+    args = parse(ENTRY_POINTS[entry_point], words, entry_point, "")
+    _check(options)
+    folder = Path(options.job_dir or Path(args.output_dir) / "slurm").absolute()
+    parameters = _parameters(entry_point, options)
+    if options.dry_run:
+        print(f"python {shlex.join([entry_point, *words])}")
+        print(f"  {'job_dir':<28} {folder}", *(f"  {k:<28} {v}" for k, v in parameters.items()), sep="\n")
+        return ""
+    submitit = _submitit()
+    try:
+        with _environment_of_jobs():
+            executor = submitit.AutoExecutor(folder=folder, cluster=options.cluster)
+            executor.update_parameters(**parameters)
+            return str(executor.submit(EntryPointJob(entry_point, words)).job_id)
+    except (RuntimeError, OSError, submitit.core.utils.FailedSubmissionError) as e:
+        reason = " ".join(str(e).split())
+        raise UserError(f"the job could not be submitted: {reason[-300:]}") from e
+
+
+@contextlib.contextmanager
+def _environment_of_jobs() -> Iterator[None]:
+    """Variables that a job inherits: where this package is, and the signal by which submitit's local executor
+    announces its time limit (on SLURM sbatch is told in `_parameters`)."""
+    path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
+    before = dict(os.environ)
+    os.environ.update(SUBMITIT_PREEMPT_SIGNAL="USR1", PYTHONPATH=path)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _check(options: SubmitOptions) -> None:
+    for name in ("nodes", "timeout", "cpus_per_task", "processes"):
+        if getattr(options, name) < 1:
+            shown = "--ngpus" if name == "processes" else "--" + name.replace("_", "-")
+            cure = "; without GPUs give --tasks-per-node" if name == "processes" else ""
+            raise UserError(f"{shown} {getattr(options, name)}: at least 1 is due{cure}")
+    if options.cluster == "local" and options.nodes > 1:
+        raise UserError(f"--nodes {options.nodes}: --cluster local has only one")
+    if not _COMMON.exists():
+        raise UserError(f"{_COMMON}: not there; jobs are submitted from a clone of the repository")
+
+
+def _parameters(entry_point: str, options: SubmitOptions) -> dict[str, Any]:
+    """The options in submitit's words. What is not set is left to the cluster."""
+    constraint = "&".join(filter(None, [options.constraint, "volta32gb" if options.use_volta32 else ""]))
+    named = {
+        "partition": options.partition, "account": options.account, "qos": options.qos, "comment": options.comment,
+        "constraint": constraint,
+    }  # fmt: skip
+    sbatch = {"requeue": True, "signal": f"USR1@{options.signal_delay}"}
+    for name in ("mem", "dependency"):
+        if getattr(options, name):
+            sbatch[name] = getattr(options, name)
+    return {
+        "name": Path(entry_point).stem.removeprefix("main_"),
+        "nodes": options.nodes,
+        "tasks_per_node": options.processes,
+        "gpus_per_node": options.ngpus,
+        "cpus_per_task": options.cpus_per_task,
+        "timeout_min": options.timeout,
+        "stderr_to_stdout": True,
+        **{f"slurm_{name}": value for name, value in named.items() if value},
+        "slurm_additional_parameters": sbatch,
+        "slurm_setup": [f"export MAX_REQUEUES={options.max_requeues} SRUN_CPUS_PER_TASK={options.cpus_per_task}"],
+        "slurm_srun_args": ["--wait=120"],
+        "slurm_teardown": ["status=$?", f"source {shlex.quote(str(_COMMON))}", 'requeue_or_exit "$status"'],
+    }
+
+
+def _submitit() -> ModuleType:
+    try:
+        return importlib.import_module("submitit")
+    except ImportError as e:
+        raise UserError(f"submitit is not installed ({e}); install it with: pip install submitit") from e
