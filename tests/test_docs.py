@@ -1,5 +1,6 @@
 """Pages whose code and quotations must not rot: the model in 30 lines, the messages of the troubleshooting page."""
 
+import ast
 import re
 
 import pytest
@@ -16,7 +17,7 @@ from avion.models.model_clip import VideoClassifier
 from avion.models.pretrained import load_pretrained
 from avion.models.utils import time_gates
 from avion.optim import build_optimizer
-from tests.layering import ROOT
+from tests.layering import ROOT, project_sources
 
 DOCS = ROOT / "docs"
 
@@ -152,3 +153,66 @@ def test_a_taken_mixer_is_refused(timeconv):
     for name in ("vim", "conv"):
         with pytest.raises(registry.UserError, match=f"mixer '{name}' is already taken"):
             registry.register_mixer(name, lambda config: None)
+
+
+# --- docs/troubleshooting.md -----------------------------------------------------------------
+
+
+def quoted_messages(text: str) -> list[str]:
+    """The messages of the page: what stands between the first pair of ticks of each item."""
+    return re.findall(r"^- `+ ?(.+?) ?`+$", text, re.MULTILINE)
+
+
+def message_templates(source: str) -> list[str]:
+    """Every text in a source, "…" in the place of what is filled in."""
+    found, inside = [], set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            inside.update(id(part) for part in node.values)
+            found.append("".join(p.value if isinstance(p, ast.Constant) else "…" for p in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
+            found.append(re.sub(r"%(?:\.\d)?[sdgf]", "…", node.value))
+    return found
+
+
+def words(text: str) -> int:
+    return len(re.findall(r"[A-Za-z]{3,}", text))
+
+
+def matches(template: str, message: str) -> bool:
+    """Whether the message is the template filled in, or at least a quarter of it is."""
+    pattern = ".*".join(re.escape(part) for part in template.split("…"))
+    if re.fullmatch(pattern, message):
+        return words(template) >= 2
+    inside = re.search(rf"(?:: |, ){pattern}(?:$|; |: )", message)
+    return inside is not None and words(template) >= max(4, words(message) / 4)
+
+
+def all_templates() -> list[str]:
+    return [template for source in project_sources().values() for template in message_templates(source)]
+
+
+def test_every_message_of_the_troubleshooting_page_is_one_of_the_project():
+    messages = quoted_messages((DOCS / "troubleshooting.md").read_text(encoding="utf-8"))
+    assert len(messages) >= 25
+    templates = all_templates()
+    assert [m for m in messages if not any(matches(t, m) for t in templates)] == []
+
+
+@pytest.mark.parametrize(
+    "source, message, fits",
+    [
+        ('f"{p}: cannot be read ({e}); give a path"', "a.txt: cannot be read (No such file); give a path", True),
+        ('f"{p}: cannot be read ({e}); give a path"', "a.txt: cannot be opened (No such file); give a path", False),
+        ('("one line in "\n"two parts")', "one line in two parts", True),
+        ('log("clip %s was replaced by %d", a, 2)', "clip a.mp4 was replaced by 3", True),
+        ('f"{a}: {b} {c}"', "anything: at all goes", False),
+    ],
+)
+def test_a_message_is_held_against_the_source(source, message, fits):
+    assert any(matches(t, message) for t in message_templates(source)) is fits
+
+
+def test_every_page_is_reached_from_the_readme_or_the_architecture():
+    linked = (ROOT / "README.md").read_text(encoding="utf-8") + (DOCS / "architecture.md").read_text(encoding="utf-8")
+    assert [page.name for page in sorted(DOCS.glob("*.md")) if page.name not in linked] == []
