@@ -1,15 +1,18 @@
 """The selective scan's backends against the reference, on one device, in one process.
 
-    python benchmarks/bench_scan.py [--threads 2] [--rounds 9] [--dim 768] [--states 16] [--device cpu]
+    python benchmarks/bench_scan.py [--threads 2] [--rounds 9] [--long-rounds 5] [--dim 768] [--states 16]
+        [--device cpu]
 
 Correctness first: every output and gradient against the reference. Then, at R = 392 rows and T = 4 steps
 (ViT-B/16, two clips), the median times of forward and of forward + backward, rounds alternating between the
-backends, and their ratios to the reference. Then, for long sequences, the time per step of each backend but
-the reference at T = 64 and at T = 1,024. Under load the times mean little: the load average is printed.
+backends, and their ratios to the reference. Then, for long sequences, what a step of a row costs each backend but
+the reference at T = 64, 1,024 and 8,192, with the same number of rows x steps, and its ratio to T = 64. Under load the
+times mean little: the load average is printed.
 """
 
 import argparse
 import functools
+import math
 import os
 import statistics
 import sys
@@ -24,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from avion.ops.selective_scan import available_backends, selective_scan
 
 SHORT = (392, 4)  # rows, steps
-LONG_ROWS, LONG_STEPS = 4, (64, 1024)
+LONG = ((512, 64), (32, 1024), (4, 8192))
 NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 
 
@@ -101,23 +104,27 @@ def compare_short(args: argparse.Namespace, backends: tuple[str, ...]) -> None:
 
 
 def compare_long(args: argparse.Namespace, backends: tuple[str, ...]) -> None:
-    print(f"\nforward + backward per step, R = {LONG_ROWS}")
-    cases = {steps: Case(LONG_ROWS, steps, args.dim, args.states, args.device) for steps in LONG_STEPS}
+    print("\nper step and row of long sequences, against T = 64")
+    cases = {shape: Case(*shape, args.dim, args.states, args.device) for shape in LONG}
     for backend in backends:
         if backend == "reference":
             continue
-        work = {steps: functools.partial(case.both, backend) for steps, case in cases.items()}
-        found = medians(work, args.rounds, args.device)
-        per_step = {steps: median / steps * 1e6 for steps, median in found.items()}
-        shown = ", ".join(f"T = {steps}: {us:.0f} µs" for steps, us in per_step.items())
-        short, long = LONG_STEPS
-        print(f"  {backend:<10} {shown}; ratio {per_step[long] / per_step[short]:.2f}")
+        for what in ("forward", "both"):
+            work = {shape: functools.partial(getattr(case, what), backend) for shape, case in cases.items()}
+            found = medians(work, args.long_rounds, args.device)
+            cost = {shape: median / math.prod(shape) * 1e6 for shape, median in found.items()}
+            shown = ", ".join(
+                f"R = {rows}, T = {steps}: {us:.1f} µs ({us / cost[LONG[0]]:.2f} x)"
+                for (rows, steps), us in cost.items()
+            )
+            print(f"  {'forward' if what == 'forward' else 'forward + backward':<19} {backend:<10} {shown}")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--long-rounds", type=int, default=5)
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--states", type=int, default=16)
     parser.add_argument("--device", default="cpu")

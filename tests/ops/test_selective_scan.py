@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from avion.errors import UserError
@@ -291,27 +292,52 @@ def test_only_inputs_and_few_states_are_kept():
     assert [tuple(tensor.shape) for tensor in extra] == [(rows, 2, states, channels)]  # after 32 and 64 steps
 
 
-class _LargestTensor(TorchDispatchMode):
-    elements = 0
+class _Allocations(TorchDispatchMode):
+    """Elements of the memory that operators ask for: the largest piece, and all together, what is freed meanwhile
+    included."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = self.total = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self.elements = max(self.elements, result.numel())
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for made in tree_leaves(result):
+            if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in given:
+                elements = made.untyped_storage().nbytes() // made.itemsize
+                self.largest, self.total = max(self.largest, elements), self.total + elements
         return result
+
+
+def allocations_of_forward_and_backward(rows, steps, channels, states) -> tuple[_Allocations, _Allocations]:
+    inputs = [tensor.detach() for tensor in random_inputs(rows, steps, channels, states).values()]
+    with _Allocations() as forward:
+        _, entering = fast._scan._init_fn(*inputs, True, False, True)
+    with _Allocations() as backward:
+        fast._scan_backward._init_fn(torch.randn_like(inputs[0]), *inputs, entering, True, False)
+    return forward, backward
 
 
 def test_nothing_of_size_rows_times_steps_times_channels_times_states_is_made(monkeypatch):
     rows, steps, channels, states = 40, 4, 24, 8
     budget = torch_blocks._Budget(block=4 * channels * states, group=rows * steps * channels)
     monkeypatch.setattr(torch_blocks, "_budget", lambda device: budget)
-    inputs = [tensor.detach() for tensor in random_inputs(rows, steps, channels, states).values()]
-    with _LargestTensor() as forward:
-        _, entering = fast._scan._init_fn(*inputs, True, False, True)
-    with _LargestTensor() as backward:
-        fast._scan_backward._init_fn(torch.randn_like(inputs[0]), *inputs, entering, True, False)
-    assert 0 < forward.elements <= rows * steps * channels
-    assert 0 < backward.elements <= rows * steps * channels
+    for made in allocations_of_forward_and_backward(rows, steps, channels, states):
+        assert 0 < made.largest <= rows * steps * channels
+
+
+def test_memory_is_linear_in_long_time_and_far_from_a_state_per_step(monkeypatch):
+    rows, channels, states = 1, 48, 16
+    budget = torch_blocks._Budget(block=32 * channels * states, group=32 * channels)
+    monkeypatch.setattr(torch_blocks, "_budget", lambda device: budget)
+    half = allocations_of_forward_and_backward(rows, 4096, channels, states)
+    whole = allocations_of_forward_and_backward(rows, 8192, channels, states)
+    for made, before in zip(whole, half, strict=True):
+        assert 0 < made.largest <= rows * 8192 * channels
+        # y and N/32 of it in states, or the gradients of u, delta, B and C: of (R, T, D, N) it would be 16 and more.
+        assert made.total < 4 * rows * 8192 * channels
+        assert made.total < 2.05 * before.total
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
