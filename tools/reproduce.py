@@ -7,9 +7,13 @@ Examples:
     python tools/reproduce.py --table 8 --from-released --run      # every row that weights were released of
     python tools/reproduce.py --figure 5 --scale demo --run --with-prerequisites --runs runs/tables_demo
     python tools/reproduce.py --table 8 --row 6 --run -- --workers 16 --tensorboard    # more flags of main_pretrain.py
+    python tools/reproduce.py --table 9 --submit --with-prerequisites --partition gpu --timeout 720 --dry-run
+
+With --submit the job options of slurm/submit.py (--help there) are understood too.
 """
 
 import argparse
+import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -17,20 +21,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from avion.engine.args import unknown_key
+from avion.engine.args import parse, unknown_key
 from avion.engine.distributed import World
 from avion.engine.logging import setup_logging
+from avion.engine.submit import SubmitOptions, submit
 from avion.errors import UserError
 from avion.reproduce.plan import Request, Step, plan
 from avion.reproduce.recipe import FULL, TASKS, Recipe, load_recipes
 from avion.reproduce.show import described, recipes_table
 
 logger = logging.getLogger(__name__)
-USER_ERROR, INTERRUPTED = 2, 130
+NAME, USER_ERROR, INTERRUPTED = "tools/reproduce.py", 2, 130
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     which = parser.add_argument_group("which")
     which.add_argument("--table", metavar="N", help="8, 9, 10, or avion for AVION's own baseline")
     which.add_argument("--figure", type=int, metavar="N", help="5")
@@ -99,15 +106,63 @@ def run_all(steps: Sequence[Step], again: bool) -> int:
     return 0
 
 
-def reproduce(args: argparse.Namespace, words: Sequence[str]) -> int:
+def submit_all(steps: Sequence[Step], options: SubmitOptions, again: bool) -> int:
+    """A job for each run that is not done, after those of the runs it starts from."""
+    jobs: dict[str, str] = {}
+    for step in steps:
+        run, folder = step.run, str(step.run.folder)
+        if step.done:
+            logger.info("%s is done (%s)", run.recipe.key, folder)
+            continue
+        if again and not options.dry_run:
+            run.put_aside()
+        after = [jobs[str(before.run.folder)] for before in step.needs if str(before.run.folder) in jobs]
+        waiting = {"dependency": ",".join(filter(None, [options.dependency, *(f"afterok:{job}" for job in after)]))}
+        job = submit(run.recipe.entry_point, run.recipe.words(), for_processes(options, run.recipe.gpus, waiting))
+        jobs[folder] = job or f"(job of {run.recipe.key})"
+        if job:
+            run.mark()
+            print(f"{run.recipe.key}: submitted as job {job}")
+    return 0
+
+
+def for_processes(options: SubmitOptions, count: int, changes: dict[str, str]) -> SubmitOptions:
+    """The job options for so many processes; those of CPUs (--ngpus 0) stay without GPUs."""
+    per_node, rest = divmod(count, options.nodes)
+    if rest:
+        raise UserError(f"--nodes {options.nodes}: {count} processes do not divide among them; give --gpus too")
+    where = {"tasks_per_node": per_node} if options.ngpus == 0 else {"ngpus": per_node, "tasks_per_node": 0}
+    return dataclasses.replace(options, **where, **changes)
+
+
+def processes(args: argparse.Namespace, options: SubmitOptions | None) -> int | None:
+    """Of each run: --gpus, else the job's, else (None) the recipe's."""
+    if args.gpus is None and options is not None and {"ngpus", "tasks_per_node"} & options.given:
+        return options.nodes * options.processes
+    return args.gpus
+
+
+def job_options(args: argparse.Namespace, words: Sequence[str]) -> SubmitOptions | None:
+    """What --submit is told about the jobs; UserError for words that nobody knows."""
+    if args.submit:
+        options = parse(SubmitOptions, words, NAME, "")
+        if args.device == "cpu":
+            options.ngpus = 0
+        return options
+    if words:
+        raise UserError(f"unknown flag {words[0]}: see --help; flags of the entry points stand after `--`")
+    return None
+
+
+def reproduce(args: argparse.Namespace, options: SubmitOptions | None, words: Sequence[str]) -> int:
     if args.list:
         print(recipes_table(load_recipes()))
         return 0
     if args.checkpoint and not args.from_released:
         raise UserError("--checkpoint: goes with --from-released; to start from it, give `-- --pretrain-model FILE`")
     request = Request(
-        runs=args.runs, scale=args.scale, seeds=tuple(args.seed) or (None,), gpus=args.gpus, device=args.device,
-        released=args.from_released, checkpoint=args.checkpoint, words=tuple(words),
+        runs=args.runs, scale=args.scale, seeds=tuple(args.seed) or (None,), gpus=processes(args, options),
+        device=args.device, released=args.from_released, checkpoint=args.checkpoint, words=tuple(words),
         with_prerequisites=args.with_prerequisites, again=args.again, here=not args.submit,
     )  # fmt: skip
     steps = plan(selected(args), request)
@@ -123,6 +178,8 @@ def reproduce(args: argparse.Namespace, words: Sequence[str]) -> int:
         print("\n\n".join(described(step) for step in lacking))
         count = len({str(problem) for step in lacking for problem in step.missing})
         raise UserError(f"nothing was started: {count} thing{'s' * (count > 1)} missing, listed above with the cure")
+    if options is not None:
+        return submit_all(steps, options, args.again)
     return run_all(steps, args.again)
 
 
@@ -130,15 +187,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     split = words.index("--") if "--" in words else len(words)
-    args = build_parser().parse_args(words[:split])
+    args, unknown = build_parser().parse_known_args(words[:split])
     setup_logging(World())
     try:
-        return reproduce(args, words[split + 1 :])
+        return reproduce(args, job_options(args, unknown), words[split + 1 :])
     except UserError as e:
-        print(f"tools/reproduce.py: error: {e}", file=sys.stderr)
+        print(f"{NAME}: error: {str(e).removeprefix(NAME + ': ')}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("tools/reproduce.py: interrupted", file=sys.stderr)
+        print(f"{NAME}: interrupted", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -9,21 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from avion.engine.args import build_parser, flag_words, read_yaml_mapping, recipe_flags, unknown_key
-from avion.engine.options import (
-    EgoSchemaOptions,
-    FinetuneClassificationOptions,
-    FinetuneRetrievalOptions,
-    PretrainOptions,
-)
+from avion.engine.submit import ENTRY_POINTS
 from avion.errors import UserError
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-ENTRY_POINTS: dict[str, type] = {
-    "main_pretrain.py": PretrainOptions,
-    "main_finetune_retrieval.py": FinetuneRetrievalOptions,
-    "main_finetune_classification.py": FinetuneClassificationOptions,
-    "main_egoschema.py": EgoSchemaOptions,
-}
 TASKS = ("zero-shot retrieval", "retrieval", "actions", "egoschema")
 FULL = "full"
 # What a run leaves for those who start from it: the weights after the last epoch, as in the tables.

@@ -1,9 +1,12 @@
 """The command line of tools/reproduce.py; what it runs is tested in tests/reproduce/test_runs.py."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from avion.engine.args import parse
+from avion.engine.options import PretrainOptions
 from tools.reproduce import main
 
 
@@ -63,3 +66,76 @@ def test_the_documented_table_is_that_of_the_recipes(capsys):
     table = capsys.readouterr().out
     assert table.count("\n") == 2 + 16
     assert table in (Path(__file__).parents[2] / "docs/recipes.md").read_text(encoding="utf-8")
+
+
+# ---- SLURM -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def jobs(monkeypatch, tmp_path):
+    """What would be submitted: (entry point, words, options); ids count up from 101. Data are taken to be there."""
+    sent = []
+
+    def submit(entry_point, words, options):
+        sent.append((entry_point, list(words), options))
+        return str(100 + len(sent))
+
+    monkeypatch.setattr("tools.reproduce.submit", submit)
+    monkeypatch.setattr("avion.reproduce.plan.missing", lambda *args, **options: [])
+    monkeypatch.chdir(tmp_path)
+    return sent
+
+
+def test_a_chain_is_submitted_in_order(jobs, tmp_path, capsys):
+    words = "--table 9 --row 6 --submit --with-prerequisites --partition gpu --timeout 720".split()
+    assert main(words) == 0
+    assert [entry for entry, *_ in jobs] == [
+        "main_pretrain.py", "main_finetune_classification.py", "main_finetune_retrieval.py",
+    ]  # fmt: skip
+    assert [options.dependency for *_, options in jobs] == ["", "afterok:101", "afterok:101"]
+    assert all((o.partition, o.timeout, o.ngpus, o.nodes) == ("gpu", 720, 8, 1) for *_, o in jobs)
+    assert "--pretrain-model=runs/table8_row6/checkpoint.pt" in jobs[1][1]
+    assert "table9_row6_actions: submitted as job 102" in capsys.readouterr().out
+    record = json.loads((tmp_path / "runs/table9_row6_actions/recipe.json").read_text())
+    assert record["recipe"] == "table9_row6_actions"
+
+
+@pytest.mark.parametrize(
+    ("words", "per_node", "batch", "update_freq"),
+    [
+        ("--nodes 2", 4, 64, 1), ("--nodes 2 --ngpus 8", 8, 32, 1), ("--gpus 4", 4, 64, 2), ("--ngpus 2", 2, 64, 4),
+        ("--ngpus 0 --tasks-per-node 2 --device cpu", 2, 64, 4), ("--nodes 4 --gpus 4", 1, 64, 2),
+    ],
+)  # fmt: skip
+def test_jobs_keep_the_global_batch(words, per_node, batch, update_freq, jobs):
+    assert main(["--table", "8", "--row", "6", "--submit", *words.split()]) == 0
+    ((entry, flags, options),) = jobs
+    args = parse(PretrainOptions, flags, entry, "")
+    assert (options.processes, args.batch_size, args.update_freq) == (per_node, batch, update_freq)
+    assert options.nodes * options.processes * args.batch_size * args.update_freq == 512
+    assert (options.ngpus == 0) == ("cpu" in words) == (args.device == "cpu")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--submit --nodes 3", "--nodes 3: 8 processes do not divide among them"),
+        ("--submit --partion gpu", "unknown flag --partion: did you mean --partition"),
+        ("--partition gpu", "unknown flag --partition: see --help"),
+    ],
+)
+def test_mistakes_in_jobs_cost_one_line(words, message, jobs, capsys):
+    assert main(["--table", "8", "--row", "6", *words.split()]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("tools/reproduce.py: error: ") and message in said and said.count("\n") == 1
+    assert jobs == []
+
+
+def test_a_dry_run_shows_the_jobs_and_leaves_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("avion.reproduce.plan.missing", lambda *args, **options: [])
+    monkeypatch.chdir(tmp_path)
+    words = "--table 9 --row 4 --task actions --submit --with-prerequisites --dry-run --account me"
+    assert main(words.split()) == 0
+    said = capsys.readouterr().out
+    assert said.count("python main_") == 2 and "afterok:(job of table8_row4)" in said and "me" in said
+    assert list(tmp_path.iterdir()) == []
