@@ -31,6 +31,7 @@ class Curve:
     spread: list[float] = field(default_factory=list)
     published: bool = False
     joined: bool = True
+    released: bool = False  # of the authors' weights
 
 
 def measured_curves(lines: Sequence[Line]) -> list[Curve]:
@@ -42,7 +43,9 @@ def measured_curves(lines: Sequence[Line]) -> list[Curve]:
             spreads = [spread_of(list(line.by_seed(n).values())) for n in frames]
             name = line.name + (", released weights" if line.weights == RELEASED else "")
             means, errors = [s.mean for s in spreads], [s.sd or 0 for s in spreads]
-            curves.append(Curve(name, COLOURS.get(line.row, GREY), frames, means, errors))
+            curves.append(
+                Curve(name, COLOURS.get(line.row, GREY), frames, means, errors, released=line.weights == RELEASED)
+            )
     return curves
 
 
@@ -86,10 +89,9 @@ def _panel(axes: Axes, curves: Sequence[Curve], title: str, ink: str) -> None:
             axes.plot(curve.frames, curve.accuracy, **style)
         else:
             some = any(curve.spread)
-            axes.errorbar(
-                curve.frames, curve.accuracy, yerr=curve.spread if some else None, marker="o", capsize=2.5, **style
-            )
-    frames = sorted({n for curve in curves for n in curve.frames})
+            style |= {"marker": "s", "linestyle": "--"} if curve.released else {"marker": "o"}
+            axes.errorbar(curve.frames, curve.accuracy, yerr=curve.spread if some else None, capsize=2.5, **style)
+    frames = sorted({n for curve in curves if curve.joined for n in curve.frames})
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(_ticks(frames)))
     axes.xaxis.set_minor_locator(NullLocator())

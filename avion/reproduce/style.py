@@ -20,7 +20,9 @@ p { margin: 0.5rem 0; max-width: 44rem; }
 table + p, .wide + p, figure + p, .wide ~ p { font-size: 0.875rem; color: var(--soft); }
 .wide { overflow-x: auto; margin: 0.75rem 0 1rem; }
 table { border-collapse: collapse; font-size: 0.875rem; line-height: 1.3; border-block: 2px solid var(--ink); }
-th, td { padding: 0.3rem 0.75rem; text-align: left; vertical-align: baseline; overflow-wrap: anywhere; }
+th, td { padding: 0.3rem 0.75rem; text-align: left; vertical-align: baseline; }
+td:first-child { min-width: 7.5rem; }
+td.number:first-child { min-width: 0; }
 th { font-weight: 600; }
 thead tr:last-child th { border-bottom: 1px solid var(--ink); }
 th.over { text-align: center; }
