@@ -118,10 +118,16 @@ def check_flags(args: Any) -> None:
         raise UserError(f"--{idle[0].replace('_', '-')}: has no effect without --wandb; give both or neither")
 
 
+_PACKAGES = {
+    "tensorboard": lambda: importlib.import_module("tensorboard"),
+    "wandb": lambda: importlib.import_module("wandb"),
+}
+
+
 def _package(name: str, flag: str) -> ModuleType:
     """An optional package."""
     try:
-        module = importlib.import_module(name)
+        module = _PACKAGES[name]()
         if module.__file__ is None:  # a mere folder of that name in the working directory, such as a sink's own
             raise ImportError(f"No module named {name!r}")
     except ImportError as e:
