@@ -76,7 +76,10 @@ class Chain:
         elif self.short:
             words += [*_SHORT_WORDS, *self._few_clips(recipe)]
         run = Request(runs=str(self.runs), scale=SCALE, device="cpu").run(recipe, seed, words)
-        run.check_folder()
+        try:
+            run.check_folder()
+        except UserError as e:
+            raise UserError(f"{run.folder}: holds a run of other settings; {self._cure()}") from e
         return self._job(_name(recipe.key, seed), executable(run.words), after, run.finished(), run.mark)
 
     def _longer(self, parent: str, seed: int) -> Job:
@@ -126,14 +129,16 @@ class Chain:
         with written_whole(self.output / _RECORD) as file:
             file.write(json.dumps({**self._begun(), name: list(words)}, indent=1).encode())
 
+    def _cure(self) -> str:
+        return f"remove {self.output} or give another --output-dir"
+
     def _check(self, jobs: Sequence[Job]) -> None:
         """A run that was begun under other settings must not go on, or stand, as one of these."""
         begun = self._begun()
         others = [job.name for job in jobs if begun.get(job.name, list(job.words)) != list(job.words)]
         if others:
             raise UserError(
-                f"{self.output}: {', '.join(others)} was begun with other settings (see {_RECORD}); remove the folder "
-                "or give another --output-dir"
+                f"{self.output}: {', '.join(others)} was begun with other settings (see {_RECORD}); {self._cure()}"
             )
 
     # ---- a few clips --------------------------------------------------------------------------
