@@ -62,6 +62,7 @@ requeue_or_exit() {
         exit "$status"
     fi
     echo "slurm: stopped by a signal with a checkpoint; requeueing job $SLURM_JOB_ID ($((before + 1)) of at most $most times)"
-    scontrol requeue "$SLURM_JOB_ID"
+    # SLURM ends this shell; one that ended by itself meanwhile would make a failed job of it.
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60
     exit "$status"
 }
