@@ -1,142 +1,190 @@
-"""The selective scan's backends against the reference, on one device, in one process.
+"""Both scans of the mixer and its gate, forward and forward + backward, on a GPU: every backend that runs there.
 
-    python benchmarks/bench_scan.py [--threads 2] [--rounds 9] [--long-rounds 5] [--dim 768] [--states 16]
-        [--device cpu]
+    python benchmarks/bench_scan.py [--rounds 21] [--backends triton torch mamba_ssm] [--output FILE.md]
+    TRITON_INTERPRET=1 python benchmarks/bench_scan.py --toy      # that it runs, on a CPU
 
-Correctness first: every output and gradient against the reference. Then, at R = 392 rows and T = 4 steps
-(ViT-B/16, two clips), the median times of forward and of forward + backward, rounds alternating between the
-backends, and their ratios to the reference. Then, for long sequences, what a step of a row costs each backend but
-the reference at T = 64, 1,024 and 8,192, with the same number of rows x steps, and its ratio to T = 64. Under load the
-times mean little: the load average is printed.
+Where there is no GPU the scan's backends are measured on the CPU, at sizes for it (`scan_on_cpu.py`).
+
+At D = 768, N = 16, bf16: R = 12,544 rows (64 clips of 196 patches) with T = 4, 16, 64; R = 196 with T = 256, 1,024,
+8,192; R = 64 (space-time) with T = 784, 3,136. Correctness first: outputs and all gradients of some of the rows against
+the reference in float64 on the same bf16 numbers, and those rows' share of the whole. Then medians of alternating
+rounds, by CUDA events; the ratio to mamba-ssm's kernels where they are installed; and the ratio to the floor: the
+largest of exponentials, float32 instructions and bytes over what the device was measured to do of each.
 """
 
 import argparse
 import functools
-import math
-import os
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from avion.ops.selective_scan import available_backends, selective_scan
+from avion.ops.gated_scan import ScanInputs, gated_bidirectional_scan
+from avion.ops.selective_scan import available_backends
+from benchmarks import scan_on_cpu
+from benchmarks.measure import Ceilings, markdown_table, measure_ceilings, medians, report, where
 
-SHORT = (392, 4)  # rows, steps
-LONG = ((512, 64), (32, 1024), (4, 8192))
-NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
+SHAPES = ((12544, 4), (12544, 16), (12544, 64), (196, 256), (196, 1024), (196, 8192), (64, 784), (64, 3136))
+TOY_SHAPES = ((6, 4), (2, 40))
+PEER = "mamba_ssm"
+# Of bf16 inputs, whose gradients are rounded to bf16 as well.
+TOLERANCE = 2e-2
+# Per row, step, channel and state and direction: float32 instructions forward (ΔA; ΔBu; the state; y), and backward
+# (these four once more; the adjoint, dC, dB, by Δu, the carry, by ΔA, dΔ, dA).
+FORWARD, BACKWARD = 4, 12
 
 
 class Case:
-    """Random inputs of one shape, as the mixer makes them, and what is timed on them."""
+    """Random inputs of one shape, as the mixer makes them."""
 
-    def __init__(self, rows: int, steps: int, dim: int, states: int, device: str):
-        def randn(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, device=device)
+    def __init__(self, rows: int, steps: int, channels: int, states: int, device: str):
+        self.shape = (rows, steps, channels, states)
+        self.z, self.weight = (torch.randn(rows, steps, channels, device=device).bfloat16() for _ in range(2))
+        self.directions = [self._direction(device) for _ in range(2)]
+        for tensor in self.tensors():
+            tensor.requires_grad_()
 
-        spread = 1 + 0.1 * torch.rand(dim, states, device=device)
-        A = -torch.arange(1, states + 1, device=device) * spread
-        self.inputs = [
-            randn(rows, steps, dim),
-            randn(rows, steps, dim) * 0.5,
-            A,
-            randn(rows, steps, states),
-            randn(rows, steps, states),
-            torch.ones(dim, device=device),
-            randn(dim) - 4,
-        ]
-        self.inputs = [tensor.requires_grad_() for tensor in self.inputs]
-        self.weight = randn(rows, steps, dim)
+    def _direction(self, device: str) -> ScanInputs:
+        rows, steps, channels, states = self.shape
 
-    def scan(self, backend: str) -> torch.Tensor:
-        *main, bias = self.inputs
-        return selective_scan(*main, delta_bias=bias, backend=backend)
+        def half(*shape: int, scale: float = 1.0) -> torch.Tensor:
+            return (torch.randn(shape, device=device) * scale).bfloat16()
 
-    def forward(self, backend: str) -> None:
+        A = -torch.arange(1, states + 1, device=device) * (1 + 0.1 * torch.rand(channels, states, device=device))
+        return ScanInputs(
+            half(rows, steps, channels), half(rows, steps, channels, scale=0.5), A, half(rows, steps, states),
+            half(rows, steps, states), torch.ones(channels, device=device), torch.randn(channels, device=device) - 4,
+        )  # fmt: skip
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [*self.directions[0], *self.directions[1], self.z]
+
+    def forward(self, backend: str) -> torch.Tensor:
         with torch.no_grad():
-            self.scan(backend)
+            return gated_bidirectional_scan(*self.directions, self.z, backend=backend)
 
-    def both(self, backend: str) -> tuple[torch.Tensor, ...]:
-        y = self.scan(backend)
-        return (y.detach(), *torch.autograd.grad(y, self.inputs, self.weight))
+    def both(self, backend: str) -> list[torch.Tensor]:
+        """The output and every gradient."""
+        out = gated_bidirectional_scan(*self.directions, self.z, backend=backend)
+        return [out.detach(), *torch.autograd.grad(out, self.tensors(), self.weight.to(out.dtype))]
 
-    def worst_error(self, backend: str) -> tuple[str, float]:
-        """The output or gradient furthest from the reference's, relative to its largest value."""
-        errors = {}
-        for name, actual, expected in zip(("y", *NAMES), self.both(backend), self.both("reference"), strict=True):
-            errors[name] = ((actual - expected).abs().max() / expected.abs().max()).item()
-        return max(errors.items(), key=lambda item: item[1])
+    def of_rows(self, rows: list[int], dtype: torch.dtype | None = None) -> "Case":
+        """The same numbers, of some of the rows."""
+        some = object.__new__(Case)
+        some.shape = (len(rows), *self.shape[1:])
 
+        def pick(tensor: torch.Tensor) -> torch.Tensor:
+            tensor = tensor.detach()[rows] if tensor.ndim == 3 else tensor.detach().clone()
+            return (tensor if dtype is None else tensor.to(dtype)).requires_grad_()
 
-def seconds(work: Callable[[], object], device: str) -> float:
-    start = time.perf_counter()
-    work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def medians(work: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of each, rounds alternating between them, after a warm-up round."""
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(rounds + 1):
-        for name, function in work.items():
-            times[name].append(seconds(function, device))
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
+        some.directions = [ScanInputs(*map(pick, p)) for p in self.directions]
+        some.z, some.weight = pick(self.z), pick(self.weight).detach()
+        return some
 
 
-def compare_short(args: argparse.Namespace, backends: tuple[str, ...]) -> None:
-    case = Case(*SHORT, args.dim, args.states, args.device)
-    for backend in backends:
-        if backend != "reference":
-            name, error = case.worst_error(backend)
-            print(f"{backend}: worst relative error against the reference {error:.1e} ({name})")
-    print(f"\nR = {SHORT[0]}, T = {SHORT[1]}, D = {args.dim}, N = {args.states}, float32")
-    for what, run in (("forward", case.forward), ("forward + backward", case.both)):
-        found = medians({b: functools.partial(run, b) for b in backends}, args.rounds, args.device)
-        for backend, median in found.items():
-            ratio = found["reference"] / median
-            print(f"  {what:<19} {backend:<10} {median * 1e3:8.1f} ms   {ratio:5.1f} x the reference's speed")
+def worst_error(case: Case, backend: str) -> float:
+    """Largest difference from the float64 reference relative to a tensor's largest value: of a few rows alone, all
+    gradients, and of the same rows within the whole."""
+    count = max(1, min(4, case.shape[0], 8192 // case.shape[1]))
+    rows = sorted({round(i * (case.shape[0] - 1) / max(1, count - 1)) for i in range(count)})
+    expected = case.of_rows(rows, torch.float64).both("reference")
+    alone, whole = case.of_rows(rows).both(backend), case.both(backend)
+    errors = [_difference(a, e) for a, e in zip(alone, expected, strict=True)]
+    errors += [_difference(w[rows], e) for w, e in zip(whole, expected, strict=True) if w.ndim == 3]
+    return max(errors)
 
 
-def compare_long(args: argparse.Namespace, backends: tuple[str, ...]) -> None:
-    print("\nper step and row of long sequences, against T = 64")
-    cases = {shape: Case(*shape, args.dim, args.states, args.device) for shape in LONG}
-    for backend in backends:
-        if backend == "reference":
+def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    found = ((actual.double() - expected).abs().max() / expected.abs().max()).item()
+    return found if found == found else float("inf")
+
+
+def floor_ms(shape: tuple[int, int, int, int], ceilings: Ceilings, backward: bool) -> float:
+    """The least that the exponentials, float32 instructions or bytes of both directions take; forward alone, or
+    forward + backward."""
+    rows, steps, channels, states = shape
+    elements = 2 * rows * steps * channels * states
+    exponentials = elements * (steps - 1) / steps  # the first step needs none
+    # u and delta of both directions, z, the output; backward all inputs again, the gradients of all.
+    tensors, small = (6, 4) if not backward else (6 + 6 + 5, 4 + 4 + 4)
+    bytes_moved = 2 * rows * steps * (tensors * channels + small * states)
+    passes = 2 if backward else 1
+    instructions = elements * (FORWARD + (BACKWARD if backward else 0))
+    return 1e3 * max(
+        passes * exponentials / ceilings.exponentials, instructions / ceilings.float32, bytes_moved / ceilings.bytes
+    )
+
+
+def peak_mb(case: Case, backend: str) -> float:
+    """On a GPU: what forward + backward take above the inputs."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    case.both(backend)
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def measure(shape: tuple[int, int], args: argparse.Namespace, ceilings: Ceilings) -> tuple[list[list[str]], bool]:
+    """Rows of the table for one shape, and whether every backend was right."""
+    case = Case(*shape, args.dim, args.states, args.device)
+    rows, right = [], True
+    backends = []
+    for backend in args.backends:
+        try:
+            error = worst_error(case, backend)
+        except torch.OutOfMemoryError:
+            rows.append([f"{shape[0]:,} × {shape[1]:,}", backend, "out of memory", "", "", "", ""])
             continue
-        for what in ("forward", "both"):
-            work = {shape: functools.partial(getattr(case, what), backend) for shape, case in cases.items()}
-            found = medians(work, args.long_rounds, args.device)
-            cost = {shape: median / math.prod(shape) * 1e6 for shape, median in found.items()}
-            shown = ", ".join(
-                f"R = {rows}, T = {steps}: {us:.1f} µs ({us / cost[LONG[0]]:.2f} x)"
-                for (rows, steps), us in cost.items()
-            )
-            print(f"  {'forward' if what == 'forward' else 'forward + backward':<19} {backend:<10} {shown}")
+        right &= error < TOLERANCE
+        backends.append(backend)
+        print(f"R = {shape[0]}, T = {shape[1]}: {backend} within {error:.1e} of float64", flush=True)
+    for what, name in (("forward", "forward"), ("both", "forward + backward")):
+        work = {b: functools.partial(getattr(case, what), b) for b in backends}
+        found = medians(work, args.rounds, args.device)
+        floor = floor_ms(case.shape, ceilings, backward=what == "both")
+        for backend, ms in found.items():
+            versus = f"{found[PEER] / ms:.1f} ×" if PEER in found else "–"
+            memory = f"{peak_mb(case, backend):,.0f}" if what == "both" and case.z.is_cuda else ""
+            size = f"{shape[0]:,} × {shape[1]:,}"
+            rows.append([size, name, backend, f"{ms:.3f}", versus, f"{ms / floor:.1f} ×", memory])
+    return rows, right
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--long-rounds", type=int, default=5)
-    parser.add_argument("--dim", type=int, default=768)
+    parser.add_argument("--rounds", type=int, help="21; of toys 1")
+    parser.add_argument("--dim", type=int, help="768; of toys 4")
     parser.add_argument("--states", type=int, default=16)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backends", nargs="*", help="all that can run, the reference aside")
+    parser.add_argument("--output", help="a Markdown file to write the table to")
+    parser.add_argument("--toy", action="store_true", help="tiny shapes on the CPU, in Triton's interpreter")
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
+    args.rounds, args.dim = args.rounds or (1 if args.toy else 21), args.dim or (4 if args.toy else 768)
+    if args.toy:
+        args.device = "cpu"
+    elif not torch.cuda.is_available():
+        print("no GPU here: the CPU's backends at the CPU's sizes\n", flush=True)
+        scan_on_cpu.main([])
+        return 0
     torch.manual_seed(0)
-    backends = available_backends(args.device)
-    print(f"torch {torch.__version__}, {args.device}, {args.threads} threads, load average {os.getloadavg()[0]:.1f}")
-    compare_short(args, backends)
-    compare_long(args, backends)
-    print(f"\nload average afterwards {os.getloadavg()[0]:.1f}")
+    args.backends = args.backends or [b for b in available_backends(args.device) if b != "reference"]
+    ceilings = measure_ceilings(args.device, toy=args.toy)
+    rows, all_right = [], True
+    for shape in TOY_SHAPES if args.toy else SHAPES:
+        more, right = measure(shape, args, ceilings)
+        rows, all_right = rows + more, all_right and right
+    columns = ["R × T", "what", "backend", "median ms", "mamba-ssm's time / this", "this / floor", "peak MB"]
+    setting = f"D = {args.dim}, N = {args.states}, bf16, both directions and the gate; measured ceilings: {ceilings}"
+    verdict = f"Within {TOLERANCE} of the float64 reference: {'all' if all_right else 'NOT ALL; see the lines above'}."
+    report(
+        "The gated bidirectional scan",
+        [where(args.device), setting, verdict, markdown_table(columns, rows)],
+        args.output,
+    )
+    return 0 if all_right else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

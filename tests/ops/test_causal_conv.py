@@ -163,3 +163,31 @@ def test_the_triton_operator_keeps_torch_librarys_rules():
     x, weight, bias = (t.detach().float().to(device).requires_grad_() for t in random_inputs(2, 5, 3, 4))
     causal_conv_silu(x[..., :3], weight, bias, backend="triton")  # registers it
     torch.library.opcheck(torch.ops.avion.causal_conv_silu_triton.default, (x[..., :3], weight, bias, True))
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 7, 4), (3, 1, 6, 4), (0, 4, 5, 4), (2, 11, 3, 3)])
+def test_triton_kernels_of_both_directions_equal_conv1d_in_float64(shape):
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = (*random_inputs(*shape), *random_inputs(*shape)[1:])
+    inputs = [t.detach().float().to(device).requires_grad_() for t in tensors]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    x, channels = inputs[0], shape[2]
+    actual = torch.cat(causal_conv_silu_both(x[..., :channels], inputs[1:3], inputs[3:], backend="triton"))
+    by_hand = [by_conv1d(exact[0][..., :channels], *exact[i : i + 2], i == 3) for i in (1, 3)]
+    expected = torch.cat(by_hand)
+    assert_close("y", actual.double(), expected, 1e-5)
+    loss_weight = torch.randn_like(actual)
+    found = torch.autograd.grad(actual, inputs, loss_weight)
+    wanted = torch.autograd.grad(expected, exact, loss_weight.double())
+    for name, left, right in zip(("dx", "dw", "db", "dw behind", "db behind"), found, wanted, strict=True):
+        assert_close(name, left.double(), right, 1e-5)
+
+
+def test_the_triton_operator_of_both_directions_keeps_torch_librarys_rules():
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = (*random_inputs(2, 5, 3, 4), *random_inputs(2, 5, 3, 4)[1:])
+    x, *parameters = (t.detach().float().to(device).requires_grad_() for t in tensors)
+    causal_conv_silu_both(x[..., :3], parameters[:2], parameters[2:], backend="triton")  # registers it
+    torch.library.opcheck(torch.ops.avion.causal_conv_silu_both_triton.default, (x[..., :3], *parameters))

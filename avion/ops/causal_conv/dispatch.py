@@ -37,10 +37,15 @@ def causal_conv_silu_both(
     x: Tensor, forward: tuple[Tensor, Tensor], backward: tuple[Tensor, Tensor], *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """`causal_conv_silu` of x with the weight and bias `forward`, and with those of `backward` in reverse."""
+    _check_shapes(x, *forward)
+    _check_shapes(x, *backward)
     float64 = torch.float64 in {t.dtype for t in (x, *forward, *backward)}
-    if resolve_backend(backend, x.device, float64=float64) in ("torch", "reference"):
-        _check_shapes(x, *forward)
-        _check_shapes(x, *backward)
+    name, taps = resolve_backend(backend, x.device, float64=float64), forward[0].shape[1]
+    if name == "triton" and taps in _TAPS and backward[0].shape[1] == taps:
+        from .triton import causal_conv_silu_both_triton  # only where there is a GPU for it
+
+        return causal_conv_silu_both_triton(x, forward, backward)
+    if name in ("torch", "reference"):
         return causal_conv_silu_both_torch(x, forward, backward)
     return (
         causal_conv_silu(x, *forward, backend=backend),

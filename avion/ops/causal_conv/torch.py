@@ -9,7 +9,7 @@ from torch import Tensor
 
 from avion.ops.buffers import Buffers, borrowed_buffers
 
-from .autograd import differentiable
+from .autograd import differentiable, differentiable_both
 
 _BLOCK_ELEMENTS = 200_000  # of a block's (rows, steps, D) on a CPU, so that its few buffers fit the cache
 _BLOCK_ELEMENTS_ELSEWHERE = 64_000_000
@@ -186,15 +186,7 @@ def _conv_silu_both_backward(
     return dx, *ahead.as_inputs(weight, bias), *behind.as_inputs(weight_b, bias_b)
 
 
-@_conv_silu_both_backward.register_fake
-def _(dy, dy_b, *inputs):
-    return tuple(t.new_empty(t.shape) for t in inputs)
-
-
-_conv_silu_both.register_autograd(
-    lambda ctx, dy, dy_b: _conv_silu_both_backward(dy, dy_b, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
+differentiable_both(_conv_silu_both, _conv_silu_both_backward)
 
 
 def causal_conv_silu_torch(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:

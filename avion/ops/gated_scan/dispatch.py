@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from avion.ops.selective_scan import resolve_backend, selective_scan
+from avion.ops.selective_scan.dispatch import check_shapes
 
 from .torch import gated_scan_torch
 
@@ -28,6 +29,11 @@ def gated_bidirectional_scan(forward: ScanInputs, backward: ScanInputs, z: Tenso
 
     Raises UserError for a backend that does not exist or cannot run, ValueError for shapes that do not fit.
     """
+    for direction in (forward, backward):
+        check_shapes(*direction)
+    if backward.u.shape != forward.u.shape:
+        both = f"{tuple(forward.u.shape)} and {tuple(backward.u.shape)}"
+        raise ValueError(f"gated_bidirectional_scan: u must be (R, T, D) in both directions alike, got {both}")
     if z.shape != forward.u.shape:
         raise ValueError(f"gated_bidirectional_scan: z must be {tuple(forward.u.shape)} as u is, got {tuple(z.shape)}")
     float64 = any(t.dtype == torch.float64 for t in (*forward, *backward, z))

@@ -135,7 +135,7 @@ def selective_scan(
 
     Raises UserError for a backend that does not exist or cannot run, ValueError for shapes that do not fit.
     """
-    _check_shapes(u, delta, A, B, C, D, delta_bias)
+    check_shapes(u, delta, A, B, C, D, delta_bias)
     float64 = any(x is not None and x.dtype == torch.float64 for x in (u, delta, A, B, C, D, delta_bias))
     run = _BACKENDS[resolve_backend(backend, u.device, float64=float64)].run
     return run(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
@@ -160,7 +160,7 @@ def selective_scan_with_state(
 
     Inference only: raises ValueError where a gradient would be expected, else as `selective_scan`.
     """
-    _check_shapes(u, delta, A, B, C, D, delta_bias)
+    check_shapes(u, delta, A, B, C, D, delta_bias)
     state_shape = (u.shape[0], A.shape[1], A.shape[0])
     if initial_state is not None and initial_state.shape != state_shape:
         raise ValueError(f"selective_scan: initial_state must be {state_shape}, got {_shape(initial_state)}")
@@ -173,7 +173,8 @@ def selective_scan_with_state(
     return with_state_by_steps(_BACKENDS[name].run, *arguments) if run is None else run(*arguments)
 
 
-def _check_shapes(u, delta, A, B, C, D, delta_bias) -> None:
+def check_shapes(u, delta, A, B, C, D, delta_bias) -> None:
+    """Raises ValueError, naming the tensor, where shapes are not those of the package's docstring."""
     if u.ndim != 3 or A.ndim != 2:
         raise ValueError(f"selective_scan: u must be (R, T, D) and A (D, N), got {_shape(u)} and {_shape(A)}")
     rows, steps, channels = u.shape

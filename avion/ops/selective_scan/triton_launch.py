@@ -122,11 +122,14 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def _constants(p: Direction, plan: Plan) -> dict:
+    steps, channels = p.u.shape[1:]
+    states = p.A.shape[1]
+    exact = channels % plan.block_d == 0 and steps % plan.chunk == 0 and states == triton.next_power_of_2(states)
     # One stage: pipelining the loop over rows would double the registers that are short already.
     return {
-        "N": triton.next_power_of_2(p.A.shape[1]), "BLOCK_D": plan.block_d, "CHUNK": plan.chunk,
+        "N": triton.next_power_of_2(states), "BLOCK_D": plan.block_d, "CHUNK": plan.chunk,
         "HAS_BIAS": p.delta_bias is not None, "SOFTPLUS": p.softplus, "REVERSE": p.reverse,
-        "num_warps": plan.warps, "num_stages": 1,
+        "EXACT": exact, "num_warps": plan.warps, "num_stages": 1,
     }  # fmt: skip
 
 

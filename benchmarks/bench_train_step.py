@@ -1,0 +1,189 @@
+"""A whole training step on a GPU: forward, loss, backward, AdamW; rows ID4, ID6, ID7 and ID8 with every scan backend.
+
+    python benchmarks/bench_train_step.py [--clips 64] [--frames 4] [--rounds 11] [--output FILE.md]
+    TRITON_INTERPRET=1 python benchmarks/bench_train_step.py --toy      # that it runs, on a CPU
+
+ViT-B/16 at 224 px, bf16 autocast, random clips and narrations; the step is the one that training takes
+(`avion/engine/steps.py`, CLIP's loss). Medians of rounds that alternate between the configurations, by CUDA events:
+clips per second, the step's time over ID4's, the time with mamba-ssm's kernels over this one's. Peak memory of a step.
+Model FLOP utilisation: three times the forward pass's multiply-adds (counted by PyTorch in matrix products and
+attention, with the scans' own added), times two, over the step's time and what bf16 matrix products reach on this
+device.
+"""
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from avion.engine.steps import Precision, contrastive_step
+from avion.losses import ClipLoss
+from avion.models import create_model
+from avion.models.vim import BiMambaMixer
+from avion.ops.selective_scan import available_backends
+from avion.optim import build_optimizer
+from benchmarks.measure import markdown_table, measure_ceilings, medians, report, where
+
+MODELS = {
+    "ID4": "TIMESFORMER_VITB16",
+    "ID6": "TIMEMAMBA_VITB16",
+    "ID7": "TIMEMAMBA_FROZEN_VITB16",
+    "ID8": "TIMEMAMBA_SPACETIME_VITB16",
+}
+PEER = "mamba_ssm"
+TOY = {
+    "img_size": 16, "embed_dim": 8, "depth": 1, "num_heads": 2, "text_width": 16, "text_heads": 2, "text_layers": 1,
+    "context_length": 16, "project_embed_dim": 8,
+}  # fmt: skip
+# Multiply-adds of the scan per row, step, channel and state and direction: ΔA, ΔBu, the state, y.
+SCAN_MULTIPLY_ADDS = 4
+
+
+class Step:
+    """A model with its optimizer, and one training step of it."""
+
+    def __init__(self, row: str, backend: str | None, args: argparse.Namespace):
+        torch.manual_seed(0)
+        fields: dict[str, Any] = TOY if args.toy else {}
+        if backend is not None:
+            fields = {**fields, "scan_backend": backend}
+        self.model = create_model(
+            MODELS[row], num_frames=args.frames, grad_checkpointing=args.grad_checkpointing, **fields
+        )
+        self.model.to(args.device).train()
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if "alpha_timeattn" in name:
+                    parameter.fill_(0.5)  # a closed gate would let no gradient through
+        self.optimizer = build_optimizer(self.model, "adamw", lr=3e-5, weight_decay=0.01)
+        self.precision = Precision(args.device, torch.bfloat16)
+        self.loss = ClipLoss()
+
+    def run(self, batch: dict[str, torch.Tensor]) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        contrastive_step(
+            self.model, [batch], lambda video, text, scale, _: self.loss(video, text, scale), self.precision,
+            lambda loss: loss,
+        )  # fmt: skip
+        self.optimizer.step()
+
+    def flops_per_clip(self, batch: dict[str, torch.Tensor]) -> float:
+        """Of forward and backward, which takes twice the forward pass's."""
+        one = {name: tensor[:1] for name, tensor in batch.items()}
+        scans, handles = [0.0], []
+
+        def count(mixer: BiMambaMixer, inputs: tuple[torch.Tensor], _) -> None:
+            scans[0] += 2 * 2 * SCAN_MULTIPLY_ADDS * inputs[0].numel() * mixer.d_state
+
+        for module in self.model.modules():
+            if isinstance(module, BiMambaMixer):
+                handles.append(module.register_forward_hook(count))
+        with torch.no_grad(), self.precision.autocast(), FlopCounterMode(display=False) as counter:
+            self.model(one["video"], one["tokens"])
+        for handle in handles:
+            handle.remove()
+        return 3 * (counter.get_total_flops() + scans[0])
+
+
+def random_batch(args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    size, length = (TOY["img_size"], TOY["context_length"]) if args.toy else (224, 77)
+    tokens = torch.randint(1, 49406, (args.clips, length))
+    tokens[:, length // 4] = 49407  # the end of the text
+    tokens[:, length // 4 + 1 :] = 0
+    video = torch.randn(args.clips, 3, args.frames, size, size)
+    return {"video": video.to(args.device), "tokens": tokens.to(args.device)}
+
+
+def peak_gb(step: Step, batch: dict[str, torch.Tensor], others_gb: float) -> float:
+    """On a GPU: of one step, model, optimizer and batch included, the other configurations' not."""
+    torch.cuda.reset_peak_memory_stats()
+    step.run(batch)
+    return torch.cuda.max_memory_allocated() / 1e9 - others_gb
+
+
+def build_all(args: argparse.Namespace, batch) -> tuple[dict[str, Step], dict[str, float], list[list[str]]]:
+    """Every configuration that fits, by name; its peak memory; and table rows of those that do not."""
+    steps: dict[str, Step] = {}
+    memory: dict[str, float] = {}
+    failed = []
+    for row in args.rows:
+        for backend in [None] if row == "ID4" else args.backends:
+            name = row if backend is None else f"{row}, {backend}"
+            others_gb = 0.0 if args.device == "cpu" else (torch.cuda.memory_allocated() - batch["video"].nbytes) / 1e9
+            try:
+                step = Step(row, backend, args)
+                step.run(batch)
+                if args.device != "cpu":
+                    memory[name] = peak_gb(step, batch, others_gb)
+            except torch.OutOfMemoryError:
+                failed.append([name, "out of memory", "", "", "", "", ""])
+                step = None
+                torch.cuda.empty_cache()
+                continue
+            steps[name] = step
+            print(f"{name}: runs", flush=True)
+    return steps, memory, failed
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, help="64; of toys 2")
+    parser.add_argument("--frames", type=int, default=4)
+    parser.add_argument("--rounds", type=int, help="11; of toys 1")
+    parser.add_argument("--rows", nargs="*", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--backends", nargs="*", help="scan backends; all that can run, the reference aside")
+    parser.add_argument("--grad-checkpointing", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", help="a Markdown file to write the table to")
+    parser.add_argument("--toy", action="store_true", help="tiny models on the CPU, in Triton's interpreter")
+    args = parser.parse_args(argv)
+    args.clips, args.rounds = args.clips or (2 if args.toy else 64), args.rounds or (1 if args.toy else 11)
+    if args.toy:
+        args.device = "cpu"
+    args.backends = args.backends or [b for b in available_backends(args.device) if b != "reference"]
+    batch = random_batch(args)
+    steps, memory, rows = build_all(args, batch)
+    found = medians(
+        {name: functools.partial(step.run, batch) for name, step in steps.items()}, args.rounds, args.device
+    )
+    # On a CPU the other ceilings would be measured in Triton's interpreter.
+    matmul = measure_ceilings(args.device, toy=args.toy).matmul if args.toy or args.device != "cpu" else None
+    flops = {name: step.flops_per_clip(batch) for name, step in steps.items()}
+    for name, ms in found.items():
+        row = name.split(",")[0]
+        to_peer = found.get(f"{row}, {PEER}")
+        rows.append([
+            name,
+            f"{ms:.1f}",
+            f"{args.clips / ms * 1e3:.1f}",
+            f"{ms / found['ID4']:.2f} ×" if "ID4" in found else "–",
+            f"{to_peer / ms:.2f} ×" if to_peer is not None else "–",
+            f"{memory[name]:.2f}" if name in memory else "–",
+            "–" if matmul is None else f"{100 * flops[name] * args.clips / ms * 1e3 / matmul:.1f}",
+        ])  # fmt: skip
+    columns = [
+        "row, scan backend",
+        "median ms",
+        "clips/s",
+        "time / ID4's",
+        "mamba-ssm's time / this",
+        "peak GB",
+        "MFU, %",
+    ]
+    setting = (
+        f"{args.clips} clips of {args.frames} frames, bf16 autocast, AdamW"
+        f"{', activation checkpointing' if args.grad_checkpointing else ''}; "
+        f"bf16 matrix products {'were not measured' if matmul is None else f'reach {matmul / 1e12:.1f} TFLOP/s here'}"
+    )
+    report("A training step", [where(args.device), setting, markdown_table(columns, rows)], args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
