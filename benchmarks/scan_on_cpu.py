@@ -6,8 +6,8 @@
 Correctness first: every output and gradient against the reference. Then, at R = 392 rows and T = 4 steps
 (ViT-B/16, two clips), the median times of forward and of forward + backward, rounds alternating between the
 backends, and their ratios to the reference. Then, for long sequences, what a step of a row costs each backend but
-the reference at T = 64, 1,024 and 8,192, with the same number of rows x steps, and its ratio to T = 64. Under load the
-times mean little: the load average is printed.
+the reference at T = 64, 1,024 and 8,192, with the same number of rows x steps, and its ratios to T = 64: with as much
+work, and with as many rows as at T = 8,192. Under load the times mean little: the load average is printed.
 """
 
 import argparse
@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from avion.ops.selective_scan import available_backends, selective_scan
 
 SHORT = (392, 4)  # rows, steps
-LONG = ((512, 64), (32, 1024), (4, 8192))
+LONG = ((512, 64), (32, 1024), (4, 8192))  # of equal work
+SAME_ROWS = (4, 64)  # as many as of the longest
 NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 
 
@@ -104,8 +105,8 @@ def compare_short(args: argparse.Namespace, backends: tuple[str, ...]) -> None:
 
 
 def compare_long(args: argparse.Namespace, backends: tuple[str, ...]) -> None:
-    print("\nper step and row of long sequences, against T = 64")
-    cases = {shape: Case(*shape, args.dim, args.states, args.device) for shape in LONG}
+    print("\nper step and row of long sequences, against T = 64 (as much work; as many rows)")
+    cases = {shape: Case(*shape, args.dim, args.states, args.device) for shape in (SAME_ROWS, *LONG)}
     for backend in backends:
         if backend == "reference":
             continue
@@ -114,7 +115,7 @@ def compare_long(args: argparse.Namespace, backends: tuple[str, ...]) -> None:
             found = medians(work, args.long_rounds, args.device)
             cost = {shape: median / math.prod(shape) * 1e6 for shape, median in found.items()}
             shown = ", ".join(
-                f"R = {rows}, T = {steps}: {us:.1f} µs ({us / cost[LONG[0]]:.2f} x)"
+                f"R = {rows}, T = {steps}: {us:.1f} µs ({us / cost[LONG[0]]:.2f} x, {us / cost[SAME_ROWS]:.2f} x)"
                 for (rows, steps), us in cost.items()
             )
             print(f"  {'forward' if what == 'forward' else 'forward + backward':<19} {backend:<10} {shown}")

@@ -57,7 +57,9 @@ def forward_plans(u: Tensor, states: int) -> list[Plan]:
     if not u.is_cuda:
         return [_interpreter_plan(u)]
     chunk = 4 if u.shape[1] > 2 else 2
-    plans = [Plan(block, block // 32, chunk, parts) for parts in _parts(u) for block in (128, 64, 32)]
+    # Two channels to a thread share the conversions of B and C; one leaves more programs.
+    cuts = ((128, 2), (64, 1), (128, 4), (32, 1))
+    plans = [Plan(block, warps, chunk, parts) for parts in _parts(u) for block, warps in cuts]
     few = u.shape[0] * u.shape[2] < 128 * _WARPS_TO_KEEP_BUSY * _processors(u)
     return plans[::-1] if few else plans
 
