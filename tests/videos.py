@@ -75,7 +75,7 @@ def write_video(
     rotation: degrees by which players turn the picture. -> path"""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = {"crf": "23", "preset": "medium", "threads": "1"}
+    options = {"crf": "23", "preset": "medium"}
     if gop is not None:
         options["g"] = str(gop)
     if bframes is not None:
@@ -87,6 +87,7 @@ def write_video(
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.thread_count = 1  # the number of threads changes what x264 writes
         if rotation:
             stream.set_display_rotation(rotation)
         audio = container.add_stream("aac", rate=16000, layout="mono") if with_audio else None
