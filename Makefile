@@ -8,7 +8,7 @@ PYTHON_IN := .venv/bin/python
 # Processes that share out the tests; each runs on one thread.
 TEST_WORKERS ?= auto
 
-.PHONY: demo demo-short tables-demo tables-demo-short test lint format bench clean help
+.PHONY: demo demo-short tables-demo tables-demo-short test test-slurm lint format bench clean help
 export PYTHON
 
 demo: $(STAMP)  ## the main job on the embedded demo dataset: train, evaluate, plot
@@ -24,8 +24,12 @@ tables-demo-short: $(STAMP)  ## the same in a minute or two: shows that it runs
 	rm -rf runs/tables_demo_short
 	$(PYTHON_IN) tools/tables_demo.py --short --output-dir runs/tables_demo_short
 
-test: $(STAMP)  ## all tests
-	$(PYTHON_IN) -m pytest -n $(TEST_WORKERS) --maxprocesses 8 --dist worksteal
+test: $(STAMP)  ## all tests but those of test-slurm
+	$(PYTHON_IN) -m pytest -n $(TEST_WORKERS) --maxprocesses 8 --dist worksteal --ignore=tests/slurm
+
+# By themselves: their jobs take both CPUs, and their clock is SLURM's.
+test-slurm: $(STAMP)  ## the launchers on a SLURM of one node, where its packages are installed and we are root
+	$(PYTHON_IN) -m pytest tests/slurm
 
 lint: $(STAMP)  ## ruff: style, likely mistakes, format
 	$(PYTHON_IN) -m ruff check .

@@ -36,12 +36,11 @@ class Launch:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a SLURM node list: "gpu[03-05,9],cpu1" -> "gpu03"."""
-    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?([^,]*)", nodelist)
+    """The first host of a SLURM node list: "gpu[03-05,9],cpu1" -> "gpu03", "rack[1-2]n[01-16]" -> "rack1n01"."""
+    match = re.match(r"(?:[^,\[\]\s]|\[\w[\w,-]*\])+(?=,|$)", nodelist)
     if not match:
-        raise UserError(f"SLURM_STEP_NODELIST: cannot read a host name from {nodelist!r}")
-    prefix, numbers, suffix = match.groups()
-    return prefix + (re.split(r"[-,]", numbers)[0] if numbers else "") + suffix
+        raise UserError(f"SLURM_STEP_NODELIST: cannot read a host name from {nodelist!r}; set MASTER_ADDR")
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match.group())
 
 
 def _integer(env: Mapping[str, str], name: str) -> int:
@@ -53,6 +52,13 @@ def _integer(env: Mapping[str, str], name: str) -> int:
         raise UserError(f"environment: {name} must be a whole number, found {env[name]!r}") from None
 
 
+def step_port(env: Mapping[str, str]) -> int:
+    """A port that all tasks of a step agree on without talking, clear of the ephemeral ones; jobs that share a node
+    differ in it."""
+    job, step = (_integer(env, name) if name in env else 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return 15000 + (7 * job + step) % 15000
+
+
 def detect_launch(args: Any, env: Mapping[str, str] = os.environ) -> Launch:
     """Read torchrun's variables, else srun's, else the flags.
 
@@ -62,15 +68,15 @@ def detect_launch(args: Any, env: Mapping[str, str] = os.environ) -> Launch:
     if "RANK" in env and "WORLD_SIZE" in env:
         local = _integer(env, "LOCAL_RANK") if "LOCAL_RANK" in env else args.local_rank
         launch = Launch(_integer(env, "RANK"), _integer(env, "WORLD_SIZE"), local, "env://", "torchrun")
-    elif _integer({"n": env.get("SLURM_STEP_NUM_TASKS", "1")}, "n") > 1:
+    elif "SLURM_STEP_NUM_TASKS" in env and _integer(env, "SLURM_STEP_NUM_TASKS") > 1:
+        # MASTER_ADDR and MASTER_PORT only where they were set by hand.
         host = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", ""))
-        # A port that all tasks of the step agree on without talking, clear of the ephemeral ones.
-        port = env.get("MASTER_PORT") or str(15000 + (int(env.get("SLURM_JOB_ID", "0")) * 7
-                                                      + int(env.get("SLURM_STEP_ID", "0"))) % 15000)  # fmt: skip
+        port = _integer(env, "MASTER_PORT") if env.get("MASTER_PORT") else step_port(env)
+        # Tasks that were given a GPU each see no other: theirs is number 0.
+        local = 0 if env.get("SLURM_GPUS_PER_TASK") else _integer(env, "SLURM_LOCALID")
         launch = Launch(
-            _integer(env, "SLURM_PROCID"), _integer(env, "SLURM_STEP_NUM_TASKS"),
-            _integer(env, "SLURM_LOCALID"), f"tcp://{host}:{port}", "srun",
-        )  # fmt: skip
+            _integer(env, "SLURM_PROCID"), _integer(env, "SLURM_STEP_NUM_TASKS"), local, f"tcp://{host}:{port}", "srun"
+        )
     else:
         launch = Launch(args.rank, args.world_size, args.local_rank, args.dist_url, "flags")
         if launch.size > 1 and launch.url == "env://" and not {"MASTER_ADDR", "MASTER_PORT"} <= set(env):

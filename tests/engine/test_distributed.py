@@ -1,11 +1,12 @@
 import dataclasses
 import os
+import signal
 import time
 
 import pytest
 import torch
 
-from avion.engine import distributed
+from avion.engine import distributed, signals
 from avion.engine.distributed import PeerError, World, choose_device, detect_launch, first_host, init_world
 from avion.engine.options import PretrainOptions
 from avion.errors import UserError
@@ -22,10 +23,18 @@ ARGS = PretrainOptions(device="cpu", dist_timeout=1.0)
         ("gpu[03-05,9]", "gpu03"),
         ("a-b[7,9]-x,c", "a-b7-x"),
         ("n[1-2],m", "n1"),
+        ("rack[1-2]n[01-16],x", "rack1n01"),
+        ("gpu1.site.org", "gpu1.site.org"),
     ],
 )
 def test_first_host_of_a_slurm_node_list(nodelist, host):
     assert first_host(nodelist) == host
+
+
+@pytest.mark.parametrize("nodelist", ["", "gpu[", "gpu[1-", "a[],b", "[", "gpu[01-02"])
+def test_a_node_list_that_cannot_be_read(nodelist):
+    with pytest.raises(UserError, match="SLURM_STEP_NODELIST: cannot read a host name .* set MASTER_ADDR"):
+        first_host(nodelist)
 
 
 def test_a_plain_start_is_alone():
@@ -52,6 +61,22 @@ def test_srun():
     assert detect_launch(ARGS, {**SRUN, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}).url == launch.url
 
 
+def test_meeting_points_set_by_hand_and_jobs_beside_each_other():
+    by_hand = detect_launch(ARGS, {**SRUN, "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "4000"})
+    assert by_hand.url == "tcp://10.0.0.7:4000"
+    urls = {detect_launch(ARGS, {**SRUN, "SLURM_JOB_ID": str(job)}).url for job in range(120, 140)}
+    steps = {detect_launch(ARGS, {**SRUN, "SLURM_STEP_ID": str(step)}).url for step in range(5)}
+    assert len(urls) == 20 and len(steps) == 5
+
+
+def test_a_task_that_was_given_its_gpu_sees_no_other():
+    assert detect_launch(ARGS, {**SRUN, "SLURM_GPUS_PER_TASK": "1"}).local_rank == 0
+
+
+def test_a_step_of_one_task_is_alone():
+    assert detect_launch(ARGS, {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}).size == 1
+
+
 def test_a_plain_python_inside_an_sbatch_script_waits_for_nobody():
     batch_shell = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_NODELIST": "n1"}
     assert detect_launch(ARGS, batch_shell).size == 1
@@ -63,6 +88,9 @@ def test_a_plain_python_inside_an_sbatch_script_waits_for_nobody():
         ({"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 of 2 processes"),
         ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK must be a whole number, found 'x'"),
         ({k: v for k, v in SRUN.items() if k != "SLURM_PROCID"}, "SLURM_PROCID is not set"),
+        ({**SRUN, "SLURM_JOB_ID": "seven"}, "SLURM_JOB_ID must be a whole number, found 'seven'"),
+        ({**SRUN, "MASTER_PORT": "high"}, "MASTER_PORT must be a whole number, found 'high'"),
+        ({**SRUN, "SLURM_PROCID": "4"}, "rank 4 of 4 processes .srun. does not exist"),
     ],
 )
 def test_broken_launch_variables(env, message):
@@ -127,6 +155,70 @@ def test_processes_talk_agree_and_fail_together(tmp_path):
         assert "disagree on --lr (process 0: 0, process 1: 1)" in results["disagree"]
     assert first["together"] == (PeerError, "reading failed on process 1: b.csv: no such file")
     assert second["together"] == (UserError, "b.csv: no such file")
+
+
+def _under_slurm(rank, size, job):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    os.environ.update(
+        SLURM_JOB_ID=job, SLURM_STEP_ID="1", SLURM_STEP_NUM_TASKS=str(size), SLURM_NTASKS=str(size),
+        SLURM_PROCID=str(rank), SLURM_NODEID=str(rank // 2), SLURM_LOCALID=str(rank % 2),
+        SLURM_STEP_NODELIST="localhost,nowhere[07-09]", SLURM_JOB_NODELIST="elsewhere[1-4]",
+    )  # fmt: skip
+    world = init_world(ARGS)
+    found = world.gather((world.rank, world.size, world.how))
+    distributed.shutdown()
+    return found
+
+
+def test_processes_of_several_nodes_meet_on_the_first(tmp_path):
+    """Started with nothing but SLURM's variables of a step of two tasks a node."""
+    found = run_processes(_under_slurm, 4, tmp_path, str(free_port()))
+    assert found == [[(rank, 4, "srun, gloo") for rank in range(4)]] * 4
+
+
+def _stopping(rank, size):
+    """What `together`, `go_on` and `stop_if_asked` make of a signal to one process, and of one with another's error."""
+    world, results = init_world(ARGS), []
+    with signals.heeded():
+        results.append(world.go_on(None, "read"))
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        results.append(world.go_on(None, "read"))
+        for body in (
+            lambda: world.stop_if_asked("here"),
+            lambda: _together(world, lambda: signals.raise_if_asked("inside")),
+            lambda: world.go_on(UserError("no such file") if rank == 0 else None, "read its data"),
+            lambda: _together(world, lambda: _both(rank)),
+        ):
+            try:
+                body()
+            except Exception as e:
+                results.append((type(e), str(e)))
+    distributed.shutdown()
+    return results
+
+
+def _both(rank):
+    if rank == 0:
+        raise UserError("no such file")
+    signals.raise_if_asked("inside")
+
+
+def _together(world, body):
+    with world.together("reading"):
+        body()
+
+
+def test_a_signal_to_one_process_stops_all_and_an_error_comes_first(tmp_path):
+    first, second = run_processes(_stopping, 2, tmp_path)
+    same = [
+        0, signal.SIGUSR1, (signals.Stopped, "SIGUSR1 here"), (signals.Stopped, "SIGUSR1 inside"),
+    ]  # fmt: skip
+    mine = (UserError, "no such file")
+    assert first == [*same, mine, mine]
+    peers = "another process could not read its data", "reading failed on process 0: no such file"
+    assert second == [*same, *((PeerError, text) for text in peers)]
 
 
 def test_a_missing_process_is_an_error_not_a_hang(monkeypatch):

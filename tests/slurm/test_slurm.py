@@ -8,6 +8,8 @@ import json
 import math
 import pickle
 import re
+import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -119,7 +121,7 @@ def trained(output, epoch):
 @pytest.fixture(scope="module")
 def requeued(slurm):
     """`scontrol requeue` in the middle of a training under srun; its folder."""
-    output, epochs = slurm.folder / "requeued", 6
+    output, epochs = slurm.folder / "requeued", 4
     job = slurm.sbatch("pretrain", *pretraining(slurm.folder, epochs), "--output-dir", output)
     slurm.wait(job, trained(output, 1))
     slurm.call("scontrol", "requeue", job)
@@ -134,7 +136,7 @@ def test_a_requeued_job_goes_on(requeued):
 
 def test_a_job_at_its_time_limit_goes_on(slurm, requeued):
     """Under torchrun. The limit is a minute, the least there is, and SLURM signals up to half a minute early."""
-    rate = sorted(row["clips_per_s"] for row in lines(requeued / "steps.txt"))[3 * STEPS]
+    rate = statistics.median(row["clips_per_s"] for row in lines(requeued / "steps.txt"))
     epochs = math.ceil(55 * rate / CLIPS)  # more than fits into that minute
     output = slurm.folder / "limited"
     job = slurm.sbatch(
@@ -148,7 +150,7 @@ def test_a_job_at_its_time_limit_goes_on(slurm, requeued):
 
 
 def test_a_submitit_job_goes_on(slurm):
-    output, epochs = slurm.folder / "submitted", 5
+    output, epochs = slurm.folder / "submitted", 4
     options = ["--ngpus", 0, "--tasks-per-node", 2, "--cpus-per-task", 1, "--timeout", 10, "--comment", "a test"]
     words = [*pretraining(slurm.folder, epochs), "--output-dir", output]
     out = slurm.call(sys.executable, "slurm/submit.py", "main_pretrain.py", *options, "--", *words)
@@ -159,18 +161,35 @@ def test_a_submitit_job_goes_on(slurm):
     assert assert_it_went_on(output, epochs, "SIGUSR1", "srun") == 1
 
 
+def small_splits(folder):
+    """Flags for both fine-tunings on 128 clips."""
+    annotations = ROOT / "datasets/demo/epic-kitchens-100-annotations"
+    retrieval = annotations / "retrieval_annotations"
+    for source in (retrieval / "EPIC_100_retrieval_train.csv", annotations / "EPIC_100_train.csv"):
+        (folder / source.name).write_text("".join(source.read_text().splitlines(keepends=True)[:129]))
+    shutil.copy(retrieval / "EPIC_100_retrieval_train_sentence.csv", folder)
+    name = "caption_relevancy_EPIC_100_retrieval_train.pkl"
+    relevancy = pickle.loads((retrieval / "relevancy" / name).read_bytes())
+    (folder / name).write_bytes(pickle.dumps(relevancy[:128]))
+    return (
+        ["--train-metadata", folder / "EPIC_100_retrieval_train.csv", "--train-relevancy-path", folder / name],
+        ["--train-metadata", folder / "EPIC_100_train.csv"],
+    )
+
+
 def test_the_other_tasks(slurm, requeued):
     """Fine-tuning and questions, from the checkpoint of the job before; a job with a mistake fails with its status."""
     jobs = {}
+    retrieval, actions = small_splits(slurm.folder)
     for file, recipe, words in (
-        ("finetune_retrieval", "demo_retrieval", ["--epochs", 1, "--warmup-epochs", 0]),
-        ("finetune_classification", "demo_actions", ["--epochs", 1, "--warmup-epochs", 0]),
+        ("finetune_retrieval", "demo_retrieval", [*retrieval, "--epochs", 1, "--warmup-epochs", 0]),
+        ("finetune_classification", "demo_actions", [*actions, "--epochs", 1, "--warmup-epochs", 0]),
         ("egoschema", "demo_egoschema", ["--frames", 8]),
     ):
-        shared = ["--config", f"recipes/{recipe}.yaml", "--device", "cpu", "--workers", 1]
+        shared = ["--config", f"recipes/{recipe}.yaml", "--device", "cpu", "--workers", 0]
         paths = ["--pretrain-model", requeued / "checkpoint.pt", "--output-dir", slurm.folder / file]
         jobs[file] = slurm.sbatch(file, *shared, *words, *paths)
-    wrong = slurm.sbatch("pretrain", "--modle", "X")
+    wrong = slurm.sbatch("pretrain", "--modle", "X", options=["--ntasks-per-node=1"])
     for file, job in jobs.items():
         slurm.finish(job, 150)
         assert "2 processes (srun, gloo)" in (slurm.folder / file / "train.log").read_text()
