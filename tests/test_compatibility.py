@@ -1,0 +1,54 @@
+"""What docs/compatibility.md says: the tests that it names exist, and what no other test holds."""
+
+import ast
+import re
+from dataclasses import MISSING, fields
+
+import pytest
+
+from avion.engine.options import FinetuneClassificationOptions
+from tests.layering import ROOT, project_sources
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMED = sorted({n for page in PAGES for n in re.findall(r"\btests/[\w/]+\.py(?:::\w+)?", page.read_text("utf-8"))})
+ABSOLUTE = re.compile(r"(?<![\w.}:/~*)])/(?:home|mnt|data|scratch|work|nfs|root|users|checkpoints?|gpfs)\b", re.I)
+
+# AVION's flags of its fine-tuning on actions, and their defaults.
+AVION_ACTIONS = {
+    "dataset": "ek100_cls", "num_crops": 1, "num_clips": 1, "clip_length": 16, "clip_stride": 2,
+    "use_multi_epochs_loader": False, "drop_path_rate": 0.1, "dropout_rate": 0.5, "num_classes": 3806,
+    "pretrain_model": None, "mixup": 0.8, "cutmix": 1.0, "cutmix_minmax": [], "mixup_prob": 1.0,
+    "mixup_switch_prob": 0.5, "mixup_mode": "batch", "smoothing": 0.1, "epochs": 100, "warmup_epochs": 2,
+    "batch_size": 32, "optimizer": "sgd", "lr": 3e-3, "lr_start": 1e-6, "lr_end": 1e-5, "wd": 4e-5, "eval_freq": 5,
+    "pickle_filename": None, "video_chunk_length": 15, "norm_style": "openai", "fused_decode_crop": False,
+    "decode_threads": 1, "grad_checkpointing": False, "use_fast_conv1": False, "patch_dropout": 0.0, "resume": "",
+    "use_zero": False, "start_epoch": 0, "update_freq": 1, "betas": [0.9, 0.999], "eps": 1e-8, "disable_amp": False,
+    "grad_clip_norm": None, "print_freq": 10, "workers": 8, "evaluate": False, "world_size": 1, "rank": 0,
+    "local_rank": 0, "dist_url": "env://", "dist_backend": "nccl", "seed": 0, "gpu": None, "output_dir": "./",
+}  # fmt: skip
+
+
+def test_the_page_names_tests():
+    assert len(NAMED) > 40
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_every_test_that_the_docs_name_exists(name):
+    path, _, function = name.partition("::")
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    assert not function or function in {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("name, default", AVION_ACTIONS.items())
+def test_avions_flags_of_action_recognition(name, default):
+    (field,) = (f for f in fields(FinetuneClassificationOptions) if f.name == name)
+    assert (field.default_factory() if field.default is MISSING else field.default) == default
+
+
+def test_no_paths_of_anybodys_machine():
+    """Code, recipes and launchers name no folder from where a machine's disks begin."""
+    assert ABSOLUTE.search('root = "/home/me/videos"') and not ABSOLUTE.search("datasets/data and https://host/data")
+    files = [*(ROOT / "slurm").glob("*.*"), *(ROOT / "recipes").rglob("*.yaml"), ROOT / "Makefile"]
+    texts = project_sources() | {str(path): path.read_text(encoding="utf-8") for path in files}
+    lines = [(name, line.strip()) for name, text in texts.items() for line in text.splitlines()]
+    assert [(name, line) for name, line in lines if ABSOLUTE.search(line)] == []
