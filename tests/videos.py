@@ -75,7 +75,8 @@ def write_video(
     rotation: degrees by which players turn the picture. -> path"""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = {"crf": "23", "preset": "medium"}
+    # mbtree beside B-frames gives another file each time.
+    options = {"crf": "23", "preset": "medium", "mbtree": "0"}
     if gop is not None:
         options["g"] = str(gop)
     if bframes is not None:
