@@ -53,6 +53,7 @@ class SubmitOptions:
         False, "the same as --constraint volta32gb, beside another one", names=["--use_volta32"], off=""
     )
     comment: str = flag("", "comment for the scheduler")
+    dependency: str = flag("", "jobs to wait for, such as afterok:1234", metavar="KIND:JOB")
     dependency: str = flag("", "what to wait for, as sbatch takes it, such as afterok:1234")
     job_dir: str = flag(
         "", "where submitit's files and the processes' output go, on a disk that all nodes see [OUTPUT_DIR/slurm]",
@@ -153,7 +154,7 @@ def _parameters(entry_point: str, options: SubmitOptions) -> dict[str, Any]:
     constraint = "&".join(filter(None, [options.constraint, "volta32gb" if options.use_volta32 else ""]))
     named = {
         "partition": options.partition, "account": options.account, "qos": options.qos, "comment": options.comment,
-        "constraint": constraint,
+        "constraint": constraint, "dependency": options.dependency,
     }  # fmt: skip
     sbatch = {"requeue": True, "signal": f"USR1@{options.signal_delay}"}
     for name in ("mem", "dependency"):
