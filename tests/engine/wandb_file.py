@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,11 +10,21 @@ _BLOCK, _CHUNK_HEADER = 32768, struct.Struct("<IHB")  # checksum, length, kind
 _FULL, _LAST = 1, 4
 
 
-def read_wandb(path: Path) -> SimpleNamespace:
-    """`id`, `project`, `name`, `config`, `exit_code`, and `history`: a dict of values per step."""
+def read_wandb(path: Path, patience: float = 60.0) -> SimpleNamespace:
+    """`id`, `project`, `name`, `config`, `exit_code`, and `history`: a dict of values per step.
+
+    A process of wandb's own writes the file, and on a busy machine may not be done when the run is: wait for its end.
+    """
+    deadline = time.monotonic() + patience
+    while (found := _read(path.read_bytes())).exit_code is None:
+        assert time.monotonic() < deadline, f"{path}: its run has not ended after {patience} s"
+        time.sleep(0.2)
+    return found
+
+
+def _read(content: bytes) -> SimpleNamespace:
     from wandb.proto import wandb_internal_pb2
 
-    content = path.read_bytes()
     assert content[:4] == b":W&B"
     found = SimpleNamespace(history={}, exit_code=None)
     position, message = 7, b""
