@@ -106,6 +106,24 @@ def _scan(case: dict, backend: str, dtype) -> list:
     return [tensor.double() for tensor in (y.detach(), *gradients)]
 
 
+def _mixer(case: dict, backend: str, dtype) -> list:
+    """Output and gradients of a whole mixer, convolutions and gate included, float64."""
+    import torch
+
+    from avion.models.vim import BiMambaMixer
+
+    torch.manual_seed(0)
+    mixer = BiMambaMixer(case["u"].shape[-1], case["A"].shape[1], scan_backend=backend).to(case["u"].device, dtype)
+    h = case["u"].to(dtype).requires_grad_()
+    y = mixer(h)
+    gradients = torch.autograd.grad(y, [h, *mixer.parameters()], case["weight"].to(dtype))
+    return [tensor.double() for tensor in (y.detach(), *gradients)]
+
+
+def _results(case: dict, backend: str, dtype) -> list:
+    return [*_scan(case, backend, dtype), *_mixer(case, backend, dtype)]
+
+
 def _random_case(device: str) -> dict:
     import torch
 
@@ -125,9 +143,9 @@ def backends(report: Report, device: str) -> None:
     from avion.errors import UserError
     from avion.ops.selective_scan import backend_names, resolve_backend
 
-    print(f"selective scan on {device}")
+    print(f"selective scan, alone and in the mixer, on {device}")
     case = _random_case(device)
-    expected = _scan(case, "reference", torch.float64)
+    expected = _results(case, "reference", torch.float64)
     auto = resolve_backend("auto", device)
     for name in backend_names():
         try:
@@ -136,7 +154,7 @@ def backends(report: Report, device: str) -> None:
             report.line(name, f"cannot run: {str(error).split(': ', 1)[1]}")
             continue
         try:
-            found = _scan(case, name, torch.float32)
+            found = _results(case, name, torch.float32)
         except Exception as error:  # whatever a broken kernel throws is a finding, not an end
             text = f"fails: {str(error).splitlines()[0]}; give another one as --scan-backend"
             (report.problem if name == auto else report.line)(name, text)

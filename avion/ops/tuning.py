@@ -21,7 +21,7 @@ from torch import Tensor
 _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 _ROUNDS = 7
-_chosen: dict[tuple[str, str], tuple] = {}  # (device, key) -> plan
+_chosen: dict[tuple, NamedTuple] = {}  # by device, op, shape class and what was on offer
 
 
 def tuned(op: str, like: Tensor, states: int, plans: Sequence[NamedTuple], run: Callable[[Any], Result]) -> Result:
@@ -31,19 +31,21 @@ def tuned(op: str, like: Tensor, states: int, plans: Sequence[NamedTuple], run: 
     """
     if len(plans) == 1 or os.environ.get("AVION_TUNE") == "0" or torch.cuda.is_current_stream_capturing():
         return run(plans[0])
-    device, key = torch.cuda.get_device_name(like.device), _key(op, like, states, plans)
-    if (device, key) not in _chosen:
+    rows, steps, channels = like.shape
+    # Shapes in classes a factor of two wide.
+    case = (op, rows.bit_length(), steps.bit_length(), channels, states, like.dtype, tuple(plans))
+    if (like.device, case) not in _chosen:
+        device, key = torch.cuda.get_device_name(like.device), _key(*case)
         stored = _stored(device).get(key)
         known = [plan for plan in plans if stored is not None and list(plan) == stored]
-        _chosen[device, key] = known[0] if known else _measured(op, device, key, plans, run, _milliseconds)
-    return run(_chosen[device, key])
+        _chosen[like.device, case] = known[0] if known else _measured(op, device, key, plans, run, _milliseconds)
+    return run(_chosen[like.device, case])
 
 
-def _key(op: str, like: Tensor, states: int, plans: Sequence[NamedTuple]) -> str:
-    """Shapes in classes a factor of two wide, and the plans themselves: others would make the choice stale."""
-    rows, steps, channels = like.shape
+def _key(op: str, row_bits: int, step_bits: int, channels: int, states: int, dtype, plans: tuple) -> str:
+    """The case in the file, with the plans themselves: others would make the choice stale."""
     offered = hashlib.sha256(repr([tuple(plan) for plan in plans]).encode()).hexdigest()[:8]
-    return f"{op}, R<2^{rows.bit_length()}, T<2^{steps.bit_length()}, D={channels}, N={states}, {like.dtype}, {offered}"
+    return f"{op}, R<2^{row_bits}, T<2^{step_bits}, D={channels}, N={states}, {dtype}, {offered}"
 
 
 def _measured(op: str, device: str, key: str, plans: Sequence, run: Callable, milliseconds: Callable) -> NamedTuple:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from avion.ops.selective_scan.torch_blocks import Group, Inputs, backward, compute_dtype, entering_shape, forward
 
+from .autograd import differentiable
+
 
 def _directions(ahead: Sequence[Tensor], behind: Sequence[Tensor]) -> tuple[Inputs, Inputs]:
     return Inputs(*ahead), Inputs(*behind, reverse=True)
@@ -86,34 +88,5 @@ def _gated_scan_backward(
         return [*grads, dz]
 
 
-@_gated_scan_backward.register_fake
-def _(d_out, ahead, behind, z, kept):
-    return [t.new_empty(t.shape) for t in (*ahead, *behind, z)]
-
-
-def _keep_for_backward(ctx, inputs, output) -> None:
-    ahead, behind, z, _ = inputs
-    _, *kept = output
-    ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)
-    ctx.count = len(ahead)
-    ctx.save_for_backward(*ahead, *behind, z, *kept)
-
-
-def _backward(ctx, d_out: Tensor | None, *_):
-    n = ctx.count
-    if d_out is None:
-        return [None] * n, [None] * n, None, None
-    tensors = ctx.saved_tensors
-    ahead, behind, z, kept = tensors[:n], tensors[n : 2 * n], tensors[2 * n], tensors[2 * n + 1 :]
-    grads = _gated_scan_backward(d_out, ahead, behind, z, kept)
-    return grads[:n], grads[n : 2 * n], grads[2 * n], None
-
-
-_gated_scan.register_autograd(_backward, setup_context=_keep_for_backward)
-
-
-def gated_scan_torch(ahead: Sequence[Tensor], behind: Sequence[Tensor], z: Tensor) -> Tensor:
-    """See the package's docstring. Inputs of one direction are float64 where the other's are."""
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (*ahead, *behind, z))
-    return _gated_scan(list(ahead), list(behind), z, keep)[0]
+# Inputs of one direction are float64 where the other's are.
+gated_scan_torch = differentiable(_gated_scan, _gated_scan_backward)

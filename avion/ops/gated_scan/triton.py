@@ -14,6 +14,8 @@ from avion.ops.selective_scan import triton_launch as launch
 from avion.ops.selective_scan.triton_launch import Direction, Gate, Plan
 from avion.ops.tuning import tuned
 
+from .autograd import differentiable
+
 
 def _directions(ahead: Sequence[Tensor], behind: Sequence[Tensor]) -> tuple[Direction, Direction]:
     return Direction(*ahead), Direction(*behind, reverse=True)
@@ -58,34 +60,4 @@ def _gated_scan_backward(
     return tuned("gated scan backward", u, states, launch.backward_plans(u, states), run)
 
 
-@_gated_scan_backward.register_fake
-def _(d_out, ahead, behind, z, kept):
-    return [t.new_empty(t.shape) for t in (*ahead, *behind, z)]
-
-
-def _keep_for_backward(ctx, inputs, output) -> None:
-    ahead, behind, z, _ = inputs
-    _, *kept = output
-    ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)
-    ctx.count = len(ahead)
-    ctx.save_for_backward(*ahead, *behind, z, *kept)
-
-
-def _backward(ctx, d_out: Tensor | None, *_):
-    n = ctx.count
-    if d_out is None:
-        return [None] * n, [None] * n, None, None
-    tensors = ctx.saved_tensors
-    ahead, behind, z, kept = tensors[:n], tensors[n : 2 * n], tensors[2 * n], tensors[2 * n + 1 :]
-    grads = _gated_scan_backward(d_out, ahead, behind, z, kept)
-    return grads[:n], grads[n : 2 * n], grads[2 * n], None
-
-
-_gated_scan.register_autograd(_backward, setup_context=_keep_for_backward)
-
-
-def gated_scan_triton(ahead: Sequence[Tensor], behind: Sequence[Tensor], z: Tensor) -> Tensor:
-    """See the package's docstring; float32, bfloat16 or float16."""
-    keep_states = torch.is_grad_enabled() and any(t.requires_grad for t in (*ahead, *behind, z))
-    return _gated_scan(list(ahead), list(behind), z, keep_states)[0]
+gated_scan_triton = differentiable(_gated_scan, _gated_scan_backward)
