@@ -30,6 +30,11 @@ def lines(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+def in_processes(function, size, folder, *args):
+    """`run_processes`, but one process is this one."""
+    return [function(0, 1, *args)] if size == 1 else run_processes(function, size, folder / "log", *args)
+
+
 def signalled(module, name, calls, how):
     """Replace a function: after so many calls of it `how()` happens, once."""
     original, done = getattr(module, name), []
@@ -55,20 +60,22 @@ def _pretrain(rank, size, words, victims=(), how="step"):
 
     def signal_step():  # what scancel and the time limit do: every process of the step gets it
         workers.extend(multiprocessing.active_children())
-        for process in workers:
-            for number in ALL:
-                os.kill(process.pid, number)
-        time.sleep(0.5)  # for a dead worker to be noticed
+        pids = " ".join(str(process.pid) for process in workers)
+        # From a process that is not the workers' parent.
+        subprocess.run(["sh", "-c", f"kill -TERM {pids}; kill -USR1 {pids}"], check=True)
+        time.sleep(0.5)
+        assert all(process.is_alive() for process in workers)
         to_me(signal.SIGUSR1)()
         to_me(signal.SIGUSR1)()  # srun forwards it once more
 
-    undo = None
+    undo = lambda: None  # noqa: E731
     if rank in victims:
         action = {"step": to_me(signal.SIGTERM), "all": signal_step}[how]
         undo = signalled(trainer_module.Trainer, "_optimizer_step", 4, action)
 
-    status = main_pretrain.main(words)
-    if undo is not None:
+    try:
+        status = main_pretrain.main(words)
+    finally:
         undo()
     assert [signal.getsignal(number) for number in ALL] == before
     return status, len(workers)
@@ -93,7 +100,7 @@ def test_a_signal_in_training_loses_nothing(size, victims, how, workers, tiny_fl
 
     def pretrain(folder, *more, workers="0"):
         flags = [*words, "--output-dir", str(folder), "--workers", workers]
-        return run_processes(_pretrain, size, tmp_path / "log", flags, *more)
+        return in_processes(_pretrain, size, tmp_path, flags, *more)
 
     assert {status for status, _ in pretrain(tmp_path / "whole")} == {0}
     results = pretrain(tmp_path / "cut", victims, how, workers=workers)
@@ -110,9 +117,11 @@ def test_a_signal_in_training_loses_nothing(size, victims, how, workers, tiny_fl
 
 
 def _stopped_evaluation(rank, size, words):
-    if rank == size - 1:
-        signalled(encode, "read", 1, to_me(signal.SIGTERM))
-    return main_pretrain.main(words)
+    undo = signalled(encode, "read", 1, to_me(signal.SIGTERM)) if rank == size - 1 else lambda: None
+    try:
+        return main_pretrain.main(words)
+    finally:
+        undo()
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -121,9 +130,9 @@ def test_an_evaluation_that_was_stopped_is_made_up_for(size, tiny_flags, tmp_pat
     for name in ("whole", "cut"):
         output = [*words, "--output-dir", str(tmp_path / name)]
         if name == "cut":
-            assert run_processes(_stopped_evaluation, size, tmp_path / "log", output) == [75] * size
+            assert in_processes(_stopped_evaluation, size, tmp_path, output) == [75] * size
             assert not (tmp_path / "cut/log.txt").exists() and not (tmp_path / "cut/eval_log.txt").exists()
-        results = run_processes(_pretrain, size, tmp_path / "log", output)
+        results = in_processes(_pretrain, size, tmp_path, output)
         assert {status for status, _ in results} == {0}
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
     assert "SIGTERM while clips were encoded; leaving with status 75" in (tmp_path / "cut/train.log").read_text()
@@ -158,9 +167,11 @@ def test_a_signal_in_the_last_evaluation_of_a_run_without_further_epochs(tiny_fl
 
 
 def _stopped_questions(rank, size, words):
-    if rank == size - 1:
-        signalled(evaluate._Run, "_answer_one", 2, to_me(signal.SIGTERM))
-    return main_egoschema.main(words)
+    undo = signalled(evaluate._Run, "_answer_one", 2, to_me(signal.SIGTERM)) if rank == size - 1 else lambda: None
+    try:
+        return main_egoschema.main(words)
+    finally:
+        undo()
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -168,7 +179,7 @@ def test_egoschema_keeps_the_answers_so_far(size, tmp_path):
     data = write_egoschema(tmp_path / "data")
     words = [*data.flags, "--frames", "4", "--dist-timeout", "1"]
     output = ["--output-dir", str(tmp_path / "cut")]
-    assert run_processes(_stopped_questions, size, tmp_path / "log", [*words, *output]) == [75] * size
+    assert in_processes(_stopped_questions, size, tmp_path, [*words, *output]) == [75] * size
     before = [row["q_uid"] for path in (tmp_path / "cut").glob("*.jsonl") for row in lines(path)]
     assert sorted(before) == sorted(UIDS[: 2 * size]) and not list((tmp_path / "cut").glob("egoschema_4.*"))
     assert main_egoschema.main([*words, *output]) == 0

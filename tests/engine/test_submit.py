@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -18,12 +19,17 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "slurm/submit.py"
 
 
-def launch(*words, environment=None):
-    """slurm/submit.py as people run it, from another folder."""
-    return subprocess.run(
-        [sys.executable, str(LAUNCHER), *map(str, words)], cwd=ROOT / "docs", capture_output=True, text=True,
-        timeout=120, env={**os.environ, **(environment or {})},
-    )  # fmt: skip
+@pytest.fixture
+def launch(capsys, monkeypatch):
+    """slurm/submit.py from another folder: status, stdout, stderr."""
+    monkeypatch.chdir(ROOT / "docs")
+    main = runpy.run_path(str(LAUNCHER))["main"]
+
+    def run(*words):
+        status = main(list(map(str, words)))
+        return status, *capsys.readouterr()
+
+    return run
 
 
 def lines(path):
@@ -40,7 +46,7 @@ def wait_for(condition, what, seconds=120):
 def test_processes_of_a_job_are_stopped_and_go_on(tiny_flags, tmp_path):
     """submitit's local executor, two processes: SIGUSR1 stops both, they are started again and go on."""
     job_dir, output = tmp_path / "job", tmp_path / "out"
-    words = [*tiny_flags, "--batch-size", "2", "--epochs", "15", "--eval-freq", "15"]
+    words = [*tiny_flags, "--batch-size", "2", "--epochs", "8", "--eval-freq", "8"]
     job = ["--cluster", "local", "--ngpus", "0", "--tasks-per-node", "2", "--timeout", "10", "--job_dir", job_dir]
     # Into a file: the job inherits it, and nobody waits for the end of a pipe.
     with open(tmp_path / "stdout", "w") as stdout:
@@ -62,8 +68,8 @@ def test_processes_of_a_job_are_stopped_and_go_on(tiny_flags, tmp_path):
     finally:
         if os.path.exists(f"/proc/{controller}"):
             os.kill(controller, signal.SIGKILL)
-    assert [row["epoch"] for row in lines(output / "log.txt")] == list(range(15))
-    assert torch.load(output / "checkpoint.pt", weights_only=False)["epoch"] == 15
+    assert [row["epoch"] for row in lines(output / "log.txt")] == list(range(8))
+    assert torch.load(output / "checkpoint.pt", weights_only=False)["epoch"] == 8
     assert "2 processes (torchrun, gloo)" in (output / "train.log").read_text()
 
 
@@ -82,7 +88,8 @@ def test_what_is_asked_of_slurm(tmp_path, monkeypatch):
     before = dict(os.environ)
     options = SubmitOptions(
         ngpus=4, nodes=2, timeout=90, partition="gpu", comment="soon; please", account="me", qos="low", mem="100G",
-        constraint="ib", use_volta32=True, cpus_per_task=6, job_dir=str(tmp_path / "jobs"), max_requeues=3, dependency="afterok:16",
+        constraint="ib", use_volta32=True, cpus_per_task=6, job_dir=str(tmp_path / "jobs"), max_requeues=3,
+        dependency="afterok:16",
     )  # fmt: skip
     assert submit("main_finetune_retrieval.py", ["--pretrain-model", "x.pt"], options) == "17"
     assert dict(os.environ) == before
@@ -99,10 +106,10 @@ def test_what_is_asked_of_slurm(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
-def test_dry_run_of_every_entry_point(entry_point, tmp_path):
-    done = launch(entry_point, "--ngpus", "2", "--dry-run", "--", "--output-dir", tmp_path / "out")
-    assert done.returncode == 0 and f"python {entry_point} --output-dir" in done.stdout
-    assert str(tmp_path / "out/slurm") in done.stdout and not list(tmp_path.iterdir())
+def test_dry_run_of_every_entry_point(entry_point, launch, tmp_path):
+    status, out, _ = launch(entry_point, "--ngpus", "2", "--dry-run", "--", "--output-dir", tmp_path / "out")
+    assert status == 0 and f"python {entry_point} --output-dir" in out
+    assert str(tmp_path / "out/slurm") in out and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -119,10 +126,10 @@ def test_dry_run_of_every_entry_point(entry_point, tmp_path):
         ([], "the entry point comes first"),
     ],
 )
-def test_mistakes_cost_one_line_and_no_queue_time(words, message):
-    done = launch(*words)
-    assert done.returncode == 2 and done.stdout == ""
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+def test_mistakes_cost_one_line_and_no_queue_time(words, message, launch):
+    status, out, err = launch(*words)
+    assert status == 2 and out == ""
+    assert message in err and len(err.splitlines()) == 1
 
 
 def test_without_slurm_or_submitit(tmp_path, monkeypatch):
