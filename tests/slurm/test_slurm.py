@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CLIPS, BATCH, TASKS = 160, 8, 2
 STEPS = CLIPS // (BATCH * TASKS)
 
-pytestmark = [pytest.mark.skipif(missing() is not None, reason=str(missing())), pytest.mark.timeout(220)]
+pytestmark = [pytest.mark.skipif(missing() is not None, reason=str(missing())), pytest.mark.timeout(290)]
 
 
 def lines(path):
@@ -56,7 +56,7 @@ class Slurm:
         shown = self.call("scontrol", "show", "job", "-o", number)
         return dict(re.findall(r"(\w+)=(\S+)", shown))
 
-    def wait(self, number, until, seconds=120):
+    def wait(self, number, until, seconds=150):
         """Until `until(job)`; a job that was requeued need not sit out SLURM's two minutes before it starts again.
 
         A few seconds it needs: slurmd refuses what was signed in the second in which it ended the job's first life.
@@ -70,7 +70,7 @@ class Slurm:
             time.sleep(0.2)
         return job
 
-    def finish(self, number, seconds=120):
+    def finish(self, number, seconds=150):
         job = self.wait(number, lambda job: job["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), seconds)
         assert job["JobState"] == "COMPLETED" and job["ExitCode"] == "0:0", f"{job}\n{self.outputs()}"
         return job
@@ -143,7 +143,7 @@ def test_a_job_at_its_time_limit_goes_on(slurm, requeued):
         "pretrain", *pretraining(slurm.folder, epochs), "--output-dir", output,
         options=["--time=1", "--signal=USR1@15"], LAUNCHER="torchrun",
     )  # fmt: skip
-    restarts = int(slurm.finish(job, 200)["Restarts"])
+    restarts = int(slurm.finish(job, 240)["Restarts"])
     assert restarts >= 1 and assert_it_went_on(output, epochs, "SIGUSR1", "torchrun") == restarts
     (log,) = slurm.folder.glob(f"pretrain-{job}.log")
     assert f"requeueing job {job} (1 of at most 50 times)" in log.read_text()
