@@ -1,5 +1,6 @@
 """What every test runs under: one thread, no network, new seeds each run; Triton's interpreter without a GPU."""
 
+import logging
 import os
 import random
 import zlib
@@ -40,3 +41,19 @@ def fresh_seed(request) -> int:
 @pytest.fixture
 def rng(fresh_seed) -> np.random.Generator:
     return np.random.default_rng(fresh_seed)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    """A test, or a fixture of several, that runs an entry point in this process leaves its log to no other test."""
+    _forget_logs()
+    yield
+    _forget_logs()
+
+
+def _forget_logs() -> None:
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if getattr(h, "of_this_project", False)]:
+        root.removeHandler(handler)
+        handler.close()
+        root.setLevel(logging.WARNING)

@@ -86,13 +86,12 @@ def assert_equal(case: Case, backend: str, tolerance: float = 2e-5) -> None:
 @pytest.mark.parametrize(
     "shape",
     [
-        (5, 4, 8, 16),
+        (2, 4, 8, 16),
         (3, 1, 7, 4),
         (4, 2, 4, 5),
-        (3, 11, 5, 3),
-        (3, 70, 4, 4),
-        (1, 70, 5, 3),
-        (2, 96, 3, 4),
+        (2, 11, 5, 3),
+        (3, 34, 3, 4),
+        (1, 66, 3, 3),
         (1, 33, 1, 2),
     ],
 )
@@ -125,7 +124,7 @@ def test_half_precision(half, tolerance, backend):
 
 
 def test_two_runs_agree_bit_for_bit(backend):
-    case = Case(2, 70, 5, 4)
+    case = Case(1, 66, 3, 4)
     first, second = case.run(backend), case.run(backend)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -157,13 +156,13 @@ def test_z_of_another_shape_is_refused(backend):
 
 def test_only_inputs_and_few_states_are_kept_by_triton():
     pytest.importorskip("triton")
-    case = Case(3, 70, 3, 4)
+    case = Case(3, 34, 3, 4)
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         gated_bidirectional_scan(case.ahead, case.behind, case.z, backend="triton")
     inputs = {t.data_ptr() for t in case.tensors().values()}
     extra = [tuple(t.shape) for t in saved if t.data_ptr() not in inputs]
-    assert extra == [(3, 2, 4, 3)] * 2  # before steps 32 and 64, of either direction
+    assert extra == [(3, 1, 4, 3)] * 2  # before step 32, of either direction
 
 
 def test_tritons_operator_keeps_torch_librarys_rules():

@@ -40,7 +40,7 @@ def assert_equals_the_reference(inputs: dict, tolerance: float = 2e-5, **options
 # step, one chunk, several chunks, a ragged chunk, several segments of time.
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
-    "shape", [(5, 4, 7, 16), (3, 1, 8, 4), (0, 4, 8, 16), (1, 2, 1, 5), (3, 3, 5, 64), (2, 32, 3, 4), (3, 70, 5, 3)]
+    "shape", [(5, 4, 7, 16), (3, 1, 8, 4), (0, 4, 8, 16), (1, 2, 1, 5), (3, 3, 5, 64), (2, 32, 3, 4), (3, 34, 5, 3)]
 )
 def test_outputs_and_every_gradient_equal_the_references(shape, reverse):
     assert_equals_the_reference(single_precision(random_inputs(*shape)), reverse=reverse)
