@@ -14,10 +14,7 @@ import argparse
 import functools
 import math
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.ops.selective_scan import available_backends, selective_scan
+from benchmarks.measure import medians
 
 SHORT = (392, 4)  # rows, steps
 LONG = ((512, 64), (32, 1024), (4, 8192))  # of equal work
@@ -73,23 +71,6 @@ class Case:
         return max(errors.items(), key=lambda item: item[1])
 
 
-def seconds(work: Callable[[], object], device: str) -> float:
-    start = time.perf_counter()
-    work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def medians(work: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of each, rounds alternating between them, after a warm-up round."""
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(rounds + 1):
-        for name, function in work.items():
-            times[name].append(seconds(function, device))
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
-
-
 def compare_short(args: argparse.Namespace, backends: tuple[str, ...]) -> None:
     case = Case(*SHORT, args.dim, args.states, args.device)
     for backend in backends:
@@ -101,7 +82,7 @@ def compare_short(args: argparse.Namespace, backends: tuple[str, ...]) -> None:
         found = medians({b: functools.partial(run, b) for b in backends}, args.rounds, args.device)
         for backend, median in found.items():
             ratio = found["reference"] / median
-            print(f"  {what:<19} {backend:<10} {median * 1e3:8.1f} ms   {ratio:5.1f} x the reference's speed")
+            print(f"  {what:<19} {backend:<10} {median:8.1f} ms   {ratio:5.1f} x the reference's speed")
 
 
 def compare_long(args: argparse.Namespace, backends: tuple[str, ...]) -> None:
@@ -113,7 +94,7 @@ def compare_long(args: argparse.Namespace, backends: tuple[str, ...]) -> None:
         for what in ("forward", "both"):
             work = {shape: functools.partial(getattr(case, what), backend) for shape, case in cases.items()}
             found = medians(work, args.long_rounds, args.device)
-            cost = {shape: median / math.prod(shape) * 1e6 for shape, median in found.items()}
+            cost = {shape: median / math.prod(shape) * 1e3 for shape, median in found.items()}
             shown = ", ".join(
                 f"R = {rows}, T = {steps}: {us:.1f} µs ({us / cost[LONG[0]]:.2f} x, {us / cost[SAME_ROWS]:.2f} x)"
                 for (rows, steps), us in cost.items()

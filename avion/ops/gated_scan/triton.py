@@ -31,10 +31,10 @@ def _gated_scan(
 
     def run(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
         out = torch.empty_like(u, memory_format=torch.contiguous_format)
-        kept = launch.forward(first, plan, out, keep_states, Gate(z, add=False, close=False))
+        kept = launch.forward(first, plan, out, keep_states)
         return out, kept, launch.forward(second, plan, out, keep_states, Gate(z, add=True))
 
-    return tuned("gated scan", u, states, launch.forward_plans(u, states), run)
+    return tuned("gated scan", u, states, launch.forward_plans(u), run)
 
 
 @_gated_scan.register_fake

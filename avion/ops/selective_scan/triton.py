@@ -35,7 +35,7 @@ def _scan(
         y = torch.empty_like(u, memory_format=torch.contiguous_format)
         return y, forward(p, plan, y, keep_states)
 
-    return tuned("scan", u, A.shape[1], forward_plans(u, A.shape[1]), run)
+    return tuned("scan", u, A.shape[1], forward_plans(u), run)
 
 
 @_scan.register_fake

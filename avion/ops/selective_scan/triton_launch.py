@@ -49,10 +49,9 @@ class Gate(NamedTuple):
 
     z: Tensor
     add: bool
-    close: bool = True  # multiply by SiLU(z); False for the direction that comes first, which only leaves its share
 
 
-def forward_plans(u: Tensor, states: int) -> list[Plan]:
+def forward_plans(u: Tensor) -> list[Plan]:
     """u (R, T, D). The first one is the guess."""
     if not u.is_cuda:
         return [_interpreter_plan(u)]
@@ -174,12 +173,11 @@ def forward(p: Direction, plan: Plan, y: Tensor, keep: bool, gate: Gate | None =
     part_steps = _part_steps(steps, plan.parts)
     parts = triton.cdiv(steps, part_steps)
     carried = _join_parts(p, f, plan, p.u, p.B, None, adjoint=False)
-    closes = gate is not None and gate.close
-    z = gate.z if closes else p.u
+    z = p.u if gate is None else gate.z
     forward_kernel[(rows * parts * triton.cdiv(channels, plan.block_d),)](
         p.u, p.delta, f.A, p.B, p.C, f.D, f.bias, z, y, entering, carried, steps, channels, states, part_steps,
         *_strides(p.u, p.delta, p.B, p.C, z), **_constants(p, plan), SEGMENT=SEGMENT, ONE_CHUNK=steps <= plan.chunk,
-        KEEP=entering.numel() > 0, PARTED=parts > 1, GATE=closes, ADD=gate is not None and gate.add,
+        KEEP=entering.numel() > 0, PARTED=parts > 1, GATE=gate is not None, ADD=gate is not None and gate.add,
     )  # fmt: skip
     return entering
 
