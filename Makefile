@@ -17,7 +17,7 @@ demo: $(STAMP)  ## the main job on the embedded demo dataset: train, evaluate, p
 demo-short: $(STAMP)  ## the same in a minute: shows that it runs, not what it reaches
 	$(PYTHON_IN) tools/demo.py --short
 
-tables-demo: $(STAMP)  ## all recipes of the paper's tables, scaled down, and the report on them: 25 minutes
+tables-demo: $(STAMP)  ## all recipes of the paper's tables, scaled down, and the report on them: 21 minutes
 	$(PYTHON_IN) tools/tables_demo.py
 
 tables-demo-short: $(STAMP)  ## the same in a minute or two: shows that it runs

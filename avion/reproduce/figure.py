@@ -17,6 +17,8 @@ from .tables import Line
 # By row of the paper; orange and blue that the colour-blind tell apart, on white and on black.
 COLOURS = {4: "#d97706", 6: "#3b82f6"}
 GREY = "#8a8a8a"
+GUESSING = 20.0  # percent: one of five options
+_LEAST_SPAN = 15.0  # percentage points; on a narrower axis a question or two would look like a difference
 _INK = {False: "#1f2328", True: "#e6e6e6"}  # by dark
 
 
@@ -72,6 +74,7 @@ def draw(measured: Sequence[Curve], published: Sequence[Curve], *, demo: bool, d
         if demo:
             left, right = figure.subplots(1, 2)
             _panel(left, measured, "measured: demo dataset, scaled-down models", ink)
+            _beside_guessing(left)
             _panel(right, published, "the paper: EgoSchema, full models", ink)
         else:
             _panel(figure.subplots(), [*published, *measured], "EgoSchema, zero-shot", ink)
@@ -104,6 +107,15 @@ def _panel(axes: Axes, curves: Sequence[Curve], title: str, ink: str) -> None:
     axes.set(xlabel="frames per video (log₂)", ylabel="accuracy, %")
     if curves:
         axes.legend(frameon=False, fontsize=8.5)
+
+
+def _beside_guessing(axes: Axes) -> None:
+    """Add what guessing is worth, on an axis wide enough to see small differences as small."""
+    axes.axhline(GUESSING, color=GREY, linestyle="-.", linewidth=1, label="guessing")
+    low, high = axes.get_ylim()
+    room = max(0.0, _LEAST_SPAN - (high - low)) / 2
+    axes.set_ylim(low - room, high + room)
+    axes.legend(frameon=False, fontsize=8.5)
 
 
 def _ticks(frames: Sequence[int]) -> list[int]:

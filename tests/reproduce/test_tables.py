@@ -353,6 +353,11 @@ def test_what_the_plot_shows(tmp_path, rng):
     assert {text.get_text() for text in axes.get_legend().get_texts()} == {
         "TimeSformer, paper", "TimeMamba, paper", "TimeMamba",
     }  # fmt: skip
-    assert len(figure.draw(measured, published, demo=True).axes) == 2
+    left, right = figure.draw(measured, published, demo=True).axes
+    assert [line.get_ydata()[0] for line in left.lines if line.get_label() == "guessing"] == [20.0]
+    assert "guessing" not in [line.get_label() for line in right.lines]
+    flat = [figure.Curve("flat", figure.GREY, [8, 16], [20.0, 22.5])]
+    low, high = figure.draw(flat, published, demo=True).axes[0].get_ylim()
+    assert high - low == pytest.approx(15.0) and (low + high) / 2 == pytest.approx(21.25)
     once, again = (figure.image(figure.draw(measured, published, demo=False), "svg") for _ in range(2))
     assert once == again
