@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.engine.args import parse
 from avion.engine.submit import ENTRY_POINTS, SubmitOptions, submit
-from avion.errors import UserError
+from avion.errors import UserError, exit_status
 
 _NAME = "slurm/submit.py"
 
@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if "--" in words else len(words)
     mine, theirs = words[:end], words[end + 1 :]
-    try:
+
+    def body() -> None:
         usage = f"{_NAME} ENTRY_POINT [job options] -- [flags of the entry point]"
         if not mine or mine[0].startswith("-"):
             if mine[:1] not in (["-h"], ["--help"]):
@@ -32,12 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = parse(SubmitOptions, mine, usage, __doc__.splitlines()[0])
         options = parse(SubmitOptions, mine[1:], _NAME, __doc__.splitlines()[0])
         job = submit(mine[0], theirs, options)
-    except UserError as e:
-        print(f"{_NAME}: error: {str(e).removeprefix(_NAME + ': ')}", file=sys.stderr)
-        return 2
-    if job:
-        print(f"submitted as job {job}")
-    return 0
+        if job:
+            print(f"submitted as job {job}")
+
+    return exit_status(_NAME, body)
 
 
 if __name__ == "__main__":

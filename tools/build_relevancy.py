@@ -25,7 +25,7 @@ from avion.data.relevancy import (
     sentence_classes,
     write_relevancy,
 )
-from avion.errors import UserError
+from avion.errors import UserError, exit_status
 
 # Files of float32 are within 1e-7 of the exact values; two different relevancies are more than 1e-3 apart.
 TOLERANCE = 1e-4
@@ -72,13 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        return run(args)
-    except UserError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status("tools/build_relevancy.py", lambda: run(args), debug=args.debug)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from avion.data.ego4d import read_ego4d
 from avion.data.ek100 import read_ek100_retrieval
 from avion.data.narrations import NarrationTable
 from avion.data.video_store import LAYOUTS, TOLERANCE_S, VideoStore
-from avion.errors import UserError
+from avion.errors import UserError, exit_status
 
 BATCH = 64  # frames decoded at a time
 
@@ -137,6 +137,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.workers < 0:
+        raise UserError(f"--workers {args.workers}: must not be negative")
     table = read_annotations(args.annotations)
     store = VideoStore(args.root, chunk_length=args.video_chunk_length, layout=args.video_layout, decoder=args.decoder)
     needs, known = needs_of(table, store)
@@ -153,15 +155,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        if args.workers < 0:
-            raise UserError(f"--workers {args.workers}: must not be negative")
-        return run(args)
-    except UserError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status("tools/check_data.py", lambda: run(args), debug=args.debug)
 
 
 if __name__ == "__main__":

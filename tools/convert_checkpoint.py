@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.constants import NORM_STYLES
 from avion.engine.build import parse_model_args
-from avion.errors import UserError
+from avion.errors import UserError, exit_status
 from avion.models.checkpoint import (
     check_preprocess,
     checkpoint_facts,
@@ -73,14 +73,7 @@ def convert(args: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        print(convert(args))
-    except UserError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("tools/convert_checkpoint.py", lambda: print(convert(args)), debug=args.debug)
 
 
 if __name__ == "__main__":

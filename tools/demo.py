@@ -39,7 +39,7 @@ from avion.engine.options import (
 )
 from avion.engine.steps import Precision
 from avion.engine.tasks import FinetuneClassification, FinetuneRetrieval, Pretrain
-from avion.errors import UserError
+from avion.errors import exit_status
 from avion.evaluation.reversed_pairs import pair_accuracy
 from avion.models.checkpoint import model_from_checkpoint, save_weights
 
@@ -188,6 +188,22 @@ def plot_loss(steps: Path, target: Path) -> None:
     figure.savefig(target, dpi=120)
 
 
+def run_all(root: str, output: Path, short: bool) -> None:
+    demo = Demo(ensure_demo_dataset(root), root, output, short)
+    for stage in (pretrain, pretrain_long, finetune_retrieval, finetune_actions, egoschema):
+        stage(demo)
+    plot_loss(output / "pretrain" / "steps.txt", output / "loss.png")
+
+    print()
+    print(table("demo dataset, %", demo.figures))
+    print()
+    print(", ".join(f"{stage} {duration(seconds)}" for stage, seconds in demo.spent.items()))
+    ratio = demo.figures["zero-shot retrieval, mAP"]
+    print(f"zero-shot mAP is {ratio['after'] / ratio['before']:.1f} times the untrained model's")
+    print("one frame: fed the middle frame of each clip only; EgoSchema before: what guessing is worth")
+    print(f"loss curve: {output / 'loss.png'}; checkpoints: {output}/*/checkpoint.pt")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="an epoch of each, to see that everything runs")
@@ -200,25 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     setup_logging(World())
     try:
-        demo = Demo(ensure_demo_dataset(given.root), given.root, output, given.short)
-        for stage in (pretrain, pretrain_long, finetune_retrieval, finetune_actions, egoschema):
-            stage(demo)
-    except UserError as e:
-        print(f"tools/demo.py: error: {e}", file=sys.stderr)
-        return 2
+        return exit_status("tools/demo.py", lambda: run_all(given.root, output, given.short))
     except Failed as e:
         return e.args[0]
-    plot_loss(output / "pretrain" / "steps.txt", output / "loss.png")
-
-    print()
-    print(table("demo dataset, %", demo.figures))
-    print()
-    print(", ".join(f"{stage} {duration(seconds)}" for stage, seconds in demo.spent.items()))
-    ratio = demo.figures["zero-shot retrieval, mAP"]
-    print(f"zero-shot mAP is {ratio['after'] / ratio['before']:.1f} times the untrained model's")
-    print("one frame: fed the middle frame of each clip only; EgoSchema before: what guessing is worth")
-    print(f"loss curve: {output / 'loss.png'}; checkpoints: {output}/*/checkpoint.pt")
-    return 0
 
 
 if __name__ == "__main__":

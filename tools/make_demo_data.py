@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.data.demo import ensure_demo_dataset
 from avion.data.demo.sheet import contact_sheet
-from avion.errors import UserError
+from avion.errors import exit_status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,16 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--contact-sheet", metavar="FILE", help="write a PNG of every verb pair's frames, no dataset")
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+
+    def body() -> None:
         if given.contact_sheet:
             contact_sheet(Path(given.contact_sheet), given.seed)
             print(given.contact_sheet)
         else:
             print(ensure_demo_dataset(given.root, seed=given.seed).root)
-    except UserError as e:
-        print(f"tools/make_demo_data.py: error: {e}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status("tools/make_demo_data.py", body)
 
 
 if __name__ == "__main__":

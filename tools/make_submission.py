@@ -21,7 +21,7 @@ from avion.data.ek100 import read_ek100_retrieval, read_sentences
 from avion.data.ek100_actions import read_ek100_actions
 from avion.data.safe_pickle import load_pickle
 from avion.engine.predictions import action_zip, check_target, retrieval_zip, write_whole
-from avion.errors import UserError
+from avion.errors import UserError, exit_status
 from avion.evaluation.submission import SLS, SLS_LEVELS, action_submission, check_same_ids, retrieval_submission
 
 _LEVELS = {"sls_pt": (2, "of pretraining"), "sls_tl": (3, "training labels"), "sls_td": (3, "training data")}
@@ -115,15 +115,12 @@ def _sls(args: argparse.Namespace) -> dict[str, int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    try:
+
+    def body() -> None:
         check_target(args.output, "output", ".zip")
         print({"actions": make_actions, "retrieval": make_retrieval}[args.task](args))
-    except UserError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status("tools/make_submission.py", body, debug=args.debug)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from avion.errors import UserError
+from avion.errors import exit_status
 from avion.reproduce.report import make_report
 
 
@@ -24,17 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="runs/tables", metavar="DIR", help="where the report goes [%(default)s]")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    try:
+
+    def body() -> None:
         runs, files = make_report(args.runs, args.output)
-    except UserError as e:
-        if args.debug:
-            raise
-        print(f"make_tables.py: error: {e}", file=sys.stderr)
-        return 2
-    for problem in runs.problems:
-        print(f"in no table: {problem.path}: {problem.reason}", file=sys.stderr)
-    print(f"runs in the tables: {len(runs.results)}; written: {', '.join(map(str, files))}")
-    return 0
+        for problem in runs.problems:
+            print(f"in no table: {problem.path}: {problem.reason}", file=sys.stderr)
+        print(f"runs in the tables: {len(runs.results)}; written: {', '.join(map(str, files))}")
+
+    return exit_status("tools/make_tables.py", body, debug=args.debug)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.engine.files import written_whole
-from avion.errors import UserError
+from avion.errors import UserError, exit_status
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -294,13 +294,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the --output-dir of a training")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.png", help="where the picture goes")
     given = parser.parse_args(argv)
-    try:
+
+    def body() -> None:
         plot(given.runs, given.output)
-    except UserError as e:
-        print(f"tools/plot_run.py: error: {e}", file=sys.stderr)
-        return 2
-    print(given.output)
-    return 0
+        print(given.output)
+
+    return exit_status("tools/plot_run.py", body)
 
 
 if __name__ == "__main__":

@@ -25,13 +25,13 @@ from avion.engine.args import parse, unknown_key
 from avion.engine.distributed import World
 from avion.engine.logging import setup_logging
 from avion.engine.submit import SubmitOptions, submit
-from avion.errors import UserError
+from avion.errors import UserError, exit_status
 from avion.reproduce.plan import Request, Step, plan
 from avion.reproduce.recipe import FULL, TASKS, Recipe, load_recipes
 from avion.reproduce.show import described, recipes_table
 
 logger = logging.getLogger(__name__)
-NAME, USER_ERROR, INTERRUPTED = "tools/reproduce.py", 2, 130
+NAME = "tools/reproduce.py"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -189,14 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     split = words.index("--") if "--" in words else len(words)
     args, unknown = build_parser().parse_known_args(words[:split])
     setup_logging(World())
-    try:
-        return reproduce(args, job_options(args, unknown), words[split + 1 :])
-    except UserError as e:
-        print(f"{NAME}: error: {str(e).removeprefix(NAME + ': ')}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print(f"{NAME}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    return exit_status(NAME, lambda: reproduce(args, job_options(args, unknown), words[split + 1 :]))
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from avion.data.demo import ensure_demo_dataset
 from avion.engine.distributed import World
 from avion.engine.logging import duration, setup_logging
-from avion.errors import UserError
+from avion.errors import UserError, exit_status
 from avion.reproduce.demo_chain import REMARK, Chain
 from avion.reproduce.jobs import JobFailed, run_jobs
 from avion.reproduce.report import make_report
 
 logger = logging.getLogger(__name__)
-USER_ERROR, INTERRUPTED = 2, 130
+NAME = "tools/tables_demo.py"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,21 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging(World())
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        tables_demo(args)
-    except UserError as e:
-        if args.debug:
-            raise
-        print(f"tools/tables_demo.py: error: {e}", file=sys.stderr)
-        return USER_ERROR
+        return exit_status(NAME, lambda: tables_demo(args), debug=args.debug)
     except JobFailed as e:
-        print(f"tools/tables_demo.py: {e}", file=sys.stderr)
+        print(f"{NAME}: {e}", file=sys.stderr)
         return e.status
-    except KeyboardInterrupt:
-        print("tools/tables_demo.py: interrupted; the same command goes on", file=sys.stderr)
-        return INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, before)
-    return 0
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from avion.errors import UserError
+from avion.errors import USER_ERROR, exit_status
 
 from . import distributed, signals, sinks, state
 from .args import parse
@@ -21,8 +21,6 @@ from .tasks import Task
 from .trainer import Trainer, choose_precision
 
 logger = logging.getLogger(__name__)
-
-USER_ERROR, INTERRUPTED = 2, 130
 
 
 def run(task_class: type[Task], args: Any) -> dict[str, float]:
@@ -101,24 +99,19 @@ def run_entry(body: Callable[[Any], Any], config: type, argv: Sequence[str] | No
     """`body(args)` with a command line's flags: 0; 2 after one line on stderr for a mistake of the user's; 75 where
     SIGTERM or SIGUSR1 asked it to stop, and the same command would go on."""
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
-    try:
-        with signals.heeded():
-            body(parse(config, argv, prog, description))
-    except Stopped as e:
-        logger.info("%s; leaving with status %d: the same command goes on from there", e, STOPPED)
-        return STOPPED
-    except PeerError as e:
-        return _fail(f"{prog}: stopped because {e}", debug)
-    except UserError as e:
-        return _fail(f"{prog}: error: {str(e).removeprefix(prog + ': ')}", debug)
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    return 0
 
+    def heeding() -> int:
+        try:
+            with signals.heeded():
+                body(parse(config, argv, prog, description))
+        except Stopped as e:
+            logger.info("%s; leaving with status %d: the same command goes on from there", e, STOPPED)
+            return STOPPED
+        except PeerError as e:
+            if debug:
+                raise
+            print(f"{prog}: stopped because {e}", file=sys.stderr, flush=True)
+            return USER_ERROR
+        return 0
 
-def _fail(line: str, debug: bool) -> int:
-    if debug:
-        raise
-    print(line, file=sys.stderr, flush=True)
-    return USER_ERROR
+    return exit_status(prog, heeding, debug=debug)

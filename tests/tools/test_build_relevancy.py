@@ -108,7 +108,7 @@ def test_mistakes_are_one_line_and_status_2(tool, capsys, csvs, tmp_path, case):
         check = ["--output", tmp_path / "gone" / "relevancy.pkl"]
     status, lines, error = run(tool, capsys, clips, sentences, *check)
     assert status == 2 and lines == []
-    assert error.startswith("error: ") and error.count("\n") == 1
+    assert error.startswith("tools/build_relevancy.py: error: ") and error.count("\n") == 1
     named = {"no clips": "gone.csv", "no sentences": "gone.csv", "unknown id": "P09_9_9", "no column": "'verb_class'"}
     assert named.get(case, "relevancy.pkl") in error
 

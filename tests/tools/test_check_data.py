@@ -123,4 +123,4 @@ def test_mistakes_are_one_line_and_status_2(tool, capsys, tmp_path, root, annota
     (tmp_path / "empty").mkdir()
     assert tool.main(argv) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert captured.err.startswith("tools/check_data.py: error: ") and captured.err.count("\n") == 1

@@ -115,7 +115,8 @@ def test_bad_predictions(files, content, message, capsys):
 def assert_refused(words, message, output, capsys):
     assert main(words) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and len(captured.err.splitlines()) == 1 and captured.err.startswith("error: ")
+    assert captured.out == "" and len(captured.err.splitlines()) == 1
+    assert captured.err.startswith("tools/make_submission.py: error: ")
     assert re.search(message, captured.err), captured.err
     assert not output.exists() and not list(output.parent.glob("*.partial"))
 
