@@ -52,10 +52,9 @@ def _integer(env: Mapping[str, str], name: str) -> int:
         raise UserError(f"environment: {name} must be a whole number, found {env[name]!r}") from None
 
 
-def step_port(env: Mapping[str, str]) -> int:
-    """A port that all tasks of a step agree on without talking, clear of the ephemeral ones; jobs that share a node
-    differ in it."""
-    job, step = (_integer(env, name) if name in env else 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+def meeting_port(job: int, step: int = 0) -> int:
+    """A port that all tasks of a job's step agree on without talking, clear of the ephemeral ones; jobs that share a
+    node differ in it."""
     return 15000 + (7 * job + step) % 15000
 
 
@@ -71,7 +70,8 @@ def detect_launch(args: Any, env: Mapping[str, str] = os.environ) -> Launch:
     elif "SLURM_STEP_NUM_TASKS" in env and _integer(env, "SLURM_STEP_NUM_TASKS") > 1:
         # MASTER_ADDR and MASTER_PORT only where they were set by hand.
         host = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", ""))
-        port = _integer(env, "MASTER_PORT") if env.get("MASTER_PORT") else step_port(env)
+        job, step = (_integer(env, name) if name in env else 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        port = _integer(env, "MASTER_PORT") if env.get("MASTER_PORT") else meeting_port(job, step)
         # Tasks that were given a GPU each see no other: theirs is number 0.
         local = 0 if env.get("SLURM_GPUS_PER_TASK") else _integer(env, "SLURM_LOCALID")
         launch = Launch(

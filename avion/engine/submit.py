@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from avion.errors import UserError
 
 from .args import flag, parse
+from .distributed import meeting_port
 from .options import EgoSchemaOptions, FinetuneClassificationOptions, FinetuneRetrievalOptions, PretrainOptions
 from .signals import STOPPED
 
@@ -53,8 +54,7 @@ class SubmitOptions:
         False, "the same as --constraint volta32gb, beside another one", names=["--use_volta32"], off=""
     )
     comment: str = flag("", "comment for the scheduler")
-    dependency: str = flag("", "jobs to wait for, such as afterok:1234", metavar="KIND:JOB")
-    dependency: str = flag("", "what to wait for, as sbatch takes it, such as afterok:1234")
+    dependency: str = flag("", "what to wait for, as sbatch takes it, such as afterok:1234", metavar="KIND:JOB")
     job_dir: str = flag(
         "", "where submitit's files and the processes' output go, on a disk that all nodes see [OUTPUT_DIR/slurm]",
         names=["--job_dir"], metavar="DIR",
@@ -89,10 +89,10 @@ class EntryPointJob:
 
 def _as_torchrun_would() -> None:
     """The variables by which the processes of submitit's local executor find each other."""
-    job = int(os.environ["SUBMITIT_LOCAL_JOB_ID"])
     names = {"RANK": "GLOBALID", "LOCAL_RANK": "LOCALID", "WORLD_SIZE": "NTASKS"}
     os.environ.update({name: os.environ["SUBMITIT_LOCAL_" + source] for name, source in names.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(15000 + job % 15000))
+    port = meeting_port(int(os.environ["SUBMITIT_LOCAL_JOB_ID"]))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def submit(entry_point: str, words: Sequence[str], options: SubmitOptions) -> str:
@@ -154,12 +154,8 @@ def _parameters(entry_point: str, options: SubmitOptions) -> dict[str, Any]:
     constraint = "&".join(filter(None, [options.constraint, "volta32gb" if options.use_volta32 else ""]))
     named = {
         "partition": options.partition, "account": options.account, "qos": options.qos, "comment": options.comment,
-        "constraint": constraint, "dependency": options.dependency,
+        "constraint": constraint, "dependency": options.dependency, "mem": options.mem,
     }  # fmt: skip
-    sbatch = {"requeue": True, "signal": f"USR1@{options.signal_delay}"}
-    for name in ("mem", "dependency"):
-        if getattr(options, name):
-            sbatch[name] = getattr(options, name)
     return {
         "name": Path(entry_point).stem.removeprefix("main_"),
         "nodes": options.nodes,
@@ -169,7 +165,7 @@ def _parameters(entry_point: str, options: SubmitOptions) -> dict[str, Any]:
         "timeout_min": options.timeout,
         "stderr_to_stdout": True,
         **{f"slurm_{name}": value for name, value in named.items() if value},
-        "slurm_additional_parameters": sbatch,
+        "slurm_additional_parameters": {"requeue": True, "signal": f"USR1@{options.signal_delay}"},
         "slurm_setup": [f"export MAX_REQUEUES={options.max_requeues} SRUN_CPUS_PER_TASK={options.cpus_per_task}"],
         "slurm_srun_args": ["--wait=120"],
         "slurm_teardown": ["status=$?", f"source {shlex.quote(str(_COMMON))}", 'requeue_or_exit "$status"'],
