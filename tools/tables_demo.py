@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from avion.data.demo import ensure_demo_dataset
 from avion.engine.distributed import World
 from avion.engine.logging import duration, setup_logging
-from avion.errors import UserError, exit_status
+from avion.errors import INTERRUPTED, UserError, exit_status
 from avion.reproduce.demo_chain import REMARK, Chain
 from avion.reproduce.jobs import JobFailed, run_jobs
 from avion.reproduce.report import make_report
@@ -58,11 +58,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     setup_logging(World())
     before = signal.signal(signal.SIGTERM, _interrupt)
+
+    def body() -> int:
+        try:
+            tables_demo(args)
+        except JobFailed as e:
+            print(f"{NAME}: {e}", file=sys.stderr)
+            return e.status
+        except KeyboardInterrupt:
+            print(f"{NAME}: interrupted; the same command goes on", file=sys.stderr)
+            return INTERRUPTED
+        return 0
+
     try:
-        return exit_status(NAME, lambda: tables_demo(args), debug=args.debug)
-    except JobFailed as e:
-        print(f"{NAME}: {e}", file=sys.stderr)
-        return e.status
+        return exit_status(NAME, body, debug=args.debug)
     finally:
         signal.signal(signal.SIGTERM, before)
 
