@@ -40,6 +40,7 @@ from avion.engine.options import (
 from avion.engine.steps import Precision
 from avion.engine.tasks import FinetuneClassification, FinetuneRetrieval, Pretrain
 from avion.errors import exit_status
+from avion.evaluation.egoschema import OPTIONS
 from avion.evaluation.reversed_pairs import pair_accuracy
 from avion.models.checkpoint import model_from_checkpoint, save_weights
 
@@ -172,7 +173,7 @@ def egoschema(demo: Demo) -> None:
     figures = run_egoschema(args)
     demo.spent["egoschema"] = time.perf_counter() - start
     for frames, values in figures.items():
-        demo.add(f"EgoSchema, {frames} frames", before=0.2, after=values["accuracy"])
+        demo.add(f"EgoSchema, {frames} frames", before=1 / OPTIONS, after=values["accuracy"])
 
 
 def plot_loss(steps: Path, target: Path) -> None:

@@ -10,6 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from avion.evaluation.egoschema import OPTIONS
+
 from .results import RELEASED
 from .spread import spread_of
 from .tables import Line
@@ -17,7 +19,7 @@ from .tables import Line
 # By row of the paper; orange and blue that the colour-blind tell apart, on white and on black.
 COLOURS = {4: "#d97706", 6: "#3b82f6"}
 GREY = "#8a8a8a"
-GUESSING = 20.0  # percent: one of five options
+GUESSING = 100 / OPTIONS  # percent
 _LEAST_SPAN = 15.0  # percentage points; on a narrower axis a question or two would look like a difference
 _INK = {False: "#1f2328", True: "#e6e6e6"}  # by dark
 
@@ -73,15 +75,14 @@ def draw(measured: Sequence[Curve], published: Sequence[Curve], *, demo: bool, d
         FigureCanvasAgg(figure)
         if demo:
             left, right = figure.subplots(1, 2)
-            _panel(left, measured, "measured: demo dataset, scaled-down models", ink)
-            _beside_guessing(left)
+            _panel(left, measured, "measured: demo dataset, scaled-down models", ink, guessing=True)
             _panel(right, published, "the paper: EgoSchema, full models", ink)
         else:
             _panel(figure.subplots(), [*published, *measured], "EgoSchema, zero-shot", ink)
     return figure
 
 
-def _panel(axes: Axes, curves: Sequence[Curve], title: str, ink: str) -> None:
+def _panel(axes: Axes, curves: Sequence[Curve], title: str, ink: str, guessing: bool = False) -> None:
     for curve in curves:
         style = {"color": curve.colour, "label": curve.name}
         if curve.published:
@@ -105,6 +106,8 @@ def _panel(axes: Axes, curves: Sequence[Curve], title: str, ink: str) -> None:
     axes.set_facecolor("none")
     axes.set_title(title, loc="left", color=ink)
     axes.set(xlabel="frames per video (log₂)", ylabel="accuracy, %")
+    if guessing:
+        _beside_guessing(axes)
     if curves:
         axes.legend(frameon=False, fontsize=8.5)
 
@@ -115,7 +118,6 @@ def _beside_guessing(axes: Axes) -> None:
     low, high = axes.get_ylim()
     room = max(0.0, _LEAST_SPAN - (high - low)) / 2
     axes.set_ylim(low - room, high + room)
-    axes.legend(frameon=False, fontsize=8.5)
 
 
 def _ticks(frames: Sequence[int]) -> list[int]:
