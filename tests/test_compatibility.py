@@ -8,8 +8,8 @@ import pytest
 
 from avion.engine.options import FinetuneClassificationOptions
 from tests.layering import ROOT, project_sources
+from tests.pages import PAGES
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMED = sorted({n for page in PAGES for n in re.findall(r"\btests/[\w/]+\.py(?:::\w+)?", page.read_text("utf-8"))})
 ABSOLUTE = re.compile(r"(?<![\w.}:/~*)])/(?:home|mnt|data|scratch|work|nfs|root|users|checkpoints?|gpfs)\b", re.I)
 

@@ -1,5 +1,6 @@
 """SIGTERM and SIGUSR1 at all times of a run: it leaves with status 75, and the same command ends as if nothing was."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ import main_pretrain
 from avion.engine import encode, signals
 from avion.engine import trainer as trainer_module
 from avion.engine.egoschema import evaluate
-from tests.engine.egoschema import UIDS, read_outputs, write_egoschema
+from tests.engine.egoschema.case import UIDS, read_outputs, write_egoschema
 from tests.processes import run_processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,19 +36,23 @@ def in_processes(function, size, folder, *args):
     return [function(0, 1, *args)] if size == 1 else run_processes(function, size, folder / "log", *args)
 
 
+@contextlib.contextmanager
 def signalled(module, name, calls, how):
-    """Replace a function: after so many calls of it `how()` happens, once."""
+    """A function is replaced: after so many calls of it `how()` happens, once. Not where `how` is None."""
     original, done = getattr(module, name), []
 
     def replacement(*args, **kwargs):
         result = original(*args, **kwargs)
         done.append(1)
-        if len(done) == calls:
+        if len(done) == calls and how is not None:
             how()
         return result
 
     setattr(module, name, replacement)
-    return lambda: setattr(module, name, original)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
 
 
 def to_me(number):
@@ -68,15 +73,9 @@ def _pretrain(rank, size, words, victims=(), how="step"):
         to_me(signal.SIGUSR1)()
         to_me(signal.SIGUSR1)()  # srun forwards it once more
 
-    undo = lambda: None  # noqa: E731
-    if rank in victims:
-        action = {"step": to_me(signal.SIGTERM), "all": signal_step}[how]
-        undo = signalled(trainer_module.Trainer, "_optimizer_step", 4, action)
-
-    try:
+    action = {"step": to_me(signal.SIGTERM), "all": signal_step}[how] if rank in victims else None
+    with signalled(trainer_module.Trainer, "_optimizer_step", 4, action):
         status = main_pretrain.main(words)
-    finally:
-        undo()
     assert [signal.getsignal(number) for number in ALL] == before
     return status, len(workers)
 
@@ -117,11 +116,8 @@ def test_a_signal_in_training_loses_nothing(size, victims, how, workers, tiny_fl
 
 
 def _stopped_evaluation(rank, size, words):
-    undo = signalled(encode, "read", 1, to_me(signal.SIGTERM)) if rank == size - 1 else lambda: None
-    try:
+    with signalled(encode, "read", 1, to_me(signal.SIGTERM) if rank == size - 1 else None):
         return main_pretrain.main(words)
-    finally:
-        undo()
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -142,11 +138,8 @@ def test_an_evaluation_that_was_stopped_is_made_up_for(size, tiny_flags, tmp_pat
 
 def test_a_signal_before_the_first_step_writes_nothing(tiny_flags, tmp_path):
     words = [*tiny_flags, "--output-dir", str(tmp_path)]
-    undo = signalled(main_pretrain.Pretrain, "__init__", 1, to_me(signal.SIGUSR1))
-    try:
+    with signalled(main_pretrain.Pretrain, "__init__", 1, to_me(signal.SIGUSR1)):
         assert main_pretrain.main(words) == 75
-    finally:
-        undo()
     assert {p.name for p in tmp_path.iterdir()} == {"train.log"}
     assert "SIGUSR1 before the model was built" in (tmp_path / "train.log").read_text()
 
@@ -154,11 +147,8 @@ def test_a_signal_before_the_first_step_writes_nothing(tiny_flags, tmp_path):
 def test_a_signal_in_the_last_evaluation_of_a_run_without_further_epochs(tiny_flags, tmp_path):
     """The run has nothing left to train when it comes back, but its evaluation is still due, once."""
     words = [*tiny_flags, "--epochs", "1", "--output-dir", str(tmp_path)]
-    undo = signalled(encode, "read", 1, to_me(signal.SIGTERM))
-    try:
+    with signalled(encode, "read", 1, to_me(signal.SIGTERM)):
         assert main_pretrain.main(words) == 75
-    finally:
-        undo()
     assert main_pretrain.main(words) == 0 and main_pretrain.main(words) == 0
     assert [row["epoch"] for row in lines(tmp_path / "log.txt")] == [0]
     assert len(lines(tmp_path / "eval_log.txt")) == 1
@@ -167,11 +157,8 @@ def test_a_signal_in_the_last_evaluation_of_a_run_without_further_epochs(tiny_fl
 
 
 def _stopped_questions(rank, size, words):
-    undo = signalled(evaluate._Run, "_answer_one", 2, to_me(signal.SIGTERM)) if rank == size - 1 else lambda: None
-    try:
+    with signalled(evaluate._Run, "_answer_one", 2, to_me(signal.SIGTERM) if rank == size - 1 else None):
         return main_egoschema.main(words)
-    finally:
-        undo()
 
 
 @pytest.mark.parametrize("size", [1, 2])
