@@ -1,8 +1,7 @@
-"""Checkpoints of every layout into models, and models out of checkpoints."""
+"""Checkpoints of every layout into models, and models into files."""
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -10,85 +9,27 @@ import pytest
 import torch
 
 from avion.constants import NORM_STYLES
-from avion.errors import UserError
 from avion.models import create_model, load_checkpoint, model_from_checkpoint
 from avion.models.checkpoint import (
-    check_preprocess,
     checkpoint_facts,
     read_checkpoint,
     save_safetensors,
     save_weights,
 )
-
-FIXTURES = Path(__file__).parents[1] / "fixtures"
-NAMES = {
-    "ID4": "TIMESFORMER_VITB16",
-    "ID6": "TIMEMAMBA_VITB16",
-    "VIT": "CLIP_VITB16",
-    "LAVILA": "LAVILA_TSF_B16",
-}
-HEADS = {"num_heads": 4, "text_heads": 4}
-SIZES = HEADS | {
-    "img_size": 32,
-    "embed_dim": 64,
-    "depth": 2,
-    "project_embed_dim": 32,
-    "context_length": 16,
-    "vocab_size": 512,
-    "text_width": 48,
-    "text_layers": 2,
-}
-OPENAI = {"norm_style": "openai", **NORM_STYLES["openai"]._asdict()}
-
-
-def fixture(name):
-    return FIXTURES / f"{name}_checkpoint.pt"
-
-
-def contents(name):
-    """A fixture, in memory and with its weights writable."""
-    saved = read_checkpoint(fixture(name))
-    return saved | {"state_dict": {k: v.clone() for k, v in saved["state_dict"].items()}}
-
-
-def tiny(name, **overrides):
-    """A new model of a fixture's sizes; zero-initialised parameters made to count."""
-    model = create_model(name, **(SIZES | overrides)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return model
-
-
-def outputs(model, video=None, tokens=None):
-    expected = torch.load(FIXTURES / "ID4_expected.pt", weights_only=True)
-    video = expected["video"] if video is None else video
-    tokens = expected["tokens"] if tokens is None else tokens
-    with torch.no_grad():
-        return model.eval()(video, tokens)
-
-
-def assert_same_outputs(a, b, **inputs):
-    for x, y in zip(outputs(a, **inputs), outputs(b, **inputs), strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
-
-
-def refusal(call, *args, **kwargs) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*args, **kwargs)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
-
-
-def refused_load(model, path, **kwargs) -> str:
-    """The message, after checking that the model is as it was."""
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    text = refusal(load_checkpoint, model, path, **kwargs)
-    assert str(path) in text
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    return text
-
+from tests.models.checkpoints import (
+    FIXTURES,
+    HEADS,
+    NAMES,
+    OPENAI,
+    SIZES,
+    assert_same_outputs,
+    contents,
+    fixture,
+    outputs,
+    refusal,
+    refused_load,
+    tiny,
+)
 
 # --- the fixtures, both ways in --------------------------------------------------------------
 
@@ -323,79 +264,6 @@ def test_a_classifier_and_an_image_clip_are_named(tmp_path):
         assert says in refusal(model_from_checkpoint, path)
 
 
-# --- building a model from what a checkpoint says --------------------------------------------
-
-
-def test_bare_weights_are_recognised_where_keys_decide(tmp_path):
-    for name in ("VIT", "LAVILA"):
-        torch.save(contents(name)["state_dict"], tmp_path / f"{name}.pt")
-        model = model_from_checkpoint(tmp_path / f"{name}.pt", **HEADS)
-        assert model.config.name == NAMES[name]
-        assert_same_outputs(model, model_from_checkpoint(fixture(name), **HEADS))
-
-
-def test_bare_weights_of_a_divided_tower_need_a_name(tmp_path):
-    for name in ("ID4", "ID6"):
-        path = tmp_path / f"{name}.pt"
-        torch.save(contents(name)["state_dict"], path)
-        text = refusal(model_from_checkpoint, path, **HEADS)
-        assert NAMES[name] in text and NAMES[name].replace("_VIT", "_FROZEN_VIT") in text and "give name=" in text
-        model = model_from_checkpoint(path, name=NAMES[name], **HEADS)
-        assert_same_outputs(model, model_from_checkpoint(fixture(name), **HEADS))
-
-
-def test_gates_of_lavila_are_seen(tmp_path):
-    source = tiny("LAVILA_TSF_B16", gated_time=True)
-    torch.save({"state_dict": source.state_dict()}, tmp_path / "a.pt")
-    model = model_from_checkpoint(tmp_path / "a.pt", **HEADS)
-    assert model.config.gated_time
-    assert_same_outputs(model, source)
-
-
-def test_sizes_of_the_mixer_are_seen(tmp_path):
-    source = tiny("TIMEMAMBA_VITB16", ssm_expand=2, d_state=8, d_conv=3, dt_rank=5)
-    args = argparse.Namespace(model="CLIP_TimeMamba_like_timesformer", clip_length=8)
-    torch.save({"state_dict": source.state_dict(), "args": args}, tmp_path / "a.pt")
-    model = model_from_checkpoint(tmp_path / "a.pt", **HEADS)
-    assert dataclasses.replace(model.config, num_frames=4) == source.config and model.config.num_frames == 8
-    assert_same_outputs(model, source)
-
-
-def test_heads_are_width_over_64_unless_given(tmp_path):
-    source = tiny("TIMESFORMER_VITB16", embed_dim=128, num_heads=2, text_width=64, text_heads=1)
-    args = argparse.Namespace(model="CLIP_TimeSformerB16")
-    torch.save({"state_dict": source.state_dict(), "args": args}, tmp_path / "a.pt")
-    model = model_from_checkpoint(tmp_path / "a.pt")
-    assert (model.config.num_heads, model.config.text_heads) == (2, 1)
-    assert_same_outputs(model, source)
-    assert "give text_heads=" in refusal(model_from_checkpoint, fixture("ID4"))  # width 48
-
-
-def test_a_model_name_that_the_weights_contradict_is_not_believed(tmp_path):
-    """Upstream's fine-tuning saves the default of a --model that it never read."""
-    saved = contents("ID6")
-    saved["args"].model = "CLIP_VITB16"
-    torch.save(saved, tmp_path / "a.pt")
-    assert checkpoint_facts(saved).model_name is None
-    assert "TIMEMAMBA_FROZEN_VITB16" in refusal(model_from_checkpoint, tmp_path / "a.pt", **HEADS)
-    model = model_from_checkpoint(tmp_path / "a.pt", name="TIMEMAMBA_VITB16", **HEADS)
-    assert_same_outputs(model, model_from_checkpoint(fixture("ID6"), **HEADS))
-
-
-def test_unknown_names_and_fields(tmp_path):
-    saved = contents("ID4")
-    saved["args"].model = "SOMEBODYS_OWN"
-    torch.save(saved, tmp_path / "a.pt")
-    assert "'SOMEBODYS_OWN' is not registered" in refusal(model_from_checkpoint, tmp_path / "a.pt", **HEADS)
-    assert "num_framse" in refusal(model_from_checkpoint, fixture("ID4"), num_framse=3, **HEADS)
-    for hostile in (3, None, ["x"], "two\nlines"):
-        saved["args"].model = hostile
-        assert checkpoint_facts(saved).model_name is None
-    saved["args"].clip_length = "4; drop"
-    del saved["state_dict"]["module.visual.temporal_embed"]
-    assert checkpoint_facts(saved).num_frames is None
-
-
 # --- our own ---------------------------------------------------------------------------------
 
 
@@ -470,42 +338,3 @@ def test_a_preprocess_that_cannot_be(preprocess):
 
 def test_saving_under_another_suffix(tmp_path):
     assert "expected .pt, .pth or .safetensors" in refusal(save_weights, None, tmp_path / "a.bin", OPENAI)
-
-
-# --- what a checkpoint needs of its input ----------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "style", "red", "act"),
-    [
-        ("ID4", "openai", 122.7709383, "gelu"),
-        ("ID6", "openai", 122.7709383, "gelu"),
-        ("VIT", "openai_legacy", 108.3272985, "gelu"),
-        ("LAVILA", "openai_legacy", 108.3272985, "quick_gelu"),
-    ],
-)
-def test_facts_of_upstreams_checkpoints(name, style, red, act):
-    facts = checkpoint_facts(read_checkpoint(fixture(name)), fixture(name))
-    assert (facts.model_name, facts.norm_style, facts.act_layer) == (NAMES[name], style, act)
-    assert facts.mean == (red, 116.7460125, 104.0937362) and facts.std == (68.5005327, 66.6321579, 70.3231631)
-    assert (facts.num_frames, facts.img_size, facts.config) == (4, 32, None)
-    check_preprocess(facts, style)
-    wrong = "openai" if style == "openai_legacy" else "openai_legacy"
-    text = refusal(check_preprocess, facts, wrong)
-    assert str(fixture(name)) in text and f"give --norm-style {style}" in text
-    assert ("AVION and LaViLa" in text) == (style == "openai_legacy")
-    assert ("Video Mamba Suite" in text) == (style == "openai")
-    refusal(check_preprocess, facts, "timm")
-
-
-def test_preprocess_of_upstreams_timm_style_and_of_our_own():
-    saved = contents("VIT")
-    saved["args"].norm_style = "timm"
-    check_preprocess(checkpoint_facts(saved), "timm")
-    model = tiny("TIMESFORMER_VITB16")
-    ours = {"state_dict": model.state_dict(), "model_config": dataclasses.asdict(model.config)}
-    for style in NORM_STYLES:
-        check_preprocess(checkpoint_facts(ours), style)  # says nothing, so nothing contradicts
-    odd = {"norm_style": "mine", "mean": [1.0, 2.0, 3.0], "std": [1.0, 1.0, 1.0]}
-    text = refusal(check_preprocess, checkpoint_facts(ours | {"preprocess": odd}), "openai")
-    assert "no --norm-style has these figures" in text
