@@ -19,7 +19,7 @@ NAMES = {
     "VIT": "CLIP_VITB16",
     "LAVILA": "LAVILA_TSF_B16",
 }
-HEADS = {"num_heads": 4, "text_heads": 4}
+HEADS = {"num_heads": 4, "text_heads": 4}  # not to be seen in a checkpoint's shapes
 SIZES = HEADS | {
     "img_size": 32,
     "embed_dim": 64,

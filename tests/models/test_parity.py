@@ -1,33 +1,20 @@
 """The same numbers as the upstream modules (recorded in tests/fixtures) and as an oracle written in loops."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from avion.models import create_model, load_checkpoint, model_from_checkpoint
 from avion.models.registry import model_config
 
+from .checkpoints import FIXTURES, HEADS, SIZES, fixture
 from .oracle import divided_tower
 from .tiny import DIVIDED_MODELS, tiny_model
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
 MODELS = {  # upstream's name, as in the checkpoint's args
     "ID4": "CLIP_TimeSformerB16",
     "ID6": "CLIP_TimeMamba_like_timesformer",
     "VIT": "CLIP_VITB16",
     "LAVILA": "CLIP_OPENAI_TIMESFORMER_BASE",
-}
-HEADS = {"num_heads": 4, "text_heads": 4}  # not to be seen in a checkpoint's shapes
-SIZES = {
-    "img_size": 32,
-    "embed_dim": 64,
-    "depth": 2,
-    "project_embed_dim": 32,
-    "context_length": 16,
-    "vocab_size": 512,
-    "text_width": 48,
-    "text_layers": 2,
 }
 
 
@@ -36,8 +23,8 @@ def expected(name: str) -> dict:
 
 
 def loaded_model(name: str, **overrides):
-    model = create_model(MODELS[name], **SIZES, **HEADS, **overrides)
-    report = load_checkpoint(model, FIXTURES / f"{name}_checkpoint.pt")
+    model = create_model(MODELS[name], **SIZES, **overrides)
+    report = load_checkpoint(model, fixture(name))
     assert not report.missing and not report.unexpected and not report.resized
     return model
 
@@ -67,7 +54,7 @@ def test_gradient_norms_are_upstreams(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_checkpoint_says_which_model_it_is(name):
-    model, wanted = model_from_checkpoint(FIXTURES / f"{name}_checkpoint.pt", **HEADS), expected(name)
+    model, wanted = model_from_checkpoint(fixture(name), **HEADS), expected(name)
     assert model.config.name == model_config(MODELS[name]).name
     with torch.no_grad():
         video_embed = torch.nn.functional.normalize(model.encode_image(wanted["video"]), dim=-1)
