@@ -7,7 +7,8 @@ Three layouts, recognised once per root:
     whole   {root}/{video}.mp4
 
 `video` is the path below the root without extension: "9a7c2b-..." for Ego4D, "P01/P01_01" for EPIC-KITCHENS.
-Extensions (.mp4, .MP4, ...) are those found on disk.
+A video of EPIC-KITCHENS may also lie without the folder of its participant, in each of the layouts: Video Mamba
+Suite has {root}/P01_01/0000.mp4. Extensions (.mp4, .MP4, ...) are those found on disk.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Layout:
     kind: str  # one of LAYOUTS
     folder_extension: str  # of a video's folder of chunks ("avion" only)
     extension: str  # of the video files
+    flat: bool = False  # the videos lie directly below the root, not in folders of several videos
 
     def pattern(self) -> str:
         return {
@@ -108,12 +110,12 @@ def _find_layout(folder: Path, kind: str, depth: int) -> Layout | None:
             if is_video_name and kind in ("auto", "avion"):
                 chunk_extension = _extension_of_chunks(folder / name)
                 if chunk_extension is not None:
-                    return Layout("avion", extension, chunk_extension)
+                    return Layout("avion", extension, chunk_extension, flat=depth == 0)
             plain_folders.append(folder / name)
         elif is_video_name:
             found = "vms" if depth > 0 and re.fullmatch(r"\d{4}", stem) else "whole"
             if kind in ("auto", found):
-                return Layout(found, "", extension)
+                return Layout(found, "", extension, flat=depth == (1 if found == "vms" else 0))
     if depth < 2:
         for plain in plain_folders[:16]:
             layout = _find_layout(plain, kind, depth + 1)
@@ -153,6 +155,7 @@ class VideoStore:
         if self.layout.kind != "whole" and (chunk_length != int(chunk_length) or chunk_length < 1):
             raise UserError(f"video chunk length: {chunk_length} is not a whole number of seconds, at least 1")
         self.chunk_length = int(chunk_length)
+        self._short_names: dict[str, str] = {}
         logger.info("videos in %s: layout %s (%s), decoder %s", root, self.layout.kind, self.pattern, self.decoder)
 
     @property
@@ -169,8 +172,30 @@ class VideoStore:
 
     def chunk_path(self, video: str, chunk: int) -> Path:
         """The file that holds chunk number `chunk` (counted from 0) of `video`."""
-        name = self.pattern.format(video=video, start=chunk * self.chunk_length, chunk=chunk)
-        return self.root / name
+        return self._path(self._name(video), chunk)
+
+    def _path(self, name: str, chunk: int) -> Path:
+        return self.root / self.pattern.format(video=name, start=chunk * self.chunk_length, chunk=chunk)
+
+    def _name(self, video: str) -> str:
+        """`video` as it lies below the root: "P01/P01_01" is "P01_01" where there is no folder P01/P01_01.
+
+        Only the participant of EPIC-KITCHENS is left out, which the rest of the name repeats: of other names, the
+        last parts alone need not differ between two videos.
+        """
+        participant, _, short = video.rpartition("/")
+        if not participant or not short.startswith(f"{participant}_"):
+            return video
+        if video not in self._short_names:
+            long_there, short_there = self._is_there(video), self._is_there(short)
+            if not long_there and not short_there:  # not remembered: it may still be copied
+                return short if self.layout.flat else video
+            self._short_names[video] = video if long_there else short
+        return self._short_names[video]
+
+    def _is_there(self, name: str) -> bool:
+        path = self._path(name, 0)
+        return path.parent.is_dir() if self.chunked else path.is_file()
 
     def last_chunk(self, video: str) -> int | None:
         """The highest chunk number that `video` has on disk, None if it has no chunk at all."""

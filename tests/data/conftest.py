@@ -29,14 +29,14 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def chunked(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """One video of 10 frames per second in chunks of 15 s (150 frames), 340 frames long, barcodes counted over the
-    whole video. In the three layouts below `root`, and once more in EPIC-KITCHENS' folders."""
+    whole video. In the three layouts below `root`, in EPIC-KITCHENS' folders, and as Video Mamba Suite has those."""
     root = tmp_path_factory.mktemp("chunked")
     first = [write_video(root / f"avion/abc.mp4/{15 * k}.mp4", n, first=150 * k, fps=10) for k, n in _chunks()]
     for k, source in enumerate(first):
-        for copy in (f"vms/abc/{k:04d}.mp4", f"ek/P01/P01_01.MP4/{15 * k}.MP4"):
+        for copy in (f"vms/abc/{k:04d}.mp4", f"ek/P01/P01_01.MP4/{15 * k}.MP4", f"ek_vms/P01_01/{k:04d}.mp4"):
             _link(source, root / copy)
     write_video(root / "whole/abc.mp4", 340, fps=10)
-    return SimpleNamespace(root=root, avion=root / "avion", vms=root / "vms", ek=root / "ek", whole=root / "whole")
+    return SimpleNamespace(root=root, **{name: root / name for name in ("avion", "vms", "ek", "ek_vms", "whole")})
 
 
 @pytest.fixture(scope="session")

@@ -152,6 +152,18 @@ def test_a_dataset_of_chunks(chunked, written):
     assert "none else of this video" in dataset[1]["error"]
 
 
+@pytest.mark.parametrize("folder", ["ek", "ek_vms"])
+def test_a_dataset_of_epic_kitchens_with_and_without_participants(chunked, written, folder):
+    table = (
+        "narration_id,participant_id,video_id,start_timestamp,stop_timestamp,narration\n"
+        "P01_01_0,P01,P01_01,00:00:14.00,00:00:17.00,put cup\n"
+    )
+    dataset = SpanDataset(read_video_list(written(table, "clips.csv")), getattr(chunked, folder), num_frames=3, size=32)
+    frames = _pictures(chunked.whole / "abc.mp4", [145, 155, 165])
+    wanted = EvalTransform(32, fused=True)(frames, None).float()
+    assert (dataset[0]["video"].float() - wanted).abs().mean() < 2  # encoded twice, so not to the bit
+
+
 def test_no_frames_are_a_mistake(root, written):
     with pytest.raises(UserError, match="number of frames: 0"):
         SpanDataset(read_video_list(written("a.mp4")), root, num_frames=0, size=32)

@@ -10,7 +10,7 @@ from avion.errors import UserError
 from tests.data.conftest import LAST_CHUNK
 from tests.videos import read_barcode, write_video
 
-LAYOUTS = {"avion": "abc", "vms": "abc", "whole": "abc", "ek": "P01/P01_01"}
+LAYOUTS = {"avion": "abc", "vms": "abc", "whole": "abc", "ek": "P01/P01_01", "ek_vms": "P01/P01_01"}
 
 
 def barcodes(clip) -> list[int]:
@@ -87,11 +87,13 @@ class TestLayouts:
             "vms": "{video}/{chunk:04d}.mp4",
             "whole": "{video}.mp4",
             "ek": "{video}.MP4/{start}.MP4",
+            "ek_vms": "{video}/{chunk:04d}.mp4",
         }
+        kinds = {"ek": "avion", "ek_vms": "vms"}
         for folder, pattern in patterns.items():
             with caplog.at_level(logging.INFO):
                 store = VideoStore(getattr(chunked, folder))
-            assert store.pattern == pattern and store.layout.kind == ("avion" if folder == "ek" else folder)
+            assert store.pattern == pattern and store.layout.kind == kinds.get(folder, folder)
             assert sum(pattern in record.getMessage() for record in caplog.records) == 1
             caplog.clear()
 
@@ -120,6 +122,78 @@ class TestLayouts:
     def test_bad_chunk_length(self, chunked):
         with pytest.raises(UserError, match="chunk length"):
             VideoStore(chunked.avion, chunk_length=0)
+
+
+class TestWithoutParticipants:
+    """EPIC-KITCHENS without the folders of the participants, as Video Mamba Suite has it."""
+
+    FILES = {
+        "vms": ("P01_01/0000.mp4", "P01_01/0001.mp4"),
+        "avion": ("P01_01.MP4/0.MP4", "P01_01.MP4/15.MP4"),
+        "whole": ("P01_01.MP4",),
+    }
+
+    @pytest.fixture
+    def link(self, chunked, tmp_path):
+        """Link chunk k of "abc", or the whole of it, under another name."""
+
+        def link(name: str, k: int | None = 0):
+            target = tmp_path / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.hardlink_to(chunked.whole / "abc.mp4" if k is None else chunked.vms / f"abc/{k:04d}.mp4")
+
+        return link
+
+    @pytest.mark.parametrize("named", [False, True])
+    @pytest.mark.parametrize("kind", FILES)
+    def test_every_layout(self, link, tmp_path, kind, named):
+        files = self.FILES[kind]
+        for k, name in enumerate(files):
+            link(name, k if len(files) > 1 else None)
+        store = VideoStore(tmp_path, layout=kind if named else "auto")
+        assert (store.layout.kind, store.layout.flat) == (kind, True)
+        assert barcodes(store.read_clip("P01/P01_01", 13.0, 17.0, 4)) == [135, 145, 155, 165]
+        assert store.chunk_path("P01/P01_01", 0) == tmp_path / files[0]
+        assert store.last_chunk("P01/P01_01") == len(files) - 1
+
+    @pytest.mark.parametrize("folder", ["ek_vms", "ek"])
+    def test_a_missing_video_is_looked_for_where_the_others_are(self, chunked, folder):
+        store = VideoStore(getattr(chunked, folder))
+        missing = {"ek_vms": "ek_vms/P01_02/0000.mp4", "ek": "ek/P01/P01_02.MP4/0.MP4"}[folder]
+        with pytest.raises(VideoError, match=f"/{missing}: no such file, and none else of this video"):
+            store.read_clip("P01/P01_02", 0, 1, 4)
+        assert store.last_chunk("P01/P01_02") is None
+
+    def test_a_video_that_is_copied_later_is_found(self, link, tmp_path):
+        link("P01_01/0000.mp4")
+        store = VideoStore(tmp_path)
+        with pytest.raises(VideoError, match="P02_03/0000.mp4: no such file"):
+            store.read_clip("P02/P02_03", 0, 1, 4)
+        link("P02_03/0000.mp4")
+        assert barcodes(store.read_clip("P02/P02_03", 0, 15, 3)) == [25, 75, 125]
+
+    def test_a_first_chunk_that_is_missing_is_named_there(self, link, tmp_path):
+        link("P01_01/0001.mp4", 1)
+        store = VideoStore(tmp_path)
+        assert barcodes(store.read_clip("P01/P01_01", 15.0, 30.0, 3)) == [175, 225, 275]
+        with pytest.raises(VideoError, match="P01_01/0000.mp4: no such file: this chunk is missing, though later"):
+            store.read_clip("P01/P01_01", 0, 1, 4)
+
+    def test_the_participants_folder_comes_first_where_there_is_one(self, link, tmp_path):
+        """A stray video at the root, and a copy of another one, change nothing for a root that has the folders."""
+        link("P01/P01_01/0000.mp4", 0)
+        link("P01_01/0000.mp4", 1)
+        link("preview.mp4", 2)
+        store = VideoStore(tmp_path, layout="vms")
+        assert barcodes(store.read_clip("P01/P01_01", 0, 15, 3)) == [25, 75, 125]
+
+    def test_no_other_folder_is_left_out_of_a_name(self, link, tmp_path):
+        """Two folders may hold videos of one name; only a name that repeats its folder says which it is."""
+        link("take/0000.mp4")
+        store = VideoStore(tmp_path)
+        for name in ("kitchen/take", "take/take", "a/P01/P01_01"):
+            with pytest.raises(VideoError, match=f"/{name}/0000.mp4: no such file"):
+                store.read_clip(name, 0, 1, 4)
 
 
 class TestFrames:

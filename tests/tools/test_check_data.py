@@ -110,6 +110,26 @@ def test_csv_and_whole_files(tool, capsys, tmp_path):
     assert lines[1:] == [f"missing  {tmp_path}/videos/P01/P01_02.MP4  (1 clips)", "1 missing"]
 
 
+def test_epic_kitchens_without_the_folders_of_participants(tool, capsys, tmp_path):
+    for k, frames in ((0, 60), (1, 20)):
+        write_video(tmp_path / f"videos/P01_101/{k:04d}.mp4", frames, fps=4)
+    csv = tmp_path / "clips.csv"
+    rows = [("P01_101", 1, 4), ("P01_101", 13, 19), ("P01_102", 16, 18)]
+    csv.write_text(
+        "narration_id,participant_id,video_id,start_timestamp,stop_timestamp,narration\n"
+        + "".join(
+            f"{video}_{i},P01,{video},00:00:{start:05.2f},00:00:{stop:05.2f},put cup\n"
+            for i, (video, start, stop) in enumerate(rows)
+        )
+    )
+    status, lines, _ = check(tool, capsys, str(csv), tmp_path / "videos", "--decode", "all")
+    assert status == 1 and lines == [
+        "3 clips of 2 videos need 3 files ({video}/{chunk:04d}.mp4)",
+        f"missing  {tmp_path}/videos/P01_102/0001.mp4  (1 clips)",
+        "1 missing",
+    ]
+
+
 @pytest.mark.parametrize("case", ["no annotations", "no root", "empty root", "two csv", "workers"])
 def test_mistakes_are_one_line_and_status_2(tool, capsys, tmp_path, root, annotate, case):
     path = annotate(("a", 1.0, 2.0))
