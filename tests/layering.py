@@ -6,10 +6,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 # A room may import itself, the rooms named here, and the leaves. `avion.utils` is in nobody's list.
-LEAVES = frozenset({"avion", "avion.errors", "avion.constants"})
+LEAVES = frozenset({"avion", "avion.errors", "avion.files", "avion.constants"})
 _MIDDLE = ("avion.models", "avion.data", "avion.losses", "avion.optim", "avion.evaluation")
 _ALLOWED: dict[str, frozenset[str]] = {
-    **{leaf: frozenset() for leaf in LEAVES},
+    **{leaf: frozenset() for leaf in LEAVES - {"avion.files"}},
+    "avion.files": frozenset({"avion.errors"}),
     "avion.ops": LEAVES,
     **{room: LEAVES | {"avion.ops"} for room in _MIDDLE},
     "avion.engine": LEAVES | {"avion.ops", *_MIDDLE},

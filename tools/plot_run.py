@@ -22,8 +22,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from avion.engine.files import written_whole
 from avion.errors import UserError, exit_status
+from avion.files import written_whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

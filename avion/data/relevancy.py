@@ -12,12 +12,12 @@ import pickle
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from avion.data.ek100 import EK100Table
 from avion.errors import UserError
+from avion.files import written_whole
 
 _BLOCK_ELEMENTS = 1 << 21  # of the matrix at a time: 16 MB of float64, and a few times that on the way
 
@@ -100,26 +100,16 @@ def write_relevancy(path: str | os.PathLike, blocks: Iterator[np.ndarray], shape
     protocol 4, and names numpy's modules as numpy 1 does, which numpy 2 reads as well.
     Raises UserError if the file cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     before, after = _pickle_around(shape)
     rows = 0
-    try:
-        with open(partial, "wb") as file:
-            file.write(before)
-            for block in blocks:
-                assert block.shape[1] == shape[1], f"a block of {block.shape[1]} columns for {shape[1]}"
-                rows += len(block)
-                file.write(np.ascontiguousarray(block, dtype="<f8").data)
-            assert rows == shape[0], f"{rows} rows for {shape[0]}"
-            file.write(after)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or give another file") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_whole(path, cure="give another file") as file:
+        file.write(before)
+        for block in blocks:
+            assert block.shape[1] == shape[1], f"a block of {block.shape[1]} columns for {shape[1]}"
+            rows += len(block)
+            file.write(np.ascontiguousarray(block, dtype="<f8").data)
+        assert rows == shape[0], f"{rows} rows for {shape[0]}"
+        file.write(after)
 
 
 def _pickle_around(shape: tuple[int, int]) -> tuple[bytes, bytes]:

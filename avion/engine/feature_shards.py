@@ -10,7 +10,7 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from avion.errors import UserError
+from avion.files import PARTIAL, append_lines, partial_file, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -82,14 +83,12 @@ class Shards:
         for entry in entries:
             place = {} if "error" in entry else {"position": position}
             position += "error" not in entry
-            lines.append(json.dumps({**entry, "shard": self.path(shard).name, **place}) + "\n")
+            lines.append(json.dumps({**entry, "shard": self.path(shard).name, **place}))
         arrays = {"row": torch.tensor(kept, dtype=torch.int64), **features}
         try:
-            _atomically(self.path(shard), lambda partial: _save(partial, arrays, self.format))
-            with open(self.index, "a", encoding="utf-8") as file:
-                file.writelines(lines)
-                file.flush()
-                os.fsync(file.fileno())
+            with partial_file(self.path(shard)) as partial:
+                _save(partial, arrays, self.format)
+            append_lines(self.index, lines)
         except OSError as e:
             raise UserError(f"{self.path(shard)}: cannot be written ({e.strerror}); free space, then go on") from e
         self._finished.add(shard)
@@ -100,7 +99,7 @@ class Shards:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"--output-dir {self.folder}: another run writes here; wait for it or stop it") from None
-        for partial in self.folder.glob("*.partial"):
+        for partial in self.folder.glob(f"*{PARTIAL}"):
             partial.unlink()
         self._check(settings)
         self._read_index()
@@ -110,8 +109,7 @@ class Shards:
         if not path.exists():
             if any(self.folder.glob(f"*.{self.format}")):
                 raise UserError(f"--output-dir {self.folder}: holds files of something else; choose another")
-            text = json.dumps(settings, indent=1) + "\n"
-            _atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+            write_text(path, json.dumps(settings, indent=1) + "\n")
             return
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -144,7 +142,7 @@ class Shards:
                 kept += [json.dumps(e) + "\n" for e in found]
         if len(kept) != len(lines):
             logger.info("%s: %d lines of unfinished shards are dropped", self.index, len(lines) - len(kept))
-            _atomically(self.index, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
+            write_text(self.index, "".join(kept))
 
 
 def _short(value: Any) -> str:
@@ -158,15 +156,3 @@ def _save(path: Path, arrays: Mapping[str, torch.Tensor], format: str) -> None:
         return
     with open(path, "wb") as file:
         np.savez(file, **{name: values.numpy() for name, values in arrays.items()})
-
-
-def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the target, flush to disk, rename over it."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

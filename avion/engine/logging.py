@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from avion.errors import UserError
+from avion.files import append_lines
 
 from .distributed import World
 
@@ -52,8 +53,7 @@ def setup_logging(world: World, output_dir: str | None = None) -> None:
 
 def append_json(path: Path, row: dict[str, Any]) -> None:
     """Add one JSON line; a line is written whole, so a reader never sees half of one."""
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(row) + "\n")
+    append_lines(path, [json.dumps(row)])
 
 
 def memory_gb(device: torch.device) -> float:

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from avion.errors import UserError
-
-from .files import written_whole
+from avion.files import written_whole
 
 # numpy 2 pickles arrays under a module name that numpy 1 does not have; under the old one both read them.
 _NUMPY_2, _NUMPY_1 = b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"

@@ -19,9 +19,9 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from avion.errors import UserError
+from avion.files import write_text
 
 from .distributed import World
-from .files import written_whole
 from .logging import append_json
 
 logger = logging.getLogger(__name__)
@@ -77,8 +77,7 @@ class WeightsAndBiases:
         folder = Path(args.output_dir)
         known = folder / _WANDB_ID
         if done == 0 or not known.exists():
-            with written_whole(known) as file:
-                file.write(secrets.token_hex(4).encode())
+            write_text(known, secrets.token_hex(4))
         try:
             self._run = wandb.init(
                 project=args.wandb_project, name=args.wandb_name or folder.resolve().name, mode=args.wandb_mode,

@@ -6,7 +6,6 @@ Keys are AVION's (epoch, state_dict, optimizer, scaler, best_acc1, args) and our
 """
 
 import logging
-import os
 import random
 import shutil
 from collections.abc import Mapping
@@ -20,11 +19,11 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from avion.constants import NORM_STYLES
 from avion.errors import UserError
+from avion.files import written_whole
 from avion.models.checkpoint import model_fields
 
 from .args import as_namespace
 from .distributed import World
-from .files import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +52,8 @@ def save_atomically(content: Mapping[str, Any], path: Path) -> None:
 
 def copy_atomically(source: Path, target: Path) -> None:
     """The same for a file that is already complete on this disk."""
-    partial = target.with_name(target.name + ".partial")
-    shutil.copyfile(source, partial)
-    with open(partial, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(partial, target)
+    with open(source, "rb") as complete, written_whole(target) as copy:
+        shutil.copyfileobj(complete, copy, length=1 << 24)
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import json
 import os
 import pickle
 import re
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from avion.errors import UserError
+from avion.files import partial_file, written_whole
 
 from .torchscript import archive_root, read_torchscript
 
@@ -241,26 +241,21 @@ def write_safetensors(weights: Mapping[str, Tensor], path: str | os.PathLike, **
     """Write `weights` atomically; `fields` (`model_config`, `preprocess`) travel as JSON in the metadata."""
     metadata = {"format": "pt", _METADATA_KEY: json.dumps(fields)}
     dense = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
-    _write_atomically(path, lambda temporary: safetensors.torch.save_file(dense, temporary, metadata))
+    with partial_file(_in_folder(path), cure=_CURE) as partial:
+        safetensors.torch.save_file(dense, partial, metadata)
 
 
 def write_pt(contents: Mapping[str, Any], path: str | os.PathLike) -> None:
     """`torch.save` to a neighbouring file, then rename: a reader sees the old file or the whole new one."""
-    _write_atomically(path, lambda temporary: torch.save(dict(contents), temporary))
+    with written_whole(_in_folder(path), cure=_CURE) as file:
+        torch.save(dict(contents), file)
 
 
-def _write_atomically(path: str | os.PathLike, write: Any) -> None:
+_CURE = "choose another place"
+
+
+def _in_folder(path: str | os.PathLike) -> Path:
     target = Path(path)
     if not target.parent.is_dir():
         raise UserError(f"{target}: folder {target.parent} does not exist")
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
-    try:
-        write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    return target

@@ -13,9 +13,9 @@ import numpy as np
 from avion.constants import NORM_STYLES
 from avion.data.demo import DemoPaths
 from avion.data.safe_pickle import load_pickle
-from avion.engine.files import written_whole
 from avion.engine.options import PretrainOptions
 from avion.errors import UserError
+from avion.files import write_text
 from avion.models.checkpoint import model_from_checkpoint, save_weights
 
 from .commands import EGOSCHEMA, ROOT, executable
@@ -126,8 +126,7 @@ class Chain:
 
     def _remember(self, name: str, words: Sequence[str]) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
-        with written_whole(self.output / _RECORD) as file:
-            file.write(json.dumps({**self._begun(), name: list(words)}, indent=1).encode())
+        write_text(self.output / _RECORD, json.dumps({**self._begun(), name: list(words)}, indent=1))
 
     def _cure(self) -> str:
         return f"remove {self.output} or give another --output-dir"

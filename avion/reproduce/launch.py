@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from avion.engine.files import written_whole
 from avion.errors import UserError
+from avion.files import write_text
 
 from .commands import command, executable
 from .recipe import CHECKPOINT, Recipe
@@ -84,8 +84,7 @@ class Run:
         """Write recipe.json."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with written_whole(self.folder / RECORD) as file:
-                file.write((json.dumps(self.record(), indent=1) + "\n").encode())
+            write_text(self.folder / RECORD, json.dumps(self.record(), indent=1) + "\n")
         except OSError as e:
             raise UserError(f"{self.folder}: cannot be written ({e.strerror}); give another folder with --runs") from e
 

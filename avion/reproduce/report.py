@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from avion.engine.files import written_whole
 from avion.errors import UserError
+from avion.files import written_whole
 
 from . import figure
 from .recipe import FULL, Recipe, Reference, load_recipes, load_references

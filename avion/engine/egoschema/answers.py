@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from avion.data.egoschema import Question
-from avion.engine.files import written_whole
 from avion.errors import UserError
 from avion.evaluation.egoschema import accuracy, choose
+from avion.files import write_text
 
 from .results import Scores
 
@@ -50,14 +50,9 @@ def write_answers(folder: Path, count: int, answers: Answers) -> tuple[Path, Pat
     writer.writerow(["q_uid", "answer"])
     writer.writerows(answers.items())
     paths = folder / f"egoschema_{count}.json", folder / f"egoschema_{count}.csv"
-    write_atomically(paths[0], json.dumps(answers, indent=0) + "\n")
-    write_atomically(paths[1], table.getvalue())
+    write_text(paths[0], json.dumps(answers, indent=0) + "\n")
+    write_text(paths[1], table.getvalue())
     return paths
-
-
-def write_atomically(path: Path, text: str) -> None:
-    with written_whole(path) as file:
-        file.write(text.encode())
 
 
 def table(figures: Mapping[int, Mapping[str, Any]], answered: Mapping[int, int], total: int) -> str:

@@ -28,9 +28,10 @@ from avion.engine.signals import Stopped, name
 from avion.engine.steps import Precision
 from avion.engine.trainer import choose_precision
 from avion.errors import UserError
+from avion.files import write_text
 from avion.models.long_video import default_max_tokens, encode_long_video, memory_bytes
 
-from .answers import choose_answers, figures_of, submit, table, write_answers, write_atomically
+from .answers import choose_answers, figures_of, submit, table, write_answers
 from .results import ResultLog, Scores, fingerprint, read_results
 from .texts import DEFAULT_PROMPT, OptionTexts, encode_options, parse_prompt, unit
 
@@ -250,7 +251,7 @@ class _Run:
                 for q in self.questions if q.uid in results
             },
         }  # fmt: skip
-        write_atomically(self.folder / "egoschema_scores.json", json.dumps(report, indent=1) + "\n")
+        write_text(self.folder / "egoschema_scores.json", json.dumps(report, indent=1) + "\n")
         for count, row in figures.items():
             append_json(self.folder / "eval_log.txt", {"frames": count, **row, "checkpoint": self.args.pretrain_model})
         if self.truth and self.left_out:
