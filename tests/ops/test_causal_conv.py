@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from avion.ops.buffers import forget_spare_buffers
 from avion.ops.causal_conv import causal_conv_silu, causal_conv_silu_both
-from avion.ops.causal_conv import torch as blocked
+from avion.ops.causal_conv import torch_backend as blocked
 from tests.ops.named import assert_close, poisoned_memory
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from avion.ops.causal_conv.torch import causal_conv_silu_torch
+from avion.ops.causal_conv.torch_backend import causal_conv_silu_torch
 from avion.ops.selective_scan import mamba_ssm
 from tests.ops.named import assert_close
 from tests.ops.test_selective_scan import NAMES, random_inputs, scan

@@ -19,7 +19,7 @@ from avion.ops.selective_scan import (
     selective_scan_with_state,
     torch_blocks,
 )
-from avion.ops.selective_scan import torch as fast
+from avion.ops.selective_scan import torch_backend as fast
 from tests.ops.named import assert_close, poisoned_memory
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")

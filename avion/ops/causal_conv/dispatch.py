@@ -6,7 +6,7 @@ from torch import Tensor
 from avion.ops.selective_scan import resolve_backend
 from avion.ops.selective_scan.mamba_ssm import causal_conv_silu_mamba_ssm
 
-from .torch import causal_conv_silu_both_torch, causal_conv_silu_torch
+from .torch_backend import causal_conv_silu_both_torch, causal_conv_silu_torch
 
 # Of the kernels that are not plain PyTorch.
 _TAPS = range(2, 5)

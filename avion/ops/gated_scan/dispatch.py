@@ -9,7 +9,7 @@ from torch import Tensor
 from avion.ops.selective_scan import resolve_backend, selective_scan
 from avion.ops.selective_scan.dispatch import check_shapes
 
-from .torch import gated_scan_torch
+from .torch_backend import gated_scan_torch
 
 
 class ScanInputs(NamedTuple):

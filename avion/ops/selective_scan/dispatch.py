@@ -15,7 +15,7 @@ from avion.errors import UserError
 from . import mamba_ssm
 from .reference import selective_scan_reference, selective_scan_with_state_reference
 from .state_steps import with_state_by_steps
-from .torch import selective_scan_torch, selective_scan_with_state_torch
+from .torch_backend import selective_scan_torch, selective_scan_with_state_torch
 
 _log = logging.getLogger(__name__)
 

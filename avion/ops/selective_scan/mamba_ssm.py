@@ -11,7 +11,7 @@ import re
 import torch
 from torch import Tensor
 
-from .torch import selective_scan_torch
+from .torch_backend import selective_scan_torch
 
 # Older ones call the convolution's kernel with other arguments (TypeError: causal_conv1d_fwd), and the releases of
 # mamba-ssm numbered 1.x include the forks with `bimamba_type`, which replace the stock functions.
