@@ -42,6 +42,7 @@ from avion.engine.tasks import FinetuneClassification, FinetuneRetrieval, Pretra
 from avion.errors import exit_status
 from avion.evaluation.egoschema import OPTIONS
 from avion.evaluation.reversed_pairs import pair_accuracy
+from avion.json_lines import read_json_lines
 from avion.models.checkpoint import model_from_checkpoint, save_weights
 
 matplotlib.use("Agg")
@@ -178,7 +179,7 @@ def egoschema(demo: Demo) -> None:
 
 def plot_loss(steps: Path, target: Path) -> None:
     """The loss of every progress line over the steps of the run."""
-    rows = [json.loads(line) for line in steps.read_text().splitlines()]
+    rows = read_json_lines(steps).objects
     per_epoch = max(r["step"] for r in rows)
     x = [r["epoch"] * per_epoch + r["step"] for r in rows]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")

@@ -9,7 +9,6 @@ one line for a mistake.
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.errors import UserError, exit_status
 from avion.files import written_whole
+from avion.json_lines import read_json_lines
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -70,31 +70,27 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     A resumed run does the steps since its checkpoint again: its lines take the place of those written before.
     Raises UserError naming file and line for anything else that is not a row of figures.
     """
-    try:
-        *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); name the --output-dir of a training") from e
+    if not path.exists():
+        raise UserError(f"{path}: cannot be read (No such file or directory); name the --output-dir of a training")
+    lines = read_json_lines(path, cure="name the --output-dir of a training")
+    if lines.damaged:
+        raise UserError(f"{path} line {lines.damaged[0]}: no JSON object; correct or remove the line")
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        row = _row(line, f"{path} line {number}")
+    for number, row in lines.rows:
+        _check_row(row, f"{path} line {number}")
         while rows and rows[-1]["global_step"] >= row["global_step"]:
             rows.pop()
         rows.append(row)
     return rows
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: not valid JSON; correct or remove the line") from e
-    if not isinstance(row, dict) or type(row.get("global_step")) is not int:
+def _check_row(row: dict[str, Any], where: str) -> None:
+    if type(row.get("global_step")) is not int:
         raise UserError(f"{where}: no figures with a whole number `global_step`; correct or remove the line")
     for key, value in row.items():
         values = value if key in ("alpha", "train_alpha") and isinstance(value, list) else [value]
         if not all(type(v) is float or type(v) is int and abs(v) < 2**63 for v in values):
             raise UserError(f"{where}: {key} must be a number, found {value!r}; correct or remove the line")
-    return row
 
 
 def read_run(folder: Path, name: str) -> Run:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from avion.errors import UserError
 from avion.files import PARTIAL, append_lines, partial_file, write_text
+from avion.json_lines import read_json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -127,21 +128,20 @@ class Shards:
     def _read_index(self) -> None:
         """Which shards are finished: their file is there, and the index has all of their rows. Drops all else."""
         entries: dict[int, list[dict]] = {}
-        lines = self.index.read_bytes().splitlines() if self.index.exists() else []
-        for line in lines:
-            try:
-                entry = json.loads(line)
-                entries.setdefault(entry["row"] // self.size, []).append(entry)
-            except (ValueError, TypeError, KeyError):
-                continue  # half a line of a process that died; its shard is made again
+        lines = read_json_lines(self.index)
+        for entry in lines.objects:
+            row = entry.get("row")
+            if type(row) is int and row >= 0:
+                entries.setdefault(row // self.size, []).append(entry)
         kept = []
         for shard, found in sorted(entries.items()):
             if [e["row"] for e in found] == list(self.rows(shard)) and self.path(shard).is_file():
                 self._finished.add(shard)
                 self.errors.update({e["row"]: str(e["error"]) for e in found if "error" in e})
                 kept += [json.dumps(e) + "\n" for e in found]
-        if len(kept) != len(lines):
-            logger.info("%s: %d lines of unfinished shards are dropped", self.index, len(lines) - len(kept))
+        dropped = len(lines.rows) + len(lines.damaged) - len(kept)
+        if dropped:
+            logger.info("%s: %d lines of unfinished shards are dropped", self.index, dropped)
             write_text(self.index, "".join(kept))
 
 

@@ -1,6 +1,5 @@
 """What a run tells people: lines in a log, a bar on a terminal, JSON for programs."""
 
-import json
 import logging
 import math
 import resource
@@ -14,7 +13,6 @@ import torch
 from tqdm import tqdm
 
 from avion.errors import UserError
-from avion.files import append_lines
 
 from .distributed import World
 
@@ -49,11 +47,6 @@ def setup_logging(world: World, output_dir: str | None = None) -> None:
         handler.setFormatter(line)
         root.addHandler(handler)
     root.setLevel(logging.INFO if world.is_main else logging.WARNING)
-
-
-def append_json(path: Path, row: dict[str, Any]) -> None:
-    """Add one JSON line; a line is written whole, so a reader never sees half of one."""
-    append_lines(path, [json.dumps(row)])
 
 
 def memory_gb(device: torch.device) -> float:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from avion.errors import USER_ERROR, exit_status
+from avion.json_lines import append_json
 
 from . import distributed, signals, sinks, state
 from .args import parse
 from .distributed import PeerError, World
-from .logging import append_json, setup_logging
+from .logging import setup_logging
 from .signals import STOPPED, Stopped
 from .tasks import Task
 from .trainer import Trainer, choose_precision

@@ -20,9 +20,9 @@ from typing import Any, Protocol
 
 from avion.errors import UserError
 from avion.files import write_text
+from avion.json_lines import append_json
 
 from .distributed import World
-from .logging import append_json
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from avion.errors import UserError
+from avion.json_lines import read_json_lines
 from avion.models.checkpoint import read_checkpoint
 from avion.models.utils import time_gates
 from avion.optim import build_optimizer, constant_scheduler, cosine_scheduler
@@ -199,9 +199,7 @@ class Trainer:
 
     def _is_recorded(self, epoch: int) -> bool:
         """Whether log.txt has this epoch's line."""
-        path = self.output / "log.txt"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return any(re.search(rf'"epoch": {epoch}\b', line) for line in lines)
+        return any(row.get("epoch") == epoch for row in read_json_lines(self.output / "log.txt").objects)
 
     def _alpha(self, prefix: str) -> dict[str, list[float]]:
         """The time gates of all blocks in their order; nothing for a model without."""

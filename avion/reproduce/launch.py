@@ -11,6 +11,7 @@ from typing import Any
 
 from avion.errors import UserError
 from avion.files import write_text
+from avion.json_lines import read_json_lines
 
 from .commands import command, executable
 from .recipe import CHECKPOINT, Recipe
@@ -52,7 +53,7 @@ class Run:
         """Whether its figures are there. A folder without recipe.json is taken for this run's, started by hand."""
         if self._found() not in (None, self.record()):
             return False
-        rows, args = _rows(self.folder / EVALUATIONS), self.recipe.args()
+        rows, args = read_json_lines(self.folder / EVALUATIONS).objects, self.recipe.args()
         if self.recipe.task == "egoschema":
             return set(args.frames) <= {row.get("frames") for row in rows}
         if self.evaluated == RELEASED:
@@ -120,18 +121,3 @@ def run_child(words: Sequence[str]) -> int:
 
 
 _HANDED_ON = (signal.SIGTERM, signal.SIGUSR1)
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; damaged ones, of processes that were killed, are passed over."""
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows

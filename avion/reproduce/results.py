@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from avion.errors import UserError
+from avion.json_lines import read_json_lines
 
 from .launch import EVALUATIONS, RECORD, RELEASED, TRAINED
 from .recipe import FULL, Recipe, scaled
@@ -157,17 +158,12 @@ def _json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows, and a note where lines were passed over: a process that is killed may leave half a line."""
     if not path.exists():
         raise _Unusable(f"{path.name}: missing; the run was not evaluated yet")
-    rows, damaged = [], []
-    for number, line in enumerate(_read(path).splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        elif line.strip():
-            damaged.append(str(number))
-    notes = [f"{path.name}: line {', '.join(damaged)} is damaged and passed over"] if damaged else []
+    try:
+        lines = read_json_lines(path)
+    except UserError as e:
+        raise _Unusable(str(e)) from None
+    rows, damaged = lines.objects, ", ".join(map(str, lines.damaged))
+    notes = [f"{path.name}: line {damaged} is damaged and passed over"] if damaged else []
     if not rows:
         raise _Unusable(f"{path.name}: no evaluation in it")
     return rows, notes

@@ -68,10 +68,9 @@ def test_a_last_line_that_is_being_written_is_left_out(cut, tmp_path):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"epoch": 0, "st', "not valid JSON"),
-        ("", "not valid JSON"),
-        ("[" * 100_000, "not valid JSON"),
-        ("[1, 2]", "no figures with a whole number `global_step`"),
+        ('{"epoch": 0, "st', "no JSON object"),
+        ("[" * 100_000, "no JSON object"),
+        ("[1, 2]", "no JSON object"),
         ('{"loss": 1.0}', "no figures with a whole number `global_step`"),
         ('{"global_step": 2.5}', "no figures with a whole number `global_step`"),
         ('{"global_step": 4, "loss": "low"}', "loss must be a number, found 'low'"),

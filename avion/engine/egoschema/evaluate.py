@@ -22,13 +22,14 @@ from avion.engine.build import build_as_saved
 from avion.engine.demo_data import use_demo_dataset
 from avion.engine.distributed import World
 from avion.engine.loader import build_loader, read
-from avion.engine.logging import append_json, duration
+from avion.engine.logging import duration
 from avion.engine.run import joined, shared_flags
 from avion.engine.signals import Stopped, name
 from avion.engine.steps import Precision
 from avion.engine.trainer import choose_precision
 from avion.errors import UserError
 from avion.files import write_text
+from avion.json_lines import append_json
 from avion.models.long_video import default_max_tokens, encode_long_video, memory_bytes
 
 from .answers import choose_answers, figures_of, submit, table, write_answers
@@ -200,7 +201,6 @@ class _Run:
                     "video %d of %d, %.2f s each, %s left",
                     min(done * world.size, len(todo)), len(todo), pace / world.size, duration(pace * (rounds - done)),
                 )  # fmt: skip
-        self.log.close()
         return results, errors
 
     def _answer_one(

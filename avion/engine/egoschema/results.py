@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 
 from avion.data.egoschema import OPTIONS, Question
 from avion.errors import UserError
+from avion.json_lines import append_json, read_json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -41,30 +41,13 @@ class ResultLog:
 
     def __init__(self, folder: Path, rank: int, mark: str):
         self.path, self.mark = folder / f"egoschema_results.{rank}.jsonl", mark
-        self._file = None
 
     def append(self, question: Question, scores: Scores) -> None:
         row = {"fingerprint": self.mark, "q_uid": question.uid, "question": _digest(question), "scores": scores}
         try:
-            if self._file is None:
-                self._file = open(self.path, "ab")  # noqa: SIM115  (until `close`)
-                if self._file.tell() and not _ends_with_newline(self.path):  # a process died while it wrote
-                    self._file.write(b"\n")
-            self._file.write(json.dumps(row).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            append_json(self.path, row)
         except OSError as e:
             raise UserError(f"{self.path}: cannot be written ({e.strerror}); free space or change --output-dir") from e
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
 
 
 def read_results(folder: Path, mark: str, questions: Sequence[Question]) -> dict[str, Scores]:
@@ -73,13 +56,10 @@ def read_results(folder: Path, mark: str, questions: Sequence[Question]) -> dict
     found: dict[str, Scores] = {}
     damaged = 0
     for path in sorted(folder.glob(_PATTERN)):
-        try:
-            lines = path.read_bytes().splitlines()
-        except OSError as e:
-            raise UserError(f"{path}: cannot be read ({e.strerror}); remove it or change --output-dir") from e
-        for line in lines:
+        lines = read_json_lines(path, cure="remove it or change --output-dir")
+        damaged += len(lines.damaged)
+        for row in lines.objects:
             try:
-                row = json.loads(line)
                 if row["fingerprint"] == mark and digests.get(row["q_uid"]) == row["question"]:
                     found.setdefault(row["q_uid"], {}).update(_checked_scores(row["scores"]))
             except (ValueError, KeyError, TypeError, AttributeError):

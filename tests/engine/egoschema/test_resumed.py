@@ -122,14 +122,12 @@ def test_damaged_lines_are_passed_over(tmp_path, caplog):
     scores = {4: [0.1, 0.2, 0.3, 0.4, 0.5]}
     log = ResultLog(tmp_path, 0, "mark")
     log.append(questions[0], scores)
-    log.close()
     path = tmp_path / "egoschema_results.0.jsonl"
     line = path.read_bytes()
     others = [b"[]", b'{"fingerprint": "mark"}', b"\xff", line.strip().replace(b"0.5]", b"NaN]"), b"nonsense"]
     path.write_bytes(b"\n".join([line.strip(), *others]) + b"\n" + line[:40])  # cut off in the middle
     log = ResultLog(tmp_path, 0, "mark")
     log.append(questions[1], {8: [1.0, 0.0, 0.0, 0.0, 0.0]})
-    log.close()
     (tmp_path / "egoschema_results.1.jsonl").write_bytes(line.replace(b'"4"', b'"16"'))
     found = read_results(tmp_path, "mark", questions)
     assert found == {UIDS[0]: {4: scores[4], 16: scores[4]}, UIDS[1]: {8: [1.0, 0.0, 0.0, 0.0, 0.0]}}

@@ -1,0 +1,75 @@
+"""Logs of one JSON object per line (`log.txt`, `eval_log.txt`, `steps.txt`, indexes): appended to and read in one way.
+
+A leaf: this module imports nothing of the project but its errors and its files.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from avion.errors import UserError
+from avion.files import append_lines
+
+# A log of a run has some thousands of lines of less than 2 kB; an index of a million rows has 200 MB.
+LARGEST_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """What was found in a file.
+
+    Attributes:
+        rows: The objects in the order of their lines, each with its line number, from 1.
+        damaged: The numbers of the lines that hold something else, such as half an object of a process that was
+            killed. Empty lines count neither here nor there.
+    """
+
+    rows: list[tuple[int, dict[str, Any]]]
+    damaged: list[int]
+
+    @property
+    def objects(self) -> list[dict[str, Any]]:
+        """The objects without their line numbers."""
+        return [row for _, row in self.rows]
+
+
+def append_json(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one object as a line and flush it to disk. Raises OSError where the file cannot be written."""
+    append_lines(path, [json.dumps(row)])
+
+
+def read_json_lines(path: Path, *, cure: str = "remove the file") -> JsonLines:
+    """Read a file that `append_json` wrote.
+
+    A last line without its end is being written, or never was, and is left out.
+
+    Args:
+        path: The file. A file that does not exist has no lines.
+        cure: What the user can do about a file that cannot be read; the error message ends with it.
+
+    Raises:
+        UserError: The file cannot be read, or is too large to be a log.
+    """
+    try:
+        if not path.exists():
+            return JsonLines([], [])
+        if not path.is_file():
+            raise UserError(f"{path}: is no regular file; {cure}")
+        if path.stat().st_size > LARGEST_BYTES:
+            raise UserError(f"{path}: {path.stat().st_size / 1e6:.0f} MB is too large for a log; {cure}")
+        *lines, _ = path.read_bytes().split(b"\n")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); {cure}") from e
+    rows, damaged = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append((number, row))
+        elif line.strip():
+            damaged.append(number)
+    return JsonLines(rows, damaged)
