@@ -30,7 +30,7 @@ from avion.engine import encode
 from avion.engine.args import parse
 from avion.engine.distributed import World
 from avion.engine.egoschema import run_egoschema
-from avion.engine.logging import duration, setup_logging, table
+from avion.engine.console import duration, setup_logging, table
 from avion.engine.options import (
     EgoSchemaOptions,
     FinetuneClassificationOptions,

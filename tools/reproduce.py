@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.engine.args import parse, unknown_key
 from avion.engine.distributed import World
-from avion.engine.logging import setup_logging
+from avion.engine.console import setup_logging
 from avion.engine.submit import SubmitOptions, submit
 from avion.errors import UserError, exit_status
 from avion.reproduce.plan import Request, Step, plan

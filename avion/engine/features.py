@@ -29,7 +29,7 @@ from .distributed import choose_device
 from .egoschema.results import fingerprint
 from .feature_shards import STORED, Shards
 from .loader import build_loader, read
-from .logging import duration
+from .console import duration
 from .steps import Precision
 from .trainer import choose_precision
 

@@ -20,7 +20,7 @@ from avion.optim import build_optimizer, constant_scheduler, cosine_scheduler
 from . import signals, state
 from .distributed import World
 from .loader import TrainBatchSampler, build_loader, read, to_device
-from .logging import Progress
+from .console import Progress
 from .sinks import RunLog
 from .steps import Precision
 from .tasks import Task

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from avion.engine.logging import duration
+from avion.engine.console import duration
 from avion.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from avion.data.tokenizer import VOCAB_SIZE, tokenize
 from avion.data.transforms import EvalTransform
 from avion.engine import encode, predictions
 from avion.engine.distributed import World
-from avion.engine.logging import table
+from avion.engine.console import table
 from avion.engine.steps import Precision
 from avion.evaluation.ek100_mir import retrieval_metrics
 
