@@ -28,9 +28,9 @@ from avion.constants import NORM_STYLES
 from avion.data.demo import DemoPaths, ensure_demo_dataset
 from avion.engine import encode
 from avion.engine.args import parse
+from avion.engine.console import duration, setup_logging, table
 from avion.engine.distributed import World
 from avion.engine.egoschema import run_egoschema
-from avion.engine.console import duration, setup_logging, table
 from avion.engine.options import (
     EgoSchemaOptions,
     FinetuneClassificationOptions,

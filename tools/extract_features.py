@@ -17,9 +17,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from avion.engine.console import setup_logging
 from avion.engine.distributed import World
 from avion.engine.features import extract_features
-from avion.engine.console import setup_logging
 from avion.engine.options.features import FeatureOptions
 from avion.engine.run import run_entry
 

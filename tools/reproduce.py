@@ -22,8 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.engine.args import parse, unknown_key
-from avion.engine.distributed import World
 from avion.engine.console import setup_logging
+from avion.engine.distributed import World
 from avion.engine.submit import SubmitOptions, submit
 from avion.errors import UserError, exit_status
 from avion.reproduce.plan import Request, Step, plan

@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.data.demo import ensure_demo_dataset
-from avion.engine.distributed import World
 from avion.engine.console import duration, setup_logging
+from avion.engine.distributed import World
 from avion.errors import INTERRUPTED, UserError, exit_status
 from avion.reproduce.demo_chain import REMARK, Chain
 from avion.reproduce.jobs import JobFailed, run_jobs

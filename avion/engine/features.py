@@ -25,11 +25,11 @@ from avion.models.long_video import default_max_tokens, encode_long_video
 from avion.models.transformer import project
 
 from .build import build_any_as_saved
+from .console import duration
 from .distributed import choose_device
 from .egoschema.results import fingerprint
 from .feature_shards import STORED, Shards
 from .loader import build_loader, read
-from .console import duration
 from .steps import Precision
 from .trainer import choose_precision
 

@@ -15,8 +15,8 @@ from avion.json_lines import append_json
 
 from . import distributed, signals, sinks, state
 from .args import parse
-from .distributed import PeerError, World
 from .console import setup_logging
+from .distributed import PeerError, World
 from .signals import STOPPED, Stopped
 from .tasks import Task
 from .trainer import Trainer, choose_precision

@@ -18,9 +18,9 @@ from avion.models.utils import time_gates
 from avion.optim import build_optimizer, constant_scheduler, cosine_scheduler
 
 from . import signals, state
+from .console import Progress
 from .distributed import World
 from .loader import TrainBatchSampler, build_loader, read, to_device
-from .console import Progress
 from .sinks import RunLog
 from .steps import Precision
 from .tasks import Task

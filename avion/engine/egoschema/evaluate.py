@@ -19,10 +19,10 @@ from avion.data.egoschema import LongVideos, Question, read_answers, read_questi
 from avion.data.transforms import normalize_clip
 from avion.engine import encode
 from avion.engine.build import build_as_saved
+from avion.engine.console import duration
 from avion.engine.demo_data import use_demo_dataset
 from avion.engine.distributed import World
 from avion.engine.loader import build_loader, read
-from avion.engine.console import duration
 from avion.engine.run import joined, shared_flags
 from avion.engine.signals import Stopped, name
 from avion.engine.steps import Precision

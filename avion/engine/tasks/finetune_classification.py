@@ -27,9 +27,9 @@ from avion.data.mixup import VideoMixup
 from avion.data.transforms import CropsTransform, TrainTransform
 from avion.engine import encode, predictions
 from avion.engine.build import build_classifier
+from avion.engine.console import table
 from avion.engine.demo_data import use_demo_dataset
 from avion.engine.distributed import World
-from avion.engine.console import table
 from avion.engine.steps import Precision, supervised_step
 from avion.errors import UserError
 from avion.evaluation.ek100_cls import KINDS, action_marginals, action_metrics

@@ -13,8 +13,8 @@ from avion.data.ek100 import load_relevancy, read_ek100_retrieval, sentence_path
 from avion.data.tokenizer import VOCAB_SIZE, tokenize
 from avion.data.transforms import EvalTransform
 from avion.engine import encode, predictions
-from avion.engine.distributed import World
 from avion.engine.console import table
+from avion.engine.distributed import World
 from avion.engine.steps import Precision
 from avion.evaluation.ek100_mir import retrieval_metrics
 
