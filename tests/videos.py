@@ -8,6 +8,7 @@ x264 spends nothing on the frames between). `read_barcode` survives compression,
 
 from __future__ import annotations
 
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -69,10 +70,12 @@ def write_video(
     with_audio: bool = False,
     rotation: int = 0,
     x264: str = "",
+    numbers: int = sys.maxsize,
 ) -> Path:
     """Write frames `first`, `first + 1`, … as H.264 with x264's defaults (GOP 250, three B-frames, CRF 23)
     wherever nothing else is asked for. x264: further settings, as x264 writes them ("open-gop=1:keyint=30").
-    rotation: degrees by which players turn the picture. -> path"""
+    rotation: degrees by which players turn the picture. numbers: after so many frames the barcodes begin again.
+    -> path"""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # mbtree beside B-frames gives another file each time.
@@ -93,7 +96,7 @@ def write_video(
             stream.set_display_rotation(rotation)
         audio = container.add_stream("aac", rate=16000, layout="mono") if with_audio else None
         for i in range(num_frames):
-            picture = av.VideoFrame.from_ndarray(barcode_frame(first + i, height, width), format="rgb24")
+            picture = av.VideoFrame.from_ndarray(barcode_frame((first + i) % numbers, height, width), format="rgb24")
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
         if audio is not None:

@@ -25,7 +25,7 @@ from avion.data.video_store import uniform_frame_ids
 from avion.errors import UserError
 
 OPTIONS = 5
-SAMPLINGS = ("uniform", "prefix")
+SAMPLINGS = ("uniform", "prefix", "prefix-hold")
 _UID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}")
 
 
@@ -148,14 +148,15 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def frame_ids(video_frames: int, num_frames: int, sampling: str) -> np.ndarray:
     """Which of a video's frames make a clip of `num_frames`. -> (num_frames,) int64, ascending
 
-    uniform: the whole video in equal segments, each one's middle. prefix: the first frames one after the other; after
-    the video's end, its last one.
+    uniform: the whole video in equal segments, each one's middle. prefix: the first frames one after the other; of a
+    video that has fewer, the frames of `uniform` (Video Mamba Suite's rule: each one once or twice where fewer than
+    twice as many are asked for). prefix-hold: the first frames, and after the video's end its last one again.
     """
     if video_frames < 1 or num_frames < 1:
         raise UserError(f"{num_frames} frames of a video of {video_frames}: both must be at least 1")
-    if sampling == "uniform":
+    if sampling == "uniform" or (sampling == "prefix" and num_frames > video_frames):
         return uniform_frame_ids(0, video_frames, num_frames)
-    if sampling == "prefix":
+    if sampling in ("prefix", "prefix-hold"):
         return np.minimum(np.arange(num_frames, dtype=np.int64), video_frames - 1)
     raise UserError(f"sampling: {sampling!r} is not one of {', '.join(SAMPLINGS)}")
 

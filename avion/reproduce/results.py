@@ -102,7 +102,10 @@ def read_run(folder: Path, recipes: Mapping[str, Recipe]) -> Result:
     rows, notes = _json_lines(folder / EVALUATIONS)
     common = {name: record[name] for name in ("scale", "seed", "evaluated")}
     if recipe.task == "egoschema":
-        figures, more = _accuracies(rows, _scaled(recipe, record["scale"]).args().frames)
+        args = _scaled(recipe, record["scale"]).args()
+        rows, others = _of_sampling(rows, args.sampling)
+        figures, more = _accuracies(rows, args.frames)
+        notes += others
         return Result(folder, recipe, **common, figures=figures, notes=(*notes, *more))
     if record["evaluated"] == RELEASED:
         rows = [row for row in rows if "epoch" not in row]
@@ -212,6 +215,23 @@ def _checked(row: Mapping[str, Any], names: Iterable[str]) -> tuple[dict[Key, fl
             raise _Unusable(f"eval_log.txt: {found} in the evaluation that counts, expected a fraction from 0 to 1")
         figures[name] = 100 * row[name]
     return figures, _unreadable(row, "clips")
+
+
+def _of_sampling(rows: list[dict[str, Any]], sampling: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The evaluations with this frame sampling, and a note on those with another one.
+
+    Earlier versions did not write the sampling down; their `prefix` was what `prefix-hold` is now.
+    """
+    unsaid = "uniform" if sampling == "uniform" else "an earlier version's"
+    found = [row.get("sampling", unsaid) for row in rows]
+    own = [row for row, name in zip(rows, found, strict=True) if name == sampling]
+    others = sorted({str(name)[:40] for name in found if name != sampling})
+    if not others:
+        return own, []
+    reason = f"{len(rows) - len(own)} evaluations are not of --sampling {sampling} (found: {', '.join(others)})"
+    if not own:
+        raise _Unusable(f"eval_log.txt: {reason}; run it again")
+    return own, [f"{reason} and are passed over"]
 
 
 def _accuracies(rows: Sequence[Mapping[str, Any]], due: Sequence[int]) -> tuple[dict[Key, float], list[str]]:

@@ -111,12 +111,40 @@ def test_sources(written):
         (10, 10, "uniform", range(10)),
         (3, 6, "uniform", [0, 0, 1, 1, 2, 2]),  # half a frame each
         (100, 4, "prefix", [0, 1, 2, 3]),
-        (3, 6, "prefix", [0, 1, 2, 2, 2, 2]),
+        (4, 4, "prefix", [0, 1, 2, 3]),
+        (4, 3, "prefix", [0, 1, 2]),
+        (4, 5, "prefix", [0, 1, 2, 2, 3]),  # segments of 0.8: middles 0.4, 1.2, 2, 2.8, 3.6
+        (3, 6, "prefix", [0, 0, 1, 1, 2, 2]),
+        (3, 7, "prefix", [0, 0, 1, 1, 1, 2, 2]),  # segments of 3/7: middles 3/14, 9/14, 15/14, 1.5, 27/14, 33/14, 39/14
+        (1, 2, "prefix", [0, 0]),
+        (100, 4, "prefix-hold", [0, 1, 2, 3]),
+        (3, 6, "prefix-hold", [0, 1, 2, 2, 2, 2]),
         (1, 2, "uniform", [0, 0]),
     ],
 )
 def test_frame_ids(video, count, sampling, wanted):
     assert frame_ids(video, count, sampling).tolist() == list(wanted)
+
+
+def test_8192_frames_of_a_video_of_5400():
+    """Segments of 5400 / 8192 frames. Middle i is (2 i + 1) · 675 / 2048, never a whole number."""
+    found = frame_ids(5400, 8192, "prefix")
+    assert found.tolist() == [(2 * i + 1) * 675 // 2048 for i in range(8192)]
+    assert found[:10].tolist() == [0, 0, 1, 2, 2, 3, 4, 4, 5, 6]  # 0.33 0.99 1.65 2.31 2.97 3.63 4.29 4.94 5.60 6.26
+    assert found[-4:].tolist() == [5397, 5398, 5399, 5399]
+    numbers, times = np.unique(found, return_counts=True)
+    assert numbers.tolist() == list(range(5400)) and set(times.tolist()) == {1, 2}  # each frame once or twice
+    assert (found != frame_ids(5400, 8192, "prefix-hold")).sum() == 8189
+    assert found.tolist() == frame_ids(5400, 8192, "uniform").tolist()
+
+
+@pytest.mark.parametrize("count", [5399, 5400, 5401])
+def test_prefix_around_the_length_of_the_video(count):
+    found = frame_ids(5400, count, "prefix").tolist()
+    if count == 5401:  # (2 i + 1) · 5400 / 10802 is i + 0.5 less (2 i + 1) / 10802: the middle frame comes twice
+        assert found == [*range(2701), *range(2700, 5400)]
+    else:
+        assert found == list(range(count))
 
 
 def test_frame_ids_of_nothing():
@@ -144,7 +172,7 @@ def shown(sample, count) -> list[int]:
     return [read_barcode(sample["frames"][i].permute(1, 2, 0).numpy()) for i in sample["clips"][count]]
 
 
-@pytest.mark.parametrize("sampling, last", [("uniform", 89), ("prefix", 89)])
+@pytest.mark.parametrize("sampling, last", [("uniform", 89), ("prefix", 89), ("prefix-hold", 89)])
 def test_each_needed_frame_is_there_once_for_all_counts(tmp_path, sampling, last):
     write_video(tmp_path / "a.mp4", 90, first=200, width=64)
     sample = LongVideos([Question("a", "?", ("a",) * 5)], tmp_path, size=64, sampling=sampling)[0, (4, 7, 200)]

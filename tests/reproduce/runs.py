@@ -21,5 +21,7 @@ def retrieval(epoch: int | None, *percent: float, **more) -> dict:
     return row | ({} if epoch is None else {"epoch": epoch}) | {"clips": 9668, "unreadable": 0, **more}
 
 
-def accuracies(by_frames: dict[int, float]) -> list[dict]:
-    return [{"frames": n, "accuracy": value / 100, "unreadable": 0} for n, value in by_frames.items()]
+def accuracies(by_frames: dict[int, float], sampling: str = "prefix") -> list[dict]:
+    return [
+        {"frames": n, "accuracy": value / 100, "unreadable": 0, "sampling": sampling} for n, value in by_frames.items()
+    ]

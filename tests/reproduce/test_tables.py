@@ -118,6 +118,25 @@ def test_egoschema_by_frames_and_what_is_not_measured_yet(tmp_path):
     assert "not measured yet at 8192 frames" in text
 
 
+def test_accuracies_of_another_sampling_are_in_no_table(tmp_path):
+    """Lines of earlier versions do not name it: their `prefix` repeated the last frame of short videos."""
+    old = [{k: v for k, v in row.items() if k != "sampling"} for row in accuracies({16: 20.0, 8192: 25.0})]
+    write_run(tmp_path / "a", "table10_row6", [*accuracies({16: 31.9}), *old, *accuracies({128: 9.9}, "prefix-hold")])
+    text = report(tmp_path)
+    table = rows_of(text, "Table 10")
+    mamba = table[[row[0] for row in table].index("**6 TimeMamba**") :]
+    assert [row[-2] for row in mamba[1:4]] == ["31.90", "–", "–"]
+    found = "3 evaluations are not of --sampling prefix (found: an earlier version's, prefix-hold) and are passed over"
+    assert found in text and "not measured yet at 128, 8192 frames" in text
+
+    write_run(tmp_path / "b" / "uniform", "table10_row6_uniform", old[:1])  # which has not changed
+    write_run(tmp_path / "b" / "prefix", "table10_row6", old)
+    text = report(tmp_path / "b")
+    assert "2 evaluations are not of --sampling prefix (found: an earlier version's); run it again" in text
+    table = rows_of(text, "Table 10")
+    assert ["16", "0", "–", "38.7", "20.00", "**−18.70 ▼**"] in table
+
+
 def test_demo_runs_are_apart_and_compared_with_nothing(tmp_path):
     write_run(tmp_path / "full", "table8_row6", [retrieval(4, 30, 22, 26.3, 30, 27, 29)], epochs=5)
     write_run(tmp_path / "demo", "table8_row6", [retrieval(7, 90, 80, 85, 70, 60, 65)], epochs=8, scale="demo")
@@ -289,7 +308,7 @@ def check(page: str) -> Checker:
 def test_page_is_whole_and_says_what_the_markdown_says(tmp_path):
     write_run(tmp_path / "runs" / "a", "table8_row6", [retrieval(4, 30, 22, 26.9, 30, 27, 29)], epochs=5)
     write_run(tmp_path / "runs" / "b", "figure5_row6", accuracies({16: 31.0, 32: 32.5}))
-    write_run(tmp_path / "runs" / "c", "figure5_row4", accuracies({16: 30.0}), scale="demo")
+    write_run(tmp_path / "runs" / "c", "figure5_row4", accuracies({16: 30.0}, "uniform"), scale="demo")
     assert main([str(tmp_path / "runs"), "--output", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "tables.html").read_text(encoding="utf-8")
     checker = check(page)

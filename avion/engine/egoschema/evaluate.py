@@ -39,6 +39,8 @@ from .texts import DEFAULT_PROMPT, OptionTexts, encode_options, parse_prompt, un
 logger = logging.getLogger(__name__)
 
 _FRAMES = 16
+# What marks the scores of a sampling. "prefix" marks those of earlier versions, which repeated the last frame.
+_RULES = {"uniform": "uniform", "prefix": "prefix-spread", "prefix-hold": "prefix"}
 
 
 def run_egoschema(args: Any) -> dict[int, dict[str, float]]:
@@ -119,7 +121,7 @@ class _Run:
                 threads=args.decode_threads,
             )  # fmt: skip
             self.max_tokens = args.max_tokens or default_max_tokens(world.device)
-            mark = fingerprint(self.model, self._settings())
+            mark = fingerprint(self.model, self._settings() | {"sampling": _RULES[args.sampling]})
         world.agree({"questions": len(self.questions), "weights and settings": mark})
         world.stop_if_asked("before the first video")
         self.log = ResultLog(self.folder, world.rank, mark)
@@ -252,8 +254,9 @@ class _Run:
             },
         }  # fmt: skip
         write_text(self.folder / "egoschema_scores.json", json.dumps(report, indent=1) + "\n")
+        source = {"sampling": self.args.sampling, "checkpoint": self.args.pretrain_model}
         for count, row in figures.items():
-            append_json(self.folder / "eval_log.txt", {"frames": count, **row, "checkpoint": self.args.pretrain_model})
+            append_json(self.folder / "eval_log.txt", {"frames": count, **row, **source})
         if self.truth and self.left_out:
             logger.info("%d questions about pretraining videos are in no accuracy", len(self.left_out))
         if errors:

@@ -15,12 +15,13 @@ import torch
 import main_egoschema
 from avion.data.decoding import open_video
 from avion.data.tokenizer import tokenize
-from avion.data.transforms import EvalTransform
+from avion.data.transforms import EvalTransform, normalize_clip
 from avion.engine.egoschema import texts
 from avion.evaluation.egoschema import wilson_interval
 from avion.models import model_from_checkpoint
 from tests.engine.egoschema.case import UIDS, read_outputs, write_checkpoint
 from tests.processes import run_processes
+from tests.videos import MAX_INDEX, read_barcode, write_video
 
 ROOT = Path(__file__).resolve().parents[3]
 FIXTURES = ROOT / "tests/fixtures"
@@ -34,7 +35,7 @@ def by_hand(data, uid, count, sampling, prompts):
     model = model_from_checkpoint(data.checkpoint).eval()
     with open_video(data.root / f"videos/{uid}.mp4") as reader:
         last = reader.num_frames - 1
-        if sampling == "prefix":
+        if sampling == "prefix-hold" or (sampling == "prefix" and count <= reader.num_frames):
             ids = [min(i, last) for i in range(count)]
         else:
             ids = [int((i + 0.5) * reader.num_frames / count) for i in range(count)]
@@ -58,11 +59,15 @@ def by_hand(data, uid, count, sampling, prompts):
 
 
 @pytest.mark.parametrize(
-    "sampling, prompts", [("uniform", ["Is it '{option}'"]), ("prefix", ["{option}", "{question} It is {option}."])]
-)
+    "sampling, prompts",
+    [
+        ("uniform", ["Is it '{option}'"]), ("prefix", ["{option}", "{question} It is {option}."]),
+        ("prefix-hold", ["Is it '{option}'"]),
+    ],
+)  # fmt: skip
 def test_scores_are_the_cosines_of_clip_and_texts(data, runs, tmp_path, sampling, prompts):
     """Two counts at once, one of them longer than the videos; a few tokens in work at a time."""
-    more = [] if sampling == "uniform" else ["--prompt", *prompts]
+    more = [] if len(prompts) == 1 else ["--prompt", *prompts]
     status, out, _, _ = runs("--frames", 5, 90, "--sampling", sampling, "--max-tokens", 50, *more)
     assert status == 0
     found = read_outputs(tmp_path / "out", (5, 90))
@@ -71,6 +76,35 @@ def test_scores_are_the_cosines_of_clip_and_texts(data, runs, tmp_path, sampling
             wanted = by_hand(data, uid, count, sampling, prompts)
             np.testing.assert_allclose(found["scores"][uid][str(count)], wanted, atol=2e-5)
     assert len({tuple(np.round(row["5"], 3)) for row in found["scores"].values()}) > 1  # they do depend on the video
+
+
+@pytest.mark.parametrize("sampling", ["prefix", "prefix-hold"])
+def test_8192_frames_of_a_real_video_of_5400(data, runs, tmp_path, sampling):
+    """A whole EgoSchema video, of three minutes at 30 frames per second, against the frames by hand and one forward."""
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos/v.mp4", 5400, width=32, height=32, numbers=MAX_INDEX + 1)
+    question = {**data.questions[0], "q_uid": "v"}
+    (tmp_path / "q.json").write_text(json.dumps([question]))
+    status, _, _, log = runs(
+        "--root", tmp_path / "videos", "--questions", tmp_path / "q.json", "--frames", 8192, "--sampling", sampling,
+        "--max-tokens", 2000, without=("--answers", "--root", "--questions"),
+    )  # fmt: skip
+    assert status == 0, log
+    scores = json.loads((tmp_path / "out/egoschema_scores.json").read_text())["scores"]["v"]["8192"]
+
+    spread = [(2 * i + 1) * 5400 // 16384 for i in range(8192)]
+    ids = spread if sampling == "prefix" else [min(i, 5399) for i in range(8192)]
+    with open_video(tmp_path / "videos/v.mp4") as reader:
+        assert reader.num_frames == 5400
+        frames = reader.get_frames(range(5400))
+    assert [read_barcode(frames[i]) for i in ids[::511]] == [i % 4096 for i in ids[::511]]
+    model = model_from_checkpoint(data.checkpoint).eval()
+    video = normalize_clip(EvalTransform(32, fused=True)(frames, None)[:, ids], "openai")
+    texts = tokenize([f"Is it '{question[f'option {k}'].lower()}'" for k in range(5)], 24)
+    with torch.no_grad():
+        clip = torch.nn.functional.normalize(model.encode_image(video[None]), dim=-1)[0]
+        wanted = torch.nn.functional.normalize(model.encode_text(texts), dim=-1) @ clip
+    np.testing.assert_allclose(scores, wanted, atol=2e-5)
 
 
 def test_the_files_hold_what_the_scores_say(data, runs, tmp_path):
@@ -99,7 +133,8 @@ def test_the_table(data, runs, tmp_path):
                   f"{f['correct']}/5", "7/7"]  # fmt: skip
         assert line.split() == wanted
     logged = [json.loads(line) for line in (tmp_path / "out/eval_log.txt").read_text().splitlines()]
-    assert [row["frames"] for row in logged] == [4, 16] and logged[0]["accuracy"] == figures["4"]["accuracy"]
+    assert [(row["frames"], row["sampling"]) for row in logged] == [(4, "uniform"), (16, "uniform")]
+    assert logged[0]["accuracy"] == figures["4"]["accuracy"]
 
 
 def test_without_public_answers_there_are_answers_but_no_accuracy(runs, tmp_path):

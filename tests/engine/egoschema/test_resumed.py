@@ -13,6 +13,7 @@ import torch
 import main_egoschema
 from avion.engine.egoschema import evaluate
 from avion.engine.egoschema.results import ResultLog, read_results
+from avion.models import model_from_checkpoint
 from tests.engine.egoschema.case import UIDS, read_outputs
 from tests.processes import run_processes
 
@@ -106,6 +107,19 @@ def test_results_of_other_settings_or_weights_are_not_taken(data, runs, tmp_path
         change = ["--pretrain-model", tmp_path / "other.pt"]
     _, _, _, log = runs("--frames", 4, *change)
     assert "7 questions, 0 of them answered before" in log
+
+
+def test_what_earlier_versions_called_prefix_is_prefix_hold_now(data, runs, tmp_path):
+    """Their scores of clips longer than the video are of other frames: not those of `prefix`."""
+    assert runs("--frames", 90, "--sampling", "prefix-hold")[0] == 0
+    (line, *_) = (tmp_path / "out/egoschema_results.0.jsonl").read_text().splitlines()
+    settings = json.loads((tmp_path / "out/egoschema_scores.json").read_text())["settings"]
+    model = model_from_checkpoint(data.checkpoint)
+    old = evaluate.fingerprint(model, settings | {"sampling": "prefix"})
+    assert json.loads(line)["fingerprint"] == old
+    for sampling, answered in (("prefix-hold", 7), ("prefix", 0), ("uniform", 0), ("prefix", 7)):
+        _, _, _, log = runs("--frames", 90, "--sampling", sampling)
+        assert f"7 questions, {answered} of them answered before" in log
 
 
 def test_a_changed_question_is_answered_anew(data, runs, tmp_path):
