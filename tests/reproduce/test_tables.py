@@ -134,7 +134,7 @@ def test_accuracies_of_another_sampling_are_in_no_table(tmp_path):
     text = report(tmp_path / "b")
     assert "2 evaluations are not of --sampling prefix (found: an earlier version's); run it again" in text
     table = rows_of(text, "Table 10")
-    assert ["16", "0", "–", "38.7", "20.00", "**−18.70 ▼**"] in table
+    assert [row for row in table if row[1:2] == ["0"]] == [["16", "0", "–", "**38.7**", "20.00", "–"]]
 
 
 def test_demo_runs_are_apart_and_compared_with_nothing(tmp_path):
