@@ -24,8 +24,8 @@ class EgoSchemaOptions(DeviceOptions):
     answers: str | None = flag(None, "public answers (subset_answers.json), for the accuracy", metavar="FILE")
     frames: list[int] = flag([], "frames per video [16]; several give a figure each, from one decoding", metavar="N")
     sampling: str = flag(
-        "uniform", "uniform: the middles of as many equal segments of the video; prefix: its first frames, or as uniform "
-        "where it has fewer; prefix-hold: its first frames, then the last one again",
+        "uniform", "uniform: the middles of as many equal segments of the video; prefix: its first frames, or as "
+        "uniform where it has fewer; prefix-hold: its first frames, then the last one again",
         choices=list(SAMPLINGS),
     )  # fmt: skip
     prompt: list[str] = flag(
