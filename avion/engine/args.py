@@ -245,6 +245,9 @@ def parse(config: type[T], argv: Sequence[str] | None, prog: str, description: s
         values = {**from_file, **values}
     result = config(**values)
     object.__setattr__(result, "given", frozenset(values))
+    for group in config.__mro__:
+        if "check" in group.__dict__:
+            group.check(result)
     return result
 
 

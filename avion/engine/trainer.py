@@ -64,6 +64,8 @@ class Trainer:
             self.bare, args.optimizer, lr=task.learning_rates()[0], weight_decay=args.wd, betas=tuple(args.betas),
             eps=args.eps, use_zero=args.use_zero and world.size > 1,
         )  # fmt: skip
+        if args.optimizer == "sgd" and "eps" in args.given:
+            logger.info("--eps has no effect with --optimizer sgd (nor had it in AVION)")
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision.dtype is torch.float16)
         self.position = state.Position(epoch=args.start_epoch)
         self._skipped_in_a_row = 0

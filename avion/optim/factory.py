@@ -35,10 +35,12 @@ def build_optimizer(
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    momentum: float = 0.9,
     use_zero: bool = False,
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD over `param_groups`; with `use_zero` its state is sharded over the processes."""
+    """AdamW or SGD over `param_groups`; with `use_zero` its state is sharded over the processes.
+
+    SGD's momentum is the first of `betas` (AVION's rule); it has no use for the second one and for `eps`.
+    """
     groups = param_groups(model, weight_decay)
     if not groups:
         raise UserError("the model has no trainable parameter")
@@ -46,7 +48,7 @@ def build_optimizer(
     if name == "adamw":
         cls, options = torch.optim.AdamW, {"lr": lr, "betas": tuple(betas), "eps": eps, "fused": True}
     elif name == "sgd":
-        cls, options = torch.optim.SGD, {"lr": lr, "momentum": momentum, "fused": True}
+        cls, options = torch.optim.SGD, {"lr": lr, "momentum": betas[0], "fused": True}
     else:
         raise UserError(f"--optimizer {name}: unknown; choose from {', '.join(OPTIMIZERS)}")
     if use_zero:

@@ -52,7 +52,22 @@ def test_optimizer_by_name(name, cls):
     if name == "adamw":
         assert optimizer.defaults["betas"] == (0.8, 0.9) and optimizer.defaults["eps"] == 1e-6
     else:
-        assert optimizer.defaults["momentum"] == 0.9
+        assert [group["momentum"] for group in optimizer.param_groups] == [0.8, 0.8]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.4, 0.9])
+def test_sgds_momentum_is_the_first_beta_by_hand(momentum):
+    """v ← momentum v + (g + wd w); w ← w - lr v, in float64 beside it."""
+    model = nn.Linear(3, 2, bias=False)
+    optimizer = build_optimizer(model, "sgd", lr=0.1, weight_decay=0.2, betas=(momentum, 0.5))
+    weight, velocity = model.weight.detach().double(), 0.0
+    for _ in range(4):
+        gradient = torch.randn(2, 3)
+        model.weight.grad = gradient.clone()
+        optimizer.step()
+        velocity = momentum * velocity + gradient.double() + 0.2 * weight
+        weight = weight - 0.1 * velocity
+        torch.testing.assert_close(model.weight.detach().double(), weight, rtol=1e-5, atol=1e-6)
 
 
 def test_unknown_optimizer_lists_the_known():

@@ -1,10 +1,14 @@
 """The flags of `main_pretrain.py`."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+import shlex
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
 
-from avion.engine.args import flag
+from avion.engine.args import flag, flag_words
+from avion.errors import UserError
 
+from .egoschema import EgoSchemaOptions
 from .shared import EK100_ANNOTATIONS, DeviceOptions, ModelOptions, OptimOptions, RunOptions, VideoOptions
 
 
@@ -25,8 +29,13 @@ class PretrainOptions(VideoOptions, ModelOptions, OptimOptions, RunOptions, Devi
         "their relevancy",
         metavar="FILE",
     )
-    dataset_val: str = flag("ek100_mir", "evaluation data", choices=["ek100_mir"])
-    evaluate_task: str = flag("mir", "what is evaluated: multi-instance retrieval", choices=["mir"])
+    dataset_val: str = flag(
+        "ek100_mir", "evaluation data; egoschema: says which command answers it", choices=["ek100_mir", "egoschema"]
+    )
+    evaluate_task: str = flag(
+        "ek100_mir", "what is evaluated: multi-instance retrieval (mir is the same); egoschema: as above",
+        choices=["ek100_mir", "mir", "egoschema"],
+    )  # fmt: skip
     similarity_filename: str | None = flag(
         None, "write the similarities of the last evaluation there, for tools/make_submission.py", metavar="FILE.npy"
     )
@@ -39,3 +48,28 @@ class PretrainOptions(VideoOptions, ModelOptions, OptimOptions, RunOptions, Devi
     pretrain_path: str | None = flag(None, "file or open_clip tag of the initial weights", metavar="PATH")
     local_loss: bool = flag(False, "each process computes its own rows of the loss; same result, less work")
     gather_with_grad: bool = flag(True, "gradients through the gathered features of the other processes")
+
+    def check(self) -> None:
+        """UserError for what another entry point does."""
+        asked = [name for name in ("dataset_val", "evaluate_task") if getattr(self, name) == "egoschema"]
+        if asked:
+            flags = " and ".join(f"--{name.replace('_', '-')} egoschema" for name in asked)
+            raise UserError(f"{flags}: EgoSchema has an entry point of its own; run: {egoschema_command(self)}")
+
+
+def egoschema_command(args: PretrainOptions) -> str:
+    """The command that evaluates on EgoSchema what Video Mamba Suite's pretraining script would with these flags.
+
+    There `--root-val` has the videos, `--val-metadata` the questions, and `--clip-length` is the number of frames.
+    """
+    latest = Path(args.output_dir) / "checkpoint.pt"
+    model = args.resume or (str(latest) if latest.exists() else "CHECKPOINT")
+    values: dict[str, Any] = {"pretrain_model": model, "frames": [args.clip_length]}
+    if args.dataset == "demo":
+        values["dataset"] = "demo"
+    for name, theirs in (("root", "root_val"), ("questions", "val_metadata")):
+        if theirs in args.given:
+            values[name] = getattr(args, theirs)
+    common = {field.name for field in fields(EgoSchemaOptions)} & args.given - {"dataset", "root"}
+    values |= {name: getattr(args, name) for name in sorted(common)}
+    return shlex.join(["python", "main_egoschema.py", *flag_words("--evaluate-task", values, EgoSchemaOptions)])

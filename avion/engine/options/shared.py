@@ -77,8 +77,8 @@ class OptimOptions:
     lr_end: float = flag(1e-5, "learning rate that the cosine falls to")
     fix_lr: bool = flag(False, "constant learning rate, without warm-up or decay")
     wd: float = flag(0.01, "weight decay")
-    betas: list[float] = flag([0.9, 0.999], "AdamW's betas")
-    eps: float = flag(1e-8, "AdamW's epsilon")
+    betas: list[float] = flag([0.9, 0.999], "AdamW's betas; the first is SGD's momentum")
+    eps: float = flag(1e-8, "AdamW's epsilon; SGD has none")
     grad_clip_norm: float | None = flag(None, "largest gradient norm; larger ones are scaled down")
     use_zero: bool = flag(False, "shard the optimizer's state over the processes (ZeRO stage 1)")
 
