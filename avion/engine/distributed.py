@@ -33,6 +33,7 @@ class Launch:
     local_rank: int
     url: str
     by: str
+    own_gpus: int | None = None  # how many GPUs the launcher was asked to give each process, where it says so
 
 
 def first_host(nodelist: str) -> str:
@@ -65,18 +66,19 @@ def detect_launch(args: Any, env: Mapping[str, str] = os.environ) -> Launch:
     set too, but a plain `python` there is alone and must not wait for others.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
-        local = _integer(env, "LOCAL_RANK") if "LOCAL_RANK" in env else args.local_rank
+        # Scripts that set the first two by hand under srun often forget the third.
+        name = next((n for n in ("LOCAL_RANK", "SLURM_LOCALID") if n in env), None)
+        local = args.local_rank if name is None or (name != "LOCAL_RANK" and args.local_rank) else _integer(env, name)
         launch = Launch(_integer(env, "RANK"), _integer(env, "WORLD_SIZE"), local, "env://", "torchrun")
     elif "SLURM_STEP_NUM_TASKS" in env and _integer(env, "SLURM_STEP_NUM_TASKS") > 1:
         # MASTER_ADDR and MASTER_PORT only where they were set by hand.
         host = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", ""))
         job, step = (_integer(env, name) if name in env else 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
         port = _integer(env, "MASTER_PORT") if env.get("MASTER_PORT") else meeting_port(job, step)
-        # Tasks that were given a GPU each see no other: theirs is number 0.
-        local = 0 if env.get("SLURM_GPUS_PER_TASK") else _integer(env, "SLURM_LOCALID")
         launch = Launch(
-            _integer(env, "SLURM_PROCID"), _integer(env, "SLURM_STEP_NUM_TASKS"), local, f"tcp://{host}:{port}", "srun"
-        )
+            _integer(env, "SLURM_PROCID"), _integer(env, "SLURM_STEP_NUM_TASKS"), _integer(env, "SLURM_LOCALID"),
+            f"tcp://{host}:{port}", "srun", _gpus_per_task(env.get("SLURM_GPUS_PER_TASK", "")),
+        )  # fmt: skip
     else:
         launch = Launch(args.rank, args.world_size, args.local_rank, args.dist_url, "flags")
         if launch.size > 1 and launch.url == "env://" and not {"MASTER_ADDR", "MASTER_PORT"} <= set(env):
@@ -89,18 +91,37 @@ def detect_launch(args: Any, env: Mapping[str, str] = os.environ) -> Launch:
     return launch
 
 
-def choose_device(name: str, gpu: int | None, local_rank: int) -> torch.device:
-    """`--device` and `--gpu` to a torch device; a clear error where there is no such GPU."""
+def _gpus_per_task(text: str) -> int | None:
+    """SLURM's "2" and "a100:2"; None for anything else."""
+    match = re.fullmatch(r"(?:[^:,]+:)?(\d+)", text)
+    return int(match[1]) if match else None
+
+
+def _seen(count: int) -> str:
+    """What a process sees of its machine's GPUs, for errors: the machine may have more."""
+    seen = f"PyTorch sees {count or 'no'} GPU{'' if count == 1 else 's'}"
+    limit = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return seen if limit is None else f"{seen} (CUDA_VISIBLE_DEVICES is {limit!r})"
+
+
+def choose_device(name: str, gpu: int | None, local_rank: int, own_gpus: int | None = None) -> torch.device:
+    """`--device` and `--gpu` to a torch device; a clear error where there is no such GPU.
+
+    Without `--gpu` the device is that of the process's number on its machine, but for processes that see GPUs of
+    their own and no others, which count them from 0: where one GPU is visible, and where as many are as the launcher
+    was asked to give each process (`own_gpus`).
+    """
     if name == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
         if name == "cuda" or gpu is not None:
-            raise UserError("--device cuda: PyTorch sees no GPU; check the driver, or use --device cpu")
+            raise UserError(f"--device cuda: {_seen(0)}; check the driver, or use --device cpu")
         return torch.device("cpu")
-    index = gpu if gpu is not None else local_rank
-    if index >= count:
-        raise UserError(f"GPU {index} does not exist, this machine has {count}; start fewer processes or change --gpu")
+    index = gpu if gpu is not None else 0 if count in (1, own_gpus) else local_rank
+    if not 0 <= index < count:
+        cure = "change --gpu" if gpu is not None else "start fewer processes on this machine or let them see more GPUs"
+        raise UserError(f"GPU {index} (counted from 0) does not exist: {_seen(count)}; {cure}")
     return torch.device("cuda", index)
 
 
@@ -210,6 +231,20 @@ class World:
                 )
 
 
+def refuse_shared_gpus(world: World) -> None:
+    """UserError on all processes where two of them would use one GPU, which nccl cannot."""
+    card = torch.cuda.get_device_properties(world.device)
+    cards = world.gather((str(getattr(card, "uuid", "")), world.device.index, torch.cuda.device_count()))
+    for rank, (uuid, index, count) in enumerate(cards):
+        first = [other[0] for other in cards].index(uuid)
+        if uuid and first < rank:
+            raise UserError(
+                f"processes {first} and {rank} would both use one GPU (number {index} of the {count} that process "
+                f"{rank} sees); start no more processes than GPUs, let each process see all of them or its own "
+                "(CUDA_VISIBLE_DEVICES), and give each its number (--local_rank) where no launcher does"
+            )
+
+
 class PeerError(UserError):
     """Another process failed; it reports its own error, this one only leaves with it."""
 
@@ -220,7 +255,7 @@ def init_world(args: Any, env: Mapping[str, str] = os.environ) -> World:
     A single process starts no process group.
     """
     launch = detect_launch(args, env)
-    device = choose_device(args.device, args.gpu, launch.local_rank)
+    device = choose_device(args.device, args.gpu, launch.local_rank, launch.own_gpus)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if launch.size == 1:
@@ -237,7 +272,14 @@ def init_world(args: Any, env: Mapping[str, str] = os.environ) -> World:
             f"{str(e).splitlines()[0]}"
         ) from e
     control = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else None
-    return World(launch.rank, launch.size, device, control, how=f"{launch.by}, {backend}")
+    world = World(launch.rank, launch.size, device, control, how=f"{launch.by}, {backend}")
+    if backend == "nccl":
+        try:
+            refuse_shared_gpus(world)
+        except UserError:
+            shutdown()
+            raise
+    return world
 
 
 def shutdown() -> None:

@@ -72,7 +72,8 @@ def _gpus(recipe: Recipe, device: str) -> Iterator[Missing]:
         return
     less = f"--gpus {found}, which keeps the batch, " if found else ""
     yield Missing(
-        f"GPUs: {recipe.gpus} needed, {found} found", f"{less}--submit for a SLURM cluster, or --device cpu (very slow)"
+        f"GPUs: {recipe.gpus} needed, {found} visible",
+        f"{less}--submit for a SLURM cluster, or --device cpu (very slow)",
     )
 
 

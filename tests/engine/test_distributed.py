@@ -2,6 +2,7 @@ import dataclasses
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,8 +70,137 @@ def test_meeting_points_set_by_hand_and_jobs_beside_each_other():
     assert len(urls) == 20 and len(steps) == 5
 
 
-def test_a_task_that_was_given_its_gpu_sees_no_other():
-    assert detect_launch(ARGS, {**SRUN, "SLURM_GPUS_PER_TASK": "1"}).local_rank == 0
+@pytest.fixture
+def visible(monkeypatch):
+    """PyTorch as in a process that sees so many GPUs; CUDA_VISIBLE_DEVICES as given."""
+
+    def visible(count, devices=None):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        if devices is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+
+    return visible
+
+
+def device_of(env, args=ARGS):
+    """The GPU's number as `init_world` chooses it."""
+    launch = detect_launch(args, env)
+    return choose_device("auto", args.gpu, launch.local_rank, launch.own_gpus).index
+
+
+def task(local, per_node=8, **env):
+    return {
+        **SRUN,
+        "SLURM_STEP_NUM_TASKS": "16",
+        "SLURM_PROCID": str(per_node + local),
+        "SLURM_LOCALID": str(local),
+        **env,
+    }
+
+
+@pytest.mark.parametrize(
+    "count, per_task, devices",
+    [
+        (8, {}, range(8)),  # --gpus-per-node=8
+        (8, {"SLURM_GPUS_PER_TASK": "1"}, range(8)),  # --gpus-per-task=1 --gpu-bind=none: all are seen by all
+        (8, {"SLURM_GPUS_PER_TASK": "h100:1"}, range(8)),
+        (1, {"SLURM_GPUS_PER_TASK": "1"}, [0] * 8),  # --gpus-per-task=1: each sees its own
+        (1, {}, [0] * 8),  # --gpus-per-node=8 --gpu-bind=single:1, or a script that sets CUDA_VISIBLE_DEVICES
+        (2, {"SLURM_GPUS_PER_TASK": "2"}, [0] * 8),  # --gpus-per-task=2: each sees its own two
+        (16, {"SLURM_GPUS_PER_TASK": "2"}, range(8)),  # the same with --gpu-bind=none
+    ],
+)
+def test_devices_of_srun_s_tasks(visible, count, per_task, devices):
+    visible(count)
+    assert [device_of(task(local, **per_task)) for local in range(8)] == list(devices)
+
+
+@pytest.mark.parametrize(
+    "count, size, devices", [(8, 8, range(8)), (4, 4, range(4)), (8, 4, range(4)), (1, 4, [0] * 4)]
+)
+def test_devices_of_torchrun_s_processes(visible, count, size, devices):
+    """What SLURM gave the agent's one task says nothing about the agent's processes."""
+    visible(count)
+    for more in ({}, {"SLURM_GPUS_PER_TASK": str(count), "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"}):
+        env = {"RANK": "0", "WORLD_SIZE": str(size), **more}
+        assert [device_of({**env, "LOCAL_RANK": str(local)}) for local in range(size)] == list(devices)
+
+
+@pytest.mark.parametrize("count, devices", [(8, range(4)), (4, range(4)), (1, [0] * 4)])
+def test_devices_of_processes_started_by_hand(visible, count, devices):
+    visible(count)
+    by_hand = [dataclasses.replace(ARGS, local_rank=local) for local in range(4)]
+    assert [device_of({}, args) for args in by_hand] == list(devices)
+    rank_and_size = {"RANK": "0", "WORLD_SIZE": "4"}  # without LOCAL_RANK
+    assert [device_of(rank_and_size, args) for args in by_hand] == list(devices)
+    assert [device_of({**rank_and_size, "SLURM_LOCALID": str(k)}) for k in range(4)] == list(devices)
+
+
+@pytest.mark.parametrize("count, gpu", [(1, 0), (4, 3), (8, 5)])
+def test_the_gpu_that_was_asked_for(visible, count, gpu):
+    visible(count)
+    args = dataclasses.replace(ARGS, gpu=gpu)
+    for env in ({}, {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "2"}, task(2), task(2, SLURM_GPUS_PER_TASK="1")):
+        assert device_of(env, args) == gpu
+
+
+@pytest.mark.parametrize(
+    "count, devices, gpu, local, message",
+    [
+        (
+            1,
+            "3",
+            1,
+            0,
+            "GPU 1 .counted from 0. does not exist: PyTorch sees 1 GPU .CUDA_VISIBLE_DEVICES is '3'.; change --gpu",
+        ),
+        (4, None, None, 4, "GPU 4 .* PyTorch sees 4 GPUs; start fewer processes on this machine or let them see more"),
+        (8, None, 8, 0, "GPU 8 .* PyTorch sees 8 GPUs; change --gpu"),
+        (4, "4,5,6,7", None, 5, "GPU 5 .* PyTorch sees 4 GPUs .CUDA_VISIBLE_DEVICES is '4,5,6,7'.; start fewer"),
+        (4, None, -1, 0, "GPU -1 .* does not exist"),
+        (4, None, None, -1, "GPU -1 .* does not exist"),
+        (0, "", 0, 0, "--device cuda: PyTorch sees no GPUs .CUDA_VISIBLE_DEVICES is ''.; check the driver"),
+    ],
+)
+def test_gpus_that_are_not_there(visible, count, devices, gpu, local, message):
+    visible(count, devices)
+    with pytest.raises(UserError, match=message) as error:
+        choose_device("auto", gpu, local)
+    assert "machine has" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, count",
+    [("1", 1), ("8", 8), ("a100:2", 2), ("", None), ("a100:1,v100:1", None), ("many", None), ("a:b:1", None)],
+)
+def test_slurms_gpus_per_task(text, count):
+    assert detect_launch(ARGS, {**SRUN, "SLURM_GPUS_PER_TASK": text}).own_gpus == count
+
+
+class Cards(World):
+    """A process on GPU `index` of `count`, among others that the test made up: (uuid, index, count)."""
+
+    def __init__(self, monkeypatch, others, index, count):
+        super().__init__(0, 1 + len(others), torch.device("cuda", index))
+        self.others = others
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"card {device.index}")
+        )
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    def gather(self, value):
+        return [value, *self.others]
+
+
+def test_two_processes_on_one_gpu_are_refused(monkeypatch):
+    for others in ([("card 1", 1, 8), ("card 2", 2, 8)], [("other node's card 0", 0, 1)], [("", 0, 1)]):
+        distributed.refuse_shared_gpus(Cards(monkeypatch, others, 0, 8))
+    world = Cards(monkeypatch, [("card 1", 1, 4), ("card 0", 0, 1)], 0, 4)
+    with pytest.raises(UserError, match="processes 0 and 2 would both use one GPU .number 0 of the 1 that process 2"):
+        distributed.refuse_shared_gpus(world)
 
 
 def test_a_step_of_one_task_is_alone():
@@ -105,9 +235,9 @@ def test_world_size_by_hand_needs_a_meeting_point():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for the error of a machine without GPUs")
 def test_a_gpu_that_is_not_there():
-    with pytest.raises(UserError, match="PyTorch sees no GPU"):
+    with pytest.raises(UserError, match="PyTorch sees no GPUs"):
         choose_device("cuda", None, 0)
-    with pytest.raises(UserError, match="PyTorch sees no GPU"):
+    with pytest.raises(UserError, match="PyTorch sees no GPUs"):
         choose_device("auto", 1, 0)
     assert choose_device("auto", None, 0) == torch.device("cpu")
 

@@ -156,7 +156,7 @@ def test_all_that_is_missing_is_listed_at_once(no_gpu_no_hub, monkeypatch, tmp_p
     found = whats(recipe("table8_row6"))
     annotations = "datasets/EK100/epic-kitchens-100-annotations/retrieval_annotations"
     for text in (
-        "GPUs: 8 needed, 0 found: --submit for a SLURM cluster, or --device cpu",
+        "GPUs: 8 needed, 0 visible: --submit for a SLURM cluster, or --device cpu",
         "folder datasets/Ego4D/videos_288px_15sec/ (--root): docs/data.md",
         "folder datasets/EK100/EK100_320p_15sec/ (--root-val)",
         "file datasets/Ego4D/ego4d_train.pkl (--train-metadata): it comes with LaViLa",
@@ -208,7 +208,7 @@ def test_a_reachable_hub_is_no_problem(monkeypatch):
 
 def test_gpus(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert "GPUs: 8 needed, 2 found: --gpus 2, which keeps the batch" in whats(recipe("table8_row6"))
+    assert "GPUs: 8 needed, 2 visible: --gpus 2, which keeps the batch" in whats(recipe("table8_row6"))
     assert "GPUs" not in whats(with_processes(recipe("table8_row6"), 2))
     assert "GPUs" not in whats(recipe("table8_row6"), device="cpu") + whats(recipe("table8_row6"), here=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)

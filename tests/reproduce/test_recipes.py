@@ -89,7 +89,8 @@ RECIPE = {
         "relevancy_weighting": False, "gather_with_grad": True,
     },
     "actions": FINETUNING | {
-        "dataset": "ek100_cls", "warmup_epochs": 2, "optimizer": "sgd", "betas": [0.9, 0.999], "wd": 5e-4, "lr": 3e-3, "clip_stride": 4,
+        "dataset": "ek100_cls", "warmup_epochs": 2, "optimizer": "sgd", "betas": [0.9, 0.999],
+        "wd": 5e-4, "lr": 3e-3, "clip_stride": 4,
         "mixup": 0.8, "cutmix": 1.0, "cutmix_minmax": [], "mixup_prob": 1.0, "mixup_switch_prob": 0.5,
         "mixup_mode": "batch", "smoothing": 0.1, "drop_path_rate": 0.1, "dropout_rate": 0.5, "num_crops": 1,
         "num_clips": 1,

@@ -65,7 +65,9 @@ class FinetuneClassificationOptions(VideoOptions, ModelOptions, OptimOptions, Ru
     epochs: int = other_default(OptimOptions, "epochs", 100)
     warmup_epochs: int = other_default(OptimOptions, "warmup_epochs", 2)
     batch_size: int = other_default(OptimOptions, "batch_size", 32)
-    optimizer: str = other_default(OptimOptions, "optimizer", "sgd", "optimizer; SGD's momentum is the first of --betas")
+    optimizer: str = other_default(
+        OptimOptions, "optimizer", "sgd", "optimizer; SGD's momentum is the first of --betas"
+    )
     lr: float = other_default(OptimOptions, "lr", 3e-3, "peak learning rate for a global batch of 128, scaled to it")
     lr_start: float = other_default(
         OptimOptions, "lr_start", 1e-6, "learning rate at the start of the warm-up, scaled likewise"

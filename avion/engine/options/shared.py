@@ -113,7 +113,7 @@ class DeviceOptions:
     precision: str | None = flag(None, "autocast type [bf16 on GPUs, fp32 on CPUs]", choices=["fp32", "bf16", "fp16"])
     use_bf16: bool = flag(False, "the same as --precision bf16", off="")
     disable_amp: bool = flag(False, "the same as --precision fp32", off="")
-    gpu: int | None = flag(None, "GPU of a single process")
+    gpu: int | None = flag(None, "GPU of this process, counted from 0 among those it sees [that of its number]")
     world_size: int = flag(1, "processes, where neither torchrun nor srun says so")
     rank: int = flag(0, "number of this process, likewise")
     local_rank: int = flag(0, "number of this process on its machine, likewise", names=["--local_rank"])

@@ -1,4 +1,4 @@
-"""Video Mamba Suite evaluates EgoSchema with its pretraining script; here its flags lead to the command that does it."""
+"""Video Mamba Suite evaluates EgoSchema with its pretraining script; its flags lead to the command that does it."""
 
 import json
 import shlex
