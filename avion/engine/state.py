@@ -21,6 +21,7 @@ from avion.constants import NORM_STYLES
 from avion.errors import UserError
 from avion.files import written_whole
 from avion.models.checkpoint import model_fields
+from avion.optim import load_optimizer_state
 
 from .args import as_namespace
 from .distributed import World
@@ -122,8 +123,8 @@ def _restore_optimizer(optimizer, saved: Mapping[str, Any], source: str, args: A
         unknown = [name for name in optimizer.defaults if any(name not in group for group in groups)]
         if unknown:
             raise ValueError(f"it has no {unknown[0]}")
-        optimizer.load_state_dict(saved)
-    except (ValueError, KeyError, TypeError) as e:
+        load_optimizer_state(optimizer, saved)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
         raise UserError(
             f"{source}: its optimizer state does not fit --optimizer {args.optimizer} ({e}); resume with the "
             "flags it was trained with"

@@ -1,5 +1,8 @@
 """Parameter groups and optimizers."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -54,3 +57,28 @@ def build_optimizer(
     if use_zero:
         return ZeroRedundancyOptimizer(groups, optimizer_class=cls, **options)
     return cls(groups, **options)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """`optimizer.load_state_dict(saved)`, with every tensor on the device where the optimizer uses it.
+
+    ZeroRedundancyOptimizer puts 0-dimensional tensors (AdamW's `step`) on the CPU, whatever the optimizer inside it
+    is: a fused or capturable one wants them beside the parameters. It also keeps this process's share twice.
+
+    Args:
+        saved: what `state_dict` returned, of all processes; it is left as it is.
+
+    Raises:
+        ValueError, KeyError, TypeError, IndexError, AttributeError: `saved` is of other parameters.
+    """
+    optimizer.load_state_dict({**saved, "state": dict(saved["state"])})  # ZeRO empties the others' shares in it
+    inner = optimizer
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        inner = optimizer.optim
+        inner.load_state_dict(inner.state_dict())  # PyTorch's own rule for where each tensor belongs
+        optimizer.state.clear()
+    for parameter, state in inner.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape:
+                found, wanted = tuple(value.shape), tuple(parameter.shape)
+                raise ValueError(f"it has a {name} of shape {found} for a parameter of shape {wanted}")
