@@ -119,8 +119,10 @@ def find_resume(args: Any) -> str | None:
 def _restore_optimizer(optimizer, saved: Mapping[str, Any], source: str, args: Any) -> None:
     try:
         groups = saved["param_groups"]
-        # PyTorch would take AdamW's state for SGD's and fail in the first step.
-        unknown = [name for name in optimizer.defaults if any(name not in group for group in groups)]
+        # PyTorch would take AdamW's state for SGD's and fail in the first step. What else a group may lack, of an
+        # older PyTorch, it fills in.
+        own = [name for name in ("betas", "momentum") if name in optimizer.defaults]
+        unknown = [name for name in own if any(name not in group for group in groups)]
         if unknown:
             raise ValueError(f"it has no {unknown[0]}")
         load_optimizer_state(optimizer, saved)

@@ -1,4 +1,6 @@
+import copy
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ import torch
 
 from avion.engine import state
 from avion.errors import UserError
+from avion.optim import build_optimizer
 
 
 def test_generators_go_on_where_they_were(tmp_path):
@@ -40,3 +43,30 @@ def test_copy_replaces_the_target_whole(tmp_path):
     (tmp_path / "b").write_bytes(b"older and longer")
     state.copy_atomically(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_the_optimizer_of_an_older_pytorch_goes_on(name):
+    """Its groups lack what was added since; what they say is kept."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(model, name, lr=0.1, weight_decay=0.2)
+    model.weight.grad, model.bias.grad = torch.randn(2, 3), torch.randn(2)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        for key in group.keys() - {"params", "lr", "weight_decay", "betas", "eps", "momentum", "dampening", "nesterov"}:
+            del group[key]
+    twin = copy.deepcopy(model)
+    fresh = build_optimizer(twin, name, lr=0.5, weight_decay=0.0)
+    state._restore_optimizer(fresh, saved, "a.pt", SimpleNamespace(optimizer=name))
+    for one, its in ((model, optimizer), (twin, fresh)):
+        one.weight.grad, one.bias.grad = torch.full((2, 3), 0.3), torch.full((2,), 0.7)
+        its.step()
+    torch.testing.assert_close(twin.weight, model.weight)
+    torch.testing.assert_close(twin.bias, model.bias)
+    other = "adamw" if name == "sgd" else "sgd"
+    with pytest.raises(UserError, match=f"a.pt: its optimizer state does not fit --optimizer {other} .it has no"):
+        state._restore_optimizer(
+            build_optimizer(twin, other, lr=0.5, weight_decay=0.0), saved, "a.pt", SimpleNamespace(optimizer=other)
+        )
