@@ -25,6 +25,7 @@ from avion.data.relevancy import (
     sentence_classes,
     write_relevancy,
 )
+from avion.engine.args import ToolParser
 from avion.errors import UserError, exit_status
 
 # Files of float32 are within 1e-7 of the exact values; two different relevancies are more than 1e-3 apart.
@@ -34,8 +35,11 @@ LISTED = 10
 
 def build_parser() -> argparse.ArgumentParser:
     summary, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = ToolParser(
+        prog="tools/build_relevancy.py",
+        description=summary,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("clips", metavar="CLIPS.csv", help="the split's clips with their classes")
     parser.add_argument("sentences", metavar="SENTENCES.csv", help="narration ids of its sentences")

@@ -25,7 +25,9 @@ from avion.data.ego4d import read_ego4d
 from avion.data.ek100 import read_ek100_retrieval
 from avion.data.narrations import NarrationTable
 from avion.data.video_store import LAYOUTS, TOLERANCE_S, VideoStore
+from avion.engine.args import ToolParser
 from avion.errors import UserError, exit_status
+from avion.numbers import WORKERS, whole
 
 BATCH = 64  # frames decoded at a time
 
@@ -122,23 +124,26 @@ def check_files(needs: list[Need], decode: str, decoder: str, workers: int) -> I
 
 def build_parser() -> argparse.ArgumentParser:
     summary, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = ToolParser(
+        prog="tools/check_data.py",
+        description=summary,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("annotations", nargs="+", help="Ego4D pickles, or one EPIC-KITCHENS-100 CSV")
     parser.add_argument("--root", required=True, help="folder of the videos")
-    parser.add_argument("--video-chunk-length", type=int, default=15, metavar="S", help="seconds per chunk (15)")
+    parser.add_argument(
+        "--video-chunk-length", type=whole(1, 86400, also=(-1,)), default=15, metavar="S", help="seconds per chunk (15)"
+    )
     parser.add_argument("--video-layout", default="auto", choices=("auto", *LAYOUTS))
     parser.add_argument("--decoder", default="auto", choices=("auto", "pyav", "decord"))
     parser.add_argument("--decode", default="ends", choices=("open", "ends", "all"), help="how much of each file")
-    parser.add_argument("-j", "--workers", type=int, default=0, metavar="N", help="processes (0: this one)")
+    parser.add_argument("-j", "--workers", type=WORKERS, default=0, metavar="N", help="processes (0: this one)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.workers < 0:
-        raise UserError(f"--workers {args.workers}: must not be negative")
     table = read_annotations(args.annotations)
     store = VideoStore(args.root, chunk_length=args.video_chunk_length, layout=args.video_layout, decoder=args.decoder)
     needs, known = needs_of(table, store)

@@ -15,7 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.constants import NORM_STYLES
-from avion.engine.build import parse_model_args
+from avion.engine.args import ToolParser
+from avion.engine.options.model_args import parse_model_args
 from avion.errors import UserError, exit_status
 from avion.models.checkpoint import (
     check_preprocess,
@@ -28,8 +29,11 @@ from avion.models.checkpoint import (
 
 def build_parser() -> argparse.ArgumentParser:
     summary, _, example = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = ToolParser(
+        prog="tools/convert_checkpoint.py",
+        description=summary,
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", help="checkpoint to read: a path or hf:owner/repo/file")
     parser.add_argument("target", help="file to write, .safetensors or .pt")
@@ -53,6 +57,7 @@ def convert(args: argparse.Namespace) -> str:
     """Write `args.target`; returns what was done, for the screen."""
     if Path(args.target).exists() and not args.force:
         raise UserError(f"{args.target}: exists already: give another name, or --force to overwrite it")
+    fields = parse_model_args(args.model_args, args.model)
     facts = checkpoint_facts(read_checkpoint(args.source), args.source)
     style = args.norm_style or facts.norm_style
     if style is None:
@@ -61,7 +66,7 @@ def convert(args: argparse.Namespace) -> str:
         check_preprocess(facts, args.norm_style)
     known = facts.mean is not None
     mean, std = (facts.mean, facts.std) if known else NORM_STYLES[style]
-    model = model_from_checkpoint(args.source, name=args.model, **parse_model_args(args.model_args))
+    model = model_from_checkpoint(args.source, name=args.model, **fields)
     save_weights(model, args.target, {"norm_style": style, "mean": mean, "std": std})
     count = sum(parameter.numel() for parameter in model.parameters())
     return (

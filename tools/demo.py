@@ -27,7 +27,7 @@ import main_pretrain
 from avion.constants import NORM_STYLES
 from avion.data.demo import DemoPaths, ensure_demo_dataset
 from avion.engine import encode
-from avion.engine.args import parse
+from avion.engine.args import ToolParser, parse
 from avion.engine.console import duration, setup_logging, table
 from avion.engine.distributed import World
 from avion.engine.egoschema import run_egoschema
@@ -207,7 +207,7 @@ def run_all(root: str, output: Path, short: bool) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(prog="tools/demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="an epoch of each, to see that everything runs")
     parser.add_argument("--output-dir", default="runs/demo", help="emptied before the run [%(default)s]")
     parser.add_argument("--root", default="datasets/demo", help="where the dataset is, or is made [%(default)s]")

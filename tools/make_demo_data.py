@@ -16,13 +16,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.data.demo import ensure_demo_dataset
 from avion.data.demo.sheet import contact_sheet
+from avion.engine.args import ToolParser
 from avion.errors import exit_status
+from avion.numbers import SEED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(
+        prog="tools/make_demo_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", default="datasets/demo", help="the dataset's folder [%(default)s]")
-    parser.add_argument("--seed", type=int, default=0, help="another seed films other videos [%(default)s]")
+    parser.add_argument("--seed", type=SEED, default=0, help="another seed films other videos [%(default)s]")
     parser.add_argument("--contact-sheet", metavar="FILE", help="write a PNG of every verb pair's frames, no dataset")
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

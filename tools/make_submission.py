@@ -20,23 +20,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from avion.data.ek100 import read_ek100_retrieval, read_sentences
 from avion.data.ek100_actions import read_ek100_actions
 from avion.data.safe_pickle import load_pickle
+from avion.engine.args import ToolParser
 from avion.engine.predictions import action_zip, check_target, retrieval_zip, write_whole
 from avion.errors import UserError, exit_status
 from avion.evaluation.submission import SLS, SLS_LEVELS, action_submission, check_same_ids, retrieval_submission
+from avion.numbers import whole
 
 _LEVELS = {"sls_pt": (2, "of pretraining"), "sls_tl": (3, "training labels"), "sls_td": (3, "training data")}
 
 
 def build_parser() -> argparse.ArgumentParser:
     summary, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = ToolParser(
+        prog="tools/make_submission.py",
+        description=summary,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = ToolParser(add_help=False)
     for name in SLS:
         default, what = _LEVELS[name]
         shared.add_argument(
-            "--" + name.replace("_", "-"), type=int, default=default, choices=SLS_LEVELS, metavar="0-5",
+            "--" + name.replace("_", "-"), type=whole(0, 5), default=default, choices=SLS_LEVELS, metavar="0-5",
             help=f"supervision that the submission declares: {what} [{default}]",
         )  # fmt: skip
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -14,12 +14,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from avion.engine.args import ToolParser
 from avion.errors import exit_status
 from avion.reproduce.report import make_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(
+        prog="tools/make_tables.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="folders that hold runs of recipes")
     parser.add_argument("--output", default="runs/tables", metavar="DIR", help="where the report goes [%(default)s]")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -21,6 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from avion.engine.args import ToolParser
 from avion.errors import UserError, exit_status
 from avion.files import written_whole
 from avion.json_lines import read_json_lines
@@ -286,7 +287,9 @@ def plot(folders: Sequence[Path], output: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(
+        prog="tools/plot_run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the --output-dir of a training")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.png", help="where the picture goes")
     given = parser.parse_args(argv)

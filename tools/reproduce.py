@@ -21,11 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from avion.engine.args import parse, unknown_key
+from avion.engine.args import ToolParser, parse, unknown_key
 from avion.engine.console import setup_logging
 from avion.engine.distributed import World
 from avion.engine.submit import SubmitOptions, submit
 from avion.errors import UserError, exit_status
+from avion.numbers import PROCESSES, SEED, whole
 from avion.reproduce.plan import Request, Step, plan
 from avion.reproduce.recipe import FULL, TASKS, Recipe, load_recipes
 from avion.reproduce.show import described, recipes_table
@@ -35,13 +36,16 @@ NAME = "tools/reproduce.py"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = ToolParser(
+        prog="tools/reproduce.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     which = parser.add_argument_group("which")
     which.add_argument("--table", metavar="N", help="8, 9, 10, or avion for AVION's own baseline")
-    which.add_argument("--figure", type=int, metavar="N", help="5")
-    which.add_argument("--row", type=int, metavar="ID", help="the paper's ID: 4 to 8; without it, every row")
+    which.add_argument("--figure", type=whole(1, 99), metavar="N", help="5")
+    which.add_argument("--row", type=whole(1, 99), metavar="ID", help="the paper's ID: 4 to 8; without it, every row")
     which.add_argument("--task", choices=TASKS, help="where a row has several")
     which.add_argument("--recipe", nargs="+", metavar="KEY", help="instead: recipes by the names of their files")
     what = parser.add_argument_group("what to do (default: show the commands)").add_mutually_exclusive_group()
@@ -54,8 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--checkpoint", metavar="FILE", help="those weights, downloaded before (or an hf: address)")
     how.add_argument("--with-prerequisites", action="store_true", help="first the runs that these start from")
     how.add_argument("--again", action="store_true", help="put finished runs aside and run them anew")
-    how.add_argument("--seed", type=int, nargs="+", default=[], metavar="N", help="a run for each of these seeds")
-    how.add_argument("--gpus", type=int, metavar="N", help="processes, with the recipe's global batch [the recipe's]")
+    how.add_argument("--seed", type=SEED, nargs="+", default=[], metavar="N", help="a run for each of these seeds")
+    how.add_argument(
+        "--gpus", type=PROCESSES, metavar="N", help="processes, with the recipe's global batch [the recipe's]"
+    )
     how.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     how.add_argument("--scale", default=FULL, help=f"{FULL}, demo (recipes/scales/demo.yaml), or a YAML file [{FULL}]")
     how.add_argument("--runs", default="runs", metavar="DIR", help="where the runs' folders lie [%(default)s]")

@@ -15,9 +15,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.data.demo import ensure_demo_dataset
+from avion.engine.args import ToolParser
 from avion.engine.console import duration, setup_logging
 from avion.engine.distributed import World
-from avion.errors import INTERRUPTED, UserError, exit_status
+from avion.errors import INTERRUPTED, exit_status
+from avion.numbers import SEED, whole
 from avion.reproduce.demo_chain import REMARK, Chain
 from avion.reproduce.jobs import JobFailed, run_jobs
 from avion.reproduce.report import make_report
@@ -27,19 +29,23 @@ NAME = "tools/tables_demo.py"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(
+        prog="tools/tables_demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output-dir", default="runs/tables_demo", metavar="DIR", help="[%(default)s]")
     parser.add_argument("--root", default="datasets/demo", metavar="DIR", help="the demo dataset [%(default)s]")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="all of it for each of them [0]")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, a core each [%(default)s]")
+    parser.add_argument(
+        "--seeds", type=SEED, nargs="+", default=[0], metavar="N", help="all of it for each of them [0]"
+    )
+    parser.add_argument(
+        "--jobs", type=whole(1, 1024), default=2, metavar="N", help="runs at a time, a core each [%(default)s]"
+    )
     parser.add_argument("--short", action="store_true", help="an epoch on 64 clips each, to see that everything runs")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def tables_demo(args: argparse.Namespace) -> None:
-    if args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: at least 1 is due")
     start = time.monotonic()
     chain = Chain(ensure_demo_dataset(args.root), Path(args.output_dir), sorted(set(args.seeds)), args.short)
     jobs = chain.jobs()

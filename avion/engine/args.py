@@ -1,13 +1,15 @@
 """The command line, generated from dataclasses: flags, `--help`, `--config FILE.yaml`.
 
-A task's configuration is a dataclass put together from the groups in `options.py`. Values come from
-the defaults, then the YAML file, then the command line; all three go through the same parser, so that types
-and choices are checked alike.
+A task's configuration is a dataclass put together from the groups in `options/`. Values come from the defaults, then
+the YAML file, then the command line; all three go through the same parser, so that types, ranges and choices are
+checked alike. Every number declares its range; a group's `check` refuses combinations that cannot be meant. All of
+that happens before anything else is read and before processes meet.
 """
 
 import argparse
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -16,7 +18,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from avion.errors import UserError
+from avion.errors import USER_ERROR, UserError
+from avion.numbers import Number, shown, whole
 
 T = TypeVar("T")
 
@@ -24,6 +27,7 @@ T = TypeVar("T")
 def flag(
     default: Any,
     help: str,
+    within: Number | None = None,
     *,
     names: Sequence[str] = (),
     off: str | None = None,
@@ -32,10 +36,11 @@ def flag(
 ) -> Any:
     """A dataclass field that is a command-line flag.
 
-    `names`: other spellings beside `--field-name`. `off`: the flag that turns a bool off
+    `within`: the numbers that it takes; an int or float flag without `choices` must say it (of a list: each of its
+    numbers). `names`: other spellings beside `--field-name`. `off`: the flag that turns a bool off
     (default `--no-field-name`). Lists take several values; a bool | None is None until set.
     """
-    spec = {"help": help, "names": tuple(names), "off": off, "choices": choices, "metavar": metavar}
+    spec = {"help": help, "within": within, "names": tuple(names), "off": off, "choices": choices, "metavar": metavar}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata={"flag": spec})
     return dataclasses.field(default=default, metadata={"flag": spec})
@@ -48,8 +53,20 @@ def other_default(group: type, name: str, default: Any, help: str | None = None)
     return flag(default, help or spec["help"], **{k: v for k, v in spec.items() if k != "help"})
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors with a suggestion."""
+class ToolParser(argparse.ArgumentParser):
+    """An argument parser that ends the program with one line and status 2 for words that it refuses."""
+
+    def __init__(self, *args: Any, **keywords: Any):
+        super().__init__(*args, **keywords)
+        # argparse takes -1e-3 and -inf for flags, and then says that a value is missing.
+        self._negative_number_matcher = re.compile(r"-\.?\d.*|-inf.*|-nan", re.IGNORECASE)
+
+    def error(self, message: str):
+        self.exit(USER_ERROR, f"{self.prog}: error: {message} (--help says more)\n")
+
+
+class _Parser(ToolParser):
+    """The same, but the errors are UserErrors with a suggestion."""
 
     def error(self, message: str):
         prefix = "unrecognized arguments: "
@@ -67,13 +84,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.HelpFormatter):
-    """Names its default behind every flag's help; nothing to say for None, '' and []."""
+    """Names a flag's range and its default behind its help; there is none to name where it is None, '' or []."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=34, width=110)
 
     def _get_help_string(self, action):
         text = action.help or ""
+        if isinstance(action.type, Number) and action.choices is None:
+            text += f"; {action.type.range}"
         default = getattr(action, "shown_default", None)
         if default in (None, "", [], False):
             return text
@@ -103,6 +122,17 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default_factory() if field.default is dataclasses.MISSING else field.default
 
 
+def _reader(spec: dict[str, Any], element: type, name: str) -> type | Number:
+    """What makes a value of a word. A number without a range is a mistake of the program."""
+    if element not in (int, float):
+        return element
+    if spec["choices"] is not None:
+        return whole(min(spec["choices"]), max(spec["choices"]))
+    if not isinstance(spec["within"], Number) or spec["within"].kind is not element:
+        raise TypeError(f"flag {name}: {element.__name__} without `within`, the numbers of this type that it takes")
+    return spec["within"]
+
+
 def _add(group, field: dataclasses.Field, annotation: Any) -> None:
     spec, names = field.metadata["flag"], _option_names(field)
     element, is_list = _unwrap(annotation)
@@ -116,7 +146,7 @@ def _add(group, field: dataclasses.Field, annotation: Any) -> None:
         default = _default(field)
         count = len(default) if is_list and default else "*" if is_list else None
         action = group.add_argument(
-            *names, type=element, nargs=count, choices=spec["choices"], help=spec["help"],
+            *names, type=_reader(spec, element, field.name), nargs=count, choices=spec["choices"], help=spec["help"],
             metavar=spec["metavar"], **common,
         )  # fmt: skip
         if spec["choices"] is None and spec["metavar"] is None:
@@ -201,28 +231,58 @@ def recipe_flags(where: str, content: dict[Any, Any], prog: str | None = None) -
 def flag_words(where: str, flags: dict[Any, Any], config: type) -> list[str]:
     """A mapping of flags to values as command-line words. UserError, beginning with `where`, for unknown keys."""
     fields = {f.name: f for f in dataclasses.fields(config) if "flag" in f.metadata}
+    hints = typing.get_type_hints(config)
     words: list[str] = []
     for key, value in flags.items():
         field = fields.get(str(key).replace("-", "_"))
         if field is None:
             raise unknown_key(where, key, fields, "keys are the flags of --help without `--`")
-        words += _flag_words(where, str(key), value, field)
+        words += _flag_words(where, str(key), value, field, hints[field.name])
     return words
 
 
-def _flag_words(where: str, key: str, value: Any, field: dataclasses.Field) -> list[str]:
+def _flag_words(where: str, key: str, value: Any, field: dataclasses.Field, annotation: Any) -> list[str]:
     name = "--" + field.name.replace("_", "-")
     if value is None:
         raise UserError(f"{where}: key {key!r} has no value; give one or remove the line")
+    element, is_list = _unwrap(annotation)
+    if isinstance(value, bool) != (element is bool):
+        raise UserError(f"{where}: key {key!r} is {shown(value)}, expected {_expected(element, is_list)}")
     if isinstance(value, bool):
-        if isinstance(_default(field), bool) or _default(field) is None:
-            return [name] if value else [_off_name(field)]
-        raise UserError(f"{where}: key {key!r} is {value}, expected {type(_default(field)).__name__}")
+        if field.metadata["flag"]["off"] == "":  # a flag that is off unless it is given
+            return [name] if value else []
+        return [name] if value else [_off_name(field)]
+    if isinstance(value, (dict, list)) and not is_list:
+        raise UserError(f"{where}: key {key!r} is {shown(value)}, expected {_expected(element, is_list)}")
     if isinstance(value, dict):  # --model-args {depth: 4} reads better than a list of depth=4
         value = [f"{k}={v}" for k, v in value.items()]
     if isinstance(value, list):
         return [name, *map(str, value)]
     return [f"{name}={value}"]
+
+
+def _expected(element: type, is_list: bool) -> str:
+    one, several = {
+        int: ("a whole number", "whole numbers"), float: ("a number", "numbers"), str: ("a text", "texts"),
+        bool: ("true or false", ""),
+    }[element]  # fmt: skip
+    return f"a list of {several}" if is_list else one
+
+
+def _read_file(parser: argparse.ArgumentParser, where: str, content: dict[Any, Any], config: type) -> dict[str, Any]:
+    """The values of a file's flags, each read by itself so that an error names its key."""
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        words = flag_words(where, {key: value}, config)
+        try:
+            read = vars(parser.parse_args(words))
+        except UserError as e:
+            reason = str(e).removeprefix(f"{parser.prog}: ")
+            raise UserError(f"{where}: key {str(key)!r}: {reason}") from e
+        if twice := values.keys() & read.keys():
+            raise UserError(f"{where}: key {str(key)!r}: {twice.pop()} is there already, in another spelling; keep one")
+        values |= read
+    return values
 
 
 def parse(config: type[T], argv: Sequence[str] | None, prog: str, description: str) -> T:
@@ -237,12 +297,10 @@ def parse(config: type[T], argv: Sequence[str] | None, prog: str, description: s
         content, where = read_yaml_mapping(path), f"--config {path}"
         if "flags" in content or "entry-point" in content:
             content = recipe_flags(where, content, prog)
-        words = flag_words(where, content, config)
-        try:
-            from_file = vars(parser.parse_args(words))
-        except UserError as e:
-            raise UserError(f"{where}: {str(e).removeprefix(prog + ': ')}") from e
-        values = {**from_file, **values}
+        values = {**_read_file(parser, where, content, config), **values}
+    for group in config.__mro__:
+        if "settle" in group.__dict__:
+            values = group.settle(values, config)
     result = config(**values)
     object.__setattr__(result, "given", frozenset(values))
     for group in config.__mro__:

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
 from torch import nn
 
 from avion.errors import UserError
@@ -23,28 +22,9 @@ from avion.models.layouts import canonical
 from avion.models.model_clip import VideoClassifier
 from avion.models.pretrained import load_pretrained
 
+from .options.model_args import behaviour, sizes
+
 logger = logging.getLogger(__name__)
-
-# Flags that are fields of the model's configuration under the same name; num_frames is `--clip-length`.
-_SIZES = ("project_embed_dim", "context_length", "vocab_size")
-_BEHAVIOUR = (
-    "grad_checkpointing", "use_fast_conv1", "use_flash_attn", "patch_dropout", "drop_path_rate", "scan_backend",
-    "freeze_temperature",
-)  # fmt: skip
-
-
-def parse_model_args(words: list[str]) -> dict[str, Any]:
-    """["depth=6", "act_layer=quick_gelu"] to {"depth": 6, "act_layer": "quick_gelu"}."""
-    fields: dict[str, Any] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals or not name or not value:
-            raise UserError(f"--model-args {word}: expected FIELD=VALUE, for example depth=6")
-        try:
-            fields[name.replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError as e:
-            raise UserError(f"--model-args {word}: cannot read the value {value!r}") from e
-    return fields
 
 
 def build_model(args: Any, source: str | None) -> nn.Module:
@@ -56,7 +36,7 @@ def build_model(args: Any, source: str | None) -> nn.Module:
     """
     if source is not None:
         return _from_checkpoint(args, source)
-    model = create_model(args.model, **_sizes(args), num_frames=args.clip_length, **_behaviour(args))
+    model = create_model(args.model, **sizes(args), num_frames=args.clip_length, **behaviour(args))
     logger.info("%s", load_pretrained(model, args.pretrain_zoo, args.pretrain_path))
     return model
 
@@ -94,7 +74,7 @@ def build_as_saved(args: Any, source: str) -> nn.Module:
     `--model-args` override fields of its configuration.
     """
     check_preprocess(checkpoint_facts(read_checkpoint(source), source), args.norm_style)
-    model = model_from_checkpoint(source, name=args.model, **_behaviour(args))
+    model = model_from_checkpoint(source, name=args.model, **behaviour(args))
     logger.info("%s", model.load_report)
     return model
 
@@ -105,7 +85,7 @@ def build_any_as_saved(args: Any, source: str) -> nn.Module:
     if not is_classifier(canonical(checkpoint_state_dict(checkpoint, source), source)):
         return build_as_saved(args, source)
     check_preprocess(checkpoint_facts(checkpoint, source), args.norm_style)
-    model = classifier_from_checkpoint(source, name=args.model, **_behaviour(args))
+    model = classifier_from_checkpoint(source, name=args.model, **behaviour(args))
     logger.info("%s", model.load_report)
     return model
 
@@ -120,7 +100,7 @@ def build_classifier(args: Any, source: str | None, actions: Sequence[str] | Non
         towers = build_finetuned(args, None)
         return VideoClassifier(towers.visual, args.dropout_rate, len(actions), config=towers.config, actions=actions)
     check_preprocess(checkpoint_facts(read_checkpoint(source), source), args.norm_style)
-    fields = _behaviour(args) | ({"num_frames": args.clip_length} if "clip_length" in args.given else {})
+    fields = behaviour(args) | ({"num_frames": args.clip_length} if "clip_length" in args.given else {})
     name = args.model if "model" in args.given else None
     model = classifier_from_checkpoint(source, name=name, dropout=args.dropout_rate, **fields)
     logger.info("%s", model.load_report)
@@ -136,11 +116,11 @@ def _from_checkpoint(args: Any, source: str, **overrides: Any) -> nn.Module:
     check_preprocess(facts, args.norm_style)
     if "model" in args.given or facts.model_name is None:
         overrides.setdefault("num_frames", args.clip_length)
-        model = create_model(args.model, **_sizes(args), **overrides, **_behaviour(args))
+        model = create_model(args.model, **sizes(args), **overrides, **behaviour(args))
         logger.info("%s%s", load_checkpoint(model, source), _inflation(facts, model))
         return model
-    given = {name: value for name, value in _sizes(args).items() if name in args.given}
-    model = model_from_checkpoint(source, **given, **overrides, **_behaviour(args))
+    given = {name: value for name, value in sizes(args).items() if name in args.given}
+    model = model_from_checkpoint(source, **given, **overrides, **behaviour(args))
     logger.info("%s%s", model.load_report, _inflation(facts, model))
     return model
 
@@ -151,13 +131,3 @@ def _inflation(facts: CheckpointFacts, model: nn.Module) -> str:
     if before in (None, after):
         return ""
     return f"; frames {'inflated' if after > before else 'reduced'} {before} -> {after}"
-
-
-def _sizes(args: Any) -> dict[str, Any]:
-    """Fine-tuning has no flags for them: there they are the checkpoint's."""
-    return {name: getattr(args, name) for name in _SIZES if hasattr(args, name)}
-
-
-def _behaviour(args: Any) -> dict[str, Any]:
-    fields = {name: getattr(args, name, None) for name in _BEHAVIOUR}
-    return {name: value for name, value in fields.items() if value is not None} | parse_model_args(args.model_args)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from avion.errors import UserError
+from avion.numbers import PORT, PROCESSES, RANK, shown, whole
 
 from . import signals
 from .signals import Stopped
@@ -44,13 +45,21 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match.group())
 
 
+_JOB = whole(0, 2**63 - 1)
+_VARIABLES = {
+    "RANK": RANK, "LOCAL_RANK": RANK, "WORLD_SIZE": PROCESSES, "MASTER_PORT": PORT, "SLURM_PROCID": RANK,
+    "SLURM_LOCALID": RANK, "SLURM_STEP_NUM_TASKS": PROCESSES, "SLURM_JOB_ID": _JOB, "SLURM_STEP_ID": _JOB,
+}  # fmt: skip
+
+
 def _integer(env: Mapping[str, str], name: str) -> int:
+    within = _VARIABLES[name]
     try:
-        return int(env[name])
+        return int(within.read(env[name]))
     except KeyError:
         raise UserError(f"environment: {name} is not set though its launcher's other variables are") from None
-    except ValueError:
-        raise UserError(f"environment: {name} must be a whole number, found {env[name]!r}") from None
+    except ValueError as e:
+        raise UserError(f"environment: {name} must be {within}, found {shown(env[name])}") from e
 
 
 def meeting_port(job: int, step: int = 0) -> int:

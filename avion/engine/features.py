@@ -109,9 +109,6 @@ def extract_features(args: Any) -> dict[int, str]:
     for name in ("videos", "checkpoint", "output_dir"):
         if not getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')}: not given; see --help")
-    for name in ("batch_size", "shard_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is due")
     spans = read_video_list(args.videos)
     device = choose_device(args.device, None, 0)
     precision = choose_precision(SimpleNamespace(precision=args.precision, use_bf16=False, disable_amp=False), device)

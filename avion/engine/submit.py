@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 from avion.errors import UserError
+from avion.numbers import COUNT, COUNT_OR_OFF, PROCESSES, whole
 
 from .args import flag, parse
 from .distributed import meeting_port
@@ -40,11 +41,13 @@ class SubmitOptions:
 
     TITLE: ClassVar[str] = "job"
 
-    ngpus: int = flag(8, "GPUs per node; a process for each")
-    nodes: int = flag(1, "nodes")
-    tasks_per_node: int = flag(0, "processes per node, on CPUs (--ngpus 0); 0: one per GPU")
-    timeout: int = flag(1440, "time limit in minutes; a job that reaches it is requeued and goes on", metavar="MIN")
-    cpus_per_task: int = flag(10, "CPUs per process")
+    ngpus: int = flag(8, "GPUs per node; a process for each", whole(0, 1024))
+    nodes: int = flag(1, "nodes", PROCESSES)
+    tasks_per_node: int = flag(0, "processes per node, on CPUs (--ngpus 0); 0: one per GPU", whole(0, 65536))
+    timeout: int = flag(
+        1440, "time limit in minutes; a job that reaches it is requeued and goes on", COUNT, metavar="MIN"
+    )
+    cpus_per_task: int = flag(10, "CPUs per process", PROCESSES)
     mem: str = flag("", "memory per node, such as 240G; unset: as the cluster has it", metavar="SIZE")
     partition: str = flag("", "partition")
     account: str = flag("", "account to charge")
@@ -59,8 +62,10 @@ class SubmitOptions:
         "", "where submitit's files and the processes' output go, on a disk that all nodes see [OUTPUT_DIR/slurm]",
         names=["--job_dir"], metavar="DIR",
     )  # fmt: skip
-    signal_delay: int = flag(120, "seconds before the time limit at which the checkpoint is asked for", metavar="S")
-    max_requeues: int = flag(50, "how often the job may come back")
+    signal_delay: int = flag(
+        120, "seconds before the time limit at which the checkpoint is asked for", whole(0, 65535), metavar="S"
+    )
+    max_requeues: int = flag(50, "how often the job may come back", COUNT_OR_OFF)
     cluster: str = flag("slurm", "local: processes on this machine, to try it out", choices=["slurm", "local"])
     dry_run: bool = flag(False, "show what would be submitted", off="")
 
@@ -68,6 +73,15 @@ class SubmitOptions:
     def processes(self) -> int:
         """Per node."""
         return self.tasks_per_node or self.ngpus
+
+    def check_job(self) -> None:
+        """UserError for a job without processes, and for one whose checkpoint would be asked for before it starts."""
+        if self.processes < 1:
+            raise UserError("--ngpus 0: at least 1 is due; without GPUs give --tasks-per-node")
+        if self.cluster == "local" and self.nodes > 1:
+            raise UserError(f"--nodes {self.nodes}: --cluster local has only one")
+        if self.signal_delay >= 60 * self.timeout:
+            raise UserError(f"--signal-delay {self.signal_delay}: the time limit is {60 * self.timeout} s (--timeout)")
 
 
 class EntryPointJob:
@@ -105,7 +119,9 @@ def submit(entry_point: str, words: Sequence[str], options: SubmitOptions) -> st
         raise UserError(f"{entry_point}: no such entry point; there are {', '.join(ENTRY_POINTS)}")
     entry_point = Path(entry_point).name
     args = parse(ENTRY_POINTS[entry_point], words, entry_point, "")
-    _check(options)
+    options.check_job()
+    if not _COMMON.exists():
+        raise UserError(f"{_COMMON}: not there; jobs are submitted from a clone of the repository")
     folder = Path(options.job_dir or Path(args.output_dir) / "slurm").absolute()
     parameters = _parameters(entry_point, options)
     if options.dry_run:
@@ -135,18 +151,6 @@ def _environment_of_jobs() -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-def _check(options: SubmitOptions) -> None:
-    for name in ("nodes", "timeout", "cpus_per_task", "processes"):
-        if getattr(options, name) < 1:
-            shown = "--ngpus" if name == "processes" else "--" + name.replace("_", "-")
-            cure = "; without GPUs give --tasks-per-node" if name == "processes" else ""
-            raise UserError(f"{shown} {getattr(options, name)}: at least 1 is due{cure}")
-    if options.cluster == "local" and options.nodes > 1:
-        raise UserError(f"--nodes {options.nodes}: --cluster local has only one")
-    if not _COMMON.exists():
-        raise UserError(f"{_COMMON}: not there; jobs are submitted from a clone of the repository")
 
 
 def _parameters(entry_point: str, options: SubmitOptions) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def test_unknown_flag_names_the_near_ones():
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--batch-size", "many"], "--batch-size: invalid int value: 'many'"),
+        (["--batch-size", "many"], "--batch-size: found 'many', expected a whole number from 1 to 1000000"),
         (["--norm-style", "imagenet"], "--norm-style: invalid choice: 'imagenet'"),
         (["--betas", "0.9"], "--betas: expected 2 arguments"),
         (["--mod", "CLIP_VITB16"], "unknown flag --mod"),
@@ -128,9 +128,16 @@ def test_config_file_sets_flags_and_the_command_line_overrides_it(tmp_path):
     "content, message",
     [
         ("batchsize: 3", "unknown key 'batchsize': did you mean batch_size"),
-        ("batch-size: many", "--batch-size: invalid int value: 'many'"),
+        ("batch-size: many", "key 'batch-size': argument --batch-size: found 'many', expected a whole number from 1"),
+        ("batch-size: 4\nbatch_size: 4", "key 'batch_size': batch_size is there already"),
+        ("lr: .nan", "key 'lr': argument --lr: found 'nan', expected a number above 0"),
+        ("betas: [0.9, 1]", "key 'betas': argument --betas: found '1', expected a number from 0 to below 1"),
+        ("lr: [1]", "key 'lr' is [1], expected a number"),
+        ("lr: {a: 1}", "key 'lr' is {'a': 1}, expected a number"),
+        ("grad-clip-norm: true", "key 'grad-clip-norm' is True, expected a number"),
+        ("fix-lr: 1", "key 'fix-lr' is 1, expected true or false"),
         ("batch-size:", "key 'batch-size' has no value"),
-        ("batch-size: true", "key 'batch-size' is True, expected int"),
+        ("batch-size: true", "key 'batch-size' is True, expected a whole number"),
         ("- batch-size", "expected a mapping of flags to values, found list"),
         ("a: [1", "not valid YAML at line"),
     ],

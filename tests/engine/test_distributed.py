@@ -216,10 +216,13 @@ def test_a_plain_python_inside_an_sbatch_script_waits_for_nobody():
     "env, message",
     [
         ({"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 of 2 processes"),
-        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK must be a whole number, found 'x'"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK must be a whole number from 0 to 65535, found 'x'"),
         ({k: v for k, v in SRUN.items() if k != "SLURM_PROCID"}, "SLURM_PROCID is not set"),
-        ({**SRUN, "SLURM_JOB_ID": "seven"}, "SLURM_JOB_ID must be a whole number, found 'seven'"),
-        ({**SRUN, "MASTER_PORT": "high"}, "MASTER_PORT must be a whole number, found 'high'"),
+        (
+            {**SRUN, "SLURM_JOB_ID": "seven"},
+            "SLURM_JOB_ID must be a whole number from 0 to 9223372036854775807, found 'seven'",
+        ),
+        ({**SRUN, "MASTER_PORT": "high"}, "MASTER_PORT must be a whole number from 1 to 65535, found 'high'"),
         ({**SRUN, "SLURM_PROCID": "4"}, "rank 4 of 4 processes .srun. does not exist"),
     ],
 )

@@ -217,7 +217,9 @@ BAD = {
     "unknown key 'zzz': a recipe's keys are table, figure": {"zzz": 1},
     "unknown key 'lr2': did you mean lr": {"flags": FLAGS | {"lr2": 1}},
     "unknown key 'pretrain-model'": {"flags": FLAGS | {"pretrain-model": "x"}},
-    "argument --batch-size: invalid int value: 'many'": {"flags": FLAGS | {"batch-size": "many"}},
+    "argument --batch-size: found 'many', expected a whole number from 1 to 1000000": {
+        "flags": FLAGS | {"batch-size": "many"}
+    },
     "key 'lr' has no value": {"flags": FLAGS | {"lr": None}},
     "its flags lack 'model', a text": {"flags": {"output-dir": "x"}},
     "key 'flags' of a recipe: expected a mapping of flags to values, found list": {"flags": ["--lr"]},

@@ -166,10 +166,10 @@ def test_a_killed_run_leaves_whole_shards_and_goes_on(data, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--frames", "0"], "number of frames: 0"),
+        (["--frames", "0"], "--frames: found '0', expected a whole number from 1"),
         (["--dtype", "bf16"], "--dtype bf16: NumPy has no such type"),
-        (["--shard-size", "0"], "--shard-size 0: at least 1"),
-        (["--batch-size", "-1"], "--batch-size -1: at least 1"),
+        (["--shard-size", "0"], "--shard-size: found '0', expected a whole number from 1"),
+        (["--batch-size", "-1"], "--batch-size: found '-1', expected a whole number from 1"),
         (["--features", "patch"], "invalid choice: 'patch'"),
         (["--checkpoint", "gone.pt"], "gone.pt"),
         (["--checkpoint", ""], "--checkpoint: not given"),

@@ -65,12 +65,6 @@ def _check(args: Any) -> None:
     args.prompt = args.prompt or [DEFAULT_PROMPT]
     for prompt in args.prompt:
         parse_prompt(prompt)
-    if args.frames[0] < 1:
-        raise UserError(f"--frames {args.frames[0]}: at least 1 is due")
-    if args.max_tokens < 0:
-        raise UserError(f"--max-tokens {args.max_tokens}: a positive number is due, or 0 for the default")
-    if args.print_freq < 1:
-        raise UserError(f"--print-freq {args.print_freq}: at least 1 is due")
     if not args.pretrain_model:
         raise UserError("--pretrain-model: not given; name the checkpoint to evaluate (a path or hf:owner/repo/file)")
     if bool(args.uid_to_ego4d) != bool(args.pretrain_metadata):

@@ -5,8 +5,10 @@ from typing import ClassVar
 
 from avion.data.egoschema import SAMPLINGS
 from avion.engine.args import flag, other_default
+from avion.numbers import whole
 
-from .shared import DeviceOptions, ModelOptions, RunOptions, VideoOptions
+from .model_args import settle_model_args
+from .shared import FRAMES, DeviceOptions, ModelOptions, RunOptions, VideoOptions
 
 # Of EgoSchema's own repository; answers the accuracy over all questions.
 SUBMISSION_URL = "https://validation-server.onrender.com/api/upload/"
@@ -22,7 +24,9 @@ class EgoSchemaOptions(DeviceOptions):
     root: str = flag("datasets/EgoSchema/videos/", "folder of the videos {q_uid}.mp4", metavar="DIR")
     questions: str = flag("datasets/EgoSchema/questions.json", "questions and their options", metavar="FILE")
     answers: str | None = flag(None, "public answers (subset_answers.json), for the accuracy", metavar="FILE")
-    frames: list[int] = flag([], "frames per video [16]; several give a figure each, from one decoding", metavar="N")
+    frames: list[int] = flag(
+        [], "frames per video [16]; several give a figure each, from one decoding", FRAMES, metavar="N"
+    )
     sampling: str = flag(
         "uniform", "uniform: the middles of as many equal segments of the video; prefix: its first frames, or as "
         "uniform where it has fewer; prefix-hold: its first frames, then the last one again",
@@ -52,7 +56,7 @@ class EgoSchemaOptions(DeviceOptions):
     use_fast_conv1: bool = other_default(ModelOptions, "use_fast_conv1", False)
     use_flash_attn: bool | None = other_default(ModelOptions, "use_flash_attn", None)
     scan_backend: str = other_default(ModelOptions, "scan_backend", "auto")
-    max_tokens: int = flag(0, "patches in work at a time, which sets the memory; 0: by device")
+    max_tokens: int = flag(0, "patches in work at a time, which sets the memory; 0: by device", whole(0, 2**40))
 
     norm_style: str = other_default(VideoOptions, "norm_style", "openai")
     decoder: str = other_default(VideoOptions, "decoder", "auto")
@@ -67,3 +71,5 @@ class EgoSchemaOptions(DeviceOptions):
     )
     print_freq: int = other_default(RunOptions, "print_freq", 10, "videos between progress lines")
     debug: bool = other_default(RunOptions, "debug", False)
+
+    settle = staticmethod(settle_model_args)

@@ -6,8 +6,10 @@ from typing import ClassVar
 from avion.engine.args import flag, other_default
 from avion.engine.feature_shards import FORMATS, STORED
 from avion.engine.features import KINDS
+from avion.numbers import COUNT
 
-from .shared import DeviceOptions, ModelOptions, RunOptions, VideoOptions
+from .model_args import settle_model_args
+from .shared import FRAMES, DeviceOptions, ModelOptions, RunOptions, VideoOptions
 
 
 @dataclass
@@ -24,11 +26,11 @@ class FeatureOptions:
     checkpoint: str = flag("", "any checkpoint: a path or hf:owner/repo/file", metavar="PATH")
     output_dir: str = flag("", "where shards and index go; finished shards there are left as they are", metavar="DIR")
     features: list[str] = flag([], "kinds of features [clip]", choices=KINDS)
-    frames: int | None = flag(None, "frames per clip [the checkpoint's]")
+    frames: int | None = flag(None, "frames per clip [the checkpoint's]", FRAMES)
     format: str = flag("npz", "of the shards", choices=FORMATS)
     dtype: str = flag("fp32", "type of the features in the shards; bf16 in safetensors only", choices=[*STORED])
-    shard_size: int = flag(256, "clips per shard")
-    batch_size: int = flag(16, "clips per forward pass")
+    shard_size: int = flag(256, "clips per shard", COUNT)
+    batch_size: int = flag(16, "clips per forward pass", COUNT)
     workers: int = other_default(RunOptions, "workers", 2, "data-loading processes")
 
     model: str | None = other_default(
@@ -49,3 +51,5 @@ class FeatureOptions:
     device: str = other_default(DeviceOptions, "device", "auto")
     precision: str | None = other_default(DeviceOptions, "precision", None)
     debug: bool = other_default(RunOptions, "debug", False)
+
+    settle = staticmethod(settle_model_args)

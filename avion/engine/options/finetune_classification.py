@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from avion.engine.args import flag, other_default
+from avion.errors import UserError
+from avion.numbers import COUNT, SHARE, SHARE_ABOVE_0, SHARE_BELOW_1, Number
 
-from .shared import DeviceOptions, ModelOptions, OptimOptions, RunOptions, VideoOptions
+from .shared import DeviceOptions, ModelOptions, OptimOptions, RunOptions, VideoOptions, check_scale_range
 
 _ANNOTATIONS = "datasets/EK100/epic-kitchens-100-annotations"
 _LEVELS = tuple(range(6))
+_ALPHA = Number(float, 0, 1000)
 
 
 @dataclass
@@ -31,8 +34,10 @@ class FinetuneClassificationOptions(VideoOptions, ModelOptions, OptimOptions, Ru
     tail_nouns: str | None = flag(None, "list of tail noun classes, likewise", metavar="FILE")
     unseen_participants: str | None = flag(None, "list of participants unseen in training, likewise", metavar="FILE")
     num_crops: int = flag(1, "evaluation: spatial crops per clip, 1 (centre) or 3", choices=(1, 3))
-    num_clips: int = flag(1, "evaluation: stretches of clip-length frames per clip")
-    scale_range: list[float] = flag([0.5, 1.0], "area of a random crop relative to the frame", metavar="X")
+    num_clips: int = flag(1, "evaluation: stretches of clip-length frames per clip", COUNT)
+    scale_range: list[float] = flag(
+        [0.5, 1.0], "area of a random crop relative to the frame", SHARE_ABOVE_0, metavar="X"
+    )
     use_multi_epochs_loader: bool = flag(
         False, "keep data-loading processes alive between epochs, which is always done", off=""
     )
@@ -45,16 +50,18 @@ class FinetuneClassificationOptions(VideoOptions, ModelOptions, OptimOptions, Ru
     pretrain_model: str | None = flag(
         None, "pretrained checkpoint to start from, its model and sizes: a path or hf:owner/repo/file", metavar="PATH"
     )
-    num_classes: int = flag(3806, "size of the head; unless given, as many as there are actions")
-    dropout_rate: float = flag(0.5, "dropout before the head")
+    num_classes: int = flag(3806, "size of the head; unless given, as many as there are actions", COUNT)
+    dropout_rate: float = flag(0.5, "dropout before the head", SHARE_BELOW_1)
 
-    mixup: float = flag(0.8, "alpha of mixup, 0: none")
-    cutmix: float = flag(1.0, "alpha of cutmix, 0: none")
-    cutmix_minmax: list[float] = flag([], "shortest and longest side of cutmix' box, as shares; overrides --cutmix")
-    mixup_prob: float = flag(1.0, "probability that a batch is mixed at all")
-    mixup_switch_prob: float = flag(0.5, "probability of cutmix where both are on")
+    mixup: float = flag(0.8, "alpha of mixup, 0: none", _ALPHA)
+    cutmix: float = flag(1.0, "alpha of cutmix, 0: none", _ALPHA)
+    cutmix_minmax: list[float] = flag(
+        [], "shortest and longest side of cutmix' box, as shares; overrides --cutmix", SHARE
+    )
+    mixup_prob: float = flag(1.0, "probability that a batch is mixed at all", SHARE)
+    mixup_switch_prob: float = flag(0.5, "probability of cutmix where both are on", SHARE)
     mixup_mode: str = flag("batch", "what is drawn once per batch, pair or clip", choices=["batch", "pair", "elem"])
-    smoothing: float = flag(0.1, "label smoothing")
+    smoothing: float = flag(0.1, "label smoothing", SHARE_BELOW_1)
 
     model: str = other_default(
         ModelOptions, "model", "CLIP_VITB16", "registered model, if not what the checkpoint says it is"
@@ -77,3 +84,16 @@ class FinetuneClassificationOptions(VideoOptions, ModelOptions, OptimOptions, Ru
     )
     wd: float = other_default(OptimOptions, "wd", 4e-5)
     eval_freq: int = other_default(RunOptions, "eval_freq", 5)
+
+    def check(self) -> None:
+        """UserError for shares that are no pair and for batches that cannot be mixed."""
+        check_scale_range(self.scale_range)
+        if self.cutmix_minmax and not (len(self.cutmix_minmax) == 2 and self.cutmix_minmax[0] < self.cutmix_minmax[1]):
+            found = " ".join(f"{share:g}" for share in self.cutmix_minmax)
+            raise UserError(f"--cutmix-minmax {found}: two shares are due, the smaller one first")
+        mixes = self.mixup or self.cutmix or self.cutmix_minmax
+        if not self.evaluate and self.batch_size % 2 and mixes:
+            raise UserError(
+                f"--batch-size {self.batch_size}: mixup and cutmix take clips in pairs; give an even number, or "
+                "--mixup 0 --cutmix 0"
+            )

@@ -4,8 +4,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from avion.engine.args import flag, other_default
+from avion.numbers import SHARE_ABOVE_0, SHARE_BELOW_1, Number
 
-from .shared import EK100_ANNOTATIONS, DeviceOptions, ModelOptions, OptimOptions, RunOptions, VideoOptions
+from .model_args import check_model
+from .shared import (
+    EK100_ANNOTATIONS,
+    DeviceOptions,
+    ModelOptions,
+    OptimOptions,
+    RunOptions,
+    VideoOptions,
+    check_scale_range,
+)
 
 
 @dataclass
@@ -31,13 +41,15 @@ class FinetuneRetrievalOptions(VideoOptions, ModelOptions, OptimOptions, RunOpti
     train_relevancy_path: str | None = flag(
         None, "relevancy of the clips to train on [as --relevancy-path, with train for test]", metavar="FILE"
     )
-    relevancy_threshold: float = flag(0.1, "sentences of a higher relevancy are a clip's positives")
+    relevancy_threshold: float = flag(0.1, "sentences of a higher relevancy are a clip's positives", SHARE_BELOW_1)
     relevancy_weighting: bool = flag(False, "weight a clip's part of the loss by its sentence's relevancy")
-    margin: float = flag(0.2, "margin of the ranking loss, a difference of cosines")
+    margin: float = flag(0.2, "margin of the ranking loss, a difference of cosines", Number(float, 0, 2, above=True))
     similarity_filename: str | None = flag(
         None, "write the similarities of the last evaluation there, for tools/make_submission.py", metavar="FILE.npy"
     )
-    scale_range: list[float] = flag([0.5, 1.0], "area of a random crop relative to the frame", metavar="X")
+    scale_range: list[float] = flag(
+        [0.5, 1.0], "area of a random crop relative to the frame", SHARE_ABOVE_0, metavar="X"
+    )
     use_multi_epochs_loader: bool = flag(
         False, "keep data-loading processes alive between epochs, which is always done", off=""
     )
@@ -55,3 +67,9 @@ class FinetuneRetrievalOptions(VideoOptions, ModelOptions, OptimOptions, RunOpti
     clip_stride: int = other_default(VideoOptions, "clip_stride", 4)
     epochs: int = other_default(OptimOptions, "epochs", 100)
     eval_freq: int = other_default(RunOptions, "eval_freq", 5)
+
+    def check(self) -> None:
+        """UserError for a range of crops that is empty, and for a model that cannot be."""
+        check_scale_range(self.scale_range)
+        if "model" in self.given:  # else the model and its sizes are the checkpoint's
+            check_model(self)

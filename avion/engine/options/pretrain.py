@@ -7,9 +7,19 @@ from typing import Any, ClassVar
 
 from avion.engine.args import flag, flag_words
 from avion.errors import UserError
+from avion.numbers import SHARE_ABOVE_0, whole
 
 from .egoschema import EgoSchemaOptions
-from .shared import EK100_ANNOTATIONS, DeviceOptions, ModelOptions, OptimOptions, RunOptions, VideoOptions
+from .model_args import check_model
+from .shared import (
+    EK100_ANNOTATIONS,
+    DeviceOptions,
+    ModelOptions,
+    OptimOptions,
+    RunOptions,
+    VideoOptions,
+    check_scale_range,
+)
 
 
 @dataclass
@@ -39,10 +49,12 @@ class PretrainOptions(VideoOptions, ModelOptions, OptimOptions, RunOptions, Devi
     similarity_filename: str | None = flag(
         None, "write the similarities of the last evaluation there, for tools/make_submission.py", metavar="FILE.npy"
     )
-    scale_range: list[float] = flag([0.5, 1.0], "area of a random crop relative to the frame", metavar="X")
-    context_length: int = flag(77, "tokens per text")
-    vocab_size: int = flag(49408, "size of the vocabulary")
-    project_embed_dim: int = flag(256, "width of the joint embedding")
+    scale_range: list[float] = flag(
+        [0.5, 1.0], "area of a random crop relative to the frame", SHARE_ABOVE_0, metavar="X"
+    )
+    context_length: int = flag(77, "tokens per text", whole(3, 65536))
+    vocab_size: int = flag(49408, "size of the vocabulary", whole(3, 10_000_000))
+    project_embed_dim: int = flag(256, "width of the joint embedding", whole(1, 1_000_000))
     freeze_temperature: bool = flag(False, "keep the temperature at 1/0.07")
     pretrain_zoo: str = flag("openai", "initial weights", choices=["openai", "open_clip", "lavila", "none"])
     pretrain_path: str | None = flag(None, "file or open_clip tag of the initial weights", metavar="PATH")
@@ -50,11 +62,15 @@ class PretrainOptions(VideoOptions, ModelOptions, OptimOptions, RunOptions, Devi
     gather_with_grad: bool = flag(True, "gradients through the gathered features of the other processes")
 
     def check(self) -> None:
-        """UserError for what another entry point does."""
+        """UserError for what another entry point does, for a range of crops that is empty, for a model that cannot be."""
         asked = [name for name in ("dataset_val", "evaluate_task") if getattr(self, name) == "egoschema"]
         if asked:
             flags = " and ".join(f"--{name.replace('_', '-')} egoschema" for name in asked)
             raise UserError(f"{flags}: EgoSchema has an entry point of its own; run: {egoschema_command(self)}")
+        check_scale_range(self.scale_range)
+        starts_anew = not self.resume and not (Path(self.output_dir) / "checkpoint.pt").exists()
+        if "model" in self.given or starts_anew:  # else the model and its sizes are the checkpoint's
+            check_model(self)
 
 
 def egoschema_command(args: PretrainOptions) -> str:

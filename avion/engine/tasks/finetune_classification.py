@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +50,6 @@ class FinetuneClassification(Task):
     metric = "action_top1"
 
     def __init__(self, args: Any, world: World):
-        _check(args)
         if args.dataset == "demo":
             use_demo_dataset(
                 args, "ek100_videos", train_metadata="action_train_csv", val_metadata="action_validation_csv",
@@ -317,24 +315,3 @@ def _labelled(clips: EK100Table, path: str) -> EK100Table:
             "need; unlabelled clips can only be predicted (--evaluate), by a checkpoint with a list of actions"
         )
     return clips
-
-
-def _check(args: Any) -> None:
-    """What no parser can refuse: shares outside their range, odd batches to mix."""
-    for name in ("mixup_prob", "mixup_switch_prob", "smoothing", "dropout_rate"):
-        value, below = getattr(args, name), name in ("smoothing", "dropout_rate")
-        if not 0 <= value <= 1 or (below and value == 1):
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {value:g}: a number from 0 to {'below 1' if below else '1'} is due")
-    for name in ("mixup", "cutmix"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise UserError(f"--{name} {getattr(args, name):g}: an alpha of at least 0 is due, 0 turns it off")
-    if len(args.cutmix_minmax) not in (0, 2):
-        raise UserError(f"--cutmix-minmax: two shares are due, found {len(args.cutmix_minmax)}")
-    if args.num_clips < 1:
-        raise UserError(f"--num-clips {args.num_clips}: at least 1 is due")
-    if not args.evaluate and args.batch_size % 2 and (args.mixup or args.cutmix or args.cutmix_minmax):
-        raise UserError(
-            f"--batch-size {args.batch_size}: mixup and cutmix take clips in pairs; give an even number, or --mixup 0 "
-            "--cutmix 0"
-        )

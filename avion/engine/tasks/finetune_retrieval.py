@@ -33,7 +33,6 @@ class FinetuneRetrieval(RetrievalTask):
     """Each clip of the train split with one of its relevant sentences, drawn anew in every epoch."""
 
     def __init__(self, args: Any, world: World):
-        _check(args)
         if args.dataset == "demo":
             use_demo_dataset(args, "ek100_videos", **_DEMO_FILES)
         super().__init__(
@@ -105,13 +104,3 @@ def relevancy_file(path: str, split: str) -> str:
     name = Path(path).name
     before, test, after = name.rpartition("test")
     return str(Path(path).with_name(before + "train" + after if test else _TRAIN_RELEVANCY))
-
-
-def _check(args: Any) -> None:
-    if not 0.0 <= args.relevancy_threshold < 1.0:
-        raise UserError(
-            f"--relevancy-threshold {args.relevancy_threshold:g}: relevancies run from 0 to 1 and a positive's lies "
-            "above the threshold; give a number of at least 0 and below 1"
-        )
-    if not 0.0 < args.margin <= 2.0:
-        raise UserError(f"--margin {args.margin:g}: cosines differ by 2 at most; give a number above 0, up to 2")

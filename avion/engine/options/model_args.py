@@ -1,0 +1,92 @@
+"""`--model-args FIELD=VALUE ...`: fields of the model's configuration, read before anything else is."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from avion.errors import UserError
+from avion.models.registry import FieldValue, model_config, read_field
+from avion.ops.selective_scan import check_backend_name
+
+# Flags that are fields of the model's configuration under the same name; num_frames is `--clip-length`.
+_SIZES = ("project_embed_dim", "context_length", "vocab_size")
+_BEHAVIOUR = (
+    "grad_checkpointing", "use_fast_conv1", "use_flash_attn", "patch_dropout", "drop_path_rate", "scan_backend",
+    "freeze_temperature",
+)  # fmt: skip
+_RESERVED = {"name": "--model chooses the model", "tower": "a tower is chosen with the model, by --model"}
+
+
+def parse_model_args(words: Sequence[str], model: str | None = None) -> dict[str, FieldValue]:
+    """["depth=6", "act_layer=quick_gelu"] to {"depth": 6, "act_layer": "quick_gelu"}.
+
+    model: the registered model that they are of, where it is known. Raises UserError, one line, for a field that does
+    not exist, for a value that is not of its type or range, and for two values of one field.
+    """
+    fields: dict[str, FieldValue] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name or not text:
+            raise UserError(f"--model-args {word}: expected FIELD=VALUE, for example depth=6")
+        if name in _RESERVED:
+            raise UserError(f"--model-args {word}: {name} is no field to change; {_RESERVED[name]}")
+        try:
+            value = read_field(name, text, model)
+        except UserError as e:
+            raise UserError(f"--model-args {word}: {e}") from e
+        if name in fields and fields[name] != value:
+            raise UserError(f"--model-args: {name} is given twice, as {fields[name]} and as {value}; keep one")
+        fields[name] = value
+    return fields
+
+
+def flag_of(field: str, flags: Any) -> str | None:
+    """The name of the flag that sets a field of the model's configuration too; `flags`: what has the flags' names."""
+    name = "clip_length" if field == "num_frames" else field
+    return name if name in flags else None
+
+
+def settle_model_args(values: dict[str, Any], config: type) -> dict[str, Any]:
+    """The values of flags, with those that `--model-args` sets in the place of flags.
+
+    UserError where a flag and `--model-args` disagree, and where a registered model (`--model`) cannot have the fields.
+    """
+    flags = {field.name: field for field in dataclasses.fields(config)}
+    if "model" in values:
+        model_config(values["model"])
+    check_backend_name(values.get("scan_backend", "auto"))
+    fields = parse_model_args(values.get("model_args", ()), values.get("model"))
+    values = dict(values)
+    for field, value in fields.items():
+        name = flag_of(field, flags)
+        if name is None:
+            continue
+        shown = "--" + name.replace("_", "-")
+        if name in values and values[name] != value:
+            raise UserError(f"{shown} {values[name]} and --model-args {field}={value}: both set it; give one of them")
+        within = flags[name].metadata["flag"]["within"]
+        if within is not None and value not in within:
+            raise UserError(f"--model-args {field}={value}: is {shown}, which is {within}")
+        values[name] = value
+    return values
+
+
+def sizes(args: Any) -> dict[str, int]:
+    """The flags that are sizes of the model. Fine-tuning has none: there they are the checkpoint's."""
+    return {name: getattr(args, name) for name in _SIZES if hasattr(args, name)}
+
+
+def behaviour(args: Any) -> dict[str, FieldValue]:
+    """The other flags that are fields of the model, and what `--model-args` sets beside the flags."""
+    fields = {name: getattr(args, name, None) for name in _BEHAVIOUR}
+    others = parse_model_args(args.model_args, args.model)
+    return {name: value for name, value in fields.items() if value is not None} | {
+        name: value for name, value in others.items() if flag_of(name, vars(args)) is None
+    }
+
+
+def check_model(args: Any) -> None:
+    """UserError where the registered model `--model` cannot have the fields that the flags give it."""
+    fields = {**sizes(args), "num_frames": args.clip_length, **behaviour(args)}
+    dataclasses.replace(model_config(args.model), **fields)
