@@ -21,14 +21,19 @@ from avion.errors import exit_status
 from avion.numbers import SEED
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="tools/make_demo_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--root", default="datasets/demo", help="the dataset's folder [%(default)s]")
     parser.add_argument("--seed", type=SEED, default=0, help="another seed films other videos [%(default)s]")
     parser.add_argument("--contact-sheet", metavar="FILE", help="write a PNG of every verb pair's frames, no dataset")
-    given = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these command-line words (None: `sys.argv`); returns the exit status."""
+    given = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     def body() -> None:

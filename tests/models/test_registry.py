@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from avion.errors import UserError
-from avion.models import create_model, list_models, register_model, registry
+from avion.models import create_model, list_models, register_model
 from avion.models.__main__ import main
 from avion.models.registry import ModelConfig, model_aliases, model_config, resolve_name
 from avion.models.timemamba import build_divided
@@ -181,13 +181,6 @@ def test_an_override_does_something_or_is_refused(name, field, value):
 
 
 # ---- from outside ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def clean_registry(monkeypatch):
-    """Models that a test registers are gone after it."""
-    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
-    monkeypatch.setattr(registry, "_ALIASES", dict(registry._ALIASES))
 
 
 def test_the_example_of_the_docs(clean_registry):
