@@ -362,12 +362,13 @@ def test_no_clip_has_positives(fails, data):
 
 @pytest.mark.parametrize("threshold", ["-0.1", "1", "1.5", "nan"])
 def test_threshold_out_of_range(fails, threshold):
-    assert f"--relevancy-threshold {threshold}" in fails(f"--relevancy-threshold={threshold}")
+    line = fails(f"--relevancy-threshold={threshold}")
+    assert f"--relevancy-threshold: found '{threshold}', expected a number from 0 to below 1" in line
 
 
 @pytest.mark.parametrize("margin", ["0", "-1", "2.5", "nan"])
 def test_margin_out_of_range(fails, margin):
-    assert f"--margin {margin}" in fails(f"--margin={margin}")
+    assert f"--margin: found '{margin}', expected a number above 0, up to 2" in fails(f"--margin={margin}")
 
 
 @pytest.mark.parametrize(
