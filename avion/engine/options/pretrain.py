@@ -62,7 +62,7 @@ class PretrainOptions(VideoOptions, ModelOptions, OptimOptions, RunOptions, Devi
     gather_with_grad: bool = flag(True, "gradients through the gathered features of the other processes")
 
     def check(self) -> None:
-        """UserError for what another entry point does, for a range of crops that is empty, for a model that cannot be."""
+        """UserError for what another entry point does, for an empty range of crops, and for a model that cannot be."""
         asked = [name for name in ("dataset_val", "evaluate_task") if getattr(self, name) == "egoschema"]
         if asked:
             flags = " and ".join(f"--{name.replace('_', '-')} egoschema" for name in asked)
