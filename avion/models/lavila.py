@@ -18,6 +18,7 @@ from torch import nn
 from .model_clip import CLIP
 from .registry import ModelConfig, register_model
 from .transformer import (
+    INIT_STD,
     Mlp,
     TextTransformer,
     attend,
@@ -25,8 +26,6 @@ from .transformer import (
     drop_path_rates,
     embed_patches,
     encode_tokens,
-    init_attention,
-    init_mlp,
     patch_grid,
     run_block,
     split_heads,
@@ -114,13 +113,12 @@ class LaViLaTower(nn.Module):
         self.init_parameters()
 
     def init_parameters(self) -> None:
-        """CLIP's initial values, and time attention that starts as nothing: v = 0, passed on by ones."""
-        for parameter in (self.cls_token, self.pos_embed):
-            nn.init.normal_(parameter, std=self.width**-0.5)
+        """LaViLa's initial values: time attention starts as nothing (v = 0, passed on by ones), the other linear
+        layers keep PyTorch's."""
+        nn.init.trunc_normal_(self.cls_token, std=INIT_STD)
+        nn.init.trunc_normal_(self.pos_embed, std=INIT_STD)
         nn.init.zeros_(self.temporal_embed)
         for block in self.blocks:
-            init_attention(block.attn, len(self.blocks))
-            init_mlp(block.mlp, len(self.blocks))
             for parameter in block.timeattn.parameters():
                 nn.init.zeros_(parameter)
             nn.init.ones_(block.timeattn.proj.weight)

@@ -22,14 +22,13 @@ from torch import nn
 from .model_clip import CLIP
 from .registry import ModelConfig, build_mixer, register_model
 from .transformer import (
+    INIT_STD,
     Attention,
     Mlp,
     TextTransformer,
     drop_patches,
     drop_path_rates,
     embed_patches,
-    init_attention,
-    init_mlp,
     patch_grid,
     project,
     run_block,
@@ -148,16 +147,13 @@ class DividedTower(nn.Module):
         self.init_parameters()
 
     def init_parameters(self) -> None:
-        """CLIP's initial values; mixers other than attention keep their own."""
-        for parameter in (self.cls_token, self.pos_embed, self.image_projection):
-            nn.init.normal_(parameter, std=self.width**-0.5)
+        """Video Mamba Suite's initial values. Linear layers keep PyTorch's, uniform in ±1/√inputs, biases too: where
+        CLIP's weights are loaded, time attention alone still has them. Mixers keep their own."""
+        nn.init.trunc_normal_(self.cls_token, std=INIT_STD)
+        nn.init.trunc_normal_(self.pos_embed, std=INIT_STD)
+        nn.init.normal_(self.image_projection, std=self.width**-0.5)
         if self.temporal_embed is not None:
             nn.init.zeros_(self.temporal_embed)
-        for block in self.blocks:
-            init_attention(block.attn, len(self.blocks))
-            init_mlp(block.mlp, len(self.blocks))
-            if block.mixer == "attention":
-                init_attention(block.timeattn, len(self.blocks))
 
     def features(self, video: torch.Tensor) -> torch.Tensor:
         """(B, C, T, height, width) → the CLS after the last norm, (B, D)."""

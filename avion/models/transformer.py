@@ -20,6 +20,9 @@ from avion.errors import UserError
 from .registry import ModelConfig
 from .utils import resize_position_embed, resize_temporal_embed
 
+# Standard deviation of initial embeddings, and of AVION's linear layers: timm's for ViTs.
+INIT_STD = 0.02
+
 # ---- attention ---------------------------------------------------------------------------------
 
 # CUDA puts rows × heads into a grid dimension of 16 bits; B·N rows of time attention exceed it.
@@ -266,14 +269,15 @@ class JointViT(nn.Module):
         self.init_parameters()
 
     def init_parameters(self) -> None:
-        std = self.width**-0.5
-        nn.init.normal_(self.class_embedding, std=std)
-        nn.init.normal_(self.positional_embedding, std=std)
+        """AVION's initial values, which are timm's. The norms start as the identity, which AVION's do not."""
+        nn.init.normal_(self.class_embedding, std=INIT_STD)
+        nn.init.normal_(self.positional_embedding, std=INIT_STD)
         nn.init.zeros_(self.temporal_embedding)
-        nn.init.normal_(self.image_projection, std=std)
+        nn.init.normal_(self.image_projection, std=self.width**-0.5)
         for block in self.transformer.resblocks:
-            init_attention(block.attn, len(self.transformer.resblocks))
-            init_mlp(block.mlp, len(self.transformer.resblocks))
+            for linear in (module for module in block.modules() if isinstance(module, nn.Linear)):
+                nn.init.trunc_normal_(linear.weight, std=INIT_STD)
+                nn.init.zeros_(linear.bias)
 
     def features(self, video: torch.Tensor) -> torch.Tensor:
         """(B, C, T, height, width) → the CLS after the last norm, (B, D)."""
@@ -306,25 +310,6 @@ def project(features: torch.Tensor, projection: nn.Parameter | None) -> torch.Te
     return features if projection is None else features @ projection
 
 
-def init_attention(attn: nn.Module, depth: int) -> None:
-    """CLIP's initial values: what writes into the residual stream starts smaller, by √(2 · depth)."""
-    _init_pair(attn, in_std=lambda width: width**-0.5, depth=depth)
-
-
-def init_mlp(mlp: nn.Module, depth: int) -> None:
-    """As `init_attention`, for either MLP."""
-    _init_pair(mlp, in_std=lambda width: (2 * width) ** -0.5, depth=depth)
-
-
-def _init_pair(module: nn.Module, in_std, depth: int) -> None:
-    first, last = (p for p in module.parameters() if p.ndim == 2)
-    width = first.shape[1]
-    nn.init.normal_(first, std=in_std(width))
-    nn.init.normal_(last, std=width**-0.5 * (2 * depth) ** -0.5)
-    for bias in (p for p in module.parameters() if p.ndim == 1):
-        nn.init.zeros_(bias)
-
-
 # ---- CLIP's text tower -------------------------------------------------------------------------
 
 
@@ -351,12 +336,20 @@ class TextTransformer(nn.Module):
         self.init_parameters()
 
     def init_parameters(self) -> None:
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        """CLIP's initial values: what writes into the residual stream starts smaller, by √(2 · depth). The MLP's
+        biases are those of `nn.Linear`."""
+        width = self.positional_embedding.shape[1]
+        out_std = width**-0.5 * (2 * len(self.transformer.resblocks)) ** -0.5
+        nn.init.normal_(self.token_embedding.weight, std=INIT_STD)
         nn.init.normal_(self.positional_embedding, std=0.01)
-        nn.init.normal_(self.text_projection, std=self.positional_embedding.shape[1] ** -0.5)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
         for block in self.transformer.resblocks:
-            init_attention(block.attn, len(self.transformer.resblocks))
-            init_mlp(block.mlp, len(self.transformer.resblocks))
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=out_std)
+            nn.init.zeros_(block.attn.in_proj_bias)
+            nn.init.zeros_(block.attn.out_proj.bias)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=out_std)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return encode_tokens(self, tokens)
