@@ -381,7 +381,8 @@ def test_bf16_autocast_stays_near_float32(name):
 
 
 @every_divided_model
-def test_initial_values_of_a_divided_tower(name):
+def test_gates_and_mixers_at_the_start(name):
+    """Distributions are held in test_initial_values.py."""
     tower = tower_at_init(name)
     assert all(block.alpha_timeattn.shape == () and block.alpha_timeattn == 0 for block in tower.blocks)
     if model_config(name).mixer == "attention":
@@ -390,14 +391,7 @@ def test_initial_values_of_a_divided_tower(name):
         assert tower.temporal_embed is None
         block = tower.blocks[0].time_mamba
         torch.testing.assert_close(block.A_log[3].exp(), torch.arange(1.0, 17.0))
-        assert block.dt_proj.bias.std() > 0.5  # CLIP's initial values did not overwrite the mixer's
-    for block in tower.blocks:
-        assert block.attn.Wqkv.weight.std().item() == pytest.approx(256**-0.5, rel=0.05)
-        assert block.attn.out_proj.weight.std().item() == pytest.approx(256**-0.5 * 4**-0.5, rel=0.05)
-        assert block.mlp.fc1.weight.std().item() == pytest.approx(512**-0.5, rel=0.05)
-        assert block.mlp.fc2.weight.std().item() == pytest.approx(256**-0.5 * 4**-0.5, rel=0.05)
-        assert (block.mlp.fc1.bias == 0).all() and (block.attn.Wqkv.bias == 0).all()
-        assert (block.norm3.weight == 1).all()
+        assert block.dt_proj.bias.std() > 0.5  # the tower's initial values did not overwrite the mixer's
 
 
 def tower_at_init(name):
@@ -408,7 +402,7 @@ def test_initial_values_of_lavilas_time_attention():
     for block in tower_at_init("LAVILA_TSF_B16").blocks:
         assert (block.timeattn.qkv.weight == 0).all() and (block.timeattn.qkv.bias == 0).all()
         assert (block.timeattn.proj.weight == 1).all() and (block.timeattn.proj.bias == 0).all()
-        assert block.attn.qkv.weight.std() > 0.05
+        assert block.attn.qkv.weight.any()
 
 
 def test_lavilas_gate_scales_time_attention():
