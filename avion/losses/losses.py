@@ -1,16 +1,55 @@
-"""Losses over the global batch of a two-tower model.
+"""Losses over the global batch of a two-tower model, with AVION's arguments.
 
-Legend: B clips per process, W processes, E embedding width. Features are L2-normalised.
+Legend: B clips per process, W processes, E embedding width.
 """
+
+import logging
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from avion.errors import UserError
+
 from .gather import gather_features, world
 
+logger = logging.getLogger(__name__)
 
-class ClipLoss(nn.Module):
+
+class _GlobalBatchLoss(nn.Module):
+    """What both losses need to see the features of all processes."""
+
+    def __init__(self, local_loss: bool, gather_with_grad: bool, rank: int, world_size: int, use_horovod: bool):
+        super().__init__()
+        name = type(self).__name__
+        if use_horovod:
+            raise UserError(f"{name}: use_horovod=True is not supported; processes meet through torch.distributed")
+        if not 0 <= rank < world_size:
+            raise UserError(f"{name}: rank={rank} of world_size={world_size} does not exist; ranks begin at 0")
+        self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
+        self.rank, self.world_size = rank, world_size
+
+    def gather(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, E) of this process to (W·B, E) of all."""
+        if self.world_size == 1:
+            return features
+        rank, size = world()
+        if (rank, size) != (self.rank, self.world_size):
+            found = f"rank {rank} of a process group of {size}" if size > 1 else "no process group"
+            raise UserError(
+                f"{type(self).__name__}: rank={self.rank}, world_size={self.world_size}, but there is {found}; give the "
+                "process's own, or leave both out for the pairs of one process alone"
+            )
+        if self.gather_with_grad:
+            return gather_features(features, "sum")
+        return gather_features(features, "own" if self.local_loss else "copies")
+
+    def first_row(self, rows: int) -> int:
+        """Which row of the global batch is the first that the loss is computed for."""
+        return self.rank * rows if self.local_loss else 0
+
+
+class ClipLoss(_GlobalBatchLoss):
     """Mean of the two cross-entropies over logit_scale · V Tᵀ (CLIP, arXiv 2103.00020).
 
     The positives are the diagonal; the negatives come from all processes.
@@ -21,26 +60,36 @@ class ClipLoss(nn.Module):
         gather_with_grad: gradients flow into the features of the other processes. Without it and with
             `local_loss`, a process's features learn only from its own rows and columns. Without
             `local_loss` the result is the same either way, since every process sees the whole loss.
+        cache_labels: keep the labels of the last batch for the next one of the same size.
+        rank, world_size: this process's number and W, as in the process group. With `world_size` 1, the default,
+            nothing is gathered: the pairs are this process's.
+        use_horovod: refused if true.
 
-    `rank`, `world_size` and `use_vissl` of AVION's class are read from the process group and not accepted.
+    Raises:
+        UserError: for a rank that does not exist, and, when it is called, where there is no such process group.
     """
 
-    def __init__(self, local_loss: bool = False, gather_with_grad: bool = True):
-        super().__init__()
-        self.local_loss = local_loss
-        self.gather_with_grad = gather_with_grad
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ):
+        super().__init__(local_loss, gather_with_grad, rank, world_size, use_horovod)
+        self.cache_labels = cache_labels
+        self._labels: torch.Tensor | None = None
 
     def forward(self, image_features, text_features, logit_scale) -> dict[str, torch.Tensor]:
-        """image_features, text_features (B, E); logit_scale 0-d, already exponentiated.
+        """image_features, text_features (B, E), of length 1; logit_scale 0-d, already exponentiated.
 
         Returns `loss` (0-d float32; with `local_loss` this process's share) and `clip_acc`: the percentage
         of clips in its rows whose own text scores highest.
         """
         image_features, text_features = image_features.float(), text_features.float()
-        mode = _backward_mode(self.local_loss, self.gather_with_grad)
-        all_images = gather_features(image_features, mode)  # (W·B, E)
-        all_texts = gather_features(text_features, mode)  # (W·B, E)
-        first_row = world()[0] * image_features.shape[0] if self.local_loss else 0
+        all_images, all_texts = self.gather(image_features), self.gather(text_features)  # (W·B, E)
         with torch.autocast(image_features.device.type, enabled=False):
             if self.local_loss:
                 per_image = logit_scale * image_features @ all_texts.T  # (B, W·B)
@@ -48,16 +97,27 @@ class ClipLoss(nn.Module):
             else:
                 per_image = logit_scale * all_images @ all_texts.T  # (W·B, W·B)
                 per_text = per_image.T
-            labels = torch.arange(per_image.shape[0], device=per_image.device) + first_row
+            labels = self.labels(per_image)
             loss = (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
         accuracy = 100.0 * (per_image.detach().argmax(dim=-1) == labels).float().mean()
         return {"loss": loss, "clip_acc": accuracy}
 
+    def labels(self, logits: torch.Tensor) -> torch.Tensor:
+        """The column of each row's own pair: logits (R, W·B) → (R,) int64."""
+        rows, device = len(logits), logits.device
+        kept = self._labels
+        if kept is not None and len(kept) == rows and kept.device == device:
+            return kept
+        labels = torch.arange(rows, device=device) + self.first_row(rows)
+        # A tensor of inference mode would end the next backward pass.
+        self._labels = labels if self.cache_labels and not labels.is_inference() else None
+        return labels
 
-class MaxMarginRankingLoss(nn.Module):
+
+class MaxMarginRankingLoss(_GlobalBatchLoss):
     """Bidirectional max-margin ranking loss of the global batch (Frozen in Time, arXiv 2104.00650).
 
-    With S_ij the similarity of text i and clip j, n = W·B, and w_i the weight of pair i (1 without weights):
+    With S_ij the cosine of text i and clip j, n = W·B, and w_i the weight of pair i (1 without weights):
 
         loss = 1 / (2 n (n - 1)) · sum over i ≠ j of w_i · [relu(margin - S_ii + S_ij) + relu(margin - S_ii + S_ji)]
 
@@ -66,48 +126,67 @@ class MaxMarginRankingLoss(nn.Module):
 
     Args:
         margin: in units of the cosine.
-        local_loss, gather_with_grad: as in `ClipLoss`; a process's own rows are its own pairs i.
+        fix_norm: leave out the diagonal, as above. Without it i = j counts too, each time with the margin itself, and
+            the sum is divided by 2 n².
+        local_loss, gather_with_grad, rank, world_size, use_horovod: as in `ClipLoss`; a process's own rows are its
+            own pairs i.
+        weighted: use the weights that the loss is called with. AVION's scripts hand over relevancies, and its loss,
+            with which the published models were trained, does not look at them: that is the default.
 
-    The diagonal is left out, which AVION's class calls `fix_norm`; that is not accepted, nor are `rank` and
-    `world_size`, which are read from the process group.
+    Raises:
+        UserError: as `ClipLoss`.
     """
 
-    def __init__(self, margin: float = 0.2, local_loss: bool = False, gather_with_grad: bool = True):
-        super().__init__()
-        self.margin = margin
-        self.local_loss = local_loss
-        self.gather_with_grad = gather_with_grad
+    def __init__(
+        self,
+        margin: float = 0.2,
+        fix_norm: bool = True,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        weighted: bool = False,
+    ):
+        super().__init__(local_loss, gather_with_grad, rank, world_size, use_horovod)
+        self.margin, self.fix_norm, self.weighted = margin, fix_norm, weighted
+        self._warned = False
 
     def forward(self, image_features, text_features, weight=None) -> dict[str, torch.Tensor]:
-        """image_features, text_features (B, E), normalised; weight (B,), not negative, or None.
+        """image_features, text_features (B, E) of any length; weight (B,), not negative, or None.
 
         Returns `loss` (0-d float32; with `local_loss` this process's share) and `max_margin_loss`, the same
         without gradient.
         """
-        images, texts = image_features.float(), text_features.float()  # (R, E), R rows: B or W·B
-        mode = _backward_mode(self.local_loss, self.gather_with_grad)
-        all_images = gather_features(images, mode)  # (W·B, E)
-        all_texts = gather_features(texts, mode)  # (W·B, E)
-        first_row = world()[0] * len(images) if self.local_loss else 0
-        if not self.local_loss:
-            images, texts = all_images, all_texts
-            weight = None if weight is None else gather_features(weight.float()[:, None])[:, 0]
-        with torch.autocast(images.device.type, enabled=False):
+        weight = self._weight(weight)
+        device = image_features.device.type
+        with torch.autocast(device, enabled=False):
+            images, texts = (F.normalize(x.float(), dim=-1, eps=1e-8) for x in (image_features, text_features))
+            all_images, all_texts = self.gather(images), self.gather(texts)  # (W·B, E)
+            first_row = self.first_row(len(images))
+            if not self.local_loss:
+                images, texts = all_images, all_texts  # (R, E), R rows: B or W·B
+                weight = None if weight is None else self.gather(weight[:, None])[:, 0]
             per_text = texts @ all_images.T  # (R, W·B)
             per_image = images @ all_texts.T  # (R, W·B)
             own = per_text.diagonal(first_row)[:, None]  # (R, 1)
             pairs = F.relu(self.margin - own + per_text) + F.relu(self.margin - own + per_image)
             if weight is not None:
-                pairs = pairs * weight.float()[:, None]
+                pairs = pairs * weight[:, None]
             rows, columns = pairs.shape
-            column = torch.arange(columns, device=pairs.device)
-            is_own = column[:rows, None] + first_row == column  # (R, W·B)
-            loss = pairs.masked_fill(is_own, 0.0).sum() / (2 * rows * max(columns - 1, 1))
+            if not self.fix_norm:
+                loss = pairs.sum() / (2 * rows * columns)
+            else:
+                column = torch.arange(columns, device=pairs.device)
+                is_own = column[:rows, None] + first_row == column  # (R, W·B)
+                loss = pairs.masked_fill(is_own, 0.0).sum() / (2 * rows * max(columns - 1, 1))
         return {"loss": loss, "max_margin_loss": loss.detach()}
 
-
-def _backward_mode(local_loss: bool, gather_with_grad: bool) -> str:
-    """How gradients come back through the gather; see `gather._AllGather`."""
-    if gather_with_grad:
-        return "sum"
-    return "own" if local_loss else "copies"
+    def _weight(self, weight: torch.Tensor | None) -> torch.Tensor | None:
+        if weight is None or self.weighted:
+            return None if weight is None else weight.float()
+        if not self._warned:
+            logger.warning("MaxMarginRankingLoss: the weights are not used, as in AVION; weighted=True uses them")
+            self._warned = True
+        return None

@@ -86,14 +86,15 @@ def test_repeated_forward_pass_draws_the_same_dropout():
     assert_same(run_step(model, pieces, ClipLoss()), expected)
 
 
-LOSSES = {"full": ClipLoss(), "local": ClipLoss(True), "without gathered gradients": ClipLoss(False, False)}
+LOSSES = {"full": (False, True), "local": (True, True), "without gathered gradients": (False, False)}
 
 
 def _distributed_steps(rank, size, pieces, seed):
     dist.init_process_group("gloo")
     share = CLIPS // size
     micro_batches = micro(rank * share, share, pieces, seed)
-    return {name: run_step(DistributedDataParallel(tiny_model()), micro_batches, loss) for name, loss in LOSSES.items()}
+    losses = {name: ClipLoss(*how, rank=rank, world_size=size) for name, how in LOSSES.items()}
+    return {name: run_step(DistributedDataParallel(tiny_model()), micro_batches, loss) for name, loss in losses.items()}
 
 
 @pytest.mark.parametrize("size, pieces", [(2, 1), (3, 1), (2, 3)])

@@ -40,7 +40,8 @@ class FinetuneRetrieval(RetrievalTask):
             relevancy=relevancy_file(args.relevancy_path, "test"),
         )  # fmt: skip
         self.loss = MaxMarginRankingLoss(
-            args.margin, local_loss=args.local_loss, gather_with_grad=args.gather_with_grad
+            args.margin, local_loss=args.local_loss, gather_with_grad=args.gather_with_grad, rank=world.rank,
+            world_size=world.size, weighted=args.relevancy_weighting,
         )  # fmt: skip
         if args.use_multi_epochs_loader:
             logger.info("--use-multi-epochs-loader: workers live as long as the run with or without it")

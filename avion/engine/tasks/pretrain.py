@@ -33,7 +33,10 @@ class Pretrain(RetrievalTask):
             args, world, root=args.root_val, root_flag="--root-val", clips=args.val_metadata,
             relevancy=args.relevancy_path,
         )  # fmt: skip
-        self.loss = ClipLoss(local_loss=args.local_loss, gather_with_grad=args.gather_with_grad)
+        self.loss = ClipLoss(
+            local_loss=args.local_loss, gather_with_grad=args.gather_with_grad, cache_labels=True, rank=world.rank,
+            world_size=world.size,
+        )  # fmt: skip
         self.narrations = None if args.evaluate else read_ego4d(args.train_metadata, *args.train_metadata_aux)
 
     def facts(self) -> dict[str, Any]:
