@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,13 +9,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from avion.data.avion_datasets import VideoCaptionDatasetCLIP, VideoClassyDataset, get_downstream_dataset
 from avion.data.decoding import VideoError
-from avion.data.ego4d import read_ego4d
-from avion.data.ek100 import read_ek100_retrieval
 from avion.data.narrations import Narration
-from avion.data.transforms import EvalTransform, TrainTransform
 from avion.data.video_store import SAMPLINGS, VideoStore
 from avion.errors import UserError
+
+# The last three are AVION's, which has them here.
+__all__ = ["ClipDataset", "VideoCaptionDatasetCLIP", "VideoClassyDataset", "get_downstream_dataset"]
 
 
 class ClipDataset(Dataset):
@@ -139,65 +139,3 @@ class ClipDataset(Dataset):
 
     def _tokens(self, text: str) -> dict[str, torch.Tensor]:
         return {} if self.tokenizer is None else {"tokens": self.tokenizer(text).reshape(-1)}
-
-
-class VideoCaptionDatasetCLIP(Dataset):
-    """AVION's dataset for people's own scripts: same arguments, items are (frames, tokens or text).
-
-    dataset: "ego4d" (metadata is a pickle) or "ek100_mir" (metadata is a CSV). frames: float32 (T, H, W, 3), 0 to
-    255, given to `transform` if there is one. fast_rrc, fast_rcc: crop and resize before that, to uint8 frames of
-    rrc_params[0] (random box, area share rrc_params[1]) or rcc_params[0] (central). chunk_len -1 means whole
-    files. clip_stride is accepted as in AVION, where uniform sampling does not use it either.
-    Unlike there, a clip that cannot be read raises VideoError. Randomness comes from torch's generator.
-    """
-
-    def __init__(
-        self,
-        dataset: str,
-        root: str | os.PathLike,
-        metadata: str | os.PathLike,
-        transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        is_training: bool = True,
-        tokenizer: Callable[[str], torch.Tensor] | None = None,
-        chunk_len: int = 300,
-        clip_length: int = 32,
-        clip_stride: int = 2,
-        threads: int = 1,
-        fast_rrc: bool = False,
-        rrc_params: tuple = (224, (0.5, 1.0)),
-        fast_rcc: bool = False,
-        rcc_params: tuple = (224,),
-    ):
-        readers = {"ego4d": read_ego4d, "ek100_mir": read_ek100_retrieval}
-        if dataset not in readers:
-            raise UserError(f"dataset: {dataset!r} is not one of {', '.join(readers)}")
-        if fast_rrc and fast_rcc:
-            raise UserError("fast_rrc and fast_rcc: only one of the two crops can be taken")
-        self.samples = readers[dataset](metadata)
-        layout, chunk_len = ("whole", 1) if chunk_len == -1 else ("auto", chunk_len)
-        self.store = VideoStore(root, chunk_length=chunk_len, layout=layout, threads=threads)
-        self.transform, self.tokenizer, self.is_training = transform, tokenizer, is_training
-        self.clip_length, self.clip_stride = clip_length, clip_stride
-        self._crop = None
-        if fast_rrc:
-            self._crop = TrainTransform(rrc_params[0], scale=tuple(rrc_params[1]), fused=True)
-        elif fast_rcc:
-            self._crop = EvalTransform(rcc_params[0], fused=True)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor | str]:
-        rng = np.random.default_rng(int(torch.randint(2**62, ())))
-        row = self.samples[i]
-        clip = self.store.read_clip(
-            row.video, row.start, row.end, self.clip_length, rng=rng if self.is_training else None
-        )
-        if self._crop is None:
-            frames = torch.from_numpy(clip.frames).float()
-        else:
-            frames = self._crop(clip.frames, rng).permute(1, 2, 3, 0).float()  # (T, h, w, 3)
-        if self.transform is not None:
-            frames = self.transform(frames)
-        text = row.texts[rng.integers(len(row.texts)) if self.is_training else 0]
-        return frames, text if self.tokenizer is None else self.tokenizer(text).reshape(-1)

@@ -8,11 +8,13 @@ rest on the device. They differ by uint8's rounding only.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from avion.constants import NORM_STYLES
 from avion.errors import UserError
@@ -168,3 +170,51 @@ def _statistics(norm_style: str, device: torch.device) -> tuple[torch.Tensor, to
 def _check_norm_style(norm_style: str) -> None:
     if norm_style not in NORM_STYLES:
         raise UserError(f"norm style: {norm_style!r} is not one of {', '.join(NORM_STYLES)}")
+
+
+# ---- AVION's, for people's own scripts ---------------------------------------------------------
+
+
+class Permute(nn.Module):
+    """A video with its dimensions in the order `ordering`, as `Tensor.permute`: [3, 0, 1, 2] makes (T, H, W, C) of a
+    decoder into (C, T, H, W)."""
+
+    def __init__(self, ordering: Sequence[int]):
+        super().__init__()
+        self.ordering = ordering
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        return frames.permute(*self.ordering)
+
+
+class SpatialCrop(nn.Module):
+    """Square crops along the longer side of videos: a list of (C, T, H, W) to a list of (C, T, crop_size, crop_size),
+    the crops of a video one after the other.
+
+    num_crops: 1, the centre; 3: left, centre, right (of upright videos: top, centre, bottom); 6: these, and the same
+    of the mirrored video. Along the shorter side the crop is central.
+    Raises UserError for another number and for a video that is smaller than the crop.
+    """
+
+    def __init__(self, crop_size: int = 224, num_crops: int = 3):
+        super().__init__()
+        if num_crops not in (1, 3, 6):
+            raise UserError(f"num_crops: 1, 3 or 6 are due, found {num_crops!r}")
+        self.crop_size, self.num_crops = crop_size, num_crops
+
+    def forward(self, videos: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [crop for video in videos for crop in self._crops(video)]
+
+    def _crops(self, video: torch.Tensor) -> list[torch.Tensor]:
+        size, room = self.crop_size, [side - self.crop_size for side in video.shape[-2:]]
+        if video.ndim != 4 or min(room) < 0:
+            found = tuple(video.shape)
+            raise UserError(f"videos of shape (C, T, H, W), at least {size} x {size}, are due; found {found}")
+        long = 0 if room[0] > room[1] else 1
+        corners = []
+        for share in (1,) if self.num_crops == 1 else (0, 1, 2):  # halves of the room before the crop
+            corner = [-(-r // 2) for r in room]
+            corner[long] = -(-share * room[long] // 2)
+            corners.append(corner)
+        views = [video, video.flip(-1)] if self.num_crops == 6 else [video]
+        return [view[..., top : top + size, left : left + size] for view in views for top, left in corners]

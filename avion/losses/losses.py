@@ -37,8 +37,8 @@ class _GlobalBatchLoss(nn.Module):
         if (rank, size) != (self.rank, self.world_size):
             found = f"rank {rank} of a process group of {size}" if size > 1 else "no process group"
             raise UserError(
-                f"{type(self).__name__}: rank={self.rank}, world_size={self.world_size}, but there is {found}; give the "
-                "process's own, or leave both out for the pairs of one process alone"
+                f"{type(self).__name__}: rank={self.rank}, world_size={self.world_size}, but there is {found}; "
+                "give the process's own, or leave both out for the pairs of one process alone"
             )
         if self.gather_with_grad:
             return gather_features(features, "sum")

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from avion.errors import UserError
+
 from .registry import ModelConfig, create_model, register_model
 from .transformer import JointViT, TextTransformer
 
@@ -52,15 +54,15 @@ class CLIP(nn.Module):
 class VideoClassifier(nn.Module):
     """A video tower with one linear head: (B, C, T, height, width) → logits (B, num_classes).
 
-    vis_model: the `visual` of any registered model. Its projection into the shared embedding is
-    taken away; the head reads the CLS after the last norm, `vis_model.width` channels.
+    vision_model: the `visual` of any registered model. Its projection into the shared embedding is
+    taken away; the head reads the CLS after the last norm, `vision_model.width` channels.
     config: the two-tower model's, of which this is one tower; actions: what the classes stand for. Both go into
     checkpoints (see classifier.py).
     """
 
     def __init__(
         self,
-        vis_model: nn.Module,
+        vision_model: nn.Module,
         dropout: float,
         num_classes: int,
         config: ModelConfig | None = None,
@@ -69,10 +71,10 @@ class VideoClassifier(nn.Module):
         super().__init__()
         self.config = config
         self.actions = None if actions is None else tuple(actions)
-        self.visual = vis_model
+        self.visual = vision_model
         self.visual.image_projection = None
         self.dropout = nn.Dropout(dropout)
-        self.fc_cls = nn.Linear(vis_model.width, num_classes)
+        self.fc_cls = nn.Linear(vision_model.width, num_classes)
         nn.init.normal_(self.fc_cls.weight, std=0.01)
         nn.init.zeros_(self.fc_cls.bias)
 
@@ -110,13 +112,14 @@ register_model(ModelConfig("CLIP_VITL14", "joint", **_LARGE), build_joint)
 register_model(ModelConfig("CLIP_VITL14_336PX", "joint", img_size=336, **_LARGE), build_joint)
 
 
-# ---- AVION's factory functions, for people's own scripts ---------------------------------------
+# ---- factory functions of AVION and Video Mamba Suite, for people's own scripts ----------------
 
 
 def _avion_factory(name: str) -> Callable[..., CLIP]:
     def build(
         freeze_temperature: bool = False,
         use_grad_checkpointing: bool = False,
+        use_bidirectional_lm: bool = False,
         context_length: int = 77,
         vocab_size: int = 49408,
         patch_dropout: float = 0.0,
@@ -131,6 +134,8 @@ def _avion_factory(name: str) -> Callable[..., CLIP]:
     ) -> CLIP:
         from .pretrained import load_pretrained  # it needs create_model, and so this module
 
+        if use_bidirectional_lm:
+            raise UserError(f"{name}: use_bidirectional_lm=True is not supported; the text tower is CLIP's, causal")
         model = create_model(
             name,
             freeze_temperature=freeze_temperature,
@@ -142,7 +147,6 @@ def _avion_factory(name: str) -> Callable[..., CLIP]:
             num_frames=num_frames,
             use_fast_conv1=use_fast_conv1,
             use_flash_attn=use_flash_attn,
-            act_layer="quick_gelu" if use_quick_gelu else "gelu",
             project_embed_dim=project_embed_dim,
         )
         load_pretrained(model, pretrain_zoo, pretrain_path)
@@ -151,8 +155,10 @@ def _avion_factory(name: str) -> Callable[..., CLIP]:
     build.__name__ = build.__qualname__ = name
     build.__doc__ = (
         f"`create_model({name!r})` with AVION's arguments and defaults, and initial weights from\n"
-        '    pretrain_zoo ("openai", "open_clip", or "none"). An unknown argument is a TypeError.\n'
-        "    use_flash_attn: True fused kernels only, False plain math, None PyTorch's choice."
+        '    pretrain_zoo ("openai", "open_clip", "lavila", or "none"). An unknown argument is a TypeError.\n'
+        "    use_flash_attn: True fused kernels only, False plain math, None PyTorch's choice.\n"
+        "    use_quick_gelu: without effect, as in AVION, whose scripts say True and whose models have GELU; the\n"
+        '    other is `create_model(..., act_layer="quick_gelu")`. use_bidirectional_lm: refused if True.'
     )
     return build
 
@@ -161,3 +167,8 @@ CLIP_VITB32 = _avion_factory("CLIP_VITB32")
 CLIP_VITB16 = _avion_factory("CLIP_VITB16")
 CLIP_VITL14 = _avion_factory("CLIP_VITL14")
 CLIP_VITL14_336PX = _avion_factory("CLIP_VITL14_336PX")
+CLIP_TimeSformerB16 = _avion_factory("CLIP_TimeSformerB16")
+CLIP_FrozenInTime_TimeSformerB16 = _avion_factory("CLIP_FrozenInTime_TimeSformerB16")
+CLIP_TimeMamba_like_timesformer = _avion_factory("CLIP_TimeMamba_like_timesformer")
+CLIP_TimeMamba_like_frozen = _avion_factory("CLIP_TimeMamba_like_frozen")
+CLIP_TimeMamba_like_frozen_joint = _avion_factory("CLIP_TimeMamba_like_frozen_joint")

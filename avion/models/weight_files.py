@@ -8,13 +8,14 @@ state beside the weights is never read.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,28 @@ _SAFE_GLOBALS: list[Any] = [
 ]
 
 
+def extend_torch_load() -> None:
+    """Let `torch.load` itself, in the rest of this process, read what upstream's checkpoints hold beside tensors: the
+    flags as `argparse.Namespace`, and numpy's numbers."""
+    scalar = np.float64(0).__reduce__()[0]
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # numpy 1's and numpy 2's
+    dtypes = [np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
+    torch.serialization.add_safe_globals([argparse.Namespace, *dtypes, *((scalar, name) for name in names)])
+
+
+@contextlib.contextmanager
+def _safe_globals_alone() -> Iterator[None]:
+    """`torch.load` reads _SAFE_GLOBALS, whatever else this process may have allowed, and afterwards that again."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(_SAFE_GLOBALS)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """The contents of a checkpoint, tensors on the CPU, memory-mapped where the format allows it.
 
@@ -163,7 +186,7 @@ def _read(path: Path) -> Any:
 
 
 def _torch_load(path: Path, *, mmap: bool) -> Any:
-    with warnings.catch_warnings(), torch.serialization.safe_globals(_SAFE_GLOBALS):
+    with warnings.catch_warnings(), _safe_globals_alone():
         # Only hostile and foreign files have another pickle protocol: they get one line, the error's.
         warnings.filterwarnings("ignore", message="Detected pickle protocol")
         return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)

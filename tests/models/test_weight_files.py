@@ -18,7 +18,7 @@ from torch import nn
 from avion.errors import UserError
 from avion.models import weight_files
 from avion.models.checkpoint import read_checkpoint, resolve_path
-from avion.models.weight_files import checkpoint_state_dict, write_pt, write_safetensors
+from avion.models.weight_files import checkpoint_state_dict, extend_torch_load, write_pt, write_safetensors
 
 
 def refusal(path) -> str:
@@ -369,3 +369,33 @@ def test_flag_of_the_caller_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="a.bin or b.bin .*--some-flag"):
         weight_files.hub_file("owner/repo", ["a.bin", "b.bin"], "--some-flag")
+
+
+def test_what_a_script_lets_torch_load_read_stays_so(tmp_path):
+    """And does not change what is read here: numpy's own types would be taken for the stand-ins."""
+    path = tmp_path / "checkpoint.pt"
+    content = {"state_dict": {"a": torch.ones(1)}, "args": argparse.Namespace(lr=0.1), "best_acc1": np.float64(0.5)}
+    torch.save(content, path)
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(path)
+        assert read_checkpoint(path)["best_acc1"] == 0.5
+        assert torch.serialization.get_safe_globals() == []
+        extend_torch_load()
+        allowed = set(torch.serialization.get_safe_globals())
+        assert read_checkpoint(path)["best_acc1"] == 0.5
+        assert set(torch.serialization.get_safe_globals()) == allowed
+        found = torch.load(path)
+        assert found["args"].lr == 0.1 and found["best_acc1"] == 0.5
+        torch.save({"args": OneOfTheirs()}, path)
+        with pytest.raises(pickle.UnpicklingError, match="OneOfTheirs"):
+            torch.load(path)
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+class OneOfTheirs:
+    """A class that nobody has allowed."""

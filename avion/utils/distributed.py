@@ -1,0 +1,106 @@
+"""AVION's `avion.utils.distributed`: what its scripts ask about processes, and how they save.
+
+Importing this lets `torch.load`, which by default reads nothing but tensors and plain values, also read what AVION puts
+into its checkpoints: `argparse.Namespace` (the flags) and numpy's numbers (the best figure).
+"""
+
+import argparse
+import datetime
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from avion.engine.distributed import choose_device, detect_launch
+from avion.engine.state import BEST, LATEST, copy_atomically, save_atomically
+from avion.models.weight_files import extend_torch_load
+
+extend_torch_load()
+
+
+def init_distributed_mode(args: argparse.Namespace) -> None:
+    """Find the other processes of this run and meet them.
+
+    Launchers are those of this project's own entry points (torchrun, srun with several tasks), else `args.rank`,
+    `args.world_size` and `args.dist_url` count. Sets `args.rank`, `args.world_size`, `args.gpu` (None without a GPU),
+    `args.dist_backend` ("gloo" without a GPU) and `args.distributed`. A process that was started alone gets a process
+    group of its own, so that a script may gather without asking, and `args.distributed` is False, as in AVION.
+
+    Unlike AVION's, this leaves `print` as it is: every process prints.
+    Raises UserError for variables of a launcher that do not fit together, and for a GPU that does not exist.
+    """
+    launched = {"RANK", "WORLD_SIZE"} <= set(os.environ)
+    launch = detect_launch(_with_defaults(args))
+    device = choose_device("auto", None if launched else getattr(args, "gpu", None), launch.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    args.rank, args.world_size, args.gpu = launch.rank, launch.size, device.index
+    args.distributed = launched or launch.size > 1
+    args.dist_backend = _with_defaults(args).dist_backend if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(minutes=30)
+    if not args.distributed:
+        print("Not using distributed mode")
+        if is_dist_avail_and_initialized():
+            return
+        dist.init_process_group(args.dist_backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    print(f"process {launch.rank} of {launch.size} ({launch.by}, {args.dist_backend}): {launch.url}", flush=True)
+    dist.init_process_group(
+        args.dist_backend, init_method=launch.url, rank=launch.rank, world_size=launch.size, timeout=timeout
+    )
+    dist.barrier()
+
+
+def _with_defaults(args: argparse.Namespace) -> argparse.Namespace:
+    """`args`, and AVION's defaults for those of its flags that a script may not have."""
+    defaults = {"rank": 0, "world_size": 1, "local_rank": 0, "dist_url": "env://", "dist_backend": "nccl"}
+    return argparse.Namespace(**{**defaults, **vars(args)})
+
+
+def is_dist_avail_and_initialized() -> bool:
+    """Whether there is a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_rank() -> int:
+    """This process's number; 0 without a process group."""
+    return dist.get_rank() if is_dist_avail_and_initialized() else 0
+
+
+def get_world_size() -> int:
+    """How many processes there are; 1 without a process group."""
+    return dist.get_world_size() if is_dist_avail_and_initialized() else 1
+
+
+def is_main_process() -> bool:
+    """Whether this is process 0."""
+    return get_rank() == 0
+
+
+def get_model(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel or DistributedDataParallel; any other as it is."""
+    wrapped = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    return model.module if wrapped else model
+
+
+def random_seed(seed: int = 42, rank: int = 0) -> None:
+    """Start the generators of torch, numpy and Python from seed + rank."""
+    for start in (torch.manual_seed, np.random.seed, random.seed):
+        start(seed + rank)
+
+
+def save_on_master(state: Mapping[str, Any], is_best: bool, output_dir: str | os.PathLike) -> None:
+    """On process 0: `state` as {output_dir}/checkpoint.pt, whole or not at all, and where `is_best` the same as
+    checkpoint_best.pt. Raises UserError if it cannot be written."""
+    if not is_main_process():
+        return
+    folder = Path(output_dir)
+    save_atomically(state, folder / LATEST)
+    if is_best:
+        copy_atomically(folder / LATEST, folder / BEST)
