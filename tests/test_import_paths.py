@@ -5,13 +5,18 @@ import importlib
 import pytest
 
 PATHS = {
-    "avion.data.clip_dataset": ["VideoCaptionDatasetCLIP"],
+    "avion.data.clip_dataset": ["VideoCaptionDatasetCLIP", "VideoClassyDataset", "get_downstream_dataset"],
     "avion.data.tokenizer": ["tokenize"],
+    "avion.data.transforms": ["Permute", "SpatialCrop"],
     "avion.losses.losses": ["ClipLoss", "MaxMarginRankingLoss"],
     "avion.models.model_clip": "CLIP VideoClassifier CLIP_VITB32 CLIP_VITB16 CLIP_VITL14 CLIP_VITL14_336PX".split(),
     "avion.models.utils": ["inflate_positional_embeds"],
     "avion.optim.schedulers": ["cosine_scheduler"],
     "avion.utils.evaluation_ek100mir": ["get_mAP", "get_nDCG"],
+    "avion.utils.distributed": "get_model get_rank get_world_size init_distributed_mode is_dist_avail_and_initialized "
+    "is_main_process random_seed save_on_master".split(),
+    "avion.utils.meters": ["AverageMeter", "ProgressMeter"],
+    "avion.utils.misc": ["check_loss_nan", "generate_label_map", "interpolate_pos_embed"],
     "avion.utils.evaluation_ek100cls": ["get_marginal_indexes", "marginalize", "get_mean_accuracy"],
 }
 

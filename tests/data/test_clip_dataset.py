@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from avion.data.clip_dataset import ClipDataset, VideoCaptionDatasetCLIP
+from avion.data.clip_dataset import ClipDataset
 from avion.data.decoding import VideoError
 from avion.data.narrations import TableBuilder
 from avion.data.tokenizer import tokenize
@@ -237,68 +237,6 @@ class TestBadArguments:
     def test_user_errors(self, make, kwargs, message):
         with pytest.raises(UserError, match=message):
             make(**kwargs)
-
-
-class TestAvionsDataset:
-    """`VideoCaptionDatasetCLIP` as people's scripts call it."""
-
-    @pytest.fixture
-    def ego4d(self, tmp_path):
-        path = tmp_path / "ego4d_train.pkl"
-        path.write_bytes(pickle.dumps([row for row in ROWS if row[0] == "abc"]))
-        return path
-
-    def test_plain_frames_and_tokens(self, chunked, ego4d):
-        dataset = VideoCaptionDatasetCLIP(
-            "ego4d", chunked.avion, ego4d, is_training=False, tokenizer=tokenize, chunk_len=15, clip_length=4
-        )
-        frames, tokens = dataset[0]
-        assert len(dataset) == 4
-        assert frames.shape == (4, 64, 96, 3) and frames.dtype == torch.float32
-        assert [read_barcode(f.numpy()) for f in frames] == [16, 28, 41, 53]  # middles of [10, 60)
-        assert torch.equal(tokens, tokenize("take the cup")[0])
-
-    def test_transform_and_text_without_tokenizer(self, chunked, ego4d):
-        dataset = VideoCaptionDatasetCLIP(
-            "ego4d", chunked.avion, ego4d, transform=lambda x: x.permute(3, 0, 1, 2) / 255, chunk_len=15, clip_length=2
-        )
-        frames, text = dataset[0]
-        assert frames.shape == (3, 2, 64, 96) and frames.min() >= 0 and frames.max() <= 1
-        assert text == "take the cup"
-
-    @pytest.mark.parametrize(
-        "crop", [{"fast_rrc": True, "rrc_params": (24, (0.5, 1.0))}, {"fast_rcc": True, "rcc_params": (24,)}]
-    )
-    def test_fast_crops(self, chunked, ego4d, crop):
-        dataset = VideoCaptionDatasetCLIP("ego4d", chunked.avion, ego4d, chunk_len=15, clip_length=4, **crop)
-        frames, _ = dataset[0]
-        assert frames.shape == (4, 24, 24, 3) and frames.dtype == torch.float32
-
-    def test_whole_files_and_torch_seed(self, chunked, ego4d):
-        dataset = VideoCaptionDatasetCLIP("ego4d", chunked.whole, ego4d, chunk_len=-1, clip_length=4)
-        torch.manual_seed(3)
-        first = dataset[3][0]
-        second = dataset[3][0]
-        torch.manual_seed(3)
-        assert torch.equal(dataset[3][0], first) and not torch.equal(first, second)
-
-    def test_ek100(self, chunked, tmp_path):
-        path = tmp_path / "clips.csv"
-        path.write_text(
-            "narration_id,participant_id,video_id,start_timestamp,stop_timestamp,narration\n"
-            "P01_01_0,P01,P01_01,00:00:13.00,00:00:17.00,put cup\n"
-        )
-        dataset = VideoCaptionDatasetCLIP("ek100_mir", chunked.ek, path, is_training=False, chunk_len=15, clip_length=4)
-        frames, text = dataset[0]
-        assert [read_barcode(f.numpy()) for f in frames] == [135, 145, 155, 165] and text == "put cup"
-
-    def test_errors(self, chunked, ego4d):
-        with pytest.raises(UserError, match="'kinetics' is not one of ego4d, ek100_mir"):
-            VideoCaptionDatasetCLIP("kinetics", chunked.avion, ego4d)
-        with pytest.raises(UserError, match="only one"):
-            VideoCaptionDatasetCLIP("ego4d", chunked.avion, ego4d, fast_rrc=True, fast_rcc=True)
-        with pytest.raises(TypeError):
-            VideoCaptionDatasetCLIP("ego4d", chunked.avion, ego4d, clip_lenght=4)
 
 
 def test_importing_the_dataset_loads_no_decoder():

@@ -9,6 +9,8 @@ from torchvision.transforms import RandomResizedCrop, v2
 from avion.constants import NORM_STYLES
 from avion.data.transforms import (
     EvalTransform,
+    Permute,
+    SpatialCrop,
     TrainTransform,
     normalize_clip,
     random_crop_box,
@@ -206,3 +208,39 @@ class TestBadArguments:
         for _, _, h, w in boxes:
             assert w / h == pytest.approx(2.0, abs=0.02)
             assert math.sqrt(h * w) == pytest.approx(400 * math.sqrt(0.2), abs=1.0)
+
+
+class TestAvionsTransforms:
+    def test_permute(self):
+        video = torch.randn(4, 6, 8, 3)
+        found = Permute([3, 0, 1, 2])(video)
+        assert found.shape == (3, 4, 6, 8) and torch.equal(found[1, 2], video[2, ..., 1])
+
+    @pytest.mark.parametrize("height, width", [(4, 9), (9, 4), (4, 4), (5, 9)])
+    def test_three_crops_by_hand(self, height, width):
+        """Halves of an odd room are rounded up."""
+        video = torch.arange(2.0 * height * width).view(1, 2, height, width)
+        found = SpatialCrop(4, 3)([video])
+        tops = {(4, 9): [0, 0, 0], (9, 4): [0, 3, 5], (4, 4): [0, 0, 0], (5, 9): [1, 1, 1]}[height, width]
+        lefts = {(4, 9): [0, 3, 5], (9, 4): [0, 0, 0], (4, 4): [0, 0, 0], (5, 9): [0, 3, 5]}[height, width]
+        assert len(found) == 3
+        for crop, top, left in zip(found, tops, lefts, strict=True):
+            assert torch.equal(crop, video[..., top : top + 4, left : left + 4])
+
+    def test_one_and_six_crops_of_several_videos(self):
+        videos = [torch.randn(3, 2, 4, 6), torch.randn(3, 2, 7, 4)]
+        for one, middle in zip(SpatialCrop(4, 1)(videos), SpatialCrop(4, 3)(videos)[1::3], strict=True):
+            assert torch.equal(one, middle)
+        six = SpatialCrop(4, 6)(videos)
+        mirrored = SpatialCrop(4, 3)([v.flip(-1) for v in videos])
+        assert len(six) == 12
+        for video, first in ((0, 3), (1, 9)):
+            for k in range(3):
+                assert torch.equal(six[first + k], mirrored[3 * video + k])
+
+    def test_errors(self):
+        with pytest.raises(UserError, match="num_crops: 1, 3 or 6 are due, found 2"):
+            SpatialCrop(4, 2)
+        for shape in ((3, 2, 3, 9), (2, 4, 9)):
+            with pytest.raises(UserError, match="at least 4 x 4, are due; found"):
+                SpatialCrop(4)([torch.zeros(shape)])

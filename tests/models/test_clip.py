@@ -112,8 +112,19 @@ def test_dropout_comes_before_the_head():
 # ---- AVION's factory functions -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["CLIP_VITB32", "CLIP_VITB16", "CLIP_VITL14", "CLIP_VITL14_336PX"])
-def test_avions_factories(name, monkeypatch):
+AVIONS = ["CLIP_VITB32", "CLIP_VITB16", "CLIP_VITL14", "CLIP_VITL14_336PX"]
+VIDEO_MAMBA_SUITES = {
+    "CLIP_TimeSformerB16": "TIMESFORMER_VITB16",
+    "CLIP_FrozenInTime_TimeSformerB16": "TIMESFORMER_FROZEN_VITB16",
+    "CLIP_TimeMamba_like_timesformer": "TIMEMAMBA_VITB16",
+    "CLIP_TimeMamba_like_frozen": "TIMEMAMBA_FROZEN_VITB16",
+    "CLIP_TimeMamba_like_frozen_joint": "TIMEMAMBA_SPACETIME_VITB16",
+}
+
+
+@pytest.mark.parametrize("name", [*AVIONS, *VIDEO_MAMBA_SUITES])
+def test_the_factories_of_avion_and_video_mamba_suite(name, monkeypatch):
+    """Their scripts give use_quick_gelu=True to models that have GELU all the same."""
     calls = []
     monkeypatch.setattr(pretrained, "load_pretrained", lambda *args: calls.append(args))
     factory = getattr(model_clip, name)
@@ -134,10 +145,11 @@ def test_avions_factories(name, monkeypatch):
             pretrain_path="weights.pt",
         )
     config = model.config
-    assert config.name == name and config.act_layer == "quick_gelu"
+    assert config.name == VIDEO_MAMBA_SUITES.get(name, name) and config.act_layer == "gelu"
+    assert isinstance(model.textual.transformer.resblocks[0].mlp.act, torch.nn.GELU)
     assert config.freeze_temperature and config.grad_checkpointing and config.use_fast_conv1
     assert (config.patch_dropout, config.drop_path_rate, config.use_flash_attn) == (0.25, 0.1, True)
-    assert model.visual.temporal_embedding.shape[0] == 8
+    assert config.num_frames == 8
     assert model.visual.image_projection.shape[1] == model.textual.text_projection.shape[1] == 128
     assert model.textual.positional_embedding.shape[0] == 40
     assert model.textual.token_embedding.num_embeddings == 1000
@@ -157,6 +169,8 @@ def test_avions_defaults(monkeypatch):
 def test_an_unknown_argument_of_a_factory_is_refused():
     with pytest.raises(TypeError, match="use_fast_conv"):
         model_clip.CLIP_VITB16(use_fast_conv=True)
+    with pytest.raises(UserError, match="CLIP_VITB16: use_bidirectional_lm=True is not supported"):
+        model_clip.CLIP_VITB16(use_bidirectional_lm=True)
 
 
 @pytest.mark.parametrize("start", [0.0, 1.5])
