@@ -7,6 +7,9 @@ from dataclasses import MISSING, fields
 import pytest
 
 from avion.engine.options import FinetuneClassificationOptions
+from avion.errors import UserError
+from avion.models import create_model
+from avion.models.pretrained import load_pretrained
 from tests.layering import ROOT, project_sources
 from tests.pages import PAGES
 
@@ -43,6 +46,20 @@ def test_every_test_that_the_docs_name_exists(name):
 def test_avions_flags_of_action_recognition(name, default):
     (field,) = (f for f in fields(FinetuneClassificationOptions) if f.name == name)
     assert (field.default_factory() if field.default is MISSING else field.default) == default
+
+
+@pytest.mark.parametrize(
+    "name",
+    "CLIP_ViViM_tiny CLIP_ViViM_small CLIP_VITT16 CLIP_VITS16 CLIP_TimeSformerT16 CLIP_TimeSformerL14".split(),
+)
+def test_upstreams_models_that_are_not_here(name):
+    with pytest.raises(UserError, match=f"unknown model '{name}'"):
+        create_model(name)
+
+
+def test_deits_weights_are_not_here():
+    with pytest.raises(UserError, match="--pretrain-zoo deit: must be one of openai, open_clip, lavila, none"):
+        load_pretrained(create_model("TIMEMAMBA_VITT16", embed_dim=16, depth=1, num_heads=2), "deit")
 
 
 def test_no_paths_of_anybodys_machine():

@@ -1,1 +1,2 @@
-"""AVION's old import paths. Each module hands on what lives elsewhere; nothing in this project imports them."""
+"""AVION's import paths: what lives elsewhere is handed on, and small helpers for scripts that were written for AVION.
+Nothing in this project imports them."""

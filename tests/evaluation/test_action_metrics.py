@@ -35,6 +35,16 @@ class TestRanks:
             label_ranks(np.zeros((2, 4)), np.array(labels))
 
 
+def test_actions_are_ranked_by_their_own_probability():
+    """Of 0:1, 3:4 and 0:4 the first is likeliest; by verb times noun, as the challenge ranks, it would be 0:4."""
+    actions, probs = (np.array([0, 3, 0]), np.array([1, 4, 4])), np.array([[0.4, 0.3, 0.3]])
+    verbs, nouns = action_marginals(probs, actions)
+    product = verbs[0, actions[0]] * nouns[0, actions[1]]
+    assert product == pytest.approx([0.7 * 0.4, 0.3 * 0.6, 0.7 * 0.6]) and product.argmax() == 2
+    assert action_metrics(probs, actions, [0], [1])["action_top1"] == 1.0
+    assert action_metrics(probs, actions, [0], [4])["action_top1"] == 0.0
+
+
 def test_mean_class_accuracy_by_hand():
     # Class 7: right, wrong, wrong; class 2: right; class 9 does not occur.
     assert mean_class_accuracy([0, 1, 5, 0], [7, 7, 7, 2]) == pytest.approx((1 / 3 + 1) / 2)
