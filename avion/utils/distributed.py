@@ -37,7 +37,7 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
     """
     launched = {"RANK", "WORLD_SIZE"} <= set(os.environ)
     launch = detect_launch(_with_defaults(args))
-    device = choose_device("auto", None if launched else getattr(args, "gpu", None), launch.local_rank)
+    device = choose_device("auto", None if launched else getattr(args, "gpu", None), launch.local_rank, launch.own_gpus)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     args.rank, args.world_size, args.gpu = launch.rank, launch.size, device.index
