@@ -47,6 +47,8 @@ class Number:
         return value
 
     def _parsed(self, text: str) -> int | float:
+        if not text.isascii() or "_" in text:  # Python takes 1_0 for 10, and digits of every script
+            raise ValueError
         if self.kind is int and _WHOLE_WITH_EXPONENT.fullmatch(text.strip()):
             return int(float(text))
         return self.kind(text)

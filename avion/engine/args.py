@@ -293,11 +293,23 @@ def parse(config: type[T], argv: Sequence[str] | None, prog: str, description: s
     parser = build_parser(config, prog, description)
     values = vars(parser.parse_args(argv))
     path = values.pop("config", None)
-    if path is not None:
-        content, where = read_yaml_mapping(path), f"--config {path}"
-        if "flags" in content or "entry-point" in content:
-            content = recipe_flags(where, content, prog)
-        values = {**_read_file(parser, where, content, config), **values}
+    if path is None:
+        return _settled(config, values)
+    content, where = read_yaml_mapping(path), f"--config {path}"
+    if "flags" in content or "entry-point" in content:
+        content = recipe_flags(where, content, prog)
+    from_file = _read_file(parser, where, content, config)
+    try:
+        return _settled(config, {**from_file, **values})
+    except UserError as e:
+        theirs = {"--" + name.replace("_", "-") for name in from_file.keys() - values.keys()}
+        if theirs & set(re.findall(r"--[a-z][a-z-]*", str(e))):
+            raise UserError(f"{where}: {e}") from e
+        raise
+
+
+def _settled(config: type[T], values: dict[str, Any]) -> T:
+    """The configuration of these values, once each group's `settle` and `check` have seen them."""
     for group in config.__mro__:
         if "settle" in group.__dict__:
             values = group.settle(values, config)

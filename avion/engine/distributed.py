@@ -95,6 +95,8 @@ def detect_launch(args: Any, env: Mapping[str, str] = os.environ) -> Launch:
                 f"--world-size {launch.size} with --dist-url env:// needs MASTER_ADDR and MASTER_PORT; set them, "
                 "give --dist-url tcp://host:port, or start with torchrun"
             )
+    if launch.size > 1 and launch.url == "env://" and env.get("MASTER_PORT"):
+        _integer(env, "MASTER_PORT")
     if not 0 <= launch.rank < launch.size:
         raise UserError(f"rank {launch.rank} of {launch.size} processes ({launch.by}) does not exist; ranks begin at 0")
     return launch

@@ -169,6 +169,10 @@ def _check_sizes(config: ModelConfig) -> None:
             raise UserError(
                 f"{config.name}: {size}={getattr(config, size)} must be a multiple of {part}={getattr(config, part)}"
             )
+    if int(config.embed_dim * config.mlp_ratio) < 1:
+        raise UserError(
+            f"{config.name}: mlp_ratio={config.mlp_ratio} leaves no channel of embed_dim={config.embed_dim} in the MLPs"
+        )
 
 
 CHOICES = {

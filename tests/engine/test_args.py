@@ -150,6 +150,28 @@ def test_bad_config_files_are_one_line_with_their_name(tmp_path, content, messag
     assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "content, words, message",
+    [
+        ("lr: 1e-6", [], "run.yaml: --lr-end 1e-05: is above --lr 1e-06"),
+        ("model-args: {depth: }", [], "run.yaml: --model-args depth=None: found 'None'"),
+        (
+            "model-args: {num_frames: 8}",
+            ["--clip-length", "4"],
+            "run.yaml: --clip-length 4 and --model-args num_frames=8",
+        ),
+        ("epochs: 4", ["--lr", "1e-6"], "^--lr-end 1e-05: is above --lr 1e-06"),
+        ("lr: 1e-4", ["--lr", "1e-6"], "^--lr-end 1e-05: is above --lr 1e-06"),
+    ],
+)
+def test_a_combination_names_the_file_that_has_part_in_it(tmp_path, content, words, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        read("--config", str(path), *words)
+    assert "\n" not in str(error.value)
+
+
 def test_missing_config_file(tmp_path):
     with pytest.raises(UserError, match="nowhere.yaml: cannot be read"):
         read("--config", str(tmp_path / "nowhere.yaml"))

@@ -223,6 +223,11 @@ def test_a_plain_python_inside_an_sbatch_script_waits_for_nobody():
             "SLURM_JOB_ID must be a whole number from 0 to 9223372036854775807, found 'seven'",
         ),
         ({**SRUN, "MASTER_PORT": "high"}, "MASTER_PORT must be a whole number from 1 to 65535, found 'high'"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "70000"},
+            "MASTER_PORT must be a whole number from 1 to 65535",
+        ),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK must be a whole number from 0 to 65535, found '-1'"),
         ({**SRUN, "SLURM_PROCID": "4"}, "rank 4 of 4 processes .srun. does not exist"),
     ],
 )

@@ -43,6 +43,8 @@ BAD = [
     "0x10",
     "1e-3",
     "1e3",
+    "1_0",
+    "١",
 ]
 
 
@@ -121,10 +123,10 @@ def opened():
 def allowed(number, text, choices):
     """What `number` should say, worked out again: by Python's own conversions, and comparisons written out."""
     try:
-        value = float(text)
+        value = float(text) if set(text) <= set("0123456789+-.einfa") else None
     except (ValueError, OverflowError):
         return False
-    if not math.isfinite(value) or (number.kind is int and ("." in text or "e-" in text)):
+    if value is None or not math.isfinite(value) or (number.kind is int and ("." in text or "e-" in text)):
         return False
     if choices is not None:
         return value in choices

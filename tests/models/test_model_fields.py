@@ -62,7 +62,7 @@ def test_a_value_is_of_the_type_and_range_or_one_line(name):
 
 @pytest.mark.parametrize("name", NUMERIC)
 @pytest.mark.parametrize(
-    "text", ["nan", ".nan", "inf", ".inf", "-.inf", "abc", "", "1" + "0" * 30, "-1e30", "true", "5 6"]
+    "text", ["nan", ".nan", "inf", ".inf", "-.inf", "abc", "", "1" + "0" * 30, "-1e30", "true", "5 6", "1_0", "٣"]
 )
 def test_a_word_that_no_number_is(name, text):
     with pytest.raises(UserError, match="found") as error:
@@ -103,6 +103,11 @@ def test_words_that_the_field_does_not_take(name, text, message):
     with pytest.raises(UserError) as error:
         read_field(name, text)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_mlp_has_channels():
+    with pytest.raises(UserError, match="mlp_ratio=0.001 leaves no channel of embed_dim=768"):
+        create_model("TIMEMAMBA_VITB16", mlp_ratio=1e-3)
 
 
 def test_name_is_not_overridden():

@@ -338,12 +338,12 @@ def test_an_incomplete_set_is_not_sent(fails, broken, server, tmp_path):
 
 
 def test_flags_that_cannot_be_meant(fails):
-    assert "--frames 0" in fails("--frames", 0)
+    assert "--frames: found '0', expected a whole number from 1" in fails("--frames", 0)
     assert "give one" in fails("--frames", 4, 8, "--submit")
     assert "--submit-url ftp://x" in fails("--submit", "--submit-url", "ftp://x")
     assert "--pretrain-model: not given" in fails(without=("--pretrain-model",))
-    assert "--max-tokens -1" in fails("--max-tokens", -1)
-    assert "--print-freq 0" in fails("--print-freq", 0)
+    assert "--max-tokens: found '-1', expected a whole number from 0" in fails("--max-tokens", -1)
+    assert "--print-freq: found '0', expected a whole number from 1" in fails("--print-freq", 0)
     assert "--prompt 'Is it'" in fails("--prompt", "Is it")
     assert "only fields" in fails("--prompt", "{option.__class__}")
     assert "only fields" in fails("--prompt", "{option} {answer}")
