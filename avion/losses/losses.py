@@ -44,6 +44,12 @@ class _GlobalBatchLoss(nn.Module):
             return gather_features(features, "sum")
         return gather_features(features, "own" if self.local_loss else "copies")
 
+    def check_pairs(self, image_features: torch.Tensor, text_features: torch.Tensor) -> None:
+        """UserError unless both are (B, E)."""
+        images, texts = tuple(image_features.shape), tuple(text_features.shape)
+        if len(images) != 2 or images != texts:
+            raise UserError(f"{type(self).__name__}: features of one shape (B, E) are due, found {images} and {texts}")
+
     def first_row(self, rows: int) -> int:
         """Which row of the global batch is the first that the loss is computed for."""
         return self.rank * rows if self.local_loss else 0
@@ -88,6 +94,7 @@ class ClipLoss(_GlobalBatchLoss):
         Returns `loss` (0-d float32; with `local_loss` this process's share) and `clip_acc`: the percentage
         of clips in its rows whose own text scores highest.
         """
+        self.check_pairs(image_features, text_features)
         image_features, text_features = image_features.float(), text_features.float()
         all_images, all_texts = self.gather(image_features), self.gather(text_features)  # (W·B, E)
         with torch.autocast(image_features.device.type, enabled=False):
@@ -159,7 +166,8 @@ class MaxMarginRankingLoss(_GlobalBatchLoss):
         Returns `loss` (0-d float32; with `local_loss` this process's share) and `max_margin_loss`, the same
         without gradient.
         """
-        weight = self._weight(weight)
+        self.check_pairs(image_features, text_features)
+        weight = self._weight(weight, len(image_features))
         device = image_features.device.type
         with torch.autocast(device, enabled=False):
             images, texts = (F.normalize(x.float(), dim=-1, eps=1e-8) for x in (image_features, text_features))
@@ -183,9 +191,13 @@ class MaxMarginRankingLoss(_GlobalBatchLoss):
                 loss = pairs.masked_fill(is_own, 0.0).sum() / (2 * rows * max(columns - 1, 1))
         return {"loss": loss, "max_margin_loss": loss.detach()}
 
-    def _weight(self, weight: torch.Tensor | None) -> torch.Tensor | None:
-        if weight is None or self.weighted:
-            return None if weight is None else weight.float()
+    def _weight(self, weight: torch.Tensor | None, pairs: int) -> torch.Tensor | None:
+        if weight is None:
+            return None
+        if weight.shape != (pairs,):
+            raise UserError(f"MaxMarginRankingLoss: weights of shape ({pairs},) are due, found {tuple(weight.shape)}")
+        if self.weighted:
+            return weight.float()
         if not self._warned:
             logger.warning("MaxMarginRankingLoss: the weights are not used, as in AVION; weighted=True uses them")
             self._warned = True

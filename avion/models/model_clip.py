@@ -126,7 +126,7 @@ def _avion_factory(name: str) -> Callable[..., CLIP]:
         drop_path_rate: float = 0.0,
         num_frames: int = 1,
         use_fast_conv1: bool = False,
-        use_flash_attn: bool | None = None,
+        use_flash_attn: bool = False,
         use_quick_gelu: bool = False,
         project_embed_dim: int = 512,
         pretrain_zoo: str = "openai",
@@ -146,7 +146,8 @@ def _avion_factory(name: str) -> Callable[..., CLIP]:
             drop_path_rate=drop_path_rate,
             num_frames=num_frames,
             use_fast_conv1=use_fast_conv1,
-            use_flash_attn=use_flash_attn,
+            # AVION's other choice is PyTorch's attention module, which chooses the kernel, too.
+            use_flash_attn=use_flash_attn or None,
             project_embed_dim=project_embed_dim,
         )
         load_pretrained(model, pretrain_zoo, pretrain_path)
@@ -156,7 +157,7 @@ def _avion_factory(name: str) -> Callable[..., CLIP]:
     build.__doc__ = (
         f"`create_model({name!r})` with AVION's arguments and defaults, and initial weights from\n"
         '    pretrain_zoo ("openai", "open_clip", "lavila", or "none"). An unknown argument is a TypeError.\n'
-        "    use_flash_attn: True fused kernels only, False plain math, None PyTorch's choice.\n"
+        "    use_flash_attn: True fused kernels only, False PyTorch's choice.\n"
         "    use_quick_gelu: without effect, as in AVION, whose scripts say True and whose models have GELU; the\n"
         '    other is `create_model(..., act_layer="quick_gelu")`. use_bidirectional_lm: refused if True.'
     )

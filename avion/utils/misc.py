@@ -58,7 +58,11 @@ def generate_label_map(dataset: str, folder: str | os.PathLike = _EK100) -> tupl
     """
     if dataset != "ek100_cls":
         raise UserError(f"generate_label_map: {dataset!r} has no list of actions here; 'ek100_cls' has")
-    tables = [read_ek100_actions(Path(folder) / f"EPIC_100_{split}.csv") for split in ("train", "validation")]
+    splits = ("train", "validation")
+    tables = [read_ek100_actions(Path(folder) / f"EPIC_100_{split}.csv") for split in splits]
+    for split, table in zip(splits, tables, strict=True):
+        if table.verb_class is None:
+            raise UserError(f"annotations {folder}/EPIC_100_{split}.csv: the column 'verb_class' is missing")
     numbers = {action: i for i, action in enumerate(action_list(*tables))}
     narrations: list[set[str]] = [set() for _ in numbers]
     for table in tables:

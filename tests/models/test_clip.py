@@ -162,7 +162,7 @@ def test_avions_defaults(monkeypatch):
     monkeypatch.setattr(pretrained, "load_pretrained", lambda *args: calls.append(args))
     with torch.device("meta"):
         model = model_clip.CLIP_VITB16()
-    assert (model.config.num_frames, model.config.project_embed_dim) == (1, 512)
+    assert (model.config.num_frames, model.config.project_embed_dim, model.config.use_flash_attn) == (1, 512, None)
     assert calls == [(model, "openai", None)]
 
 

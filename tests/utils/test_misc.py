@@ -64,3 +64,11 @@ def test_actions_lie_where_avion_has_them(tmp_path, monkeypatch):
         UserError, match="datasets/EK100/epic-kitchens-100-annotations/EPIC_100_train.csv: no such file"
     ):
         generate_label_map("ek100_cls")
+    folder = tmp_path / "datasets/EK100/epic-kitchens-100-annotations"
+    folder.mkdir(parents=True)
+    row = "P01_01_0,P01,P01_01,00:00:01.00,00:00:02.00\n"
+    for split in ("train", "validation"):  # as the test split is, without classes
+        header = "narration_id,participant_id,video_id,start_timestamp,stop_timestamp\n"
+        (folder / f"EPIC_100_{split}.csv").write_text(header + row)
+    with pytest.raises(UserError, match="EPIC_100_train.csv: the column 'verb_class' is missing"):
+        generate_label_map("ek100_cls")
