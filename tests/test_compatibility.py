@@ -9,7 +9,7 @@ import pytest
 from avion.engine.options import FinetuneClassificationOptions
 from avion.errors import UserError
 from avion.models import create_model
-from avion.models.pretrained import load_pretrained
+from avion.weights import load_pretrained
 from tests.layering import ROOT, project_sources
 from tests.pages import PAGES
 

@@ -11,12 +11,11 @@ from avion.engine.args import parse
 from avion.engine.options import PretrainOptions
 from avion.engine.steps import Precision, contrastive_step
 from avion.models import create_model, list_models, load_checkpoint, model_from_checkpoint, registry
-from avion.models.checkpoint import save_weights
 from avion.models.long_video import encode_long_video
 from avion.models.model_clip import VideoClassifier
-from avion.models.pretrained import load_pretrained
 from avion.models.utils import time_gates
 from avion.optim import build_optimizer
+from avion.weights import load_pretrained, save_weights
 from tests.layering import ROOT, project_sources
 
 DOCS = ROOT / "docs"

@@ -13,10 +13,10 @@ import pytest
 import avion.models
 from avion.data.demo import ensure_demo_dataset
 from avion.engine import demo_data
-from avion.models import registry
-from avion.models.checkpoint import save_weights
+from avion.weights import save_weights
 from tests import pages
 from tests.data.demo_case import SMALL
+from tests.models.registered import registered_for_a_while
 from tests.models.tiny import TINY, tiny_model
 from tests.pages import PAGES, README, ROOT, Command, code_blocks, commands
 from tests.test_packaging import PROJECT, Requirement, canonicalize_name
@@ -103,12 +103,11 @@ def test_the_ten_minutes(folder, capsys):
 @pytest.mark.parametrize("page, command", EVERY)
 def test_the_flags_of_every_command_exist(page, command, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    if page.stem == "add_a_model":  # its commands name the model that it registers
-        for table in ("_MODELS", "_ALIASES", "_MIXERS"):
-            monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
-        exec(code_blocks(page, "python")[0], {})
     own = {"my_pretrain.py": "main_pretrain.py"}  # the reader's, on the page about adding a model
-    pages.check(tuple(own.get(word, word) for word in command.words))
+    with registered_for_a_while():
+        if page.stem == "add_a_model":  # its commands name the model that it registers
+            exec(code_blocks(page, "python")[0], {})
+        pages.check(tuple(own.get(word, word) for word in command.words))
 
 
 @pytest.mark.parametrize(

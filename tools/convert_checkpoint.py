@@ -18,13 +18,7 @@ from avion.constants import NORM_STYLES
 from avion.engine.args import ToolParser
 from avion.engine.options.model_args import parse_model_args
 from avion.errors import UserError, exit_status
-from avion.models.checkpoint import (
-    check_preprocess,
-    checkpoint_facts,
-    model_from_checkpoint,
-    read_checkpoint,
-    save_weights,
-)
+from avion.weights import Checkpoint, save_weights
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,15 +52,16 @@ def convert(args: argparse.Namespace) -> str:
     if Path(args.target).exists() and not args.force:
         raise UserError(f"{args.target}: exists already: give another name, or --force to overwrite it")
     fields = parse_model_args(args.model_args, args.model)
-    facts = checkpoint_facts(read_checkpoint(args.source), args.source)
+    checkpoint = Checkpoint.open(args.source)
+    facts = checkpoint.facts
     style = args.norm_style or facts.norm_style
     if style is None:
         raise UserError(f"{args.source}: does not say how its input was normalised: give --norm-style")
     if args.norm_style is not None:
-        check_preprocess(facts, args.norm_style)
+        checkpoint.check_norm_style(args.norm_style)
     known = facts.mean is not None
     mean, std = (facts.mean, facts.std) if known else NORM_STYLES[style]
-    model = model_from_checkpoint(args.source, name=args.model, **fields)
+    model = checkpoint.build(name=args.model, **fields)
     save_weights(model, args.target, {"norm_style": style, "mean": mean, "std": std})
     count = sum(parameter.numel() for parameter in model.parameters())
     return (

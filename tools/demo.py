@@ -43,7 +43,7 @@ from avion.errors import exit_status
 from avion.evaluation.egoschema import OPTIONS
 from avion.evaluation.reversed_pairs import pair_accuracy
 from avion.json_lines import read_json_lines
-from avion.models.checkpoint import model_from_checkpoint, save_weights
+from avion.weights import Checkpoint, model_from_checkpoint, save_weights
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -100,7 +100,7 @@ def evaluated(task_class: type, options: type, words: list[str], checkpoint: Pat
     args = parse(options, [*words, "--evaluate"], "demo", "")
     task = task_class(args, World())
     torch.manual_seed(args.seed)
-    return task, task.build_model(None if checkpoint is None else str(checkpoint))
+    return task, task.build_model(None if checkpoint is None else Checkpoint.open(checkpoint))
 
 
 def reversed_pairs(task: Pretrain, model: torch.nn.Module, pairs: list[dict], *, one_frame: bool = False) -> float:

@@ -22,7 +22,7 @@ from avion.data.transforms import EvalTransform, normalize_clip
 from avion.data.video_list import SpanDataset, VideoList, read_span, read_video_list
 from avion.errors import UserError
 from avion.models.long_video import default_max_tokens, encode_long_video
-from avion.models.transformer import project
+from avion.weights import Checkpoint
 
 from .build import build_any_as_saved
 from .console import duration
@@ -79,9 +79,7 @@ def extract(model: nn.Module, video: torch.Tensor, kinds: Sequence[str] = KINDS)
     if not hasattr(tower, "token_features"):
         raise UserError(f"{type(tower).__name__}: has no token features, only clip can be extracted from it")
     cls, tokens = tower.token_features(video)  # (B, D), (B, N, T, D)
-    # LaViLa's model keeps the projection, the other towers do; a classifier's tower has none.
-    projection = tower.image_projection if hasattr(tower, "image_projection") else model.image_projection
-    found = {"clip": project(cls, projection), "frame": tokens.mean(dim=1), "spatial": tokens}
+    found = {"clip": model.project(cls), "frame": tokens.mean(dim=1), "spatial": tokens}
     return {kind: found[kind] for kind in kinds}
 
 
@@ -112,7 +110,7 @@ def extract_features(args: Any) -> dict[int, str]:
     spans = read_video_list(args.videos)
     device = choose_device(args.device, None, 0)
     precision = choose_precision(SimpleNamespace(precision=args.precision, use_bf16=False, disable_amp=False), device)
-    model = build_any_as_saved(args, args.checkpoint).to(device).eval()
+    model = build_any_as_saved(args, Checkpoint.open(args.checkpoint)).to(device).eval()
     frames = args.frames if args.frames is not None else model.config.num_frames
     dataset = SpanDataset(
         spans, args.root, num_frames=frames, size=model.config.img_size, chunk_length=args.video_chunk_length,

@@ -12,6 +12,7 @@ import torch
 
 from avion.errors import USER_ERROR, exit_status
 from avion.json_lines import append_json
+from avion.weights import Checkpoint
 
 from . import distributed, signals, sinks, state
 from .args import parse
@@ -54,14 +55,15 @@ def _run(task_class: type[Task], args: Any, world: World) -> dict[str, float]:
     world.agree(task.facts())
     world.stop_if_asked("before the model was built")
     with world.together("building the model"):
+        checkpoint = None if source is None else Checkpoint.open(source)
         torch.manual_seed(args.seed)
-        model = task.build_model(source)
+        model = task.build_model(checkpoint)
     if args.evaluate:
         return _evaluate(task, model, args, world, precision, source)
     with world.together("preparing the training"):
         trainer = Trainer(task, model, args, world, precision)
-        if source is not None:
-            trainer.restore(source)
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
     trainer.wrap()
     logger.info(
         "%s: %d clips, %d steps of %d clips per epoch, epochs %d to %d, %s on %s, %d process%s (%s)",

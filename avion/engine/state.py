@@ -20,8 +20,9 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from avion.constants import NORM_STYLES
 from avion.errors import UserError
 from avion.files import written_whole
-from avion.models.checkpoint import model_fields
 from avion.optim import load_optimizer_state
+from avion.weights import Checkpoint
+from avion.weights.saving import model_fields
 
 from .args import as_namespace
 from .distributed import World
@@ -133,28 +134,27 @@ def _restore_optimizer(optimizer, saved: Mapping[str, Any], source: str, args: A
         ) from e
 
 
-def restore(checkpoint: Mapping[str, Any], source: str, args: Any, world: World, optimizer, scaler) -> Position:
+def restore(checkpoint: Checkpoint, args: Any, world: World, optimizer, scaler) -> Position:
     """Optimizer, scaler, generators and position from a checkpoint whose weights are already loaded.
 
     A checkpoint of weights alone (a released one) starts a new run from them.
     """
-    if checkpoint.get("optimizer") is None:
+    saved, source = checkpoint.training, checkpoint.path
+    if saved is None:
         logger.info("%s holds weights only: a new run starts from them", source)
         return Position(epoch=args.start_epoch)
-    _restore_optimizer(optimizer, checkpoint["optimizer"], source, args)
-    if checkpoint.get("scaler"):
-        scaler.load_state_dict(checkpoint["scaler"])
-    states = checkpoint.get("rng")
-    if states and len(states) == world.size:
-        set_rng_state(states[world.rank], world.device)
-    elif states:
+    _restore_optimizer(optimizer, saved.optimizer, source, args)
+    if saved.scaler:
+        scaler.load_state_dict(saved.scaler)
+    if len(saved.rng) == world.size:
+        set_rng_state(saved.rng[world.rank], world.device)
+    elif saved.rng:
         logger.warning(
             "%s was written by %d processes and goes on with %d: same data order, other dropout draws",
-            source, len(states), world.size,
+            source, len(saved.rng), world.size,
         )  # fmt: skip
-    best = checkpoint.get("best_acc1")
-    best = float("-inf") if best is None else float(best)
     # Another run's evaluation is not ours to make up for.
     here = Path(source).resolve() == (Path(args.output_dir) / LATEST).resolve()
-    due = checkpoint.get("due") if here and isinstance(checkpoint.get("due"), dict) else None
-    return Position(int(checkpoint.get("epoch", 0)), int(checkpoint.get("step", 0)), best, due)
+    return Position(
+        saved.epoch, saved.step, float("-inf") if saved.best is None else saved.best, saved.due if here else None
+    )

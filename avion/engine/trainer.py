@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from avion.errors import UserError
 from avion.json_lines import read_json_lines
-from avion.models.checkpoint import read_checkpoint
 from avion.models.utils import time_gates
 from avion.optim import build_optimizer, constant_scheduler, cosine_scheduler
+from avion.weights import Checkpoint
 
 from . import signals, state
 from .console import Progress
@@ -81,14 +81,13 @@ class Trainer:
             peak, end, a.epochs, self.sampler.steps, warmup_epochs=a.warmup_epochs, start_warmup_value=start
         )
 
-    def restore(self, source: str) -> None:
+    def restore(self, checkpoint: Checkpoint) -> None:
         """Optimizer, generators and position from a checkpoint whose weights the model already has."""
-        checkpoint = read_checkpoint(source)
-        self.position = state.restore(checkpoint, source, self.args, self.world, self.optimizer, self.scaler)
+        self.position = state.restore(checkpoint, self.args, self.world, self.optimizer, self.scaler)
         if self.position.step >= self.sampler.steps:  # written with more steps per epoch than there are now
             self.position = state.Position(self.position.epoch + 1, 0, self.position.best)
         self._saved = self.done
-        logger.info("going on from %s: epoch %d, step %d", source, self.position.epoch, self.position.step)
+        logger.info("going on from %s: epoch %d, step %d", checkpoint.path, self.position.epoch, self.position.step)
 
     @property
     def done(self) -> int:

@@ -11,14 +11,20 @@ Both attentions take all tokens through one qkv. The CLS query attends to every 
 patch query to the CLS and to its own position in all frames (time) or to its own frame (space).
 """
 
+import re
+from typing import Any
+
 import torch
-from timm.layers import DropPath
 from torch import nn
 
-from .model_clip import CLIP
-from .registry import ModelConfig, register_model
+from .clip import CLIP
+from .config import VIM_FIELDS, ModelConfig
+from .registry import register_model
+from .stream import Stem, Stream
+from .tower import Layout, ShapeReader, Tower, Weights, register_tower, rename
 from .transformer import (
     INIT_STD,
+    DropPath,
     Mlp,
     TextTransformer,
     attend,
@@ -172,10 +178,147 @@ class LaViLaCLIP(CLIP):
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
         return encode_tokens(self, tokens)
 
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """As `CLIP.project`."""
+        return features @ self.image_projection
+
+
+# ---- long videos --------------------------------------------------------------------------------
+
+
+def _stem(tower: LaViLaTower) -> Stem:
+    conv, position = tower.patch_embed.proj, tower.pos_embed
+    return Stem(conv, tower.use_fast_conv1, tower.cls_token, position, tower.temporal_embed, tower.ln_pre)
+
+
+def walk_lavila(tower: LaViLaTower, stream: Stream) -> torch.Tensor:
+    """`tower.features` of a long video, (1, D)."""
+    cls, tokens, mixed = stream.cls, stream.tokens, stream.beside()
+    for i, block in enumerate(tower.blocks):
+        gate = 1.0 if block.alpha_timeattn is None else torch.tanh(block.alpha_timeattn)
+        over_time = _AttentionWithCls(block.timeattn, block.norm3(cls))
+        for n in stream.rows():
+            mixed[:, n] = tokens[:, n] + gate * over_time(block.norm3(tokens[:, n])[0])[None]
+        mixed_cls = cls + gate * over_time.cls()
+        over_space = _AttentionWithCls(block.attn, block.norm1(mixed_cls))
+        for f in stream.frames():
+            frames = block.norm1(mixed[:, :, f].to(tokens.dtype))[0].transpose(0, 1)  # (t, N, D)
+            space = over_space(frames).transpose(0, 1)[None]  # (1, N, t, D)
+            if i < len(tower.blocks) - 1:
+                x = tokens[:, :, f] + space
+                tokens[:, :, f] = x + block.mlp(block.norm2(x))
+        cls = cls + over_space.cls()
+        cls = cls + block.mlp(block.norm2(cls))
+    return tower.norm(cls[:, 0])
+
+
+class _AttentionWithCls:
+    """LaViLa's attention for some rows after the others: each of them sees itself and the CLS, the CLS sees all.
+
+    The CLS's softmax goes over more keys than are ever there at once: kept are the largest score so far, the sum of
+    exponentials relative to it and the sum of values weighted by them, per head.
+    """
+
+    def __init__(self, attn: DividedAttention, cls: torch.Tensor):
+        self.attn = attn
+        self.query, self.key, self.value = split_heads(attn.qkv(cls), attn.heads)  # (1, H, 1, d)
+        self.dtype = torch.promote_types(self.query.dtype, torch.float32)
+        heads, width = self.query.shape[1], self.query.shape[3]
+        self.largest = self.query.new_full((heads, 1), float("-inf"), dtype=self.dtype)
+        self.weights = self.query.new_zeros(heads, 1, dtype=self.dtype)
+        self.values = self.query.new_zeros(heads, width, dtype=self.dtype)
+        self._see(self.key, self.value)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows (R, S, D), normalised → (R, S, D)."""
+        q, k, v = split_heads(self.attn.qkv(rows), self.attn.heads)  # (R, H, S, d)
+        self._see(k, v)
+        k, v = (
+            torch.cat([of_cls.expand(len(rows), -1, -1, -1), own], dim=2)
+            for of_cls, own in ((self.key, k), (self.value, v))
+        )
+        return self.attn.proj(attend(q, k, v, self.attn.use_flash))
+
+    def _see(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """keys and values (R, H, S, d), all of them for the one query."""
+        with torch.autocast(keys.device.type, enabled=False):
+            query = self.query[0, :, 0].to(self.dtype) * keys.shape[-1] ** -0.5  # (H, d)
+            scores = torch.einsum("hd,rhsd->hrs", query, keys.to(self.dtype)).flatten(1)  # (H, R·S)
+            largest = torch.maximum(self.largest, scores.amax(dim=1, keepdim=True))
+            old, new = torch.exp(self.largest - largest), torch.exp(scores - largest)
+            self.weights = self.weights * old + new.sum(dim=1, keepdim=True)
+            by_head = values.to(self.dtype).transpose(0, 1).flatten(1, 2)  # (H, R·S, d)
+            self.values = self.values * old + (new[:, None] @ by_head)[:, 0]
+            self.largest = largest
+
+    def cls(self) -> torch.Tensor:
+        """The CLS's own result once all rows have been, (1, 1, D)."""
+        return self.attn.proj((self.values / self.weights).flatten()[None, None])
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+_LAYOUT = Layout(
+    name="lavila",
+    requires=("visual.blocks.0.attn.qkv.",),
+    excludes=(),
+    position="visual.pos_embed",
+    patches="visual.patch_embed.proj.weight",
+    blocks="visual.blocks.",
+    text="",
+    projection="image_projection",
+    temporal="visual.temporal_embed",
+    act_layer="quick_gelu",
+    norm_style="openai_legacy",  # LaViLa trains with the mistyped red mean
+)
+_BLOCK = r"visual\.blocks\.\d+\."
+_TEMPORAL = re.compile(rf"visual\.temporal_embed$|{_BLOCK}(?:norm3|timeattn|alpha_timeattn)")
+_FROM_COMMON = (
+    (r"(visual\.blocks\.\d+\.(?:time)?attn)\.Wqkv\.", r"\1.qkv."),
+    (r"(visual\.blocks\.\d+\.(?:time)?attn)\.out_proj\.", r"\1.proj."),
+    (r"visual\.image_projection$", "image_projection"),
+    (r"textual\.", ""),
+)
+_TO_COMMON = (
+    (r"(visual\.blocks\.\d+\.(?:time)?attn)\.qkv\.", r"\1.Wqkv."),
+    (r"(visual\.blocks\.\d+\.(?:time)?attn)\.proj\.", r"\1.out_proj."),
+    (r"image_projection$", "visual.image_projection"),
+    (r"(?!visual\.|textual\.|logit_)", "textual."),
+)
+
+
+def _further_sizes(weights: Weights, shape: ShapeReader, width: int) -> dict[str, Any]:
+    return {"gated_time": f"{_LAYOUT.blocks}0.alpha_timeattn" in weights}
+
+
+def _ignored(config: ModelConfig) -> dict[str, str]:
+    ignored = dict.fromkeys(VIM_FIELDS, "this model has no ViM mixer")
+    if not config.gated_time:
+        ignored["time_gate_init"] = "time attention has a gate only with gated_time=True"
+    return ignored
+
+
+# ---- registered ---------------------------------------------------------------------------------
+
+register_tower(
+    Tower(
+        name="lavila",
+        module=LaViLaTower,
+        build=LaViLaCLIP,
+        layout=_LAYOUT,
+        ignored=_ignored,
+        further_sizes=_further_sizes,
+        from_common=lambda weights: rename(weights, _FROM_COMMON),
+        to_common=lambda weights: rename(weights, _TO_COMMON),
+        temporal=_TEMPORAL,
+        time_from_lavila=lambda config: _TEMPORAL,
+        stem=_stem,
+        walk=walk_lavila,
+    )
+)
 
 register_model(
     ModelConfig("LAVILA_TSF_B16", "lavila", act_layer="quick_gelu"),
-    LaViLaCLIP,
     aliases=("CLIP_OPENAI_TIMESFORMER_BASE",),
 )
 register_model(
@@ -190,6 +333,5 @@ register_model(
         text_width=768,
         text_heads=12,
     ),
-    LaViLaCLIP,
     aliases=("CLIP_OPENAI_TIMESFORMER_LARGE",),
 )

@@ -15,15 +15,22 @@ so that time mixing reads its rows (B·N, T, D) where they lie, and space attent
 rearrangement into (B·T, 1+N, D) and none back.
 """
 
+import math
+import re
+from typing import Any
+
 import torch
-from timm.layers import DropPath
 from torch import nn
 
-from .model_clip import CLIP
-from .registry import ModelConfig, build_mixer, register_model
+from .clip import CLIP
+from .config import VIM_FIELDS, ModelConfig
+from .registry import build_mixer, register_model
+from .stream import Stem, Stream, pieces
+from .tower import Layout, ShapeReader, Tower, Weights, register_tower
 from .transformer import (
     INIT_STD,
     Attention,
+    DropPath,
     Mlp,
     TextTransformer,
     drop_patches,
@@ -190,12 +197,144 @@ class DividedTower(nn.Module):
         return project(self.features(video), self.image_projection)
 
 
+# ---- long videos --------------------------------------------------------------------------------
+
+
+def _stem(tower: DividedTower) -> Stem:
+    conv, position = tower.patch_embed.proj, tower.pos_embed
+    return Stem(conv, tower.use_fast_conv1, tower.cls_token, position, tower.temporal_embed, tower.ln_pre)
+
+
+def _bytes_beside(config: ModelConfig, small: int) -> int:
+    """A vanilla block puts the tokens after time mixing in the place of the tokens; a Frozen block needs both."""
+    if config.residual == "vanilla":
+        return 4 if config.mixer == "vim_spacetime" else 0
+    return small
+
+
+def walk_divided(tower: DividedTower, stream: Stream) -> torch.Tensor:
+    """`tower.features` of a long video, (1, D)."""
+    cls, tokens = stream.cls, stream.tokens
+    first = tower.blocks[0]
+    if first.residual == "frozen":
+        mixed = stream.beside()
+    else:
+        mixed = stream.beside(tokens.dtype) if first.mixer == "vim_spacetime" else tokens
+    for i, block in enumerate(tower.blocks):
+        _mix_time(block, stream, mixed)
+        cls = _mix_space(block, cls, stream, mixed, is_last=i == len(tower.blocks) - 1)
+    return tower.norm(cls[:, 0])
+
+
+def _mix_time(block: DividedBlock, stream: Stream, mixed: torch.Tensor) -> None:
+    """mixed ← tokens + tanh(α) · what time mixing gives; it may be the tokens themselves."""
+    tokens, gate = stream.tokens, torch.tanh(block.alpha_timeattn)
+    if block.mixer != "vim_spacetime":
+        for n in stream.rows():
+            mixed[:, n] = torch.addcmul(tokens[:, n], block.mix_time(block.norm3(tokens[:, n])), gate)
+        return
+    steps, out = tokens.flatten(1, 2), mixed.flatten(1, 2)  # (1, N·T, D), views
+    parts, carry = list(pieces(steps.shape[1], stream.max_tokens)), None
+    for p in reversed(parts):
+        out[:, p], carry = block.time_mamba.scan_piece(block.norm3(steps[:, p]), carry, reverse=True)
+    carry = None
+    for p in parts:
+        forward, carry = block.time_mamba.scan_piece(block.norm3(steps[:, p]), carry, reverse=False)
+        out[:, p] = torch.addcmul(steps[:, p], forward + out[:, p], gate)
+
+
+def _mix_space(
+    block: DividedBlock, cls: torch.Tensor, stream: Stream, mixed: torch.Tensor, is_last: bool
+) -> torch.Tensor:
+    """Space attention and MLP of some frames after the others; the tokens are replaced. Returns the new CLS."""
+    tokens, total = stream.tokens, torch.zeros_like(cls)
+    for f in stream.frames():
+        r = mixed[:, :, f].to(tokens.dtype)
+        of_frames, space = block.mix_space_of_frames(block.norm1(cls), block.norm1(r))
+        total += of_frames.sum(dim=1, keepdim=True, dtype=total.dtype)
+        if not is_last:
+            x = (tokens[:, :, f] if block.residual == "frozen" else r) + space
+            tokens[:, :, f] = x + block.mlp(block.norm2(x))
+    cls = cls + total / tokens.shape[2]
+    return cls + block.mlp(block.norm2(cls))
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+_LAYOUT = Layout(
+    name="divided",
+    requires=("visual.blocks.",),
+    excludes=("visual.blocks.0.attn.qkv.",),
+    position="visual.pos_embed",
+    patches="visual.patch_embed.proj.weight",
+    blocks="visual.blocks.",
+    text="textual.",
+    projection="visual.image_projection",
+    temporal="visual.temporal_embed",
+    act_layer="gelu",
+    norm_style="openai",  # Video Mamba Suite trains with CLIP's own mean
+)
+_BLOCK = r"visual\.blocks\.\d+\."
+_TEMPORAL = re.compile(rf"visual\.temporal_embed$|{_BLOCK}(?:norm3|timeattn|time_mamba|time_mixer|alpha_timeattn)")
+_NONE = re.compile(r"(?!)")
+
+
+def has_time_mamba(weights: Weights) -> bool:
+    return any(".time_mamba." in name for name in weights)
+
+
+def _could_be(config: ModelConfig, weights: Weights) -> bool:
+    """Vanilla and Frozen residuals, and ViM in time and in space-time, have the same parameters."""
+    if has_time_mamba(weights):
+        return config.mixer in ("vim", "vim_spacetime")
+    own = any(".time_mixer." in name for name in weights)  # of a mixer that `register_mixer` added
+    return config.mixer not in ("vim", "vim_spacetime") if own else config.mixer == "attention"
+
+
+def _further_sizes(weights: Weights, shape: ShapeReader, width: int) -> dict[str, Any]:
+    mixer = f"{_LAYOUT.blocks}0.time_mamba."
+    found = shape(f"{mixer}A_log", 2)
+    if found is None:
+        return {}
+    sizes: dict[str, Any] = {"ssm_expand": max(1, found[0] // width), "d_state": found[1]}
+    if conv := shape(f"{mixer}conv1d.weight", 3):
+        sizes["d_conv"] = conv[2]
+    if rank := shape(f"{mixer}dt_proj.weight", 2):
+        sizes["dt_rank"] = None if rank[1] == math.ceil(width / 16) else rank[1]
+    return sizes
+
+
+def _ignored(config: ModelConfig) -> dict[str, str]:
+    ignored = {"gated_time": "the divided towers are always gated; this is LaViLa's choice"}
+    if config.mixer == "attention":
+        ignored |= dict.fromkeys(VIM_FIELDS, "this model has no ViM mixer")
+    return ignored
+
+
 # ---- the registered rows -----------------------------------------------------------------------
 
 
 def build_divided(config: ModelConfig) -> CLIP:
     return CLIP(DividedTower(config), TextTransformer(config), config)
 
+
+register_tower(
+    Tower(
+        name="divided",
+        module=DividedTower,
+        build=build_divided,
+        layout=_LAYOUT,
+        choices=("residual", "mixer"),
+        ignored=_ignored,
+        could_be=_could_be,
+        further_sizes=_further_sizes,
+        temporal=_TEMPORAL,
+        time_from_lavila=lambda config: _TEMPORAL if config.mixer == "attention" else _NONE,
+        stem=_stem,
+        walk=walk_divided,
+        bytes_beside=_bytes_beside,
+    )
+)
 
 _SIZES = {
     "T16": {"embed_dim": 192, "num_heads": 3},
@@ -222,6 +361,5 @@ for _row, _mixer, _residual, _upstream in _ROWS:
     for _size, _fields in _SIZES.items():
         register_model(
             ModelConfig(f"{_row}_VIT{_size}", "divided", mixer=_mixer, residual=_residual, **_fields),
-            build_divided,
             aliases=(_upstream,) if _size == "B16" else (),
         )

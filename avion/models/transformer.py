@@ -1,4 +1,4 @@
-"""Attention, MLP, AVION's joint space-time ViT and CLIP's text tower.
+"""Attention, MLP, patch embedding and CLIP's text tower: what the towers are made of.
 
 Letters in the shapes of avion/models:
 
@@ -10,15 +10,16 @@ Letters in the shapes of avion/models:
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from avion.errors import UserError
 
-from .registry import ModelConfig
-from .utils import resize_position_embed, resize_temporal_embed
+from .config import ModelConfig
+
+# Standard deviation of initial embeddings, and of AVION's linear layers: timm's for ViTs.
+INIT_STD = 0.02
 
 # Standard deviation of initial embeddings, and of AVION's linear layers: timm's for ViTs.
 INIT_STD = 0.02
@@ -139,6 +140,27 @@ class TextMlp(nn.Module):
         return self.c_proj(self.act(self.c_fc(x)))
 
 
+# ---- stochastic depth ---------------------------------------------------------------------------
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): in training, each row of the batch is zero with probability `drop_prob`.
+
+    The other rows are divided by the probability of being kept. Draws the same random numbers as timm's layer.
+    """
+
+    def __init__(self, drop_prob: float = 0.0):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.drop_prob == 0.0:
+            return x
+        keep = 1 - self.drop_prob
+        kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
+        return x * (kept.div_(keep) if keep > 0 else kept)
+
+
 # ---- CLIP's transformer ------------------------------------------------------------------------
 
 
@@ -233,76 +255,7 @@ def drop_patches(x: torch.Tensor, rate: float) -> torch.Tensor:
     return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, (clips, kept))
 
 
-# ---- AVION's joint space-time ViT --------------------------------------------------------------
-
-
-class JointViT(nn.Module):
-    """Every token attends to all tokens of the clip: (B, C, T, height, width) → (B, E).
-
-    Tokens are time-major, "b (t n) d", after the CLS. AVION (arXiv 2309.16669).
-    """
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        dim, patches = config.embed_dim, (config.img_size // config.patch_size) ** 2
-        self.width = dim
-        self.patch_dropout = config.patch_dropout
-        self.use_fast_conv1 = config.use_fast_conv1
-        self.conv1 = nn.Conv2d(config.in_chans, dim, config.patch_size, config.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(torch.empty(dim))
-        self.positional_embedding = nn.Parameter(torch.empty(1 + patches, dim))
-        self.temporal_embedding = nn.Parameter(torch.empty(config.num_frames, dim))
-        self.ln_pre = nn.LayerNorm(dim, eps=1e-6)
-        blocks = [
-            ResidualBlock(
-                dim,
-                Attention(dim, config.num_heads, config.use_flash_attn),
-                Mlp(dim, config.mlp_ratio, config.act_layer),
-                eps=1e-6,
-                drop_path=rate,
-            )
-            for rate in drop_path_rates(config)
-        ]
-        self.transformer = Transformer(blocks, config.grad_checkpointing)
-        self.ln_post = nn.LayerNorm(dim, eps=1e-6)
-        self.image_projection = nn.Parameter(torch.empty(dim, config.project_embed_dim))
-        self.init_parameters()
-
-    def init_parameters(self) -> None:
-        """AVION's initial values, which are timm's. The norms start as the identity, which AVION's do not."""
-        nn.init.normal_(self.class_embedding, std=INIT_STD)
-        nn.init.normal_(self.positional_embedding, std=INIT_STD)
-        nn.init.zeros_(self.temporal_embedding)
-        nn.init.normal_(self.image_projection, std=self.width**-0.5)
-        for block in self.transformer.resblocks:
-            for linear in (module for module in block.modules() if isinstance(module, nn.Linear)):
-                nn.init.trunc_normal_(linear.weight, std=INIT_STD)
-                nn.init.zeros_(linear.bias)
-
-    def features(self, video: torch.Tensor) -> torch.Tensor:
-        """(B, C, T, height, width) → the CLS after the last norm, (B, D)."""
-        return self.ln_post(self.encode(video, cls_only=True)[:, 0])
-
-    def token_features(self, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, C, T, height, width) → CLS (B, D) and patches (B, N, T, D) after the last norm."""
-        x = self.ln_post(self.encode(video, cls_only=False))  # (B, 1+T·N, D)
-        return x[:, 0], x[:, 1:].unflatten(1, (video.shape[2], -1)).transpose(1, 2)
-
-    def encode(self, video: torch.Tensor, cls_only: bool) -> torch.Tensor:
-        """(B, C, T, height, width) → what the blocks make of it, (B, 1+T·N, D); with cls_only (B, 1, D)."""
-        grid = patch_grid(video, self.conv1.kernel_size[0])
-        position = resize_position_embed(self.positional_embedding, grid)  # (1+N, D)
-        temporal = resize_temporal_embed(self.temporal_embedding, video.shape[2])  # (T, D)
-        x = embed_patches(video, self.conv1, self.use_fast_conv1)  # (B, N, T, D)
-        x = x + position[1:, None] + temporal
-        if self.training and self.patch_dropout:
-            x = drop_patches(x, self.patch_dropout)
-        cls = (self.class_embedding + position[0]).expand(len(x), 1, -1)  # (B, 1, D)
-        x = torch.cat([cls, x.transpose(1, 2).flatten(1, 2)], dim=1)  # (B, 1+T·N, D)
-        return self.transformer(self.ln_pre(x), cls_only)
-
-    def forward(self, video: torch.Tensor) -> torch.Tensor:
-        return project(self.features(video), self.image_projection)
+# ---- ends of the towers -------------------------------------------------------------------------
 
 
 def project(features: torch.Tensor, projection: nn.Parameter | None) -> torch.Tensor:

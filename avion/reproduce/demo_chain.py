@@ -16,7 +16,7 @@ from avion.data.safe_pickle import load_pickle
 from avion.engine.options import PretrainOptions
 from avion.errors import UserError
 from avion.files import write_text
-from avion.models.checkpoint import model_from_checkpoint, save_weights
+from avion.weights import model_from_checkpoint, save_weights
 
 from .commands import EGOSCHEMA, ROOT, executable
 from .jobs import Job

@@ -14,9 +14,9 @@ from avion.data.decoding import resolve_decoder
 from avion.data.ek100 import sentence_path
 from avion.engine.tasks.finetune_retrieval import relevancy_file
 from avion.errors import UserError
-from avion.models.pretrained import openai_files
 from avion.models.registry import model_config
-from avion.models.weight_files import HF_PREFIX
+from avion.weights.files import HF_PREFIX
+from avion.weights.zoo import openai_files
 
 from .commands import EGOSCHEMA
 from .recipe import Recipe

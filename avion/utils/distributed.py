@@ -19,7 +19,7 @@ from torch import nn
 
 from avion.engine.distributed import choose_device, detect_launch
 from avion.engine.state import BEST, LATEST, copy_atomically, save_atomically
-from avion.models.weight_files import extend_torch_load
+from avion.weights.files import extend_torch_load
 
 extend_torch_load()
 

@@ -9,7 +9,7 @@ import torch
 
 from avion.constants import NORM_STYLES
 from avion.models import create_model
-from avion.models.checkpoint import save_weights
+from avion.weights import save_weights
 
 COLUMNS = (
     "narration_id participant_id video_id narration_timestamp start_timestamp stop_timestamp start_frame stop_frame "

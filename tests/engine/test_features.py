@@ -16,8 +16,8 @@ from avion.engine import features
 from avion.engine.feature_shards import Shards
 from avion.engine.features import extract, load_clip
 from avion.errors import UserError
-from avion.models.checkpoint import save_weights
 from avion.models.model_clip import VideoClassifier
+from avion.weights import save_weights
 from tests.models.tiny import DISTINCT_MODELS, tiny_model
 from tests.videos import write_video
 

@@ -18,7 +18,7 @@ from avion.engine.run import run
 from avion.engine.steps import Precision
 from avion.engine.tasks import FinetuneClassification
 from avion.errors import UserError
-from avion.models.classifier import classifier_from_checkpoint
+from avion.weights import Checkpoint, classifier_from_checkpoint
 from tests.engine.actions import ACTIONS, TINY, VAL, csv_text, pretrained
 from tests.engine.test_pretrain import EXACT, assert_same_weights, interrupt_after, lines
 from tests.processes import run_processes
@@ -194,7 +194,7 @@ class TestViews:
         evaluate(tiny_actions.flags, trained / "checkpoint.pt", *words)
         found = pickle.loads((tmp_path / "p.pkl").read_bytes())["action_output"]
         task = FinetuneClassification(options([*tiny_actions.flags, "--evaluate", *words]), World())
-        model = task.build_model(str(trained / "checkpoint.pt")).eval()
+        model = task.build_model(Checkpoint.open(trained / "checkpoint.pt")).eval()
         dataset, expected = task.val_dataset(), []
         with torch.no_grad():
             for i in range(len(VAL)):
@@ -208,7 +208,7 @@ class TestViews:
 def test_the_one_frame_control_sees_the_middle_frame_alone(trained, tiny_actions, monkeypatch):
     words = options([*tiny_actions.flags, "--evaluate", "--num-clips", "2"])
     task, seen = FinetuneClassification(words, World()), []
-    model = task.build_model(str(trained / "checkpoint.pt"))
+    model = task.build_model(Checkpoint.open(trained / "checkpoint.pt"))
     model.visual.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     figures = task.evaluate(model, Precision("cpu", torch.float32), one_frame=True)
     assert figures["clips"] == 7 and all(video.shape[2] == 4 for video in seen)

@@ -21,6 +21,7 @@ from avion.engine.options import PretrainOptions
 from avion.engine.run import run
 from avion.engine.steps import Precision
 from avion.engine.tasks import Pretrain
+from avion.weights import Checkpoint
 from tests.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -203,7 +204,7 @@ def test_torchrun_trains_and_evaluates_as_one_process_does(processes, batch, mor
     torchrun([*tiny_flags, *checkpoint], processes, tmp_path / "evaluated")
     args = parse(PretrainOptions, [*tiny_flags, *checkpoint], "", "")
     task = Pretrain(args, World())
-    figures = task.evaluate(task.build_model(args.resume), Precision("cpu", torch.float32))
+    figures = task.evaluate(task.build_model(Checkpoint.open(args.resume)), Precision("cpu", torch.float32))
     recorded = lines(tmp_path / "evaluated" / "eval_log.txt")[0]
     assert {k: recorded[k] for k in figures} == figures
 

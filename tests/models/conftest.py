@@ -1,10 +1,10 @@
 import pytest
 
-from avion.models import registry
+from tests.models.registered import registered_for_a_while
 
 
 @pytest.fixture
-def clean_registry(monkeypatch):
+def clean_registry():
     """Models that a test registers are gone after it."""
-    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
-    monkeypatch.setattr(registry, "_ALIASES", dict(registry._ALIASES))
+    with registered_for_a_while():
+        yield

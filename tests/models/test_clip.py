@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from avion.errors import UserError
-from avion.models import create_model, model_clip, pretrained
+from avion.models import create_model, model_clip
 from avion.models.model_clip import CLIP, VideoClassifier
+from avion.weights import factories
 
 from .tiny import DISTINCT_MODELS, TINY, tiny_inputs, tiny_model
 
@@ -126,7 +127,7 @@ VIDEO_MAMBA_SUITES = {
 def test_the_factories_of_avion_and_video_mamba_suite(name, monkeypatch):
     """Their scripts give use_quick_gelu=True to models that have GELU all the same."""
     calls = []
-    monkeypatch.setattr(pretrained, "load_pretrained", lambda *args: calls.append(args))
+    monkeypatch.setattr(factories, "load_pretrained", lambda *args: calls.append(args))
     factory = getattr(model_clip, name)
     with torch.device("meta"):
         model = factory(
@@ -159,7 +160,7 @@ def test_the_factories_of_avion_and_video_mamba_suite(name, monkeypatch):
 
 def test_avions_defaults(monkeypatch):
     calls = []
-    monkeypatch.setattr(pretrained, "load_pretrained", lambda *args: calls.append(args))
+    monkeypatch.setattr(factories, "load_pretrained", lambda *args: calls.append(args))
     with torch.device("meta"):
         model = model_clip.CLIP_VITB16()
     assert (model.config.num_frames, model.config.project_embed_dim, model.config.use_flash_attn) == (1, 512, None)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from avion.models import create_model
-from avion.models.pretrained import load_pretrained
+from avion.weights import load_pretrained
 
 from .tiny import DIVIDED_MODELS
 

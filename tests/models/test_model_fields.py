@@ -9,7 +9,8 @@ import torch
 
 from avion.errors import UserError
 from avion.models import create_model
-from avion.models.registry import ModelConfig, model_config, numeric, read_field, register_model
+from avion.models.config import ModelConfig, numeric
+from avion.models.registry import model_config, read_field, register_model
 from avion.numbers import Number
 
 FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}

@@ -5,8 +5,8 @@ import torch
 
 from avion.models import create_model, load_checkpoint, model_from_checkpoint
 from avion.models.registry import model_config
+from tests.weights.checkpoints import FIXTURES, HEADS, SIZES, fixture
 
-from .checkpoints import FIXTURES, HEADS, SIZES, fixture
 from .oracle import divided_tower
 from .tiny import DIVIDED_MODELS, tiny_model
 

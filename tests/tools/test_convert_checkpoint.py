@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from avion.models import model_from_checkpoint
-from avion.models.checkpoint import checkpoint_facts, read_checkpoint
+from avion.weights import Checkpoint
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -33,7 +33,7 @@ def test_the_copy_gives_what_upstream_computed(tool, tmp_path, capsys, name, sty
     target = tmp_path / f"out{suffix}"
     assert tool.main([str(FIXTURES / f"{name}_checkpoint.pt"), str(target), *HEADS]) == 0
     assert f"--norm-style {style}" in capsys.readouterr().out
-    assert checkpoint_facts(read_checkpoint(target)).norm_style == style
+    assert Checkpoint.open(target).facts.norm_style == style
     expected = torch.load(FIXTURES / f"{name}_expected.pt", weights_only=True)
     model = model_from_checkpoint(target).eval()  # nothing has to be told any more
     with torch.no_grad():

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from avion.constants import NORM_STYLES
 from avion.engine.features import extract, load_clip
 from avion.models import model_from_checkpoint
-from avion.models.checkpoint import save_weights
 from avion.models.model_clip import VideoClassifier
+from avion.weights import save_weights
 from tests.models.tiny import tiny_model
 from tests.videos import write_video
 from tools import extract_features as tool

@@ -31,6 +31,7 @@ from avion.errors import UserError
 from avion.files import write_text
 from avion.json_lines import append_json
 from avion.models.long_video import default_max_tokens, encode_long_video, memory_bytes
+from avion.weights import Checkpoint
 
 from .answers import choose_answers, figures_of, submit, table, write_answers
 from .results import ResultLog, Scores, fingerprint, read_results
@@ -108,7 +109,7 @@ class _Run:
             self.decoder = resolve_decoder(args.decoder)
         self.left_out = self._overlap()
         with world.together("building the model"):
-            self.model: nn.Module = build_as_saved(args, args.pretrain_model).to(world.device).eval()
+            self.model: nn.Module = build_as_saved(args, Checkpoint.open(args.pretrain_model)).to(world.device).eval()
             self.config = self.model.config
             self.videos = LongVideos(
                 self.questions, args.root, size=self.config.img_size, sampling=args.sampling, decoder=args.decoder,

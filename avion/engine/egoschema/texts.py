@@ -16,7 +16,7 @@ from avion.engine import encode
 from avion.engine.distributed import World
 from avion.engine.steps import Precision
 from avion.errors import UserError
-from avion.models.registry import ModelConfig
+from avion.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 

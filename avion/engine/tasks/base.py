@@ -15,6 +15,7 @@ from avion.engine.build import build_model
 from avion.engine.distributed import World
 from avion.engine.steps import Precision
 from avion.errors import UserError
+from avion.weights import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +35,9 @@ class Task:
         self.args, self.world = args, world
         self.replaced = 0
 
-    def build_model(self, source: str | None) -> nn.Module:
+    def build_model(self, checkpoint: Checkpoint | None) -> nn.Module:
         """The model with the weights of a checkpoint, or with those it is trained from."""
-        return build_model(self.args, source)
+        return build_model(self.args, checkpoint)
 
     def facts(self) -> dict[str, Any]:
         """What all processes must have in common."""

@@ -33,8 +33,7 @@ from avion.engine.steps import Precision, supervised_step
 from avion.errors import UserError
 from avion.evaluation.ek100_cls import KINDS, action_marginals, action_metrics
 from avion.evaluation.submission import SLS, action_submission
-from avion.models.checkpoint import read_checkpoint
-from avion.models.classifier import classifier_head
+from avion.weights import Checkpoint
 
 from .base import Task
 
@@ -96,12 +95,12 @@ class FinetuneClassification(Task):
             )
         return actions
 
-    def _settle_actions(self, source: str | None) -> None:
+    def _settle_actions(self, checkpoint: Checkpoint | None) -> None:
         """The list that scores follow: a checkpoint's own, which the annotations of a training run must agree with."""
-        if source is None:
+        if checkpoint is None:
             self.actions = self.actions or self._actions_of_annotations()
             return
-        head = classifier_head(read_checkpoint(source), source)
+        head, source = checkpoint.head, checkpoint.path
         if self.actions is None and self.args.action_metadata:
             self.actions = self._actions_of_annotations()
         if "num_classes" in self.args.given and self.args.num_classes != head.num_classes:
@@ -128,16 +127,18 @@ class FinetuneClassification(Task):
             facts |= {"training clips": len(self.train_clips), "actions": f"{len(self.actions)}, {digest}"}
         return facts
 
-    def build_model(self, source: str | None) -> nn.Module:
+    def build_model(self, checkpoint: Checkpoint | None) -> nn.Module:
         a = self.args
-        self._settle_actions(source)
-        self.columns = split_actions(self.actions, f"{source or 'annotations'}: list of actions")
+        self._settle_actions(checkpoint)
+        self.columns = split_actions(
+            self.actions, f"{checkpoint.path if checkpoint else 'annotations'}: list of actions"
+        )
         if self.clips.verb_class is not None and (unknown := int((action_numbers(self.actions, self.clips) < 0).sum())):
             logger.warning(
                 "%d of %d clips to evaluate are of actions that are not in the list: counted as wrong",
                 unknown, len(self.clips),
             )  # fmt: skip
-        model = build_classifier(a, source, self.actions)
+        model = build_classifier(a, checkpoint, self.actions)
         a.model, a.num_classes = model.config.name, len(self.actions)  # of which model this run's checkpoints are
         self.img_size = model.config.img_size
         self.num_frames = a.clip_length if "clip_length" in a.given else model.config.num_frames

@@ -17,6 +17,7 @@ from avion.engine.distributed import World
 from avion.engine.steps import contrastive_step
 from avion.errors import UserError
 from avion.losses import MaxMarginRankingLoss
+from avion.weights import Checkpoint
 
 from .mir import RetrievalTask
 
@@ -70,8 +71,8 @@ class FinetuneRetrieval(RetrievalTask):
             return super().facts()
         return {"training clips": len(self.pairs), "positives": self.pairs.positives, **super().facts()}
 
-    def build_model(self, source: str | None) -> nn.Module:
-        model = build_finetuned(self.args, source)
+    def build_model(self, checkpoint: Checkpoint | None) -> nn.Module:
+        model = build_finetuned(self.args, checkpoint)
         model.logit_scale.requires_grad_(False)  # the loss knows no temperature
         self.args.model = model.config.name  # of which model the checkpoints of this run are
         return self.fit_inputs(model)

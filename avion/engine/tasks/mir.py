@@ -17,6 +17,7 @@ from avion.engine.console import table
 from avion.engine.distributed import World
 from avion.engine.steps import Precision
 from avion.evaluation.ek100_mir import retrieval_metrics
+from avion.weights import Checkpoint
 
 from .base import Task
 
@@ -46,8 +47,8 @@ class RetrievalTask(Task):
     def facts(self) -> dict[str, Any]:
         return {"evaluation clips": len(self.clips), "sentences": len(self.sentences)}
 
-    def build_model(self, source: str | None) -> nn.Module:
-        return self.fit_inputs(super().build_model(source))
+    def build_model(self, checkpoint: Checkpoint | None) -> nn.Module:
+        return self.fit_inputs(super().build_model(checkpoint))
 
     def fit_inputs(self, model: nn.Module) -> nn.Module:
         """Clips and tokens as the model takes them."""

@@ -8,7 +8,7 @@ import torch
 
 from avion.constants import NORM_STYLES
 from avion.models import create_model
-from avion.models.checkpoint import save_weights
+from avion.weights import save_weights
 from tests.videos import write_video
 
 UIDS = [f"video-{k}" for k in range(7)]  # seven divide by no number of processes

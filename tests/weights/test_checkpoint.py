@@ -10,13 +10,8 @@ import torch
 
 from avion.constants import NORM_STYLES
 from avion.models import create_model, load_checkpoint, model_from_checkpoint
-from avion.models.checkpoint import (
-    checkpoint_facts,
-    read_checkpoint,
-    save_safetensors,
-    save_weights,
-)
-from tests.models.checkpoints import (
+from avion.weights import Checkpoint, save_safetensors, save_weights
+from tests.weights.checkpoints import (
     FIXTURES,
     HEADS,
     NAMES,
@@ -279,7 +274,7 @@ def test_our_own_checkpoints_carry_everything(tmp_path, suffix, name):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     # What the model is comes back, how it was run does not.
     assert again.config == dataclasses.replace(model.config, patch_dropout=0.0, grad_checkpointing=False)
-    facts = checkpoint_facts(read_checkpoint(path), path)
+    facts = Checkpoint.open(path).facts
     assert (facts.model_name, facts.act_layer, facts.num_frames, facts.img_size) == (name, "quick_gelu", 6, 32)
     assert (facts.norm_style, facts.mean, facts.std) == ("openai", *NORM_STYLES["openai"])
     assert facts.config == model.config
@@ -333,7 +328,7 @@ def test_a_config_that_cannot_be(tmp_path, change, says):
 def test_a_preprocess_that_cannot_be(preprocess):
     model = tiny("TIMESFORMER_VITB16")
     saved = {"state_dict": model.state_dict(), "model_config": dataclasses.asdict(model.config)}
-    assert "field preprocess" in refusal(checkpoint_facts, saved | {"preprocess": preprocess})
+    assert "field preprocess" in refusal(lambda: Checkpoint(saved | {"preprocess": preprocess}).facts)
 
 
 def test_saving_under_another_suffix(tmp_path):

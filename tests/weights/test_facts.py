@@ -8,12 +8,9 @@ import torch
 
 from avion.constants import NORM_STYLES
 from avion.models import model_from_checkpoint
-from avion.models.checkpoint import (
-    check_preprocess,
-    checkpoint_facts,
-    read_checkpoint,
-)
-from tests.models.checkpoints import (
+from avion.weights import Checkpoint
+from avion.weights.facts import check_preprocess
+from tests.weights.checkpoints import (
     HEADS,
     NAMES,
     assert_same_outputs,
@@ -76,7 +73,7 @@ def test_a_model_name_that_the_weights_contradict_is_not_believed(tmp_path):
     saved = contents("ID6")
     saved["args"].model = "CLIP_VITB16"
     torch.save(saved, tmp_path / "a.pt")
-    assert checkpoint_facts(saved).model_name is None
+    assert Checkpoint(saved).facts.model_name is None
     assert "TIMEMAMBA_FROZEN_VITB16" in refusal(model_from_checkpoint, tmp_path / "a.pt", **HEADS)
     model = model_from_checkpoint(tmp_path / "a.pt", name="TIMEMAMBA_VITB16", **HEADS)
     assert_same_outputs(model, model_from_checkpoint(fixture("ID6"), **HEADS))
@@ -90,10 +87,10 @@ def test_unknown_names_and_fields(tmp_path):
     assert "num_framse" in refusal(model_from_checkpoint, fixture("ID4"), num_framse=3, **HEADS)
     for hostile in (3, None, ["x"], "two\nlines"):
         saved["args"].model = hostile
-        assert checkpoint_facts(saved).model_name is None
+        assert Checkpoint(saved).facts.model_name is None
     saved["args"].clip_length = "4; drop"
     del saved["state_dict"]["module.visual.temporal_embed"]
-    assert checkpoint_facts(saved).num_frames is None
+    assert Checkpoint(saved).facts.num_frames is None
 
 
 # --- what a checkpoint needs of its input ----------------------------------------------------
@@ -109,7 +106,7 @@ def test_unknown_names_and_fields(tmp_path):
     ],
 )
 def test_facts_of_upstreams_checkpoints(name, style, red, act):
-    facts = checkpoint_facts(read_checkpoint(fixture(name)), fixture(name))
+    facts = Checkpoint.open(fixture(name)).facts
     assert (facts.model_name, facts.norm_style, facts.act_layer) == (NAMES[name], style, act)
     assert facts.mean == (red, 116.7460125, 104.0937362) and facts.std == (68.5005327, 66.6321579, 70.3231631)
     assert (facts.num_frames, facts.img_size, facts.config) == (4, 32, None)
@@ -125,11 +122,11 @@ def test_facts_of_upstreams_checkpoints(name, style, red, act):
 def test_preprocess_of_upstreams_timm_style_and_of_our_own():
     saved = contents("VIT")
     saved["args"].norm_style = "timm"
-    check_preprocess(checkpoint_facts(saved), "timm")
+    check_preprocess(Checkpoint(saved).facts, "timm")
     model = tiny("TIMESFORMER_VITB16")
     ours = {"state_dict": model.state_dict(), "model_config": dataclasses.asdict(model.config)}
     for style in NORM_STYLES:
-        check_preprocess(checkpoint_facts(ours), style)  # says nothing, so nothing contradicts
+        check_preprocess(Checkpoint(ours).facts, style)  # says nothing, so nothing contradicts
     odd = {"norm_style": "mine", "mean": [1.0, 2.0, 3.0], "std": [1.0, 1.0, 1.0]}
-    text = refusal(check_preprocess, checkpoint_facts(ours | {"preprocess": odd}), "openai")
+    text = refusal(check_preprocess, Checkpoint(ours | {"preprocess": odd}).facts, "openai")
     assert "no --norm-style has these figures" in text

@@ -6,7 +6,6 @@ Everything in a checkpoint comes from outside: each field is checked before it i
 import argparse
 import dataclasses
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +14,11 @@ from torch import Tensor
 
 from avion.constants import NORM_STYLES
 from avion.errors import UserError
+from avion.models.config import ModelConfig
+from avion.models.registry import check_config, model_config
+from avion.models.tower import Layout, find_tower
 
-from .layouts import Layout, canonical, has_time_mamba, layout_of, sizes_of
-from .registry import ModelConfig, model_config
-from .weight_files import checkpoint_state_dict
+from .layouts import layout_of, sizes_of
 
 
 def few(names: Iterable[str], count: int = 4) -> str:
@@ -47,20 +47,20 @@ class CheckpointFacts:
     path: str = "checkpoint"
 
 
-def checkpoint_facts(checkpoint: Mapping[str, Any], path: str | os.PathLike = "checkpoint") -> CheckpointFacts:
-    """Read what a checkpoint (from `read_checkpoint`) says about itself; `path` is for messages.
-
-    Our own say it in `model_config` and `preprocess`. Of upstream's, `args` give the model and the
-    frames, the layout the rest: Video Mamba Suite trains with exact GELU and CLIP's mean, AVION with exact
-    GELU and LaViLa with QuickGELU, both with the mistyped red mean.
-    Raises UserError where a field holds something impossible.
-    """
-    path = os.fspath(path)
-    return facts_of(checkpoint, canonical(checkpoint_state_dict(checkpoint, path), path), path)
-
-
 def facts_of(checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor], path: str) -> CheckpointFacts:
-    """`checkpoint_facts` where the canonical weights are at hand."""
+    """Read what a checkpoint says about itself.
+
+    Our own say it in `model_config` and `preprocess`. Of upstream's, `args` give the model and the frames, and the
+    layout the rest: the activation and the normalisation that the layout's program trains with.
+
+    Args:
+        checkpoint: The checkpoint's contents.
+        weights: The weights in it under canonical names.
+        path: The checkpoint's path, for messages.
+
+    Raises:
+        UserError: A field holds something impossible.
+    """
     layout = layout_of(weights)
     sizes = sizes_of(weights, layout, path) if layout else {}
     layout_name = layout.name if layout else None
@@ -78,9 +78,10 @@ def facts_of(checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor], path:
             path,
         )
     args = saved_args(checkpoint)
-    act_layer = {"divided": "gelu", "joint": "gelu", "lavila": "quick_gelu"}.get(layout_name)
-    styles = {"divided": "openai", "clip": "openai", "joint": "openai_legacy", "lavila": "openai_legacy"}
-    style = "timm" if layout and args.get("norm_style") == "timm" else styles.get(layout_name)
+    act_layer = layout.act_layer if layout else None
+    style = layout.norm_style if layout else None
+    if layout and args.get("norm_style") == "timm":
+        style = "timm"
     mean, std = NORM_STYLES[style] if style else (None, None)
     frames = sizes.get("num_frames", _positive(args.get("clip_length")))
     return CheckpointFacts(
@@ -131,7 +132,8 @@ def _believable_name(name: Any, layout: Layout | None, weights: Mapping[str, Ten
         return name
     if layout is None or config.tower != layout.name:
         return None
-    return config.name if config.mixer.startswith("vim") == has_time_mamba(weights) else None
+    tower = find_tower(layout.name)
+    return config.name if tower is not None and tower.could_be(config, weights) else None
 
 
 def _config_of(fields: Any, path: str) -> ModelConfig:
@@ -144,7 +146,9 @@ def _config_of(fields: Any, path: str) -> ModelConfig:
         if not isinstance(fields.get(name), str):
             raise UserError(f"{path}: model_config has no {name}")
     try:
-        return ModelConfig(**fields)
+        config = ModelConfig(**fields)
+        check_config(config)
+        return config
     except (UserError, TypeError) as error:
         raise UserError(f"{path}: model_config: {error}") from error
 

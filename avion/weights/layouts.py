@@ -18,9 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from avion.errors import UserError
-
-from .registry import list_models, model_config
-from .utils import resize_position_embed, resize_temporal_embed
+from avion.models.registry import list_models, model_config
+from avion.models.tower import Layout, find_tower, towers
+from avion.models.utils import resize_position_embed, resize_temporal_embed
 
 # Parameters that were saved under two names, by the attention and MLP in use. In our video towers they
 # have the left names, in our text towers the right ones.
@@ -37,50 +37,25 @@ TEMPORAL = ("visual.temporal_embed", "visual.temporal_embedding")  # (1, T, D), 
 POSITION = ("visual.pos_embed", "visual.positional_embedding")  # (1, 1 + N, D), (1 + N, D)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where a layout keeps what tells its sizes."""
+# Image CLIPs (OpenAI's, open_clip's), which are initial weights and no video models.
+IMAGE_CLIP = Layout(
+    name="clip",
+    requires=("visual.transformer.resblocks.", "visual.proj"),
+    excludes=(),
+    position="visual.positional_embedding",
+    patches="visual.conv1.weight",
+    blocks="visual.transformer.resblocks.",
+    text="",
+    projection="visual.proj",
+    temporal=None,
+    act_layer=None,
+    norm_style="openai",
+)
 
-    name: str
-    position: str
-    patches: str
-    blocks: str
-    text: str
-    projection: str
-    temporal: str | None = None
 
-
-_BLOCKS = {
-    "position": "visual.pos_embed",
-    "patches": "visual.patch_embed.proj.weight",
-    "blocks": "visual.blocks.",
-}
-_RESBLOCKS = {
-    "position": "visual.positional_embedding",
-    "patches": "visual.conv1.weight",
-    "blocks": "visual.transformer.resblocks.",
-}
-LAYOUTS = {
-    layout.name: layout
-    for layout in (
-        Layout(
-            "divided",
-            text="textual.",
-            projection="visual.image_projection",
-            temporal="visual.temporal_embed",
-            **_BLOCKS,
-        ),
-        Layout("lavila", text="", projection="image_projection", temporal="visual.temporal_embed", **_BLOCKS),
-        Layout(
-            "joint",
-            text="textual.",
-            projection="visual.image_projection",
-            temporal="visual.temporal_embedding",
-            **_RESBLOCKS,
-        ),
-        Layout("clip", text="", projection="visual.proj", **_RESBLOCKS),
-    )
-}
+def layouts() -> list[Layout]:
+    """The layouts of all registered towers, and that of image CLIPs."""
+    return [*(tower.layout for tower in towers() if tower.layout is not None), IMAGE_CLIP]
 
 
 # --- names -----------------------------------------------------------------------------------
@@ -124,25 +99,17 @@ def _canonical_name(name: str) -> str:
 
 def layout_of(weights: Mapping[str, Tensor]) -> Layout | None:
     """The layout that canonical `weights` are in, None if they are of no known one."""
-    if any(name.startswith("visual.blocks.") for name in weights):
-        return LAYOUTS["lavila" if "visual.blocks.0.attn.qkv.weight" in weights else "divided"]
-    if any(name.startswith("visual.transformer.resblocks.") for name in weights):
-        return LAYOUTS["clip" if "visual.proj" in weights else "joint"]
-    return None
-
-
-def has_time_mamba(weights: Mapping[str, Tensor]) -> bool:
-    return any(".time_mamba." in name for name in weights)
+    return next((layout for layout in layouts() if layout.fits(weights)), None)
 
 
 def likely_models(weights: Mapping[str, Tensor], layout: Layout) -> list[str]:
-    """Registered models of this layout and mixer, narrowed to those of the same sizes if there are any.
+    """Registered models that these weights can belong to, narrowed to those of the same sizes if there are any.
 
-    Vanilla and Frozen residuals, and ViM in time and in space-time, have the same parameters.
+    Some models have the same parameters, such as those with vanilla and with Frozen residuals.
     """
-    mixers = ("vim", "vim_spacetime") if has_time_mamba(weights) else ("attention",)
+    tower = find_tower(layout.name)
     configs = [model_config(name) for name in list_models()]
-    configs = [c for c in configs if c.tower == layout.name and c.mixer in mixers]
+    configs = [c for c in configs if tower is not None and c.tower == tower.name and tower.could_be(c, weights)]
     sizes = sizes_of(weights, layout, "checkpoint")
     for fields in (("embed_dim", "depth", "patch_size", "img_size"), ("embed_dim", "depth", "patch_size")):
         same = [c.name for c in configs if all(getattr(c, f) == sizes.get(f) for f in fields)]
@@ -169,7 +136,9 @@ def sizes_of(weights: Mapping[str, Tensor], layout: Layout, path: str) -> dict[s
             raise UserError(f"{path}: {name} has shape {found}, expected {ndim} dimensions above 0")
         return found
 
-    sizes: dict[str, Any] = {"depth": _count_blocks(weights, layout.blocks)}
+    sizes: dict[str, Any] = {}
+    if depth := _count_blocks(weights, layout.blocks):
+        sizes["depth"] = depth
     if found := shape(layout.patches, 4):
         sizes |= {"embed_dim": found[0], "in_chans": found[1], "patch_size": found[2]}
         if layout.position in weights:
@@ -185,16 +154,9 @@ def sizes_of(weights: Mapping[str, Tensor], layout: Layout, path: str) -> dict[s
         sizes["text_layers"] = _count_blocks(weights, f"{layout.text}transformer.resblocks.")
     if found := shape(f"{layout.text}token_embedding.weight", 2):
         sizes["vocab_size"] = found[0]
-    if layout.name == "lavila":
-        sizes["gated_time"] = f"{layout.blocks}0.alpha_timeattn" in weights
-    mixer = f"{layout.blocks}0.time_mamba."
-    if "embed_dim" in sizes and (found := shape(f"{mixer}A_log", 2)):
-        width = sizes["embed_dim"]
-        sizes["ssm_expand"], sizes["d_state"] = max(1, found[0] // width), found[1]
-        if conv := shape(f"{mixer}conv1d.weight", 3):
-            sizes["d_conv"] = conv[2]
-        if rank := shape(f"{mixer}dt_proj.weight", 2):
-            sizes["dt_rank"] = None if rank[1] == math.ceil(width / 16) else rank[1]
+    tower = find_tower(layout.name)
+    if tower is not None and "embed_dim" in sizes:
+        sizes |= tower.further_sizes(weights, shape, sizes["embed_dim"])
     return sizes
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from avion.errors import UserError
 from avion.models import create_model, load_checkpoint
-from avion.models import pretrained as module
-from avion.models.pretrained import load_pretrained
+from avion.weights import load_pretrained
+from avion.weights import zoo as module
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SIZES = {

@@ -8,10 +8,9 @@ import torch
 from avion.constants import NORM_STYLES
 from avion.errors import UserError
 from avion.models import load_checkpoint, model_from_checkpoint
-from avion.models.checkpoint import read_checkpoint, save_weights
-from avion.models.classifier import classifier_from_checkpoint, classifier_head
 from avion.models.model_clip import VideoClassifier
 from avion.models.registry import model_config
+from avion.weights import Checkpoint, classifier_from_checkpoint, save_weights
 from tests.models.tiny import DISTINCT_MODELS, tiny_inputs, tiny_model
 
 ACTIONS = ["0:1", "0:2", "12:10"]
@@ -69,7 +68,7 @@ class TestCheckpoints:
     def test_saved_and_built_again(self, name, suffix, tmp_path):
         model = tiny_classifier(name, dropout=0.5).eval()
         save_weights(model, tmp_path / f"cls.{suffix}", PREPROCESS)
-        head = classifier_head(read_checkpoint(tmp_path / f"cls.{suffix}"))
+        head = Checkpoint.open(tmp_path / f"cls.{suffix}").head
         assert (head.num_classes, head.actions) == (3, tuple(ACTIONS))
         again = classifier_from_checkpoint(tmp_path / f"cls.{suffix}", drop_path_rate=0.2).eval()
         assert again.config.name == name and again.config.drop_path_rate == 0.2 and again.actions == tuple(ACTIONS)

@@ -16,9 +16,15 @@ import torch
 from torch import nn
 
 from avion.errors import UserError
-from avion.models import weight_files
-from avion.models.checkpoint import read_checkpoint, resolve_path
-from avion.models.weight_files import checkpoint_state_dict, extend_torch_load, write_pt, write_safetensors
+from avion.weights import files as weight_files
+from avion.weights.files import (
+    checkpoint_state_dict,
+    extend_torch_load,
+    read_checkpoint,
+    resolve_path,
+    write_pt,
+    write_safetensors,
+)
 
 
 def refusal(path) -> str:

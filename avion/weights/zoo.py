@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from avion.constants import NORM_STYLES
 from avion.errors import UserError
+from avion.models.config import ModelConfig
+from avion.models.tower import Tower, find_tower, rename
 
-from .checkpoint import LoadReport, unwrap
-from .checkpoint_facts import few
-from .layouts import canonical, fit, layout_of
-from .registry import ModelConfig
-from .weight_files import HF_PREFIX, checkpoint_state_dict, hub_file, read_checkpoint, resolve_path
+from .checkpoint import Checkpoint
+from .facts import few
+from .files import HF_PREFIX, hub_file, read_checkpoint, resolve_path
+from .layouts import IMAGE_CLIP, fit, layout_of
+from .loading import LoadReport, unwrap
 
 ZOOS = ("openai", "open_clip", "lavila", "none")
 _FLAG = "--pretrain-path"
@@ -66,13 +68,13 @@ def load_pretrained(model: nn.Module, zoo: str, path: str | os.PathLike | None =
         return LoadReport("none", notes=("no initial weights",))
     model = unwrap(model)
     config = model.config
-    if config.tower not in ("divided", "joint", "lavila"):
+    tower = find_tower(config.tower)
+    if tower is None or tower.from_common is None:
         raise UserError(f"{config.name}: no initial weights are known for tower {config.tower!r}")
     source = _source(zoo, path, config)
-    weights = canonical(checkpoint_state_dict(read_checkpoint(source.file), source.title), source.title)
+    weights = Checkpoint(read_checkpoint(source.file), source.title).weights
     _check_layout(weights, zoo, source.title)
-    divided = _from_lavila(weights) if zoo == "lavila" else _from_clip(weights)
-    return _copy(model, _to_tower(divided, config.tower), zoo, source)
+    return _copy(model, tower, tower.from_common(_to_common(weights, zoo)), zoo, source)
 
 
 # --- where the file is -----------------------------------------------------------------------
@@ -175,19 +177,18 @@ def _check_layout(weights: Mapping[str, Tensor], zoo: str, title: str) -> None:
     if found == wanted:
         return
     what = {"lavila": "a LaViLa-CLIP dual encoder", "clip": "an image CLIP with a vision transformer"}
-    cures = {
-        "clip": "give --pretrain-zoo open_clip",
-        "lavila": "give --pretrain-zoo lavila",
-        "divided": "a video model's own checkpoint is loaded with --resume or load_checkpoint",
-        "joint": "a video model's own checkpoint is loaded with --resume or load_checkpoint",
-        None: f"its first names are {few(weights)}",
-    }
-    raise UserError(f"{title}: is not {what[wanted]}: {cures[found]}")
+    if layout is None:
+        cure = f"its first names are {few(weights)}"
+    elif layout is IMAGE_CLIP or layout.name == "lavila":
+        cure = f"give --pretrain-zoo {'lavila' if layout.name == 'lavila' else 'open_clip'}"
+    else:
+        cure = "a video model's own checkpoint is loaded with --resume or load_checkpoint"
+    raise UserError(f"{title}: is not {what[wanted]}: {cure}")
 
 
 # --- names -----------------------------------------------------------------------------------
 
-_CLIP_TO_DIVIDED = (
+_CLIP_TO_COMMON = (
     (r"visual\.class_embedding", "visual.cls_token"),
     (r"visual\.positional_embedding", "visual.pos_embed"),
     (r"visual\.conv1\.", "visual.patch_embed.proj."),
@@ -195,91 +196,42 @@ _CLIP_TO_DIVIDED = (
     (r"visual\.proj$", "visual.image_projection"),
     (r"visual\.transformer\.resblocks\.(\d+)\.ln_([12])\.", r"visual.blocks.\1.norm\2."),
     (r"visual\.transformer\.resblocks\.(\d+)\.", r"visual.blocks.\1."),
+    (r"(?!visual\.|logit_)", "textual."),
 )
-_DIVIDED_TO_JOINT = (
-    (r"visual\.cls_token", "visual.class_embedding"),
-    (r"visual\.pos_embed", "visual.positional_embedding"),
-    (r"visual\.temporal_embed$", "visual.temporal_embedding"),
-    (r"visual\.patch_embed\.proj\.", "visual.conv1."),
-    (r"visual\.norm\.", "visual.ln_post."),
-    (r"visual\.blocks\.(\d+)\.norm([12])\.", r"visual.transformer.resblocks.\1.ln_\2."),
-    (r"visual\.blocks\.(\d+)\.", r"visual.transformer.resblocks.\1."),
-)
-_LAVILA_TO_DIVIDED = (
-    (r"(visual\.blocks\.\d+\.(?:time)?attn)\.qkv\.", r"\1.Wqkv."),
-    (r"(visual\.blocks\.\d+\.(?:time)?attn)\.proj\.", r"\1.out_proj."),
-    (r"image_projection$", "visual.image_projection"),
-)
-_DIVIDED_TO_LAVILA = (
-    (r"(visual\.blocks\.\d+\.(?:time)?attn)\.Wqkv\.", r"\1.qkv."),
-    (r"(visual\.blocks\.\d+\.(?:time)?attn)\.out_proj\.", r"\1.proj."),
-    (r"visual\.image_projection$", "image_projection"),
-    (r"textual\.", ""),
-)
-_NOT_TEXT = ("visual.", "logit_", "image_projection")
-_BLOCK = r"visual\.(?:blocks|transformer\.resblocks)\.\d+\."
-_TIME_GATE = re.compile(_BLOCK + "alpha_timeattn")
-_TEMPORAL_PARTS = re.compile(
-    rf"visual\.temporal_embed(?:ding)?$|{_BLOCK}(?:norm3|timeattn|time_mamba|time_mixer|alpha_timeattn)"
-)
+_TIME_GATE = re.compile(r"visual\.(?:\w+\.)+alpha_timeattn")
 
 
-def _rename(weights: Mapping[str, Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
-    """Every name by the first rule that matches its beginning."""
-    renamed = {}
-    for name, value in weights.items():
-        for pattern, replacement in rules:
-            if match := re.match(pattern, name):
-                name = match.expand(replacement) + name[match.end() :]
-                break
-        renamed[name] = value
-    return renamed
-
-
-def _with_text_tower(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n if n.startswith(_NOT_TEXT) else f"textual.{n}": v for n, v in weights.items()}
-
-
-def _from_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _to_common(weights: Mapping[str, Tensor], zoo: str) -> dict[str, Tensor]:
+    """The common names (see `avion.models.tower.Tower`) of an image CLIP's or of LaViLa's weights."""
+    if zoo == "lavila":
+        lavila = find_tower("lavila")
+        assert lavila is not None and lavila.to_common is not None
+        return lavila.to_common(weights)
     # The causal mask is a constant, which TorchScript archives hold among the weights.
     weights = {name: value for name, value in weights.items() if not name.endswith("attn_mask")}
-    renamed = _rename(_with_text_tower(weights), _CLIP_TO_DIVIDED)
+    renamed = rename(weights, _CLIP_TO_COMMON)
     for name, lead in (("visual.cls_token", 2), ("visual.pos_embed", 1)):  # (D,), (1 + N, D)
         if name in renamed:
             renamed[name] = renamed[name][(None,) * lead]  # (1, 1, D), (1, 1 + N, D)
     return renamed
 
 
-def _from_lavila(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return _rename(_with_text_tower(weights), _LAVILA_TO_DIVIDED)
-
-
-def _to_tower(divided: Mapping[str, Tensor], tower: str) -> dict[str, Tensor]:
-    if tower == "lavila":
-        return _rename(divided, _DIVIDED_TO_LAVILA)
-    if tower == "divided":
-        return dict(divided)
-    renamed = _rename(divided, _DIVIDED_TO_JOINT)
-    for name, lead in (("class_embedding", 2), ("positional_embedding", 1), ("temporal_embedding", 1)):
-        name = f"visual.{name}"
-        if name in renamed and renamed[name].shape[:lead] == (1,) * lead:
-            renamed[name] = renamed[name][(0,) * lead]  # (1, 1, D) -> (D,), (1, T, D) -> (T, D)
-    return renamed
-
-
 # --- what fits -------------------------------------------------------------------------------
 
 
-def _copy(model: nn.Module, weights: dict[str, Tensor], zoo: str, source: _Source) -> LoadReport:
+def _copy(model: nn.Module, tower: Tower, weights: dict[str, Tensor], zoo: str, source: _Source) -> LoadReport:
     """`weights` under the tower's names into the model, if nothing differs but what may differ."""
     config, target = model.config, model.state_dict()
     notes = [*source.notes, *_activation_note(source, config)]
-    absent = _TIME_GATE if zoo == "lavila" and _takes_time_attention(config) else _TEMPORAL_PARTS
+    taken = tower.time_from_lavila(config)
+    temporal = [name for name in weights if tower.temporal.match(name)]
+    dropped = [name for name in temporal if not taken.match(name)] if zoo == "lavila" else []
     left_out = _other_embedding(weights, target)
-    dropped = _time_without_a_place(weights, config) if zoo == "lavila" else []
     _fit_context(weights, target, notes)
     found = fit({n: v for n, v in weights.items() if n not in left_out + dropped}, target)
-    missing = [n for n in found.missing if n not in left_out and not absent.match(n)]
+    may_be_missing = (n for n in found.missing if tower.temporal.match(n))
+    absent = {n for n in may_be_missing if zoo != "lavila" or _TIME_GATE.match(n) or not taken.match(n)}
+    missing = [n for n in found.missing if n not in left_out and n not in absent]
     wrong = {"of another shape": found.misshapen, "unexpected": found.unexpected, "missing": missing}
     if any(wrong.values()):
         listed = "; ".join(f"{len(names)} {what} ({few(names)})" for what, names in wrong.items() if names)
@@ -288,8 +240,8 @@ def _copy(model: nn.Module, weights: dict[str, Tensor], zoo: str, source: _Sourc
         notes.append("embedding of another size: projections and temperature start anew")
     elif config.freeze_temperature and "logit_scale" in found.values:
         notes.append(f"the frozen temperature is the source's, 1 / {weights['logit_scale'].exp().item():.2f}")
-    gates = [n for n in found.missing if _TIME_GATE.match(n)]
-    if zoo == "lavila" and gates and _takes_time_attention(config):
+    gates = [n for n in found.missing if _TIME_GATE.match(n) and taken.match(n)]
+    if zoo == "lavila" and gates:
         notes.append("the source is not gated: time attention is loaded behind closed gates (alpha 0)")
     # Names, shapes and types were all checked: from here on nothing can stop half-way.
     model.load_state_dict(found.values, strict=False)
@@ -301,18 +253,6 @@ def _copy(model: nn.Module, weights: dict[str, Tensor], zoo: str, source: _Sourc
         tuple(left_out + dropped),
         tuple(notes),
     )
-
-
-def _takes_time_attention(config: ModelConfig) -> bool:
-    return config.tower == "lavila" or (config.tower == "divided" and config.mixer == "attention")
-
-
-def _time_without_a_place(weights: Mapping[str, Tensor], config: ModelConfig) -> list[str]:
-    """LaViLa's temporal parts that the model does not have, or has for another mixer."""
-    if _takes_time_attention(config):
-        return []
-    temporal = [name for name in weights if _TEMPORAL_PARTS.match(name)]
-    return [name for name in temporal if config.tower != "joint" or name != "visual.temporal_embedding"]
 
 
 def _other_embedding(weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:

@@ -1,7 +1,7 @@
 """Files of weights in and out, without ever running what is inside.
 
 Addresses are local paths or `hf:owner/repo/file` (Hugging Face Hub, through its local cache). safetensors
-files are read by safetensors, TorchScript archives by `avion.models.torchscript`, everything else by
+files are read by safetensors, TorchScript archives by `avion.weights.torchscript`, everything else by
 `torch.load(weights_only=True)` with two additions: `argparse.Namespace` (upstream's `args`) and plain numpy
 numbers (upstream's `best_acc1`). Tensors stay memory-mapped where the format allows it, so that the optimizer
 state beside the weights is never read.

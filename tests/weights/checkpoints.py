@@ -8,9 +8,7 @@ import torch
 from avion.constants import NORM_STYLES
 from avion.errors import UserError
 from avion.models import create_model, load_checkpoint
-from avion.models.checkpoint import (
-    read_checkpoint,
-)
+from avion.weights.files import read_checkpoint
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NAMES = {

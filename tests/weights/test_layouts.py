@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from avion.errors import UserError
-from avion.models.checkpoint import checkpoint_state_dict, read_checkpoint
-from avion.models.layouts import canonical, fit, has_time_mamba, layout_of, likely_models, sizes_of
+from avion.models.timemamba import has_time_mamba
+from avion.weights.files import checkpoint_state_dict, read_checkpoint
+from avion.weights.layouts import canonical, fit, layout_of, likely_models, sizes_of
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 

@@ -1,0 +1,97 @@
+"""CLIP's two towers in one module, and the video classifier.
+
+Shapes: letters as in transformer.py.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .config import ModelConfig
+from .transformer import project
+
+
+class CLIP(nn.Module):
+    """A video tower and a text tower with one embedding space (arXiv 2103.00020).
+
+    `visual` maps (B, C, T, height, width) to (B, E), `textual` maps (B, L) to (B, E).
+    """
+
+    def __init__(self, visual: nn.Module, textual: nn.Module | None, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.visual = visual
+        if textual is not None:
+            self.textual = textual
+        self.logit_scale = nn.Parameter(
+            torch.tensor(math.log(1 / config.temperature_init)), requires_grad=not config.freeze_temperature
+        )
+
+    def encode_image(self, video: torch.Tensor) -> torch.Tensor:
+        """video (B, C, T, height, width) float, normalised → (B, E), of any length."""
+        return self.visual(video)
+
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (B, L) int64, L at most the context length → (B, E), of any length."""
+        return self.textual(tokens)
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """The tower's features (B, D) to the embedding that both towers share, (B, E)."""
+        return project(features, self.visual.image_projection)
+
+    def forward(self, video: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, C, T, height, width) and (B, L) → two (B, E) of length 1, and the logit scale, 0-d."""
+        video_embed = F.normalize(self.encode_image(video), dim=-1)
+        text_embed = F.normalize(self.encode_text(tokens), dim=-1)
+        return video_embed, text_embed, self.logit_scale.exp()
+
+    def no_weight_decay(self) -> set[str]:
+        """Full names of the matrices that take no weight decay."""
+        return _state_matrices(self)
+
+
+class VideoClassifier(nn.Module):
+    """A video tower with one linear head: (B, C, T, height, width) → logits (B, num_classes).
+
+    vision_model: the `visual` of any registered model. Its projection into the shared embedding is
+    taken away; the head reads the CLS after the last norm, `vision_model.width` channels.
+    config: the two-tower model's, of which this is one tower; actions: what the classes stand for. Both go into
+    checkpoints (see classifier.py).
+    """
+
+    def __init__(
+        self,
+        vision_model: nn.Module,
+        dropout: float,
+        num_classes: int,
+        config: ModelConfig | None = None,
+        actions: Sequence[str] | None = None,
+    ):
+        super().__init__()
+        self.config = config
+        self.actions = None if actions is None else tuple(actions)
+        self.visual = vision_model
+        self.visual.image_projection = None
+        self.dropout = nn.Dropout(dropout)
+        self.fc_cls = nn.Linear(vision_model.width, num_classes)
+        nn.init.normal_(self.fc_cls.weight, std=0.01)
+        nn.init.zeros_(self.fc_cls.bias)
+
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
+        return self.fc_cls(self.dropout(self.visual(video)))
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """The tower's features (B, D) as they are: a classifier has no shared embedding."""
+        return features
+
+    def no_weight_decay(self) -> set[str]:
+        """As `CLIP.no_weight_decay`."""
+        return _state_matrices(self)
+
+
+def _state_matrices(module: nn.Module) -> set[str]:
+    """The selective scans' A in both directions: decay would pull every state to the same memory."""
+    return {name for name, _ in module.named_parameters() if name.endswith(("A_log", "A_b_log"))}

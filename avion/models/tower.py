@@ -1,0 +1,170 @@
+"""What the project knows about a kind of video tower: the facts that each tower's own file states.
+
+A tower's file (timemamba.py, joint.py, lavila.py, or one of yours) describes the tower once, as a `Tower`, and hands
+it to `register_tower`. Everything else asks the description: the registry, the loading of checkpoints, initial
+weights from image models, features of long videos.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from .config import ModelConfig
+from .stream import Stem, Stream
+
+Weights = Mapping[str, Tensor]
+# Reads the shape of a parameter, which must have so many dimensions; None where the parameter is absent.
+ShapeReader = Callable[[str, int], "tuple[int, ...] | None"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a checkpoint of one program keeps the parameters that tell its sizes.
+
+    All names are canonical, see `avion.weights.layouts.canonical`.
+
+    Attributes:
+        name: The layout's name; that of a tower where the layout is a tower's.
+        requires: Beginnings of names of which the checkpoint must have all.
+        excludes: Beginnings of names of which the checkpoint must have none.
+        position: The position embedding, (..., 1 + N, D).
+        patches: The patch embedding, (D, C, P, P).
+        blocks: What the names of the video blocks begin with, up to the block's number.
+        text: What the names of the text tower begin with.
+        projection: The video projection, (D, E).
+        temporal: The temporal embedding, (..., T, D), where the layout has one.
+        act_layer: The activation that the layout's program trains with; None where programs differ.
+        norm_style: The normalisation of the video that the layout's program trains with.
+    """
+
+    name: str
+    requires: tuple[str, ...]
+    excludes: tuple[str, ...]
+    position: str
+    patches: str
+    blocks: str
+    text: str
+    projection: str
+    temporal: str | None
+    act_layer: str | None
+    norm_style: str
+
+    def fits(self, names: Collection[str]) -> bool:
+        """Whether a checkpoint with these canonical names is in this layout."""
+        has = {start: any(name.startswith(start) for name in names) for start in (*self.requires, *self.excludes)}
+        return all(has[start] for start in self.requires) and not any(has[start] for start in self.excludes)
+
+
+def _nothing_ignored(config: ModelConfig) -> dict[str, str]:
+    return {}
+
+
+def _no_further_sizes(weights: Weights, shape: ShapeReader, width: int) -> dict[str, Any]:
+    return {}
+
+
+def _any_model(config: ModelConfig, weights: Weights) -> bool:
+    return True
+
+
+def _unchanged(weights: Weights) -> dict[str, Tensor]:
+    return dict(weights)
+
+
+_NO_NAME = re.compile(r"(?!)")
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A kind of video tower.
+
+    The *common names* are those of the divided tower (timemamba.py): weights of image models and of other towers are
+    first brought to these names and from there to the names of the tower that they are for.
+
+    Attributes:
+        name: The value of `ModelConfig.tower`.
+        module: The class of the tower itself, `model.visual`.
+        build: Makes the whole model with both towers from a config.
+        layout: How checkpoints of this tower are laid out; None where none but our own exist.
+        choices: The fields of `ModelConfig` that are choices of this tower and that no shape shows.
+        ignored: The fields that a config of this tower ignores, each with the reason. A value other than the default
+            of such a field is refused.
+        could_be: Whether weights of this layout can be those of a model with this config, other sizes aside.
+        further_sizes: Fields of `ModelConfig` that shapes of this layout tell, beside the usual ones; the third
+            argument is the width.
+        from_common: Weights with common names to the names and shapes of this tower; None where initial weights of
+            other models are not for this tower.
+        to_common: The inverse, where other towers may start from this tower's checkpoints.
+        temporal: Matches the beginnings of the names of all parameters that image models do not have.
+        time_from_lavila: Which temporal parts of LaViLa's checkpoint, by the names of this tower, a model of this
+            config takes.
+        stem: What stands before the blocks, for the walk over long videos.
+        walk: The features of a long video in bounded memory, (1, D), equal to `module.features`.
+        bytes_beside: What `walk` holds beside the stream of tokens, in bytes per element; the second argument is the
+            size of an element in the autocast dtype.
+    """
+
+    name: str
+    module: type[nn.Module]
+    build: Callable[[ModelConfig], nn.Module]
+    layout: Layout | None = None
+    choices: tuple[str, ...] = ()
+    ignored: Callable[[ModelConfig], dict[str, str]] = _nothing_ignored
+    could_be: Callable[[ModelConfig, Weights], bool] = _any_model
+    further_sizes: Callable[[Weights, ShapeReader, int], dict[str, Any]] = _no_further_sizes
+    from_common: Callable[[Weights], dict[str, Tensor]] | None = _unchanged
+    to_common: Callable[[Weights], dict[str, Tensor]] | None = None
+    temporal: re.Pattern[str] = _NO_NAME
+    time_from_lavila: Callable[[ModelConfig], re.Pattern[str]] = field(default=lambda config: _NO_NAME)
+    stem: Callable[[Any], Stem] | None = None
+    walk: Callable[[Any, Stream], Tensor] | None = None
+    bytes_beside: Callable[[ModelConfig, int], int] = field(default=lambda config, small: small)
+
+
+_TOWERS: dict[str, Tower] = {}
+
+
+def register_tower(tower: Tower) -> None:
+    """Make a kind of tower known under its name.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+    if tower.name in _TOWERS:
+        raise ValueError(f"tower {tower.name!r} is already registered")
+    _TOWERS[tower.name] = tower
+
+
+def towers() -> list[Tower]:
+    """All towers, in the order of their registration."""
+    return list(_TOWERS.values())
+
+
+def find_tower(name: str) -> Tower | None:
+    """The tower of this name, None for a name that nobody registered."""
+    return _TOWERS.get(name)
+
+
+def tower_of(visual: nn.Module) -> Tower | None:
+    """The description of a video tower that was built, None for a module of another kind."""
+    return next((tower for tower in _TOWERS.values() if isinstance(visual, tower.module)), None)
+
+
+def rename(weights: Weights, rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+    """Rename every parameter by the first rule whose pattern matches the beginning of its name.
+
+    Args:
+        weights: Tensors by name.
+        rules: Pairs of a regular expression and what stands in the place of the match.
+    """
+    renamed = {}
+    for name, value in weights.items():
+        for pattern, replacement in rules:
+            if match := re.match(pattern, name):
+                name = match.expand(replacement) + name[match.end() :]
+                break
+        renamed[name] = value
+    return renamed

@@ -1,0 +1,24 @@
+"""Weights: files opened without running them, checkpoints, models built from them, initial weights, saving."""
+
+from .checkpoint import (
+    Checkpoint,
+    TrainingState,
+    classifier_from_checkpoint,
+    load_checkpoint,
+    model_from_checkpoint,
+)
+from .loading import LoadReport
+from .saving import save_safetensors, save_weights
+from .zoo import load_pretrained
+
+__all__ = [
+    "Checkpoint",
+    "LoadReport",
+    "TrainingState",
+    "classifier_from_checkpoint",
+    "load_checkpoint",
+    "load_pretrained",
+    "model_from_checkpoint",
+    "save_safetensors",
+    "save_weights",
+]

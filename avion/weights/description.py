@@ -1,0 +1,97 @@
+"""Which model a checkpoint is: the registered name, and the fields of its configuration."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from avion.errors import UserError
+from avion.models.config import ModelConfig
+from avion.models.registry import resolve_name
+from avion.models.tower import Layout, find_tower
+
+from .facts import CheckpointFacts, few, saved_args
+from .layouts import layout_of, layouts, likely_models, sizes_of
+from .loading import RUN_FIELDS, is_registered
+
+
+def described_model(
+    checkpoint: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    facts: CheckpointFacts,
+    name: str | None,
+    overrides: Mapping[str, Any],
+) -> tuple[str, dict[str, Any]]:
+    """The name and the fields of the model that a checkpoint says it is, as `Checkpoint.build` describes.
+
+    Args:
+        checkpoint: The checkpoint's contents.
+        weights: The weights in it under canonical names.
+        facts: What it says about itself.
+        name: The model's name, where the user gave one.
+        overrides: Fields that the user gave; they are among the fields that are returned.
+    """
+    path = facts.path
+    if facts.config is not None:
+        chosen, fields = facts.config.name, _own_fields(facts.config)
+        if name is not None and resolve_name(name) != chosen:
+            raise UserError(f"{path}: says that it is a {chosen}, which name={name} contradicts: leave name out")
+    else:
+        layout = _video_layout(weights, path)
+        chosen = name or _name_of(facts, weights, layout)
+        fields = _upstream_fields(checkpoint, weights, facts, layout, overrides)
+    if not is_registered(chosen):
+        raise UserError(f"{path}: its model {chosen!r} is not registered here: give name=, one of list_models()")
+    return chosen, fields | overrides
+
+
+def _own_fields(config: ModelConfig) -> dict[str, Any]:
+    fields = dataclasses.asdict(config)
+    return {k: v for k, v in fields.items() if k not in ("name", "tower", *RUN_FIELDS)}
+
+
+def _video_layout(weights: Mapping[str, Tensor], path: str) -> Layout:
+    layout = layout_of(weights)
+    if layout is None or find_tower(layout.name) is None:
+        expected = f"expected one of {', '.join(known.name for known in layouts() if find_tower(known.name))}"
+        kind = "an image CLIP" if layout else f"of no known layout (first names {few(weights)})"
+        raise UserError(f"{path}: is {kind}, no video model can be built from it alone: {expected}")
+    return layout
+
+
+def _name_of(facts: CheckpointFacts, weights: Mapping[str, Tensor], layout: Layout) -> str:
+    if facts.model_name is not None:
+        return facts.model_name
+    names = likely_models(weights, layout)
+    if len(names) != 1:
+        raise UserError(
+            f"{facts.path}: does not say which model it is, and these have the same parameters: "
+            f"{', '.join(names)}: give name= (--model)"
+        )
+    return names[0]
+
+
+def _upstream_fields(
+    checkpoint: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    facts: CheckpointFacts,
+    layout: Layout,
+    overrides: Mapping[str, Any],
+) -> dict[str, Any]:
+    fields = sizes_of(weights, layout, facts.path)
+    for heads, width in (("num_heads", "embed_dim"), ("text_heads", "text_width")):
+        if heads in overrides or width not in fields:
+            continue
+        if fields[width] % 64:
+            raise UserError(
+                f"{facts.path}: {width}={fields[width]} is no multiple of 64, and the shapes do not show the "
+                f"number of heads: give {heads}= (--model-args {heads}=...)"
+            )
+        fields[heads] = fields[width] // 64
+    if facts.num_frames is not None:
+        fields["num_frames"] = facts.num_frames
+    args = saved_args(checkpoint)
+    if isinstance(args.get("freeze_temperature"), bool):
+        fields["freeze_temperature"] = args["freeze_temperature"]
+    return fields

@@ -1,0 +1,19 @@
+"""Models, mixers and towers that a test registers, gone when the test is over."""
+
+import contextlib
+
+from avion.models import config, registry, tower
+
+_TABLES = (registry._MODELS, registry._ALIASES, config.MIXERS, tower._TOWERS)
+
+
+@contextlib.contextmanager
+def registered_for_a_while():
+    """What is registered in this block is taken away again at its end."""
+    before = [dict(table) for table in _TABLES]
+    try:
+        yield
+    finally:
+        for table, content in zip(_TABLES, before, strict=True):
+            table.clear()
+            table.update(content)
