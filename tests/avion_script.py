@@ -41,7 +41,7 @@ def register_tiny_model() -> None:
     """`model_clip.CLIP_TINY`, a factory like the others."""
     sizes = {"img_size": CROP, "embed_dim": 32, "depth": 2, "num_heads": 2}
     text = {"text_width": 32, "text_heads": 2, "text_layers": 1}
-    register_model(ModelConfig("CLIP_TINY", "joint", **sizes, **text), model_clip.build_joint)
+    register_model(ModelConfig("CLIP_TINY", "joint", **sizes, **text), joint.build_joint)
     model_clip.CLIP_TINY = model_clip._avion_factory("CLIP_TINY")
 
 
