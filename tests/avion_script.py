@@ -32,6 +32,7 @@ from avion.optim.schedulers import cosine_scheduler
 from avion.utils.evaluation_ek100mir import get_mAP, get_nDCG
 from avion.utils.meters import AverageMeter, ProgressMeter
 from avion.utils.misc import check_loss_nan, generate_label_map
+from avion.weights.factories import _avion_factory
 
 MEAN, STD = [108.3272985, 116.7460125, 104.09373615000001], [68.5005327, 66.6321579, 70.32316305]
 CROP = 32
@@ -41,8 +42,8 @@ def register_tiny_model() -> None:
     """`model_clip.CLIP_TINY`, a factory like the others."""
     sizes = {"img_size": CROP, "embed_dim": 32, "depth": 2, "num_heads": 2}
     text = {"text_width": 32, "text_heads": 2, "text_layers": 1}
-    register_model(ModelConfig("CLIP_TINY", "joint", **sizes, **text), joint.build_joint)
-    model_clip.CLIP_TINY = model_clip._avion_factory("CLIP_TINY")
+    register_model(ModelConfig("CLIP_TINY", "joint", **sizes, **text))
+    model_clip.CLIP_TINY = _avion_factory("CLIP_TINY")
 
 
 def save_image_clip(path) -> None:
