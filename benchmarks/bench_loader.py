@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.constants import NORM_STYLES
 from avion.data.transforms import TrainTransform
-from avion.data.video_store import VideoStore, uniform_frame_ids
+from avion.data.video import VideoStore, uniform_frame_ids
 
 CHUNK_S, FPS, VIDEOS = 15, 30, 3
 CASES = ((4, 1.0), (16, 1.0), (16, 3.0))  # frames, seconds

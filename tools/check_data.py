@@ -20,11 +20,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from avion.data.decoding import VideoError, open_video
 from avion.data.ego4d import read_ego4d
 from avion.data.ek100 import read_ek100_retrieval
 from avion.data.narrations import NarrationTable
-from avion.data.video_store import LAYOUTS, TOLERANCE_S, VideoStore
+from avion.data.video import LAYOUTS, TOLERANCE_S, VideoError, VideoStore, open_video
 from avion.engine.args import ToolParser
 from avion.errors import UserError, exit_status
 from avion.numbers import WORKERS, whole

@@ -183,7 +183,7 @@ def _write_video(path: Path) -> None:
 
 
 def decoders(report: Report) -> None:
-    from avion.data.decoding import DECODERS, open_video
+    from avion.data.video import DECODERS, open_video
     from avion.errors import UserError
 
     print("video decoders")

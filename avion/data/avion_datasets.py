@@ -19,7 +19,7 @@ from avion.data.ek100_actions import read_ek100_actions
 from avion.data.narrations import Narration
 from avion.data.retrieval_dataset import ClipsWithPositives
 from avion.data.transforms import EvalTransform, TrainTransform
-from avion.data.video_store import VideoStore
+from avion.data.video import VideoStore
 from avion.errors import UserError
 
 logger = logging.getLogger(__name__)

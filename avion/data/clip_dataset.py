@@ -10,9 +10,8 @@ import torch
 from torch.utils.data import Dataset
 
 from avion.data.avion_datasets import VideoCaptionDatasetCLIP, VideoClassyDataset, get_downstream_dataset
-from avion.data.decoding import VideoError
 from avion.data.narrations import Narration
-from avion.data.video_store import SAMPLINGS, VideoStore
+from avion.data.video import SAMPLINGS, VideoError, VideoStore
 from avion.errors import UserError
 
 # The last three are AVION's, which has them here.

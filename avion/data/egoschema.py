@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from avion.data.decoding import VideoError, open_video, resolve_decoder
 from avion.data.transforms import EvalTransform
-from avion.data.video_store import uniform_frame_ids
+from avion.data.video import VideoError, open_video, resolve_decoder, uniform_frame_ids
 from avion.errors import UserError
 
 OPTIONS = 5

@@ -10,10 +10,9 @@ import torch
 from torch.utils.data import Dataset
 
 from avion.data.clip_dataset import ClipDataset
-from avion.data.decoding import VideoError
 from avion.data.narrations import Narration
 from avion.data.transforms import CropsTransform
-from avion.data.video_store import VideoStore
+from avion.data.video import VideoError, VideoStore
 from avion.errors import UserError
 
 

@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from avion.data.decoding import VideoError, open_video, resolve_decoder
 from avion.data.ego4d import read_ego4d
 from avion.data.ek100 import read_ek100_retrieval
 from avion.data.narrations import NarrationTable
 from avion.data.transforms import EvalTransform
-from avion.data.video_store import TOLERANCE_S, VideoStore, uniform_frame_ids
+from avion.data.video import TOLERANCE_S, VideoError, VideoStore, open_video, resolve_decoder, uniform_frame_ids
 from avion.errors import UserError
 
 

@@ -9,11 +9,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from avion.data.clip_dataset import ClipDataset
-from avion.data.decoding import VideoError
 from avion.data.narrations import TableBuilder
 from avion.data.tokenizer import tokenize
 from avion.data.transforms import EvalTransform, TrainTransform
-from avion.data.video_store import VideoStore, uniform_frame_ids
+from avion.data.video import VideoError, VideoStore, uniform_frame_ids
 from avion.errors import UserError
 from tests.videos import read_barcode, write_video
 

@@ -3,14 +3,14 @@ import pickle
 import struct
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 
-from avion.data import decoding
-from avion.data.decoding import VideoError, open_video, resolve_decoder
+from avion.data.video import container
+from avion.data.video import reader as decoding
+from avion.data.video import VideoError, open_video, resolve_decoder
 from avion.errors import UserError
 from tests.videos import barcode_frame, read_barcode, write_audio_only, write_video
 
@@ -132,11 +132,11 @@ class TestExactFrames:
     def test_reference_structures_of_h264(self, tmp_path, monkeypatch, x264, held):
         """Skipping unreferenced frames, and seeking again in files too large to hold, change nothing."""
         if not held:
-            monkeypatch.setattr(decoding, "HELD_BYTES", 0)
+            monkeypatch.setattr(container, "HELD_BYTES", 0)
         path = write_video(tmp_path / "x.mp4", 120, x264=x264)
         rng = np.random.default_rng()
         with open_video(path, "pyav") as reader:
-            assert (reader._held is not None) == held
+            assert (reader.demuxed.held is not None) == held
             for _ in range(5):
                 indices = rng.integers(0, 120, 4)
                 assert barcodes(reader.get_frames(indices)) == indices.tolist()
@@ -161,8 +161,8 @@ class TestExactFrames:
                 return pictures
 
         with open_video(videos.gop250, "pyav") as reader:
-            counting = Counting(reader._stream.codec_context)
-            reader._stream = SimpleNamespace(codec_context=counting)
+            counting = Counting(reader._context)
+            reader._context = counting
             assert barcodes(reader.get_frames([200])) == [200]
             assert 60 < counting.pictures < 140
 
@@ -262,7 +262,7 @@ class TestDamage:
             open_video(self.broken(tmp_path, videos, kind), "pyav")
 
     def test_pictures_too_large_to_hold(self, videos, monkeypatch):
-        monkeypatch.setattr(decoding, "MAX_PIXELS", 64 * 96 - 1)
+        monkeypatch.setattr(container, "MAX_PIXELS", 64 * 96 - 1)
         with pytest.raises(VideoError, match="states a picture of 96 x 64 pixels"):
             open_video(videos.short_gop, "pyav")
 
@@ -317,10 +317,10 @@ class TestDamage:
         path = trimmed(videos.gop250, tmp_path / "trimmed.mp4", percent=30)
         code = f"""
 import os
-from avion.data import decoding
+from avion.data.video import decord_reader, reader as decoding
 find = decoding.importlib.util.find_spec
 decoding.importlib.util.find_spec = lambda name: None if name == "av" else find(name)
-decoding.DECORD_TIMEOUT_S = 3.0
+decord_reader.DECORD_TIMEOUT_S = 3.0
 for attempt in range(2):
     try:
         decoding.open_video({str(path)!r}, "decord").get_frames([0, 299])
@@ -369,7 +369,7 @@ class TestInterface:
 
     def test_a_dataloaders_copy_of_an_error_is_one_line(self):
         text = "Caught VideoError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
-        text += "  File x\navion.data.decoding.VideoError: a/b.mp4: is empty\n"
+        text += "  File x\navion.data.video.errors.VideoError: a/b.mp4: is empty\n"
         assert str(VideoError(text)) == "a/b.mp4: is empty"
 
     @each_decoder
@@ -401,8 +401,8 @@ class TestStream:
         """300 frames in one pass; asking for them in tens would decode most of them over and over."""
         sent = []
         with open_video(videos.gop250, "pyav") as reader:
-            packets = reader._packets
-            monkeypatch.setattr(reader, "_packets", lambda *run: [sent.append(p) or p for p in packets(*run)])
+            packets = reader.packets
+            monkeypatch.setattr(reader, "packets", lambda *run: [sent.append(p) or p for p in packets(*run)])
             assert sum(1 for _ in reader.stream_frames(range(300))) == 300
         assert len([p for p in sent if p is not None]) == 300
 

@@ -20,7 +20,7 @@ from avion.data.demo.film import film_take, film_video
 from avion.data.demo.vocabulary import LABELS, NOUNS, PAIRS, VERBS, Label, third_person, training_sentence
 from avion.data.ego4d import read_ego4d
 from avion.data.ek100 import load_relevancy, read_ek100_retrieval, read_sentences, sentence_path
-from avion.data.video_store import VideoStore
+from avion.data.video import VideoStore
 from avion.errors import UserError
 from tests.data.demo_case import SMALL, TINY, decode, files, rows, seconds
 

@@ -11,7 +11,7 @@ from avion.data.demo import DemoSize, dataset, ensure_demo_dataset
 from avion.data.demo.annotations import _timestamp, relevancy, tail_classes
 from avion.data.demo.vocabulary import PAIRS, Label
 from avion.data.ek100 import load_relevancy, read_ek100_retrieval, read_sentences
-from avion.data.video_store import VideoStore
+from avion.data.video import VideoStore
 from tests.data.demo_case import TINY, decode, rows, seconds
 
 HEADER = "narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,start_frame,"

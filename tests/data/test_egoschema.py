@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from avion.data.egoschema import LongVideos, Question, frame_ids, read_answers, read_questions, read_sources
-from avion.data.video_store import VideoStore
+from avion.data.video import VideoStore
 from avion.errors import UserError
 from tests.videos import read_barcode, write_video
 

@@ -8,7 +8,7 @@ from avion.data.clip_dataset import ClipDataset
 from avion.data.ek100_actions import read_ek100_actions
 from avion.data.labelled_clips import ClipViews, LabelledClips
 from avion.data.transforms import CropsTransform, EvalTransform
-from avion.data.video_store import VideoStore
+from avion.data.video import VideoStore
 from avion.errors import UserError
 from tests.videos import read_barcode, write_video
 

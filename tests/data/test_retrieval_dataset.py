@@ -10,7 +10,7 @@ from avion.data.narrations import TableBuilder
 from avion.data.retrieval_dataset import ClipsWithPositives
 from avion.data.tokenizer import tokenize
 from avion.data.transforms import TrainTransform
-from avion.data.video_store import VideoStore
+from avion.data.video import VideoStore
 from avion.errors import UserError
 
 SENTENCES = ["take cup", "put cup", "open door", "wash pan", "take pan"]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from avion.data.decoding import VideoError
 from avion.data.transforms import EvalTransform
+from avion.data.video import VideoError
 from avion.data.video_list import Span, SpanDataset, read_span, read_video_list
 from avion.errors import UserError
 from tests.videos import read_barcode, write_video
@@ -116,7 +116,7 @@ def test_frames_of_a_span(root, name, start, end, count, wanted):
 
 
 def _pictures(path, barcodes):
-    from avion.data.decoding import open_video
+    from avion.data.video import open_video
 
     with open_video(path, "pyav") as reader:
         frames = reader.get_frames(range(reader.num_frames))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from avion.data.decoding import VideoError
+from avion.data.video import VideoError
 from avion.ops.selective_scan import dispatch
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +67,7 @@ def test_missing_packages_decoders_and_gpu(doctor, capsys, monkeypatch):
     def refuse(path, decoder):
         raise VideoError(path, f"{decoder} is not installed")
 
-    monkeypatch.setattr("avion.data.decoding.open_video", refuse)
+    monkeypatch.setattr("avion.data.video.open_video", refuse)
     assert doctor.main(["--device", "cpu"]) == 1
     assert "decoders: none works" in capsys.readouterr().out
     if not torch.cuda.is_available():

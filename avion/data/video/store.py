@@ -1,135 +1,45 @@
-"""Clips out of a folder of videos: which files hold them, which frames they are, and what to do at the edges.
-
-Three layouts, recognised once per root:
-
-    avion   {root}/{video}.mp4/{start}.mp4            start = 0, L, 2 L, ... seconds (AVION, LaViLa)
-    vms     {root}/{video}/{start // L:04d}.mp4       (Video Mamba Suite)
-    whole   {root}/{video}.mp4
-
-`video` is the path below the root without extension: "9a7c2b-..." for Ego4D, "P01/P01_01" for EPIC-KITCHENS.
-A video of EPIC-KITCHENS may also lie without the folder of its participant, in each of the layouts: Video Mamba
-Suite has {root}/P01_01/0000.mp4. Extensions (.mp4, .MP4, ...) are those found on disk.
-"""
+"""Clips out of a folder of videos: which frames they are, where those lie, and what to do at the edges."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from avion.data.decoding import VideoError, VideoReader, open_video, resolve_decoder
 from avion.errors import UserError
+
+from .errors import VideoError, refused
+from .layout import VIDEO_EXTENSIONS, find_layout, other_extensions
+from .picture import Scaling
+from .reader import VideoReader, open_video, resolve_decoder
+from .sampling import clip_frame_ids, clip_seconds
+from .storage import storage_of
 
 logger = logging.getLogger(__name__)
 
-LAYOUTS = ("avion", "vms", "whole")
-SAMPLINGS = ("uniform", "strided")
-VIDEO_EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 TOLERANCE_S = 1.0  # by how much annotations and cuts may disagree with a video before it counts as damaged
-_LISTED = 64  # entries of a folder that are looked at to recognise a layout
-
-
-@dataclass(frozen=True)
-class Layout:
-    kind: str  # one of LAYOUTS
-    folder_extension: str  # of a video's folder of chunks ("avion" only)
-    extension: str  # of the video files
-    flat: bool = False  # the videos lie directly below the root, not in folders of several videos
-
-    def pattern(self) -> str:
-        return {
-            "avion": f"{{video}}{self.folder_extension}/{{start}}{self.extension}",
-            "vms": f"{{video}}/{{chunk:04d}}{self.extension}",
-            "whole": f"{{video}}{self.extension}",
-        }[self.kind]
+_AFTER_THE_END = 2**52  # a place that no file reaches; exact as a float
 
 
 @dataclass(frozen=True)
 class ClipFrames:
-    frames: np.ndarray  # (T, H, W, 3) uint8, RGB
+    frames: np.ndarray  # (T, H, W, 3) uint8, RGB; of a clip that was scaled, (T, 3, h, w) uint8
     clamped: int  # how many of the T lie after the video's last frame and show that one instead
 
 
-def uniform_frame_ids(start: int, end: int, num_frames: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Frames of [start, end) cut into `num_frames` equal segments: each one's middle, truncated to an integer.
+@dataclass(frozen=True)
+class _Moments:
+    """Where a clip's frames lie. chunk: (n,) int64. place: (n,), in its chunk: the number of a frame at the rate `fps`,
+    or (fps None) a time in seconds."""
 
-    With `rng` each is moved by up to half a segment either way, a segment then being (end - start - 1) /
-    num_frames long, so that no frame leaves the span (AVION's and LaViLa's rule). -> (num_frames,) int64
-    """
-    edges = np.linspace(start, end, num_frames + 1)
-    middles = (edges[:-1] + edges[1:]) / 2
-    if rng is not None:
-        middles += (rng.random(num_frames) - 0.5) * (end - start - 1) / num_frames
-    return middles.astype(np.int64)
-
-
-def strided_frame_ids(
-    start: int, end: int, num_frames: int, stride: int, rng: np.random.Generator | None = None
-) -> np.ndarray:
-    """`num_frames` frames, `stride` apart, in the middle of [start, end); with `rng` anywhere inside it.
-
-    A window longer than the span stays centred on it, and begins at frame 0 at the earliest.
-    -> (num_frames,) int64
-    """
-    room = (end - start) - ((num_frames - 1) * stride + 1)
-    offset = int(rng.integers(room + 1)) if rng is not None and room > 0 else room // 2
-    return max(start + offset, 0) + stride * np.arange(num_frames, dtype=np.int64)
-
-
-def find_layout(root: str | os.PathLike, kind: str = "auto") -> Layout:
-    """Recognise how the videos under `root` are laid out. UserError if there are none in a known layout."""
-    root = Path(root)
-    if kind not in ("auto", *LAYOUTS):
-        raise UserError(f"video layout: {kind!r} is not one of auto, {', '.join(LAYOUTS)}")
-    if not root.is_dir():
-        raise UserError(f"video root {root}: no such folder")
-    layout = _find_layout(root, kind, depth=0)
-    if layout is None:
-        wanted = "in a known layout" if kind == "auto" else f"in the layout {kind!r}"
-        raise UserError(
-            f"video root {root}: no videos {wanted} were found; expected {{video}}.mp4/{{start}}.mp4, "
-            "{video}/{chunk:04d}.mp4 or {video}.mp4 below it"
-        )
-    return layout
-
-
-def _find_layout(folder: Path, kind: str, depth: int) -> Layout | None:
-    try:
-        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))[:_LISTED]
-    except OSError as error:
-        raise UserError(f"video root {folder}: cannot be listed ({error.strerror})") from None
-    plain_folders = []
-    for name in names:
-        stem, extension = os.path.splitext(name)
-        is_video_name = extension.lower() in VIDEO_EXTENSIONS
-        if (folder / name).is_dir():
-            if is_video_name and kind in ("auto", "avion"):
-                chunk_extension = _extension_of_chunks(folder / name)
-                if chunk_extension is not None:
-                    return Layout("avion", extension, chunk_extension, flat=depth == 0)
-            plain_folders.append(folder / name)
-        elif is_video_name:
-            found = "vms" if depth > 0 and re.fullmatch(r"\d{4}", stem) else "whole"
-            if kind in ("auto", found):
-                return Layout(found, "", extension, flat=depth == (1 if found == "vms" else 0))
-    if depth < 2:
-        for plain in plain_folders[:16]:
-            layout = _find_layout(plain, kind, depth + 1)
-            if layout is not None:
-                return layout
-    return None
-
-
-def _extension_of_chunks(folder: Path) -> str | None:
-    for name in os.listdir(folder):
-        stem, extension = os.path.splitext(name)
-        if stem.isdigit() and extension.lower() in VIDEO_EXTENSIONS:
-            return extension
-    return None
+    chunk: np.ndarray
+    place: np.ndarray
+    fps: float | None
 
 
 class VideoStore:
@@ -148,6 +58,7 @@ class VideoStore:
         decoder: str = "auto",
         threads: int = 1,
     ):
+        self.storage = storage_of(root)
         self.root = Path(root)
         self.decoder = resolve_decoder(decoder)
         self.threads = threads
@@ -172,10 +83,60 @@ class VideoStore:
 
     def chunk_path(self, video: str, chunk: int) -> Path:
         """The file that holds chunk number `chunk` (counted from 0) of `video`."""
-        return self._path(self._name(video), chunk)
+        return Path(self._chunk_path(video, chunk))
 
-    def _path(self, name: str, chunk: int) -> Path:
-        return self.root / self.pattern.format(video=name, start=chunk * self.chunk_length, chunk=chunk)
+    def has_chunk(self, video: str, chunk: int) -> bool:
+        """Whether this file is there. VideoError where the operating system does not tell."""
+        path = self._chunk_path(video, chunk)
+        try:
+            return self.storage.exists(path)
+        except OSError as error:
+            raise refused(path, error) from error
+
+    def last_chunk(self, video: str) -> int | None:
+        """The highest chunk number that `video` has on disk, None if it has no chunk at all.
+
+        VideoError where its folder cannot be listed.
+        """
+        if not self.chunked:
+            return 0 if self.has_chunk(video, 0) else None
+        folder = os.path.dirname(self._chunk_path(video, 0))
+        try:
+            names = [name for name, _ in self.storage.entries(folder)]
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise refused(folder, error) from error
+        unit = self.chunk_length if self.layout.kind == "avion" else 1
+        stems = [stem for stem, extension in map(os.path.splitext, names) if extension.lower() in VIDEO_EXTENSIONS]
+        return max((int(stem) // unit for stem in stems if stem.isdigit()), default=None)
+
+    def _chunk_path(self, video: str, chunk: int) -> str:
+        return self._there(self._path(self._name(video), chunk))
+
+    def _path(self, name: str, chunk: int) -> str:
+        start = chunk * self.chunk_length
+        return self.storage.join(self.storage.root, self.pattern.format(video=name, start=start, chunk=chunk))
+
+    def _there(self, path: str) -> str:
+        """The file of this name, or the one that differs from it in its extension alone."""
+        try:
+            if self.storage.exists(path):
+                return path
+            folder, name = os.path.split(path)
+            folders = [folder]
+            if self.layout.kind == "avion" and not self.storage.is_dir(folder):
+                parent, folder_name = os.path.split(folder)
+                others = (self.storage.join(parent, n) for n in other_extensions(folder_name))
+                folders = [f for f in others if self.storage.is_dir(f)]
+            for folder in folders:
+                for other in (name, *other_extensions(name)):
+                    candidate = self.storage.join(folder, other)
+                    if self.storage.exists(candidate):
+                        return candidate
+        except OSError:  # opening the file will say why
+            pass
+        return path
 
     def _name(self, video: str) -> str:
         """`video` as it lies below the root: "P01/P01_01" is "P01_01" where there is no folder P01/P01_01.
@@ -194,18 +155,11 @@ class VideoStore:
         return self._short_names[video]
 
     def _is_there(self, name: str) -> bool:
-        path = self._path(name, 0)
-        return path.parent.is_dir() if self.chunked else path.is_file()
-
-    def last_chunk(self, video: str) -> int | None:
-        """The highest chunk number that `video` has on disk, None if it has no chunk at all."""
-        folder = self.chunk_path(video, 0).parent
-        if not self.chunked:
-            return 0 if self.chunk_path(video, 0).exists() else None
-        unit = self.chunk_length if self.layout.kind == "avion" else 1
-        names = os.listdir(folder) if folder.is_dir() else []
-        stems = [stem for stem, extension in map(os.path.splitext, names) if extension == self.layout.extension]
-        return max((int(stem) // unit for stem in stems if stem.isdigit()), default=None)
+        path = self._there(self._path(name, 0))
+        try:
+            return self.storage.is_dir(os.path.dirname(path)) if self.chunked else self.storage.exists(path)
+        except OSError:  # it is there, and cannot be read
+            return True
 
     def read_clip(
         self,
@@ -218,6 +172,7 @@ class VideoStore:
         sampling: str = "uniform",
         stride: int = 1,
         views: int = 1,
+        scaling: Callable[[int, int], Scaling] | None = None,
     ) -> ClipFrames:
         """Read `num_frames` frames of the seconds [start, end) of a video.
 
@@ -225,43 +180,72 @@ class VideoStore:
         evaluation, a Generator for training's jitter. views: so many times `num_frames`, one view after the other,
         fixed frames only: `uniform` view v takes the middle of the v-th of `views` equal parts of each segment,
         `strided` view v has its window in the middle of the v-th part of the room that there is.
-        A span of fewer than `num_frames` frames is widened to that many. The frame rate is the file's. Frames after
-        the video's end show its last frame and are counted. Raises VideoError for a missing, damaged or cut-short
-        file, and for a clip that starts more than a second after the video's end.
+        scaling: (height, width) of the upright pictures -> what to cut out of each and the size to bring it to, in one
+        pass with the conversion from the codec's colours. It is called once, after rng has drawn the frames.
+        A span of fewer than `num_frames` frames is widened to that many. The frame rate is the file's; where frames are
+        shown for unequal times, a moment shows the frame whose display interval holds it. Frames after the video's end
+        show its last frame and are counted. Raises VideoError for a missing, damaged or cut-short file, and for a clip
+        that starts more than a second after the video's end.
         """
         first_chunk = self.chunk_index(start)
+        once = None if scaling is None else _OneScaling(scaling)
         with self._open_first(video, first_chunk) as reader:
-            ids = _frame_ids(start, end, reader.fps, num_frames, rng, sampling, stride, views)
-            order: np.ndarray | slice = slice(None)
-            if views > 1:  # neither ascending nor distinct
-                ids, order = np.unique(ids, return_inverse=True)
-            frames_per_chunk = self.chunk_length * reader.fps if self.chunked else np.inf
-            chunks = (ids // frames_per_chunk).astype(np.int64)
-            places = np.floor(ids - chunks * frames_per_chunk + 1e-6) if self.chunked else ids  # in their chunk
-            chunks, places = self._mind_the_end(video, first_chunk, chunks, places)
+            moments, order = self._moments(start, end, num_frames, reader, first_chunk, rng, sampling, stride, views)
+            moments = self._mind_the_end(video, first_chunk, moments)
             pieces, clamped = [], 0
-            for chunk in np.unique(chunks):  # frame numbers ascend, so do the pieces
-                wanted = places[chunks == chunk]
-                if chunk == first_chunk:
-                    piece, late = self._read_chunk(video, chunk, reader, wanted)
-                else:
-                    with self._open(video, chunk) as other:
-                        piece, late = self._read_chunk(video, chunk, other, wanted)
-                if pieces and piece.shape[1:] != pieces[0].shape[1:]:
-                    reason = f"has frames of {piece.shape[2]} x {piece.shape[1]}, unlike the chunk before it"
-                    raise VideoError(self.chunk_path(video, chunk), reason)
+            for chunk in np.unique(moments.chunk):  # places ascend, so do the pieces
+                wanted = moments.place[moments.chunk == chunk]
+                with contextlib.nullcontext(reader) if chunk == first_chunk else self._open(video, chunk) as part:
+                    piece, late = self._read_chunk(video, chunk, part, wanted, moments.fps, once)
+                    if pieces and piece.shape[1:] != pieces[0].shape[1:]:
+                        raise _other_size(part.path, *piece.shape[1:3])
                 pieces.append(piece)
                 clamped += late
-        return ClipFrames((pieces[0] if len(pieces) == 1 else np.concatenate(pieces))[order], clamped)
+        frames = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return ClipFrames(frames if order is None else frames[order], clamped)
+
+    def _moments(
+        self,
+        start: float,
+        end: float,
+        num_frames: int,
+        reader: VideoReader,
+        first_chunk: int,
+        rng: np.random.Generator | None,
+        sampling: str,
+        stride: int,
+        views: int,
+    ) -> tuple[_Moments, np.ndarray | None]:
+        """-> where the clip's frames lie, ascending, and which of them the clip's first, second, ... frame is (None:
+        in the order in which they lie). reader: of the first chunk."""
+        length = self.chunk_length if self.chunked else np.inf
+        if reader.constant_rate:
+            what: np.ndarray = clip_frame_ids(start, end, reader.fps, num_frames, rng, sampling, stride, views)
+            length, fps = length * reader.fps, reader.fps
+        else:
+            offset = first_chunk * length if self.chunked else 0.0
+            what = clip_seconds(start, end, reader, num_frames, rng, sampling, stride, views, offset)
+            fps = None
+        order = None
+        if views > 1:  # neither ascending nor distinct
+            what, order = np.unique(what, return_inverse=True)
+        chunk = (what // length).astype(np.int64)
+        if not self.chunked:
+            place = what
+        elif fps is not None:
+            place = np.floor(what - chunk * length + 1e-6)
+        else:
+            place = what - chunk * length
+        return _Moments(chunk, place, fps), order
 
     def _open(self, video: str, chunk: int) -> VideoReader:
-        return open_video(self.chunk_path(video, chunk), self.decoder, self.threads)
+        return open_video(self._chunk_path(video, chunk), self.decoder, self.threads)
 
     def _open_first(self, video: str, chunk: int) -> VideoReader:
         try:
             return self._open(video, chunk)
-        except VideoError:
-            if self.chunk_path(video, chunk).exists():
+        except VideoError as error:
+            if error.unreadable or self.has_chunk(video, chunk):
                 raise
         last, path = self.last_chunk(video), self.chunk_path(video, chunk)
         if last is None:
@@ -270,60 +254,78 @@ class VideoStore:
             raise VideoError(path, f"no such file: the clip starts after the video's last chunk (number {last})")
         raise VideoError(path, "no such file: this chunk is missing, though later ones are there")
 
-    def _mind_the_end(
-        self, video: str, first_chunk: int, chunks: np.ndarray, places: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _mind_the_end(self, video: str, first_chunk: int, moments: _Moments) -> _Moments:
         """Move frames of chunks after the last one to the (never reached) end of the last one; a chunk that is
         missing before that is an error."""
-        for chunk in np.unique(chunks):
-            if chunk == first_chunk or self.chunk_path(video, chunk).exists():
+        for chunk in np.unique(moments.chunk):
+            if chunk == first_chunk or self.has_chunk(video, chunk):
                 continue
             last = self.last_chunk(video)
-            if chunk < last:
+            if last is None or chunk < last:
                 reason = "no such file: this chunk is missing, though later ones are there"
                 raise VideoError(self.chunk_path(video, chunk), reason)
-            after = chunks > last
-            return np.where(after, last, chunks), np.where(after, np.iinfo(np.int64).max, places)
-        return chunks, places
+            after = moments.chunk > last
+            return _Moments(
+                np.where(after, last, moments.chunk), np.where(after, _AFTER_THE_END, moments.place), moments.fps
+            )
+        return moments
 
-    def _read_chunk(self, video: str, chunk: int, reader: VideoReader, places: np.ndarray) -> tuple[np.ndarray, int]:
-        """places: frame numbers in this chunk, possibly past its end -> frames (n, H, W, 3), number clamped."""
-        late = int((places >= reader.num_frames).sum())
+    def _read_chunk(
+        self,
+        video: str,
+        chunk: int,
+        reader: VideoReader,
+        places: np.ndarray,
+        fps: float | None,
+        scaling: _OneScaling | None,
+    ) -> tuple[np.ndarray, int]:
+        """places: as in `_Moments`, possibly past the chunk's end -> frames, number clamped."""
+        ids = _frames_at(reader, places, fps)
+        late = int((ids >= reader.num_frames).sum())
         if late:
             path = self.chunk_path(video, chunk)
-            if self.chunked and self.chunk_path(video, chunk + 1).exists():
+            if self.chunked and self.has_chunk(video, chunk + 1):
                 due = self.chunk_length * reader.fps
-                if reader.num_frames < due - TOLERANCE_S * reader.fps:
+                if reader.num_frames < due - TOLERANCE_S * reader.fps and self._is_short(reader):
                     reason = f"is cut short: {reader.num_frames} frames, {due:.0f} are due and a later chunk exists"
                     raise VideoError(path, reason)
-            elif late == len(places) and places.min() - reader.num_frames > TOLERANCE_S * reader.fps:
+            elif late == len(ids) and ids.min() - reader.num_frames > TOLERANCE_S * reader.fps:
                 raise VideoError(path, f"the clip starts after the video's end ({reader.num_frames} frames here)")
-        return reader.get_frames(np.minimum(places, reader.num_frames - 1)), late
+        ids = np.minimum(ids, reader.num_frames - 1)
+        if scaling is None:
+            return reader.get_frames(ids), late
+        scaling.path = reader.path
+        return reader.get_scaled(ids, scaling), late
+
+    def _is_short(self, reader: VideoReader) -> bool:
+        return reader.seconds_of(reader.num_frames) < self.chunk_length - TOLERANCE_S
 
 
-def _frame_ids(
-    start: float,
-    end: float,
-    fps: float,
-    num_frames: int,
-    rng: np.random.Generator | None,
-    sampling: str,
-    stride: int,
-    views: int = 1,
-) -> np.ndarray:
-    """Frame numbers in the whole video, those of each view ascending. -> (views · num_frames,) int64"""
-    if num_frames < 1 or stride < 1 or views < 1:
-        raise UserError(f"clip length {num_frames}, clip stride {stride} and views {views} must be at least 1")
-    assert rng is None or views == 1, "several views are for evaluation, which draws nothing"
-    first = max(round(start * fps), 0)
-    last = max(round(end * fps), first + num_frames)
-    if sampling == "uniform":
-        return uniform_frame_ids(first, last, num_frames * views, rng).reshape(num_frames, views).T.ravel()
-    if sampling == "strided":
-        middle = strided_frame_ids(first, last, num_frames, stride, rng)
-        if views == 1:
-            return middle
-        room = max((last - first) - ((num_frames - 1) * stride + 1), 0)
-        offsets = [(2 * v + 1) * room // (2 * views) - room // 2 for v in range(views)]
-        return np.concatenate([middle + offset for offset in offsets])
-    raise UserError(f"frame sampling: {sampling!r} is not one of {', '.join(SAMPLINGS)}")
+def _frames_at(reader: VideoReader, places: np.ndarray, fps: float | None) -> np.ndarray:
+    """The numbers of a file's frames at these places (see `_Moments`). -> (n,) int64"""
+    if fps is not None and reader.constant_rate:
+        return places.astype(np.int64)
+    # A frame of a constant rate is looked for in the middle of its time: rounded times may lie just after a tick.
+    seconds = places if fps is None else (places + 0.5) / fps
+    return np.array([reader.frame_at(float(s)) for s in seconds], dtype=np.int64)
+
+
+class _OneScaling:
+    """The same cut for all pieces of a clip. They must be of one size."""
+
+    def __init__(self, scaling: Callable[[int, int], Scaling]):
+        self.path = ""  # of the piece that is read
+        self._scaling = scaling
+        self._size: tuple[int, int] | None = None
+        self._plan: Scaling | None = None
+
+    def __call__(self, height: int, width: int) -> Scaling:
+        if self._plan is None:
+            self._size, self._plan = (height, width), self._scaling(height, width)
+        if (height, width) != self._size:
+            raise _other_size(self.path, height, width)
+        return self._plan
+
+
+def _other_size(path: str | os.PathLike, height: int, width: int) -> VideoError:
+    return VideoError(path, f"has frames of {width} x {height}, unlike the chunk before it")

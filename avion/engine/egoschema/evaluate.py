@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from avion.data.decoding import resolve_decoder
+from avion.data.video import resolve_decoder
 from avion.data.ego4d import read_ego4d
 from avion.data.egoschema import LongVideos, Question, read_answers, read_questions, read_sources
 from avion.data.transforms import normalize_clip

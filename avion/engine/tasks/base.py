@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from avion.data.video_store import VideoStore
+from avion.data.video import VideoStore
 from avion.engine import encode
 from avion.engine.build import build_model
 from avion.engine.distributed import World

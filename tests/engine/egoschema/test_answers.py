@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import main_egoschema
-from avion.data.decoding import open_video
+from avion.data.video import open_video
 from avion.data.tokenizer import tokenize
 from avion.data.transforms import EvalTransform, normalize_clip
 from avion.engine.egoschema import texts

@@ -1,0 +1,16 @@
+"""Videos: opening and decoding them, the packet index, the folders that they lie in.
+
+`open_video` reads frames of one file, `VideoStore` clips of a folder of videos. docs/data.md describes both.
+"""
+
+from .errors import VideoError
+from .layout import LAYOUTS, VIDEO_EXTENSIONS, Layout, find_layout
+from .reader import DECODERS, VideoReader, open_video, resolve_decoder
+from .sampling import SAMPLINGS, strided_frame_ids, uniform_frame_ids
+from .store import TOLERANCE_S, ClipFrames, VideoStore
+
+__all__ = [
+    "DECODERS", "LAYOUTS", "SAMPLINGS", "TOLERANCE_S", "VIDEO_EXTENSIONS", "ClipFrames", "Layout", "VideoError",
+    "VideoReader", "VideoStore", "find_layout", "open_video", "resolve_decoder", "strided_frame_ids",
+    "uniform_frame_ids",
+]  # fmt: skip

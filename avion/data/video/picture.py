@@ -1,0 +1,169 @@
+"""From a decoded picture to pixels: upright RGB, or one pass to the crop that a model takes.
+
+An *orientation* is how a stored picture is turned and mirrored until it stands upright: k + 4 m, mirrored left to right
+first if m is 1, then turned by k quarters counter-clockwise. The display matrix says it (ISO/IEC 14496-12, 8.3.2).
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+
+# (horizontal, vertical) subsampling of the chroma planes as powers of 2, of the formats whose planes can be cut
+# directly. All have a byte per sample.
+_PLANAR = {
+    "yuv420p": (1, 1), "yuvj420p": (1, 1), "yuv422p": (1, 0), "yuvj422p": (1, 0), "yuv444p": (0, 0),
+    "yuvj444p": (0, 0), "gray": None,
+}  # fmt: skip
+_GREEN_BLUE_RED = (2, 0, 1)  # planes of FFmpeg's gbrp, in the order red, green, blue
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What is cut out of an upright picture and the size that it is brought to.
+
+    box: top, left, height, width in pixels. size: height, width.
+    """
+
+    box: tuple[int, int, int, int]
+    size: tuple[int, int]
+
+
+def orientation_of(picture) -> int:
+    """How this av.VideoFrame is to be turned and mirrored; angles are rounded to quarters."""
+    for data in picture.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            return orientation_from_matrix(bytes(data))
+    return 0
+
+
+def orientation_from_matrix(matrix: bytes) -> int:
+    """matrix: nine 32-bit numbers, a b u c d v x y w; a point (x, y) is shown at (a x + c y, b x + d y)."""
+    a, b, _, c, d = struct.unpack("=5i", matrix[:20])
+    mirrored = a * d - b * c < 0
+    if mirrored:
+        a, b = -a, -b
+    return round(-math.degrees(math.atan2(b, a)) / 90) % 4 + 4 * mirrored
+
+
+def upright(pixels: np.ndarray, orientation: int, axes: tuple[int, int] = (0, 1)) -> np.ndarray:
+    """A view of stored pixels as they are to be seen. axes: of rows and columns."""
+    if orientation >= 4:
+        pixels = np.flip(pixels, axes[1])
+    return np.rot90(pixels, orientation % 4, axes)
+
+
+def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """The (height, width) at which a stored (height, width) is seen."""
+    return (size[1], size[0]) if orientation % 2 else size
+
+
+def stored_box(box: tuple[int, int, int, int], size: tuple[int, int], orientation: int) -> tuple[int, int, int, int]:
+    """Where a box of the upright picture lies in the stored one. size: (height, width) of the upright picture."""
+    (top, left, height, width), (full_height, full_width) = box, size
+    for _ in range(orientation % 4):  # take back one quarter after the other
+        top, left, height, width = left, full_height - top - height, width, height
+        full_height, full_width = full_width, full_height
+    if orientation >= 4:
+        left = full_width - left - width
+    return top, left, height, width
+
+
+class Converter:
+    """Turns the av.VideoFrames of one file into arrays.
+
+    coded_size: (height, width) that every picture is brought to first, which is the size that the file states.
+    orientation: of all pictures; None: each picture says its own.
+    """
+
+    def __init__(self, coded_size: tuple[int, int], orientation: int | None = None):
+        from av.video.reformatter import Interpolation, VideoReformatter
+
+        self.coded_size, self.orientation = coded_size, orientation
+        self._plain, self._scale = VideoReformatter(), VideoReformatter()
+        self._bilinear = Interpolation.BILINEAR
+
+    def orientation_of(self, picture) -> int:
+        return orientation_of(picture) if self.orientation is None else self.orientation
+
+    def upright_size(self, picture) -> tuple[int, int]:
+        """The (height, width) at which this picture is seen."""
+        return upright_size(self.coded_size, self.orientation_of(picture))
+
+    def rgb(self, picture) -> np.ndarray:
+        """-> (height, width, 3) uint8, upright"""
+        # One thread: left to itself, libswscale starts one per core for every small picture.
+        height, width = self.coded_size
+        rgb = self._plain.reformat(picture, format="rgb24", width=width, height=height, threads=1).to_ndarray()
+        return upright(rgb, self.orientation_of(picture))
+
+    def scaled(self, picture, scaling: Scaling) -> np.ndarray:
+        """Cut, scale and convert to RGB in one pass of libswscale. -> (3, *scaling.size) uint8, upright"""
+        orientation = self.orientation_of(picture)
+        if (picture.height, picture.width) != self.coded_size or picture.format.name not in _PLANAR:
+            return scale_rgb(self.rgb(picture)[None], scaling)[0]
+        box = stored_box(scaling.box, upright_size(self.coded_size, orientation), orientation)
+        height, width = upright_size(scaling.size, orientation)
+        cut = _cut(picture, box)
+        # The planes of gbrp: half the time of packed RGB, and chroma is interpolated in both directions.
+        scaled = self._scale.reformat(
+            cut, width=width, height=height, format="gbrp", interpolation=self._bilinear, threads=1
+        )
+        planes = [_plane(scaled, k)[:height, :width] for k in _GREEN_BLUE_RED]
+        return upright(np.stack(planes), orientation, axes=(1, 2))
+
+
+def _plane(picture, k: int) -> np.ndarray:
+    plane = picture.planes[k]
+    return np.frombuffer(plane, dtype=np.uint8).reshape(-1, plane.line_size)
+
+
+def _cut(picture, box: tuple[int, int, int, int]):
+    """A new frame that holds this box of a planar picture."""
+    import av
+
+    top, left, height, width = box
+    name = picture.format.name
+    if (top, left) == (0, 0) and (height, width) == (picture.height, picture.width):
+        return picture
+    cut = av.VideoFrame(width, height, name)
+    cut.colorspace, cut.color_range = picture.colorspace, picture.color_range
+    _plane(cut, 0)[:height, :width] = _plane(picture, 0)[top : top + height, left : left + width]
+    if _PLANAR[name] is not None:
+        across, down = _PLANAR[name]
+        for k in (1, 2):
+            part = _chroma(_plane(picture, k), left, width, picture.width, across, axis=1)
+            part = _chroma(part, top, height, picture.height, down, axis=0)
+            _plane(cut, k)[: part.shape[0], : part.shape[1]] = part
+    return cut
+
+
+def _chroma(plane: np.ndarray, first: int, length: int, full: int, shift: int, axis: int) -> np.ndarray:
+    """The chroma samples of the luma samples [first, first + length) along one axis.
+
+    A chroma sample stands for two luma samples. Where the cut goes through the middle of one, each new sample lies
+    between two old ones, and is their mean.
+    """
+    count, have = -(-length >> shift), -(-full >> shift)  # rounded up
+    begin = first >> shift
+    if shift == 0 or first % 2 == 0:
+        return plane[begin : begin + count] if axis == 0 else plane[:, begin : begin + count]
+    second = np.minimum(np.arange(begin + 1, begin + 1 + count), have - 1)  # the last sample is repeated
+    if axis == 0:
+        a, b = plane[begin : begin + count], plane[second]
+    else:
+        a, b = plane[:, begin : begin + count], plane[:, second]
+    return ((a.astype(np.uint16) + b + 1) >> 1).astype(np.uint8)
+
+
+def scale_rgb(frames: np.ndarray, scaling: Scaling) -> np.ndarray:
+    """The same of RGB pictures: frames (n, H, W, 3) uint8 -> (n, 3, *scaling.size) uint8. Bilinear, antialiased."""
+    import torch
+    import torch.nn.functional as F
+
+    top, left, height, width = scaling.box
+    cut = torch.from_numpy(np.ascontiguousarray(frames[:, top : top + height, left : left + width])).permute(0, 3, 1, 2)
+    return F.interpolate(cut, size=scaling.size, mode="bilinear", antialias=True, align_corners=False).numpy()

@@ -1,0 +1,76 @@
+"""Reading a video with its container: all packets are looked at once, for each opening of the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from .container import Demuxed, open_container
+from .decode import pictures
+from .errors import VideoError
+from .reader import TableReader
+
+
+class PyAVReader(TableReader):
+    """One pass over the packets gives the numbering, then only the runs that are needed are decoded."""
+
+    def __init__(self, path: str, threads: int):
+        self.path = path
+        self._container = open_container(path)
+        self._threads = threads
+        self._bare: dict[int, object] = {}
+        try:
+            self._demuxed = Demuxed(self._container, path)
+            context = self._demuxed.context
+            if not context.is_open or context.thread_count != threads:
+                context.thread_count = threads
+                context.thread_type = "FRAME" if threads > 1 else "NONE"
+            self._context = context
+            self._use_table(self._demuxed.table)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def hides_frames(self) -> bool:
+        return self.num_frames < self.table.num_packets
+
+    @property
+    def orientation(self) -> int:
+        """How the pictures are turned and mirrored; see picture.py."""
+        _, picture = next(self._pictures([0]))
+        return self._converter.orientation_of(picture)
+
+    @property
+    def demuxed(self) -> Demuxed:
+        return self._demuxed
+
+    def _pictures(self, indices: Sequence[int]) -> Iterator[tuple[int, object]]:
+        return pictures(self.table, indices, self)
+
+    def context(self, config: int):
+        if len(self.table.configs) == 1:
+            return self._context  # its pictures carry the display matrix
+        if config not in self._bare:
+            size = self.table.coded_size
+            self._bare[config] = bare_context(self._context, self.table.configs[config], size, self._threads)
+        return self._bare[config]
+
+    def packets(self, positions: Sequence[int]) -> Iterator:
+        held = self._demuxed.held
+        if held is not None:
+            yield from (held[position] for position in positions)
+            return
+        wanted = iter(positions)
+        due = next(wanted, None)
+        for packet in self._demuxed.read_again(positions[0]) if due is not None else ():
+            if packet.pts == due:
+                yield packet
+                due = next(wanted, None)
+            if due is None:
+                return
+        raise VideoError(self.path, f"packet {due} was not found again")
+
+    def close(self) -> None:
+        self._demuxed = None
+        self._bare = {}
+        self._container.close()
