@@ -191,7 +191,7 @@ class Demuxed:
 
         order: list[int] = []
         edges = [*self._config_starts, len(self._pts)]
-        packets = iter(self.held if self.held is not None else self.read_again())
+        packets = self.packets()
         try:
             for config, start, stop in zip(self._configs, edges[:-1], edges[1:], strict=True):
                 context = bare_context(self.context, config, (self.context.height, self.context.width))
@@ -202,6 +202,10 @@ class Demuxed:
         except av.error.FFmpegError as error:
             raise VideoError(self._path, f"is damaged ({one_line(error)}), and has no display times") from error
         return [position for position in order if position is not None]
+
+    def packets(self) -> Iterator:
+        """All packets, from memory or from the file."""
+        return iter(self.held) if self.held is not None else self.read_again()
 
     def read_again(self, start: int = 0) -> Iterator:
         """The packets from position `start`, a key packet, on, read from the file once more."""
@@ -231,7 +235,7 @@ def _named(packet, position: int):
 
 
 def _filled(times: list[int | None]) -> np.ndarray:
-    """Times with gaps -> all of them. A gap is filled evenly between its neighbours, at the ends with the usual step."""
+    """Times with gaps -> all of them. A gap is filled evenly between its neighbours, an end by the usual step."""
     places = np.array([i for i, t in enumerate(times) if t is not None])
     known = np.array([t for t in times if t is not None], dtype=np.int64)
     step = max(int(np.median(np.diff(known) / np.diff(places))), 1) if len(known) > 1 else 1

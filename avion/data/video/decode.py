@@ -14,8 +14,9 @@ from typing import Protocol
 from .errors import VideoError, one_line
 from .packets import DISPOSABLE, PacketTable
 
-# Codecs of which a packet table and the codec configuration are all that decoding needs.
-BARE_CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg1video", "mpeg2video", "mjpeg")
+# Codecs of which the packets and the configuration are all that decoding needs. MPEG-4 Visual is none of them: a decoder
+# without its container takes whole pictures for damaged ones.
+BARE_CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mjpeg")
 
 
 class PacketSource(Protocol):
@@ -23,6 +24,9 @@ class PacketSource(Protocol):
 
     def context(self, config: int):
         """A flushed codec context for the codec configuration of this number."""
+
+    def expect(self, positions: list[int]) -> None:
+        """The packets at these ascending positions will be asked for, one stretch of them after the other."""
 
     def packets(self, positions: Sequence[int]) -> Iterator:
         """The av.Packets at these ascending positions, each with its position as its time."""
@@ -60,23 +64,28 @@ def pictures(table: PacketTable, frames: Sequence[int], source: PacketSource) ->
     for skip, keys_back in ((True, 0), (False, 0), (False, 2)):
         if not missing:
             return
+        stretches = []
         for run in table.runs(sorted(missing.values()), keys_back):
             for start, stop in table.split_by_config(*run):
-                yield from _decode_run(table, start, stop, missing, skip, source)
+                stretches.append((start, _sent(table, start, stop, missing, skip)))
+        source.expect([position for _, sent in stretches for position in sent])
+        for start, sent in stretches:
+            yield from _decode_run(table, start, sent, missing, source)
     if missing:
         raise VideoError(table.path, f"frame {min(missing.values())} cannot be decoded")
 
 
 def _decode_run(
-    table: PacketTable, start: int, stop: int, missing: dict[int, int], skip: bool, source: PacketSource
+    table: PacketTable, start: int, sent: list[int], missing: dict[int, int], source: PacketSource
 ) -> Iterator[tuple[int, object]]:
-    """Decode packets [start, stop): (number, picture) of the frames in `missing`, which are then taken out of it."""
+    """Decode the packets at the positions `sent`, of which `start` is the keyframe: (number, picture) of the frames in
+    `missing`, which are then taken out of it."""
     import av
 
     context = source.context(table.config_at(start))
     first_shown = table.pts[start]
     try:
-        for packet in chain(source.packets(_sent(table, start, stop, missing, skip)), (None,)):
+        for packet in chain(source.packets(sent), (None,)):
             for picture in context.decode(packet):
                 position = picture.pts
                 if position is None or table.pts[position] < first_shown:

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import functools
+import mmap
 import os
-from collections.abc import Callable, Iterable
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-INDEX_NAME = "packets.index"  # the file below a video root that readers look for
+import numpy as np
+
+from avion.errors import UserError
+from avion.files import PARTIAL
+
+from .decode import BARE_CODECS
+from .errors import VideoError, one_line
+from .index_file import INDEX_NAME, PACKETS, PLAIN, Entry, PacketIndex, pack_record, unpack_record, write_index
+from .indexed_reader import IndexedReader
+from .layout import VIDEO_EXTENSIONS
+from .pyav_reader import PyAVReader
+from .reader import check_file
+from .storage import Storage, storage_of
+
+_JOURNAL = struct.Struct("<IIQQqI")  # lengths of path and record, kind, size, stamp, checksum of path and record
+_FARTHEST_START = 64  # bytes between where a demuxer says that a packet lies and its first byte
 
 
 @dataclass(frozen=True)
@@ -48,4 +71,205 @@ def index_videos(
     Raises:
         UserError: The root does not exist, a path lies outside it, or the index cannot be written.
     """
-    raise NotImplementedError
+    storage = storage_of(root)
+    if not storage.is_dir(storage.root):
+        raise UserError(f"video root {root}: no such folder")
+    target = Path(index) if index is not None else Path(storage.root) / INDEX_NAME
+    names = sorted(_video_files(storage.root)) if paths is None else sorted({_below(storage.root, p) for p in paths})
+    with _journal(target) as journal:
+        known = _known_entries(target)
+        known.update(journal.entries)
+        fresh = {name: entry for name, entry in known.items() if _is_fresh(storage, entry)}
+        due = [name for name in names if name not in fresh]
+        reused = len(fresh) if paths is None else sum(name in fresh for name in names)
+        done = len(names) - len(due)
+        for entry in _indexed(storage.root, due, workers):
+            journal.add(entry)
+            fresh[entry.path] = entry
+            done += 1
+            if progress is not None:
+                progress(done, len(names))
+        if paths is None:
+            fresh = {name: fresh[name] for name in names if name in fresh}
+            reused = len(fresh) - len(due)
+        write_index(target, (fresh[name] for name in sorted(fresh)))
+        journal.finish()
+    return _summary(target, fresh.values(), reused)
+
+
+def index_file(path: str, name: str) -> Entry:
+    """Index one video. path: of the file; name: its path below the root."""
+    try:
+        found = check_file(path)
+    except VideoError as error:
+        return Entry(name, 0, 0, PLAIN, error.reason.encode())
+    facts = (found.st_size, found.st_mtime_ns)
+    try:
+        with PyAVReader(path, threads=1) as reader:
+            table = reader.table
+            if table.codec not in BARE_CODECS:
+                return Entry(name, *facts, PLAIN, f"its codec {table.codec} is not indexed".encode())
+            located = _locate(reader, path)
+            if located is None:
+                return Entry(name, *facts, PLAIN, b"its packets do not lie in one piece each")
+            table.offset, table.size = located
+            table.orientation = reader.orientation
+            record = pack_record(table)
+            if not _reads_the_same(reader, record, path, found.st_size):
+                return Entry(name, *facts, PLAIN, b"its packets alone decode to other pictures")
+            return Entry(name, *facts, PACKETS, record)
+    except (VideoError, OSError) as error:
+        return Entry(name, *facts, PLAIN, getattr(error, "reason", one_line(error)).encode())
+
+
+def _locate(reader: PyAVReader, path: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Where each packet's bytes lie: (n,) offsets, (n,) sizes. None where they do not lie in the file as they are."""
+    stated = reader.demuxed.file_positions
+    offsets = np.zeros(len(stated), dtype=np.int64)
+    sizes = np.array([size for _, size in stated], dtype=np.int64)
+    usual = 0
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for position, packet in enumerate(reader.demuxed.packets()):
+            at, body = stated[position][0], bytes(packet)
+            if at < 0:
+                return None
+            if data[at + usual : at + usual + len(body)] != body:
+                found = data.find(body, at, at + len(body) + _FARTHEST_START)
+                if found < 0:
+                    return None
+                usual = found - at
+            offsets[position] = at + usual
+    return offsets, sizes
+
+
+def _reads_the_same(reader: PyAVReader, record: bytes, path: str, file_size: int) -> bool:
+    """Whether the first frames come out of the index as they come out of the container."""
+    frames = list(range(min(2, reader.num_frames)))
+    table = unpack_record(memoryview(record), path, file_size)
+    with IndexedReader(table, Storage(os.path.dirname(path)).open_ranges(path), threads=1) as indexed:
+        try:
+            return np.array_equal(indexed.get_frames(frames), reader.get_frames(frames))
+        except (VideoError, ValueError):
+            return False
+
+
+def _indexed(root: str, names: list[str], workers: int) -> Iterator[Entry]:
+    work = functools.partial(_index_below, root)
+    if workers < 1 or len(names) < 2:
+        yield from map(work, names)
+        return
+    try:
+        with ProcessPoolExecutor(min(workers, len(names))) as pool:
+            yield from pool.map(work, names, chunksize=max(1, min(16, len(names) // (4 * workers))))
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that indexed videos was killed (is there memory enough?); what is done is kept, run it again "
+            "with fewer --workers"
+        ) from None
+
+
+def _index_below(root: str, name: str) -> Entry:
+    return index_file(os.path.join(root, name), name)
+
+
+def _video_files(root: str) -> Iterator[str]:
+    for folder, folders, files in os.walk(root):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        for file in files:
+            extension = os.path.splitext(file)[1].lower()
+            if extension in VIDEO_EXTENSIONS and not file.startswith(".") and not file.endswith(PARTIAL):
+                yield os.path.relpath(os.path.join(folder, file), root)
+
+
+def _below(root: str, path: str | os.PathLike[str]) -> str:
+    name = os.path.relpath(os.path.join(root, os.fspath(path)), root)
+    if os.path.isabs(os.fspath(path)):
+        name = os.path.relpath(os.path.abspath(path), os.path.abspath(root))
+    if name == ".." or name.startswith("../"):
+        raise UserError(f"{path}: does not lie below the video root {root}")
+    return name
+
+
+def _is_fresh(storage: Storage, entry: Entry) -> bool:
+    try:
+        facts = storage.facts(storage.join(storage.root, entry.path))
+    except OSError:
+        return False
+    return (facts.size, facts.stamp) == (entry.size, entry.stamp)
+
+
+def _known_entries(target: Path) -> dict[str, Entry]:
+    if not target.exists():
+        return {}
+    try:
+        return {e.path: e for e in PacketIndex(target).entries()}
+    except UserError:  # damaged, or of another version: built anew
+        return {}
+
+
+def _summary(target: Path, entries: Iterable[Entry], reused: int) -> IndexSummary:
+    files, frames, plain = 0, 0, {}
+    for entry in entries:
+        files += 1
+        if entry.kind == PLAIN:
+            plain[entry.path] = bytes(entry.record).decode("utf-8", "replace")
+        else:
+            frames += unpack_record(memoryview(entry.record), entry.path, entry.size).num_frames
+    return IndexSummary(target, files, reused, frames, plain)
+
+
+class _Journal:
+    """What has been indexed so far, appended video by video: a killed run goes on from there."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = open(path, "ab+")  # noqa: SIM115  closed by `close`
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise UserError(f"{path}: another process is building this index; wait for it") from error
+        self.entries: dict[str, Entry] = {}
+        self._file.seek(0)
+        self._file.truncate(self._read(self._file.read()))
+
+    def _read(self, data: bytes) -> int:
+        """Takes in the entries -> where the last whole one ends."""
+        at = 0
+        while at + _JOURNAL.size <= len(data):
+            name_size, record_size, kind, size, stamp, crc = _JOURNAL.unpack_from(data, at)
+            begin, end = at + _JOURNAL.size, at + _JOURNAL.size + name_size + record_size
+            if end > len(data) or zlib.crc32(data[begin:end]) != crc:
+                break
+            name = data[begin : begin + name_size].decode("utf-8", "surrogateescape")
+            self.entries[name] = Entry(name, size, stamp, kind, data[begin + name_size : end])
+            at = end
+        return at
+
+    def add(self, entry: Entry) -> None:
+        name = entry.path.encode("utf-8", "surrogateescape")
+        body = name + entry.record
+        head = _JOURNAL.pack(len(name), len(entry.record), entry.kind, entry.size, entry.stamp, zlib.crc32(body))
+        self._file.write(head + body)
+        self._file.flush()
+
+    def finish(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextlib.contextmanager
+def _journal(target: Path) -> Iterator[_Journal]:
+    path = target.with_name(target.name + ".journal")
+    try:
+        journal = _Journal(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place with --index") from error
+    try:
+        yield journal
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free space, and run it again") from error
+    finally:
+        journal.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from .container import Demuxed, open_container
-from .decode import pictures
+from .decode import bare_context, pictures
 from .errors import VideoError
 from .reader import TableReader
 
@@ -54,6 +54,9 @@ class PyAVReader(TableReader):
             size = self.table.coded_size
             self._bare[config] = bare_context(self._context, self.table.configs[config], size, self._threads)
         return self._bare[config]
+
+    def expect(self, positions: list[int]) -> None:
+        pass
 
     def packets(self, positions: Sequence[int]) -> Iterator:
         held = self._demuxed.held

@@ -14,6 +14,8 @@ import numpy as np
 from avion.errors import UserError
 
 from .errors import VideoError, refused
+from .index_file import INDEX_NAME, PACKETS, PacketIndex
+from .indexed_reader import IndexedReader
 from .layout import VIDEO_EXTENSIONS, find_layout, other_extensions
 from .picture import Scaling
 from .reader import VideoReader, open_video, resolve_decoder
@@ -47,6 +49,8 @@ class VideoStore:
 
     root: folder of the videos. chunk_length: seconds per chunk (its file names count in it), ignored for whole
     files. layout: "auto" or one of LAYOUTS. decoder, threads: as in `open_video`.
+    index: the packet index of these videos; "auto": `packets.index` in the root, where there is one; None: no index. A
+    file that it does not know as it is now is read without it: `unindexed` counts those readings, the log says so once.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class VideoStore:
         layout: str = "auto",
         decoder: str = "auto",
         threads: int = 1,
+        index: str | os.PathLike | None = "auto",
     ):
         self.storage = storage_of(root)
         self.root = Path(root)
@@ -67,6 +72,8 @@ class VideoStore:
             raise UserError(f"video chunk length: {chunk_length} is not a whole number of seconds, at least 1")
         self.chunk_length = int(chunk_length)
         self._short_names: dict[str, str] = {}
+        self.unindexed = 0
+        self._index = self._find_index(index)
         logger.info("videos in %s: layout %s (%s), decoder %s", root, self.layout.kind, self.pattern, self.decoder)
 
     @property
@@ -238,8 +245,52 @@ class VideoStore:
             place = what - chunk * length
         return _Moments(chunk, place, fps), order
 
+    def _find_index(self, index: str | os.PathLike | None) -> PacketIndex | None:
+        if index is None or self.decoder != "pyav":
+            if index not in (None, "auto"):
+                raise UserError(f"packet index {index}: is used by the decoder pyav only, not by {self.decoder}")
+            return None
+        path = self.storage.join(self.storage.root, INDEX_NAME) if index == "auto" else os.fspath(index)
+        if index == "auto" and not os.path.exists(path):
+            return None
+        found = PacketIndex(path)
+        logger.info("packet index %s: %d files", path, len(found))
+        return found
+
     def _open(self, video: str, chunk: int) -> VideoReader:
-        return open_video(self._chunk_path(video, chunk), self.decoder, self.threads)
+        path = self._chunk_path(video, chunk)
+        reader = None if self._index is None else self._open_indexed(self._index, path)
+        return open_video(path, self.decoder, self.threads) if reader is None else reader
+
+    def _open_indexed(self, index: PacketIndex, path: str) -> VideoReader | None:
+        """A reader that needs no container; None where the index does not hold this file as it is now."""
+        entry = index.find(path[len(self.storage.root) :].lstrip("/"))
+        if entry is None:
+            return self._not_indexed(path, "is not in it")
+        try:
+            file = self.storage.open_ranges(path)
+        except OSError:
+            return None  # opened the plain way, it will be told
+        facts = file.facts()
+        if (facts.size, facts.stamp) != (entry.size, entry.stamp):
+            file.close()
+            return self._not_indexed(path, "was written since")
+        if entry.kind != PACKETS:
+            file.close()
+            return None  # the index says why, and was built knowing it
+        try:
+            return IndexedReader(index.table(entry, path, facts.size), file, self.threads)
+        except BaseException:
+            file.close()
+            raise
+
+    def _not_indexed(self, path: str, why: str) -> None:
+        self.unindexed += 1
+        if self.unindexed == 1 and os.path.exists(path):
+            logger.warning(
+                "packet index %s: %s %s; such files are read without it, which is slow (said once); "
+                "tools/index_videos.py brings it up to date", self._index.path, path, why,
+            )  # fmt: skip
 
     def _open_first(self, video: str, chunk: int) -> VideoReader:
         try:

@@ -1,0 +1,128 @@
+"""Reading a video with its packet index: positioned reads of the packets that decoding needs, and a bare decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from .decode import bare_context, pictures
+from .errors import VideoError, refused
+from .packets import PacketTable
+from .reader import TableReader
+from .storage import RangeFile
+
+_SLACK = 0.15  # of the bytes that are needed, so many are read in vain where that saves a read
+_AT_ONCE = 32 * 2**20  # bytes of packets in memory
+
+
+class IndexedReader(TableReader):
+    """table: with offsets and sizes. file: open, and closed with the reader. index: says so if the table is wrong."""
+
+    def __init__(self, table: PacketTable, file: RangeFile, threads: int):
+        self._file = file
+        self._file_size = file.facts().size
+        self._threads = threads
+        self._contexts: dict[int, object] = {}
+        self._fetched: dict[int, bytes] = {}
+        self._use_table(table)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that were read from the file so far."""
+        return self._file.bytes_read
+
+    def _pictures(self, indices: Sequence[int]) -> Iterator[tuple[int, object]]:
+        try:
+            yield from pictures(self.table, indices, self)
+        except OSError as error:
+            raise refused(self.path, error) from error
+
+    def context(self, config: int):
+        if config not in self._contexts:
+            table = self.table
+            self._contexts[config] = bare_context(table.codec, table.configs[config], table.coded_size, self._threads)
+        return self._contexts[config]
+
+    def expect(self, positions: list[int]) -> None:
+        self._fetched = {}
+        ranges = self._ranges(positions)
+        if sum(size for _, size in ranges) <= _AT_ONCE:
+            self._fetched = self._fetch(positions, ranges)
+
+    def packets(self, positions: Sequence[int]) -> Iterator:
+        import av
+
+        for position in positions:
+            if position not in self._fetched:
+                self._fetched = self._fetch_from(positions[positions.index(position) :])
+            packet = av.Packet(self._fetched.pop(position))
+            packet.pts = packet.dts = position
+            yield packet
+
+    def _fetch_from(self, positions: Sequence[int]) -> dict[int, bytes]:
+        """The first of these packets, as many as are kept in memory at once."""
+        ranges = self._ranges(positions)
+        count, total = 0, 0
+        while count < len(ranges) and (count == 0 or total + ranges[count][1] <= _AT_ONCE // 4):
+            total += ranges[count][1]
+            count += 1
+        return self._fetch(positions[:count], ranges[:count])
+
+    def _ranges(self, positions: Sequence[int]) -> list[tuple[int, int]]:
+        """(offset, size) of each packet."""
+        if not positions:
+            return []
+        table, first = self.table, positions[0]
+        offsets, sizes = table.offset[first : positions[-1] + 1], table.size[first : positions[-1] + 1]
+        found = [(int(offsets[p - first]), int(sizes[p - first])) for p in positions]
+        for offset, size in found:
+            if offset < 0 or size < 1 or offset + size > self._file_size:
+                raise ValueError("a packet that lies outside of its video")
+        return found
+
+    def _fetch(self, positions: Sequence[int], ranges: list[tuple[int, int]]) -> dict[int, bytes]:
+        spans = joined(ranges)
+        blocks = self._file.read_ranges(spans)
+        fetched, k = {}, 0
+        for (offset, size), position in sorted(zip(ranges, positions, strict=True)):
+            while offset + size > spans[k][0] + spans[k][1]:
+                k += 1
+            begin = offset - spans[k][0]
+            data = blocks[k][begin : begin + size]
+            if len(data) < size:
+                raise VideoError(self.path, f"is cut short at {self.table.where(position)}")
+            fetched[position] = data
+        return fetched
+
+    def close(self) -> None:
+        self._contexts = {}
+        self._fetched = {}
+        self._file.close()
+
+
+def joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Fewer, longer ranges (offset, size) that hold these.
+
+    Those that touch become one, and then those with the smallest gaps between them, as long as all gaps together stay a
+    small part of what is needed.
+    """
+    spans: list[list[int]] = []  # begin, end
+    for offset, size in sorted(ranges):
+        if spans and offset <= spans[-1][1]:
+            spans[-1][1] = max(spans[-1][1], offset + size)
+        else:
+            spans.append([offset, offset + size])
+    budget = _SLACK * sum(end - begin for begin, end in spans)
+    gaps = sorted((after[0] - before[1], k) for k, (before, after) in enumerate(zip(spans, spans[1:], strict=False)))
+    bridged = set()
+    for gap, k in gaps:
+        budget -= gap
+        if budget < 0:
+            break
+        bridged.add(k)
+    merged: list[list[int]] = []
+    for k, span in enumerate(spans):
+        if k - 1 in bridged:
+            merged[-1][1] = span[1]
+        else:
+            merged.append(list(span))
+    return [(begin, end - begin) for begin, end in merged]
