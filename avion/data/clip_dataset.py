@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -119,16 +120,11 @@ class ClipDataset(Dataset):
     def _read(self, row: int, rng: np.random.Generator) -> dict[str, Any]:
         narration = self.table[row]
         text, more = self._caption(row, narration, rng)
-        clip = self.store.read_clip(
-            narration.video,
-            narration.start,
-            narration.end,
-            self.num_frames,
-            rng=rng if self.train else None,
-            sampling=self.sampling,
-            stride=self.stride,
-        )
-        return {"video": self.transform(clip.frames, rng), **self._tokens(text), **more, "clamped": clip.clamped}
+        video, clamped = read_transformed(
+            self.store, narration, self.num_frames, self.transform, rng,
+            jitter=self.train, sampling=self.sampling, stride=self.stride,
+        )  # fmt: skip
+        return {"video": video, **self._tokens(text), **more, "clamped": clamped}
 
     def _caption(self, row: int, narration: Narration, rng: np.random.Generator) -> tuple[str, dict[str, torch.Tensor]]:
         if self.train and self.captions is not None:
@@ -138,3 +134,26 @@ class ClipDataset(Dataset):
 
     def _tokens(self, text: str) -> dict[str, torch.Tensor]:
         return {} if self.tokenizer is None else {"tokens": self.tokenizer(text).reshape(-1)}
+
+
+def read_transformed(
+    store: VideoStore,
+    row: Narration,
+    num_frames: int,
+    transform: Callable[[np.ndarray, np.random.Generator], torch.Tensor],
+    rng: np.random.Generator | None,
+    *,
+    jitter: bool = False,
+    **sampling: Any,
+) -> tuple[torch.Tensor, int]:
+    """A row's clip as the transform makes it, and how many of its frames were clamped.
+
+    With a fused transform of this project, only what it cuts out is ever converted and resized. sampling: as in
+    `VideoStore.read_clip`. jitter: rng draws the frames too.
+    """
+    fused = getattr(transform, "fused", False) and hasattr(transform, "scaling")
+    clip = store.read_clip(
+        row.video, row.start, row.end, num_frames, rng=rng if jitter else None, **sampling,
+        scaling=functools.partial(transform.scaling, rng=rng) if fused else None,
+    )  # fmt: skip
+    return transform.from_scaled(clip.frames) if fused else transform(clip.frames, rng), clip.clamped

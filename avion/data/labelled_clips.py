@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from avion.data.clip_dataset import ClipDataset
+from avion.data.clip_dataset import ClipDataset, read_transformed
 from avion.data.narrations import Narration
 from avion.data.transforms import CropsTransform
 from avion.data.video import VideoError, VideoStore
@@ -65,15 +65,14 @@ class ClipViews(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row, error = self.table[index], ""
         try:
-            clip = self.store.read_clip(
-                row.video, row.start, row.end, self.num_frames,
+            crops, _clamped = read_transformed(
+                self.store, row, self.num_frames, self.transform, None,
                 sampling=self.sampling, stride=self.stride, views=self.num_clips,
             )  # fmt: skip
-            frames = clip.frames
         except VideoError as failure:
             side = self.transform.crop_size
             frames = np.zeros((self.num_clips * self.num_frames, side, side, 3), dtype=np.uint8)
             error = str(failure)
-        crops = self.transform(frames)  # (crops, 3, clips · T, H, W)
+            crops = self.transform(frames)  # (crops, 3, clips · T, H, W)
         video = crops.unflatten(2, (self.num_clips, self.num_frames)).permute(2, 0, 1, 3, 4, 5).flatten(0, 1)
         return {"index": int(index), "video": torch.zeros_like(video) if error else video, "error": error}

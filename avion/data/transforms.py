@@ -1,8 +1,10 @@
 """Crops and normalisation of clips.
 
 Two paths with the same crops. The plain one works in float32 and normalises in the worker. The fused one
-(`--fused-decode-crop`) crops and resizes on uint8, a quarter of the memory to move, and `normalize_clip` does the
-rest on the device. They differ by uint8's rounding only.
+(`--fused-decode-crop`) stays uint8, a quarter of the memory to move, and `normalize_clip` does the rest on the device.
+Given RGB frames it crops and resizes those; they then differ by uint8's rounding only. A `VideoStore` that is given the
+transform's `scaling` cuts and resizes what the codec put out, without an RGB picture in between, and `from_scaled`
+finishes that.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from avion.constants import NORM_STYLES
+from avion.data.video import Scaling
 from avion.errors import UserError
 
 CropBox = tuple[int, int, int, int]  # top, left, height, width, in pixels
@@ -64,6 +67,20 @@ class _ClipTransform:
     def __call__(self, frames: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
         return self._finish(self._crop(self._begin(frames), rng))
 
+    def scaling(self, height: int, width: int, rng: np.random.Generator | None) -> Scaling:
+        """What this transform cuts out of upright pictures of this size, and the size that it brings it to. Draws from
+        rng what `__call__` would draw."""
+        return Scaling((0, 0, height, width), short_side_size(height, width, self.crop_size))
+
+    def from_scaled(self, frames: np.ndarray) -> torch.Tensor:
+        """frames (T, 3, h, w) uint8, cut and scaled as `scaling` says -> what `__call__` returns for a fused clip."""
+        assert self.fused, "a scaled clip is uint8"
+        return self._finish(self._cut(torch.from_numpy(frames)))
+
+    def _cut(self, clip: torch.Tensor) -> torch.Tensor:
+        """(T, 3, h, w), already scaled -> (T, 3, crop_size, crop_size)"""
+        return clip
+
     def _begin(self, frames: np.ndarray) -> torch.Tensor:
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
             raise ValueError(f"frames: (T, H, W, 3) uint8 is due, {frames.shape} {frames.dtype} was given")
@@ -104,8 +121,11 @@ class TrainTransform(_ClipTransform):
             raise UserError(f"crop ratio: {ratio} is not an ascending pair of positive ratios")
         self.scale, self.ratio = tuple(scale), tuple(ratio)
 
+    def scaling(self, height: int, width: int, rng: np.random.Generator | None) -> Scaling:
+        return Scaling(random_crop_box(height, width, rng, self.scale, self.ratio), (self.crop_size, self.crop_size))
+
     def _crop(self, clip: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-        top, left, height, width = random_crop_box(*clip.shape[-2:], rng, self.scale, self.ratio)
+        top, left, height, width = self.scaling(*clip.shape[-2:], rng).box
         return self._resize(clip[..., top : top + height, left : left + width], (self.crop_size, self.crop_size))
 
 
@@ -113,7 +133,9 @@ class EvalTransform(_ClipTransform):
     """The shorter side resized to crop_size, then the central crop_size x crop_size. Draws nothing from rng."""
 
     def _crop(self, clip: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-        clip = self._resize(clip, short_side_size(*clip.shape[-2:], self.crop_size))
+        return self._cut(self._resize(clip, short_side_size(*clip.shape[-2:], self.crop_size)))
+
+    def _cut(self, clip: torch.Tensor) -> torch.Tensor:
         top, left = (round((side - self.crop_size) / 2) for side in clip.shape[-2:])
         return clip[..., top : top + self.crop_size, left : left + self.crop_size]
 
@@ -133,7 +155,14 @@ class CropsTransform(_ClipTransform):
 
     def __call__(self, frames: np.ndarray, rng: np.random.Generator | None = None) -> torch.Tensor:
         clip = self._begin(frames)
-        clip = self._resize(clip, short_side_size(*clip.shape[-2:], self.crop_size))
+        return self._crops(self._resize(clip, short_side_size(*clip.shape[-2:], self.crop_size)))
+
+    def from_scaled(self, frames: np.ndarray) -> torch.Tensor:
+        assert self.fused, "a scaled clip is uint8"
+        return self._crops(torch.from_numpy(frames))
+
+    def _crops(self, clip: torch.Tensor) -> torch.Tensor:
+        """(T, 3, h, w), already scaled -> (num_crops, 3, T, crop_size, crop_size)"""
         size, crops = self.crop_size, []
         for part in (1,) if self.num_crops == 1 else (0, 1, 2):  # halves of the room: 0 left, 1 centre, 2 right
             top, left = (round(part * (side - size) / 2) for side in clip.shape[-2:])

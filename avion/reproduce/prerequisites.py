@@ -10,8 +10,8 @@ from typing import Any
 import huggingface_hub as hub
 import torch
 
-from avion.data.video import resolve_decoder
 from avion.data.ek100 import sentence_path
+from avion.data.video import resolve_decoder
 from avion.engine.tasks.finetune_retrieval import relevancy_file
 from avion.errors import UserError
 from avion.models.registry import model_config

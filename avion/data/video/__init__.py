@@ -7,12 +7,29 @@ from .errors import VideoError
 from .index_file import INDEX_NAME
 from .indexing import IndexSummary, index_videos
 from .layout import LAYOUTS, VIDEO_EXTENSIONS, Layout, find_layout
+from .picture import Scaling
 from .reader import DECODERS, VideoReader, open_video, resolve_decoder
 from .sampling import SAMPLINGS, strided_frame_ids, uniform_frame_ids
 from .store import TOLERANCE_S, ClipFrames, VideoStore
 
 __all__ = [
-    "DECODERS", "INDEX_NAME", "LAYOUTS", "SAMPLINGS", "TOLERANCE_S", "VIDEO_EXTENSIONS", "ClipFrames", "Layout", "VideoError",
-    "IndexSummary", "VideoReader", "VideoStore", "find_layout", "index_videos", "open_video", "resolve_decoder", "strided_frame_ids",
+    "DECODERS",
+    "INDEX_NAME",
+    "LAYOUTS",
+    "SAMPLINGS",
+    "TOLERANCE_S",
+    "VIDEO_EXTENSIONS",
+    "ClipFrames",
+    "IndexSummary",
+    "Layout",
+    "Scaling",
+    "VideoError",
+    "VideoReader",
+    "VideoStore",
+    "find_layout",
+    "index_videos",
+    "open_video",
+    "resolve_decoder",
+    "strided_frame_ids",
     "uniform_frame_ids",
-]  # fmt: skip
+]

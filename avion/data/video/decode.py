@@ -14,9 +14,12 @@ from typing import Protocol
 from .errors import VideoError, one_line
 from .packets import DISPOSABLE, PacketTable
 
-# Codecs of which the packets and the configuration are all that decoding needs. MPEG-4 Visual is none of them: a decoder
-# without its container takes whole pictures for damaged ones.
+# Codecs of which the packets and the configuration are all that decoding needs. MPEG-4 Visual is none of them: without
+# its container, the decoder takes whole pictures for damaged ones.
 BARE_CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mjpeg")
+
+
+_LONGEST_RUN = 2**21  # packets: ten hours without a keyframe
 
 
 class PacketSource(Protocol):
@@ -66,6 +69,8 @@ def pictures(table: PacketTable, frames: Sequence[int], source: PacketSource) ->
             return
         stretches = []
         for run in table.runs(sorted(missing.values()), keys_back):
+            if run[1] - run[0] > _LONGEST_RUN:
+                raise VideoError(table.path, f"has no keyframe within {_LONGEST_RUN} frames before a wanted one")
             for start, stop in table.split_by_config(*run):
                 stretches.append((start, _sent(table, start, stop, missing, skip)))
         source.expect([position for _, sent in stretches for position in sent])

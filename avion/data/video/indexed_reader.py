@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from .decode import bare_context, pictures
 from .errors import VideoError, refused
@@ -15,9 +15,11 @@ _AT_ONCE = 32 * 2**20  # bytes of packets in memory
 
 
 class IndexedReader(TableReader):
-    """table: with offsets and sizes. file: open, and closed with the reader. index: says so if the table is wrong."""
+    """table: with offsets and sizes. file: open, and closed with the reader. blame: what to raise where the table
+    contradicts itself or its video."""
 
-    def __init__(self, table: PacketTable, file: RangeFile, threads: int):
+    def __init__(self, table: PacketTable, file: RangeFile, threads: int, blame: Callable[[Exception], Exception]):
+        self._blame = blame
         self._file = file
         self._file_size = file.facts().size
         self._threads = threads
@@ -35,6 +37,22 @@ class IndexedReader(TableReader):
             yield from pictures(self.table, indices, self)
         except OSError as error:
             raise refused(self.path, error) from error
+        except VideoError:
+            raise
+        except (ValueError, IndexError, OverflowError) as error:
+            raise self._blame(error) from error
+
+    def frame_at(self, seconds: float) -> int:
+        try:
+            return super().frame_at(seconds)
+        except (ValueError, IndexError, OverflowError) as error:
+            raise self._blame(error) from error
+
+    def seconds_of(self, frame: int) -> float:
+        try:
+            return super().seconds_of(frame)
+        except (ValueError, IndexError, OverflowError) as error:
+            raise self._blame(error) from error
 
     def context(self, config: int):
         if config not in self._contexts:
@@ -75,7 +93,7 @@ class IndexedReader(TableReader):
         offsets, sizes = table.offset[first : positions[-1] + 1], table.size[first : positions[-1] + 1]
         found = [(int(offsets[p - first]), int(sizes[p - first])) for p in positions]
         for offset, size in found:
-            if offset < 0 or size < 1 or offset + size > self._file_size:
+            if offset < 0 or not 1 <= size <= _AT_ONCE or offset + size > self._file_size:
                 raise ValueError("a packet that lies outside of its video")
         return found
 

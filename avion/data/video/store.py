@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -279,7 +280,9 @@ class VideoStore:
             file.close()
             return None  # the index says why, and was built knowing it
         try:
-            return IndexedReader(index.table(entry, path, facts.size), file, self.threads)
+            return IndexedReader(
+                index.table(entry, path, facts.size), file, self.threads, functools.partial(index.damaged, entry.path)
+            )
         except BaseException:
             file.close()
             raise

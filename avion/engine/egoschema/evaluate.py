@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from avion.data.video import resolve_decoder
 from avion.data.ego4d import read_ego4d
 from avion.data.egoschema import LongVideos, Question, read_answers, read_questions, read_sources
 from avion.data.transforms import normalize_clip
+from avion.data.video import resolve_decoder
 from avion.engine import encode
 from avion.engine.build import build_as_saved
 from avion.engine.console import duration
