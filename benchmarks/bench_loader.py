@@ -27,6 +27,8 @@ from torchvision.transforms import RandomResizedCrop
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.constants import NORM_STYLES
+from avion.data.clip_dataset import read_transformed
+from avion.data.narrations import Narration
 from avion.data.transforms import TrainTransform
 from avion.data.video import VideoStore, uniform_frame_ids
 
@@ -84,7 +86,8 @@ def our_way(root: Path, crop: int, decoder: str, fused: bool) -> Callable:
 
     def load(video: str, start: float, seconds: float, frames: int, seed: int) -> torch.Tensor:
         rng = np.random.default_rng(seed)
-        return transform(store.read_clip(video, start, start + seconds, frames, rng=rng).frames, rng)
+        row = Narration(video, start, start + seconds, ("",), None)
+        return read_transformed(store, row, frames, transform, rng, jitter=True)[0]
 
     return load
 

@@ -3,9 +3,9 @@
     python tools/check_data.py ego4d_train.pkl --root datasets/Ego4D/videos_320px_15sec/ --workers 8
     python tools/check_data.py EPIC_100_retrieval_test.csv --root datasets/EK100/EK100_320p_15sec/ --decode all
 
-Every file that a clip needs is opened once. Lists what is missing, shorter than its clips need, or cannot be
-decoded, each with the number of clips that suffer. Exit status: 0 all is well, 1 something was listed, 2 the
-annotations or the root themselves cannot be read.
+Every file that a clip needs is opened once. Lists what is missing, shorter than its clips need, cannot be decoded, or
+cannot be read because the operating system refuses (unreadable), each with the number of clips that suffer. Exit
+status: 0 all is well, 1 something was listed, 2 the annotations or the root themselves cannot be read.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Finding:
-    kind: str  # "missing", "short" or "undecodable"
+    kind: str  # "missing", "short", "undecodable" or "unreadable"
     path: str
     clips: int
     detail: str
@@ -81,12 +81,17 @@ def needs_of(table: NarrationTable, store: VideoStore) -> tuple[list[Need], list
     needs, findings = [], []
     last_chunk = functools.lru_cache(maxsize=None)(store.last_chunk)
     for video, chunk, seconds, clips in chunks_needed(table, store):
-        path, last = str(store.chunk_path(video, chunk)), last_chunk(video)
+        path = str(store.chunk_path(video, chunk))
+        try:
+            last, there = last_chunk(video), store.has_chunk(video, chunk)
+        except VideoError as error:
+            findings.append(Finding("unreadable", path, clips, error.reason))
+            continue
         if last is not None and chunk > last:
             detail = f"the video ends before it, with {store.chunk_path(video, last).name}"
             if seconds > TOLERANCE_S:
                 findings.append(Finding("short", path, clips, detail))
-        elif not store.chunk_path(video, chunk).exists():
+        elif not there:
             findings.append(Finding("missing", path, clips, ""))
         else:
             inner = store.chunked and chunk < last
@@ -103,9 +108,10 @@ def check_file(need: Need, decode: str, decoder: str) -> Finding | None:
             elif decode == "all":
                 for first in range(0, reader.num_frames, BATCH):
                     reader.get_frames(range(first, min(first + BATCH, reader.num_frames)))
-            length = reader.num_frames / reader.fps
+            length = reader.seconds_of(reader.num_frames)
     except VideoError as error:
-        return Finding("undecodable", need.path, need.clips, error.reason)
+        kind = "unreadable" if error.unreadable else "undecodable"
+        return Finding(kind, need.path, need.clips, error.reason)
     due = need.whole_length or need.seconds
     if length < due - TOLERANCE_S:
         return Finding("short", need.path, need.clips, f"holds {length:.2f} s, {due:.2f} s are needed")

@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from avion.data.ek100 import read_ek100_retrieval, read_sentences
+from avion.data.ek100 import check_ids_differ, read_ek100_retrieval, read_sentences
 from avion.data.ek100_actions import read_ek100_actions
 from avion.data.safe_pickle import load_pickle
 from avion.engine.args import ToolParser
@@ -89,6 +89,7 @@ def make_retrieval(args: argparse.Namespace) -> str:
     """Write the retrieval zip; returns what was done, for the screen."""
     similarity = _read_matrix(args.similarity)
     clips = list(read_ek100_retrieval(args.clips).narration_ids)
+    check_ids_differ(clips, f"annotations {args.clips}")
     sentences, _ = read_sentences(args.sentences)
     try:
         submission = retrieval_submission(similarity, clips, sentences, _sls(args))

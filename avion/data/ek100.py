@@ -6,7 +6,8 @@ import csv
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,7 @@ def read_sentences(path: str | os.PathLike) -> tuple[list[str], list[str]]:
         texts.append(row["narration"].strip())
     if not ids:
         raise UserError(f"sentences {path}: holds no sentences")
+    check_ids_differ(ids, f"sentences {path}")
     return ids, texts
 
 
@@ -151,6 +153,9 @@ def csv_rows(path: str | os.PathLike, required: tuple[str, ...]) -> Iterator[tup
             if missing:
                 found = ", ".join(map(str, reader.fieldnames))[:200]
                 raise UserError(f"{name}: the column {missing[0]!r} is missing; found {found}")
+            repeated = [column for column in reader.fieldnames if reader.fieldnames.count(column) > 1]
+            if repeated:
+                raise UserError(f"{name}: the column {str(repeated[0])[:40]!r} is there twice; remove one of the two")
             for row in reader:
                 if None in row or None in row.values():
                     raise UserError(
@@ -163,6 +168,13 @@ def csv_rows(path: str | os.PathLike, required: tuple[str, ...]) -> Iterator[tup
         raise UserError(f"{name}: cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{name}: is not a CSV in UTF-8 ({error})") from None
+
+
+def check_ids_differ(ids: Sequence[str], name: str) -> None:
+    """UserError where two rows have one narration_id: sentences and relevancies are found by it. name: of the file."""
+    if len(set(ids)) != len(ids):
+        repeated = next(found for found, count in Counter(ids).items() if count > 1)
+        raise UserError(f"{name}: narration_id {repeated[:40]!r} is there twice; each row needs an id of its own")
 
 
 def class_number(text: str) -> int:

@@ -1,5 +1,12 @@
 """Which process reads which sample when: a function of seed and epoch alone."""
 
+import contextlib
+import errno
+import multiprocessing.queues
+import os
+import re
+import resource
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -118,12 +125,75 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
+def _collate_in_worker(samples: Sequence[dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:
+    """`collate`, its tensors already where the parent process will map them.
+
+    Left to the queue, this happens in a thread whose errors nobody sees, and the parent waits for a batch that is lost.
+    """
+    batch = collate(samples) if isinstance(samples, list) else samples
+    if torch.utils.data.get_worker_info() is None:
+        return batch
+    try:
+        for value in batch.values():
+            for tensor in value.values() if isinstance(value, dict) else [value]:
+                if isinstance(tensor, torch.Tensor):
+                    tensor.share_memory_()
+    except (RuntimeError, OSError) as e:
+        if cause := _shortage(str(e), getattr(e, "errno", None)):
+            return {"fatal": cause}
+        raise
+    return batch
+
+
+def _begin_worker(worker: int) -> None:
+    signals.obey_parent_only(worker)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
+
+
+def _end_worker(error: BaseException, _item: Any) -> None:
+    """What a worker cannot send, the parent would wait for: end, with a status that says why."""
+    text = str(error)
+    os._exit(_NO_FILES if _TOO_MANY_FILES.search(text) else _NO_MEMORY if _FULL.search(text) else 1)
+
+
+_NO_FILES, _NO_MEMORY = 71, 72  # exit statuses of a worker
+_TOO_MANY_FILES = re.compile(r"too many open files|ancdata|exit code 71\b", re.IGNORECASE)
+_FULL = re.compile(
+    r"no space left|bus error|unable to (allocate|write|mmap|resize).*(shm|shared|torch_)|exit code 72\b", re.IGNORECASE
+)
+
+
+def _shortage(text: str, number: int | None = None) -> str | None:
+    """What this machine lacks for data-loading processes, and the cure, in one line. None: the error is another one."""
+    if number in (errno.EMFILE, errno.ENFILE) or _TOO_MANY_FILES.search(text):
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return (
+            f"too many files are open (this process may open {limit}): data-loading processes hand over batches as "
+            "open files; allow more with `ulimit -n 65536`, or lower --workers"
+        )
+    if number == errno.ENOSPC or _FULL.search(text):
+        free = ""
+        with contextlib.suppress(OSError):
+            usage = shutil.disk_usage("/dev/shm")
+            free = f" ({usage.free / 2**20:.0f} of {usage.total / 2**20:.0f} MiB are free)"
+        return (
+            f"/dev/shm is full{free}: data-loading processes hand over batches there; give it more room (`mount -o "
+            "remount,size=16G /dev/shm`; Docker: --shm-size=16g), or lower --workers or --batch-size"
+        )
+    return None
+
+
 class _Loader(DataLoader):
     """A loader whose workers outlive the signals that a scheduler sends to all processes of a job."""
 
     def __iter__(self) -> Iterator:
         with signals.held():
-            return super().__iter__()
+            try:
+                return super().__iter__()
+            except OSError as e:
+                if cause := _shortage(str(e), e.errno):
+                    raise UserError(cause) from e
+                raise
 
 
 # A worker that has sent nothing for so long is stuck on a dead file system or decoder.
@@ -138,12 +208,13 @@ def build_loader(
     large_samples: of hundreds of megabytes; the sampler gives single keys, samples come as they are, and a worker has
     at most one waiting. A UserError in the dataset arrives as a batch {"fatal": message}; `read` raises it.
     """
-    how = {"batch_sampler": sampler, "collate_fn": collate, "pin_memory": device.type == "cuda"}
+    how = {"batch_sampler": sampler, "collate_fn": _collate_in_worker, "pin_memory": device.type == "cuda"}
     if large_samples:
         how = {"sampler": sampler, "batch_size": None, "prefetch_factor": 1 if workers > 0 else None}
+        how["collate_fn"] = _collate_in_worker
     return _Loader(
         _ErrorsAsSamples(dataset), num_workers=workers, persistent_workers=workers > 0,
-        timeout=LOADER_TIMEOUT_S if workers > 0 else 0, worker_init_fn=signals.obey_parent_only, **how,
+        timeout=LOADER_TIMEOUT_S if workers > 0 else 0, worker_init_fn=_begin_worker, **how,
         # Its own generator: starting an epoch must not advance the one that dropout draws from.
         generator=torch.Generator(),
     )  # fmt: skip
@@ -153,8 +224,12 @@ def read(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
     """The next batch; what went wrong in the dataset or its workers is a UserError here."""
     try:
         batch = next(batches)
-    except RuntimeError as e:
-        if "DataLoader" not in str(e):
+    except (RuntimeError, OSError) as e:
+        # PyTorch tells a worker's exit status in the error that it raises first, and only its number in the second.
+        text = f"{e} {e.__cause__ or ''} {e.__context__ or ''}"
+        if cause := _shortage(text, getattr(e, "errno", None)):
+            raise UserError(cause) from e
+        if "DataLoader" not in text:
             raise
         raise UserError(
             f"a data-loading process died or hung ({str(e).splitlines()[0]}); lower --workers if memory ran out"

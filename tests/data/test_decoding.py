@@ -8,9 +8,8 @@ import av
 import numpy as np
 import pytest
 
-from avion.data.video import container
+from avion.data.video import VideoError, container, open_video, resolve_decoder
 from avion.data.video import reader as decoding
-from avion.data.video import VideoError, open_video, resolve_decoder
 from avion.errors import UserError
 from tests.videos import barcode_frame, read_barcode, write_audio_only, write_video
 

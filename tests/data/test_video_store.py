@@ -4,8 +4,8 @@ import os
 import numpy as np
 import pytest
 
-from avion.data.video import store as video_store
 from avion.data.video import VideoError, VideoStore, find_layout, strided_frame_ids, uniform_frame_ids
+from avion.data.video import store as video_store
 from avion.errors import UserError
 from tests.data.conftest import LAST_CHUNK
 from tests.videos import read_barcode, write_video
@@ -231,7 +231,9 @@ class TestFrames:
     def test_chunks_are_opened_once_and_only_those_needed(self, chunked, monkeypatch):
         opened = []
         real = video_store.open_video
-        monkeypatch.setattr(video_store, "open_video", lambda path, *a: opened.append(os.path.basename(path)) or real(path, *a))
+        monkeypatch.setattr(
+            video_store, "open_video", lambda path, *a: opened.append(os.path.basename(path)) or real(path, *a)
+        )
         store = VideoStore(chunked.avion)
         store.read_clip("abc", 1.0, 14.0, 8)
         assert opened == ["0.mp4"]

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from avion.constants import NORM_STYLES
-from avion.data.video import open_video
 from avion.data.transforms import EvalTransform
+from avion.data.video import open_video
 from avion.engine import features
 from avion.engine.feature_shards import Shards
 from avion.engine.features import extract, load_clip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from .bitstream import PacketReader
 from .decode import bare_context
-from .errors import VideoError, one_line
+from .errors import VideoError, one_line, refused
 from .packets import HIDDEN, KEY, MAX_FPS, MAX_PIXELS, PacketTable, is_constant_rate
 
 # What PyAV may open. Other demuxers (playlists, concat scripts) follow names written inside the file.
@@ -17,6 +18,8 @@ _OPEN_OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg",
     "protocol_whitelist": "file",
 }
+# Errors of the operating system, which say nothing about the file. FFmpeg's own errors have large or negative numbers.
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT)
 HELD_BYTES = 64 * 2**20  # packets of a file up to this size stay in memory: it is then read once
 
 
@@ -28,6 +31,8 @@ def open_container(path: str):
         # Tags are of no interest here, and not always UTF-8.
         return av.open(path, options=dict(_OPEN_OPTIONS), metadata_errors="replace")
     except (av.error.FFmpegError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in _REFUSALS:
+            raise refused(path, error) from error
         raise VideoError(path, f"is not a readable video ({one_line(error)})") from error
 
 
@@ -74,6 +79,8 @@ class Demuxed:
         try:
             self._read_all()
         except av.error.FFmpegError as error:
+            if getattr(error, "errno", None) in _REFUSALS:
+                raise refused(path, error) from error
             raise VideoError(path, f"is damaged after packet {len(self._pts)} ({one_line(error)})") from error
         self._check_whole()
         self.times_are_true = True

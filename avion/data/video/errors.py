@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 
@@ -28,11 +29,13 @@ class VideoError(UserError):
         return type(self), (self.path, self.reason, self.unreadable)
 
 
-def refused(path: str | os.PathLike, error: OSError) -> VideoError:
+def refused(path: str | os.PathLike, error: OSError) -> UserError:
     """The operating system's `error` at `path`, as the error of a clip that cannot be read.
 
     Too many open files is no fault of the video, and every further file would fail: it is a UserError that says so.
     """
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return UserError(f"{path}: too many files are open; allow more with `ulimit -n 65536`, or lower --workers")
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return VideoError(path, "no such file")
     return VideoError(path, f"cannot be opened ({error.strerror or error})", unreadable=True)

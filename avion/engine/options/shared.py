@@ -51,6 +51,10 @@ class VideoOptions:
     decoder: str = flag(
         "auto", "video decoder; auto: PyAV, else decord (docs/data.md says why)", choices=["auto", "decord", "pyav"]
     )
+    video_index: str = flag(
+        "auto", "packet index of the videos (tools/index_videos.py), with which a clip is read without its container; "
+        "auto: packets.index in their folder, where there is one; off: none", metavar="FILE",
+    )  # fmt: skip
     decode_threads: int = flag(1, "threads of one decoder; 0: as many as it likes", THREADS)
     clip_length: int = flag(4, "frames per clip", FRAMES)
     clip_stride: int = flag(16, "frames from one to the next, used with --frame-sampling strided", FRAMES)
@@ -63,8 +67,8 @@ class VideoOptions:
         "(openai_legacy, for their released checkpoints only); ImageNet's (timm)", choices=list(NORM_STYLES),
     )  # fmt: skip
     fused_decode_crop: bool = flag(
-        False, "crop and resize as uint8 in the worker, normalise on the device: less memory and copying, "
-        "same crops",
+        False, "cut, resize and convert to uint8 RGB in one pass in the worker, normalise on the device: less time, "
+        "memory and copying, same crops",
     )  # fmt: skip
     strict_data: bool = flag(False, "stop at the first clip that cannot be read instead of replacing and reporting it")
 

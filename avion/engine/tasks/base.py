@@ -92,6 +92,7 @@ class Task:
             layout=a.video_layout,
             decoder=a.decoder,
             threads=a.decode_threads,
+            index={"auto": "auto", "off": None}.get(a.video_index, a.video_index),
         )
 
     def leave_out_unreadable(self, features: encode.Features, root_flag: str, root: str) -> None:

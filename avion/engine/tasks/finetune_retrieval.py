@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from avion.data.clip_dataset import ClipDataset
-from avion.data.ek100 import load_relevancy, read_ek100_retrieval, sentence_path, sentence_texts
+from avion.data.ek100 import check_ids_differ, load_relevancy, read_ek100_retrieval, sentence_path, sentence_texts
 from avion.data.retrieval_dataset import ClipsWithPositives
 from avion.data.transforms import TrainTransform
 from avion.engine.build import build_finetuned
@@ -51,6 +51,7 @@ class FinetuneRetrieval(RetrievalTask):
     def _read_pairs(self) -> ClipsWithPositives:
         a = self.args
         clips = read_ek100_retrieval(a.train_metadata)
+        check_ids_differ(clips.narration_ids, f"annotations {a.train_metadata}")
         sentences = sentence_texts(clips, sentence_path(a.train_metadata))
         path = a.train_relevancy_path or relevancy_file(a.relevancy_path, "train")
         relevancy = load_relevancy(path, len(clips), len(sentences))

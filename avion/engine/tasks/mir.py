@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from avion.data.clip_dataset import ClipDataset
-from avion.data.ek100 import load_relevancy, read_ek100_retrieval, sentence_path, sentence_texts
+from avion.data.ek100 import check_ids_differ, load_relevancy, read_ek100_retrieval, sentence_path, sentence_texts
 from avion.data.tokenizer import VOCAB_SIZE, tokenize
 from avion.data.transforms import EvalTransform
 from avion.engine import encode, predictions
@@ -41,6 +41,7 @@ class RetrievalTask(Task):
             predictions.check_target(args.similarity_filename, "--similarity-filename", ".npy")
         self.eval_root, self.eval_root_flag = root, root_flag
         self.clips = read_ek100_retrieval(clips)
+        check_ids_differ(self.clips.narration_ids, f"annotations {clips}")
         self.sentences = sentence_texts(self.clips, sentence_path(clips))
         self.relevancy = load_relevancy(relevancy, len(self.clips), len(self.sentences))
 

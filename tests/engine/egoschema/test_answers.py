@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import main_egoschema
-from avion.data.video import open_video
 from avion.data.tokenizer import tokenize
 from avion.data.transforms import EvalTransform, normalize_clip
+from avion.data.video import open_video
 from avion.engine.egoschema import texts
 from avion.evaluation.egoschema import wilson_interval
 from avion.models import model_from_checkpoint

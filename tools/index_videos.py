@@ -1,0 +1,67 @@
+"""Index the packets of a dataset's videos, so that training reads of each clip what decoding needs and nothing else.
+
+    python tools/index_videos.py datasets/Ego4D/videos_288px_15sec/ --workers 16
+
+Writes ROOT/packets.index, which training finds by itself. Videos may be chunked or whole. What is indexed already and
+has not changed is kept, so that the same command goes on after an interruption, and brings an index up to date. Files
+that cannot be indexed are listed; they are read as without an index. Exit status: 0 the index stands, 2 it could not be
+written.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from avion.data.video import INDEX_NAME, index_videos
+from avion.errors import UserError, exit_status
+
+_LISTED = 20  # files that are named; the others are counted
+
+
+def build_parser() -> argparse.ArgumentParser:
+    summary, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("root", help="folder of the videos")
+    parser.add_argument("files", nargs="*", help="videos below it; without any, all of them")
+    parser.add_argument("--index", metavar="FILE", help=f"the index file (ROOT/{INDEX_NAME})")
+    parser.add_argument("-j", "--workers", type=int, default=0, metavar="N", help="processes (0: this one)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.workers < 0:
+        raise UserError(f"--workers {args.workers}: must not be negative")
+    with tqdm(unit="file", disable=None, dynamic_ncols=True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        made = index_videos(args.root, args.files or None, index=args.index, workers=args.workers, progress=progress)
+    for name, reason in sorted(made.plain.items())[:_LISTED]:
+        print(f"without index  {name}: {reason}")
+    if len(made.plain) > _LISTED:
+        print(f"without index  ... and {len(made.plain) - _LISTED} more")
+    size = made.path.stat().st_size
+    print(
+        f"{made.path}: {made.files - len(made.plain)} of {made.files} files, {made.frames} frames, {size / 1e6:.1f} MB"
+        f" ({made.reused} entries stood before)"
+    )
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    return exit_status("tools/index_videos.py", lambda: run(args), debug=args.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
