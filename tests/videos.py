@@ -71,11 +71,12 @@ def write_video(
     rotation: int = 0,
     x264: str = "",
     numbers: int = sys.maxsize,
+    codec: str = "libx264",
 ) -> Path:
     """Write frames `first`, `first + 1`, … as H.264 with x264's defaults (GOP 250, three B-frames, CRF 23)
     wherever nothing else is asked for. x264: further settings, as x264 writes them ("open-gop=1:keyint=30").
     rotation: degrees by which players turn the picture. numbers: after so many frames the barcodes begin again.
-    -> path"""
+    codec: another encoder, as FFmpeg names it, which takes none of the settings. -> path"""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # mbtree beside B-frames gives another file each time.
@@ -89,8 +90,11 @@ def write_video(
     if x264:
         options["x264-params"] = x264
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
+        options = options if codec == "libx264" else {}
+        stream = container.add_stream(codec, rate=Fraction(fps), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        if codec == "mjpeg":
+            stream.pix_fmt = "yuvj420p"
         stream.codec_context.thread_count = 1  # the number of threads changes what x264 writes
         if rotation:
             stream.set_display_rotation(rotation)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from avion.data.ek100 import (
+    check_ids_differ,
     load_relevancy,
     parse_timestamp,
     read_ek100_retrieval,
@@ -193,3 +194,23 @@ class TestRelevancy:
     def test_a_missing_file(self, tmp_path):
         with pytest.raises(UserError, match="relevancy .*no such file"):
             load_relevancy(tmp_path / "gone.pkl", 5, 7)
+
+
+class TestRepeats:
+    def test_a_column_that_is_there_twice(self, tmp_path):
+        path = tmp_path / "clips.csv"
+        header = "narration_id,participant_id,video_id,start_timestamp,stop_timestamp,narration,narration"
+        path.write_text(f"{header}\na,P01,P01_01,00:00:01.00,00:00:02.00,wash pan,dry pan\n")
+        with pytest.raises(UserError, match="clips.csv: the column 'narration' is there twice"):
+            read_ek100_retrieval(path)
+
+    def test_ids_of_sentences(self, tmp_path):
+        path = tmp_path / "sentences.csv"
+        path.write_text("narration_id,narration\na,wash pan\nb,dry pan\na,cut onion\n")
+        with pytest.raises(UserError, match="sentences.csv: narration_id 'a' is there twice"):
+            read_sentences(path)
+
+    def test_ids_of_clips(self):
+        check_ids_differ(["a", "b"], "x.csv")
+        with pytest.raises(UserError, match="x.csv: narration_id 'b' is there twice"):
+            check_ids_differ(["a", "b", "b"], "x.csv")

@@ -148,3 +148,23 @@ def test_mistakes_are_one_line_and_status_2(tool, capsys, tmp_path, root, annota
     assert status == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("tools/check_data.py: error: ") and captured.err.count("\n") == 1
+
+
+def test_what_the_system_refuses_has_a_status_of_its_own(tool, capsys, root, annotate, monkeypatch):
+    import os
+
+    real = os.scandir
+
+    def refusing(folder="."):
+        if str(folder).endswith("b.mp4"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    path = annotate(("a", 1.0, 2.0), ("b", 1.0, 2.0))
+    status, lines, _ = check(tool, capsys, path, root)
+    assert status == 1
+    assert lines[1:] == [
+        f"unreadable  {root}/b.mp4/0.mp4  (1 clips): cannot be opened (Permission denied)",
+        "1 unreadable",
+    ]

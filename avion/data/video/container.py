@@ -67,6 +67,7 @@ class Demuxed:
         self._container, self._path = container, path
         self.stream = video_track(container, path)
         self.context = self.stream.codec_context
+        self.codec: str = self.context.codec.canonical_name  # of the codec, whichever decoder it is
         self.format: str = container.format.name
         self.held: list | None = []
         self._pts: list[int | None] = []
@@ -75,7 +76,7 @@ class Demuxed:
         self._where: list[tuple[int, int]] = []
         self._configs, self._config_starts = [bytes(self.context.extradata or b"")], [0]
         self._last_duration = 0
-        self._bits = PacketReader(self.context.name, self._configs[0])
+        self._bits = PacketReader(self.codec, self._configs[0])
         try:
             self._read_all()
         except av.error.FFmpegError as error:
@@ -118,7 +119,7 @@ class Demuxed:
                 self._configs.append(config)
                 self._config_starts.append(position)
             reorders = self._bits.reorders
-            self._bits = PacketReader(self.context.name, config)
+            self._bits = PacketReader(self.codec, config)
             self._bits.reorders |= reorders
 
     def _check_whole(self) -> None:
@@ -151,7 +152,7 @@ class Demuxed:
         tick = float(self.stream.time_base)
         seconds = pts[display] * tick
         return PacketTable(
-            self._path, self.context.name, (self.context.height, self.context.width), fps, tick, pts, flags, display,
+            self._path, self.codec, (self.context.height, self.context.width), fps, tick, pts, flags, display,
             keys=np.nonzero(flags & KEY)[0],
             configs=self._configs, config_starts=np.array(self._config_starts, dtype=np.int64),
             constant_rate=is_constant_rate(seconds, fps),
@@ -162,7 +163,7 @@ class Demuxed:
         """-> (num_frames,) positions in display order, (n,) display times in ticks."""
         shown = (flags & HIDDEN) == 0
         times = [p for p, s in zip(self._pts, shown, strict=True) if s]
-        reorders = self.context.has_b_frames if self.context.name == "hevc" else self._bits.reorders
+        reorders = self.context.has_b_frames if self.codec == "hevc" else self._bits.reorders
         untimed = any(p is None for p in times)
         coded_order = not untimed and all(a < b for a, b in zip(times, times[1:], strict=False))
         if untimed or (coded_order and reorders):

@@ -19,6 +19,7 @@ from .packets import DISPOSABLE, PacketTable
 BARE_CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mjpeg")
 
 
+_DECODERS = {"av1": "libdav1d"}  # FFmpeg's own decoder of that name needs a GPU
 _LONGEST_RUN = 2**21  # packets: ten hours without a keyframe
 
 
@@ -43,7 +44,7 @@ def bare_context(codec, config: bytes, size: tuple[int, int], threads: int = 1):
     """
     import av
 
-    name = codec if isinstance(codec, str) else codec.codec
+    name = _DECODERS.get(codec, codec) if isinstance(codec, str) else codec.codec
     context = av.CodecContext.create(name, "r")
     if config:
         context.extradata = config

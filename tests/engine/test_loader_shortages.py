@@ -1,0 +1,72 @@
+"""A full /dev/shm and too many open files: one line that names cause and cure, soon, in a process of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from avion.engine.loader import _shortage
+
+ROOT = Path(__file__).parents[2]
+
+CODE = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import torch
+from torch.utils.data import Dataset
+from avion.engine.loader import build_loader, read
+from avion.errors import UserError
+
+class Clips(Dataset):
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, i):
+        return {{"index": i, "video": torch.zeros(3, 16, 112, 112, dtype=torch.uint8)}}
+
+if {files}:
+    resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files}))
+try:
+    batches = iter(build_loader(Clips(), [[k % 40, 0] for k in range(100)], workers=2,
+                                device=torch.device("cpu"), large_samples=False))
+    held = [read(batches) for _ in range(100)]
+    print("read", len(held))
+except UserError as error:
+    print("told", error)
+"""
+
+
+def outcome(files: int = 0, before: tuple[str, ...] = ()) -> str:
+    """What the process prints; it has a minute."""
+    command = [*before, sys.executable, "-c", CODE.format(root=str(ROOT), files=files)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("files", [30, 44, 64])
+def test_too_many_open_files(files):
+    found = outcome(files)
+    assert found.startswith("told too many files are open") and "ulimit -n" in found and "\n" not in found
+
+
+def test_enough_of_both():
+    assert outcome() == "read 100"
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs a mount of its own")
+def test_a_full_dev_shm():
+    mounted = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=6m tmpfs /dev/shm && exec "$@"', "sh")
+    if subprocess.run([*mounted, "true"], capture_output=True).returncode != 0:
+        pytest.skip("this machine allows no mount")
+    found = outcome(before=mounted)
+    assert found.startswith("told /dev/shm is full") and "--batch-size" in found and "\n" not in found
+
+
+def test_other_errors_are_no_shortages():
+    assert _shortage("CUDA out of memory") is None and _shortage("no such file", 2) is None
+    assert "/dev/shm" in _shortage("DataLoader worker is killed by signal: Bus error.")
+    assert "ulimit" in _shortage("received 0 items of ancdata")
