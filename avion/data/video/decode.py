@@ -55,7 +55,7 @@ def bare_context(codec, config: bytes, size: tuple[int, int], threads: int = 1):
         # Where the stream does not say how many pictures it reorders, assume the most, or early ones would be dropped.
         context.options = {"strict": "1"}
     context.thread_count = threads
-    context.thread_type = "FRAME" if threads > 1 else "NONE"
+    context.thread_type = "NONE" if threads == 1 else "FRAME"
     return context
 
 

@@ -23,7 +23,7 @@ class PyAVReader(TableReader):
             context = self._demuxed.context
             if not context.is_open or context.thread_count != threads:
                 context.thread_count = threads
-                context.thread_type = "FRAME" if threads > 1 else "NONE"
+                context.thread_type = "NONE" if threads == 1 else "FRAME"
             self._context = context
             self._use_table(self._demuxed.table)
         except BaseException:
