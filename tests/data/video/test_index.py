@@ -217,7 +217,7 @@ class TestColumns:
             values = values.astype(np.int64)
             data = pack(values)
             column = Column(memoryview(b"xyz" + data), 3, len(values))
-            assert len(data) == 17 + width * len(values)
+            assert len(data) <= 17 + width * len(values)
             np.testing.assert_array_equal(column[:], values)
             np.testing.assert_array_equal(column[1:3], values[1:3])
             places = rng.integers(0, len(values), 4)
