@@ -1,4 +1,4 @@
-"""What README.md and docs/*.md say in blocks of code, and the parsers that the commands there are meant for."""
+"""What README.md, CONTRIBUTING.md and docs/*.md say in blocks of code, and the parsers that the commands there are meant for."""
 
 import argparse
 import importlib
@@ -16,7 +16,8 @@ from avion.engine.submit import ENTRY_POINTS, SubmitOptions
 from tests.layering import ROOT
 
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 
 
 def code_blocks(page: Path, language: str) -> list[str]:
@@ -54,7 +55,7 @@ def commands(page: Path) -> list[Command]:
 
 
 # Programs of other packages, whose flags are theirs.
-FOREIGN = {"pip", "tensorboard", "wandb"}
+FOREIGN = {"pip", "source", "tensorboard", "wandb"}
 
 
 def check(words: tuple[str, ...]) -> None:
@@ -73,6 +74,8 @@ def check(words: tuple[str, ...]) -> None:
     elif program == "torchrun":
         args = torchrun_parser().parse_args(rest)
         check_script(args.training_script, args.training_script_args)
+    elif program == "python" and rest[:2] == ["-m", "pytest"]:
+        assert all((ROOT / word).exists() for word in rest[2:]), words
     elif program == "python" and rest[0] == "-m":
         check_script(rest[1], rest[2:])
     elif program == "python":

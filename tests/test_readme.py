@@ -150,8 +150,9 @@ def test_every_link_leads_somewhere(page):
 
 def test_the_readme_lists_every_page_of_the_docs_once():
     (section,) = re.findall(r"^## Docs\n(.*?)^## ", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    listed = re.findall(r"\]\((docs/\w+\.md)\)", section)
-    assert sorted(listed) == sorted(str(page.relative_to(ROOT)) for page in PAGES if page != README)
+    listed = re.findall(r"\]\(((?:docs/)?\w+\.(?:md|cff))\)", section)
+    pages_of_the_root = ["CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"]
+    assert sorted(listed) == sorted([*pages_of_the_root, *(str(page.relative_to(ROOT)) for page in pages.DOCS)])
 
 
 def test_the_readme_names_every_package():

@@ -59,7 +59,7 @@ class VideoClassifier(nn.Module):
     vision_model: the `visual` of any registered model. Its projection into the shared embedding is
     taken away; the head reads the CLS after the last norm, `vision_model.width` channels.
     config: the two-tower model's, of which this is one tower; actions: what the classes stand for. Both go into
-    checkpoints (see classifier.py).
+    checkpoints (see `avion.weights.head`).
     """
 
     def __init__(
