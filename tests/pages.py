@@ -1,4 +1,4 @@
-"""What README.md, CONTRIBUTING.md and docs/*.md say in blocks of code, and the parsers that the commands there are meant for."""
+"""What the pages say in blocks of code, and the parsers that the commands there are meant for."""
 
 import argparse
 import importlib

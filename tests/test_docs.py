@@ -17,6 +17,7 @@ from avion.models.utils import time_gates
 from avion.optim import build_optimizer
 from avion.weights import load_pretrained, save_weights
 from tests.layering import ROOT, project_sources
+from tests.models.registered import registered_for_a_while
 
 DOCS = ROOT / "docs"
 
@@ -34,15 +35,13 @@ TINY = {
 
 
 @pytest.fixture
-def timeconv(monkeypatch):
+def timeconv():
     """The page's example, run; what it registers is gone after the test."""
-    for table in ("_MODELS", "_ALIASES", "_MIXERS"):
-        monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
-    before = set(list_models())
-    names = {}
-    exec(code_blocks("add_a_model.md")[0], names)
-    (name,) = set(list_models()) - before
-    return name
+    with registered_for_a_while():
+        before = set(list_models())
+        exec(code_blocks("add_a_model.md")[0], {})
+        (name,) = set(list_models()) - before
+        yield name
 
 
 def inputs():

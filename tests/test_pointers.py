@@ -143,8 +143,8 @@ def test_a_dead_pointer_is_seen(source, pointer):
     "text",
     [
         "errors.py", "avion/errors.py", "docs/models.md#rows", "`tests/models`", "`avion.errors`",
-        "avion.errors.UserError", "avion.weights.checkpoint.Checkpoint.open", "`avion.models.create_model`", "bench_*.py",
-        "x.yaml.gz", "{name}.py", "https://host/gone.py", "FILE.yaml", "avion.models. Then", "recipes/",
+        "avion.errors.UserError", "avion.weights.checkpoint.Checkpoint.open", "`avion.models.create_model`",
+        "bench_*.py", "x.yaml.gz", "{name}.py", "https://host/gone.py", "FILE.yaml", "avion.models. Then", "recipes/",
     ],
 )  # fmt: skip
 def test_what_exists_or_is_no_pointer_is_left_alone(text):
