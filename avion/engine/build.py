@@ -57,23 +57,29 @@ def _refuse_pretraining(args: Any, checkpoint: Checkpoint) -> None:
         )
 
 
-def build_as_saved(args: Any, checkpoint: Checkpoint) -> nn.Module:
+def build_as_saved(args: Any, checkpoint: Checkpoint, frames: int | None = None) -> nn.Module:
     """The two-tower model that a checkpoint is, for use without training; `--model` where the file does not say it.
 
-    `--model-args` override fields of its configuration.
+    `--model-args` override fields of its configuration. frames: of the clips that it will see, if that was asked for;
+    it is the model's number of frames where the file says none.
     """
     checkpoint.check_norm_style(args.norm_style)
-    model = checkpoint.build(name=args.model, **behaviour(args))
+    model = checkpoint.build(name=args.model, **_running(args, checkpoint, frames))
     logger.info("%s", model.load_report)
     return model
 
 
-def build_any_as_saved(args: Any, checkpoint: Checkpoint) -> nn.Module:
+def _running(args: Any, checkpoint: Checkpoint, frames: int | None) -> dict[str, Any]:
+    unsaid = {"num_frames": frames} if checkpoint.facts.num_frames is None and frames is not None else {}
+    return {**unsaid, **behaviour(args)}
+
+
+def build_any_as_saved(args: Any, checkpoint: Checkpoint, frames: int | None = None) -> nn.Module:
     """`build_as_saved`, or where the checkpoint is a fine-tuned classifier's, that."""
     if not checkpoint.is_classifier:
-        return build_as_saved(args, checkpoint)
+        return build_as_saved(args, checkpoint, frames)
     checkpoint.check_norm_style(args.norm_style)
-    model = checkpoint.build_classifier(name=args.model, **behaviour(args))
+    model = checkpoint.build_classifier(name=args.model, **_running(args, checkpoint, frames))
     logger.info("%s", model.load_report)
     return model
 
@@ -102,6 +108,12 @@ def _from_checkpoint(args: Any, checkpoint: Checkpoint, **overrides: Any) -> nn.
         overrides["num_frames"] = args.clip_length
     facts = checkpoint.facts
     checkpoint.check_norm_style(args.norm_style)
+    unsaid = facts.num_frames is None and "clip_length" not in args.given
+    if unsaid and (args.evaluate or "num_frames" not in overrides):
+        raise UserError(
+            f"{checkpoint.path}: does not say with how many frames it was trained, and another number gives worse "
+            "results: give --clip-length"
+        )
     if "model" in args.given or facts.model_name is None:
         overrides.setdefault("num_frames", args.clip_length)
         model = create_model(args.model, **sizes(args), **overrides, **behaviour(args))

@@ -110,7 +110,7 @@ def extract_features(args: Any) -> dict[int, str]:
     spans = read_video_list(args.videos)
     device = choose_device(args.device, None, 0)
     precision = choose_precision(SimpleNamespace(precision=args.precision, use_bf16=False, disable_amp=False), device)
-    model = build_any_as_saved(args, Checkpoint.open(args.checkpoint)).to(device).eval()
+    model = build_any_as_saved(args, Checkpoint.open(args.checkpoint), args.frames).to(device).eval()
     frames = args.frames if args.frames is not None else model.config.num_frames
     dataset = SpanDataset(
         spans, args.root, num_frames=frames, size=model.config.img_size, chunk_length=args.video_chunk_length,

@@ -4,17 +4,43 @@ Shapes: letters as in transformer.py.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .config import ModelConfig
+from .names import rename_to_ours
 from .transformer import project
 
 
-class CLIP(nn.Module):
+class _TakesUpstreamNames(nn.Module):
+    """A model whose `load_state_dict` also takes upstream's names of its parameters (see names.py).
+
+    Arguments, result and errors are PyTorch's; an error names `load_checkpoint`, which resizes embeddings and says what
+    to do.
+    """
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{error}\n\tavion.models.load_checkpoint(model, path) loads a file of any layout of "
+                "docs/checkpoints.md, resizes embeddings, and says in one line why a file does not fit."
+            ) from error
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Called by PyTorch for this module before its parts, inside DistributedDataParallel too."""
+        parameters = self.named_parameters(remove_duplicate=False)
+        buffers = self.named_buffers(remove_duplicate=False)
+        rename_to_ours(state_dict, prefix, {name for name, _ in [*parameters, *buffers]})
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class CLIP(_TakesUpstreamNames):
     """A video tower and a text tower with one embedding space (arXiv 2103.00020).
 
     `visual` maps (B, C, T, height, width) to (B, E), `textual` maps (B, L) to (B, E).
@@ -53,7 +79,7 @@ class CLIP(nn.Module):
         return _state_matrices(self)
 
 
-class VideoClassifier(nn.Module):
+class VideoClassifier(_TakesUpstreamNames):
     """A video tower with one linear head: (B, C, T, height, width) → logits (B, num_classes).
 
     vision_model: the `visual` of any registered model. Its projection into the shared embedding is

@@ -153,7 +153,8 @@ class Checkpoint:
             name: The model's name, where the checkpoint does not say it: else it comes from `args.model`, else from
                 the layout where that is unambiguous.
             overrides: Fields of `ModelConfig`, which win over what the checkpoint says; other numbers of frames and
-                other image sizes resize the embeddings.
+                other image sizes resize the embeddings. A file that says no number of frames (bare weights of a tower
+                without temporal embedding) needs `num_frames`.
 
         Raises:
             UserError: The file does not say enough (the message names the override that is needed), or it is a

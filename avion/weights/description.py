@@ -41,6 +41,11 @@ def described_model(
         layout = _video_layout(weights, path)
         chosen = name or _name_of(facts, weights, layout)
         fields = _upstream_fields(checkpoint, weights, facts, layout, overrides)
+    if facts.num_frames is None and "num_frames" not in overrides:
+        raise UserError(
+            f"{path}: does not say with how many frames it was trained, and another number gives worse results: give "
+            "num_frames= (--clip-length, --frames, or --model-args num_frames=, whichever the program has)"
+        )
     if not is_registered(chosen):
         raise UserError(f"{path}: its model {chosen!r} is not registered here: give name=, one of list_models()")
     return chosen, fields | overrides

@@ -2,9 +2,9 @@
 
 Addresses are local paths or `hf:owner/repo/file` (Hugging Face Hub, through its local cache). safetensors
 files are read by safetensors, TorchScript archives by `avion.weights.torchscript`, everything else by
-`torch.load(weights_only=True)` with two additions: `argparse.Namespace` (upstream's `args`) and plain numpy
-numbers (upstream's `best_acc1`). Tensors stay memory-mapped where the format allows it, so that the optimizer
-state beside the weights is never read.
+`torch.load(weights_only=True)` with three additions: `argparse.Namespace` (upstream's `args`), plain numpy
+numbers (upstream's `best_acc1`), and inert stand-ins for foreign objects in `args` (see `foreign`). Tensors stay
+memory-mapped where the format allows it, so that the optimizer state beside the weights is never read.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import re
+import threading
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ from torch import Tensor
 from avion.errors import UserError
 from avion.files import partial_file, written_whole
 
+from .foreign import refuse_outside_args, scout
 from .torchscript import archive_root, read_torchscript
 
 HF_PREFIX = "hf:"
@@ -105,11 +107,14 @@ def hub_file(repo: str, filenames: list[str], flag: str = "") -> Path:
 # --- reading ---------------------------------------------------------------------------------
 
 
+_NUMBERS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
+
+
 class _NumpyDtype:
     """Stands for `numpy.dtype` while a checkpoint is read: remembers the code, nothing else."""
 
     def __init__(self, code: Any, *_: Any) -> None:
-        self.code = code if code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "b1") else None
+        self.code = code if code in _NUMBERS else None
         self.byteorder = "="
 
     def __setstate__(self, state: Any) -> None:
@@ -142,11 +147,11 @@ def extend_torch_load() -> None:
 
 
 @contextlib.contextmanager
-def _safe_globals_alone() -> Iterator[None]:
-    """`torch.load` reads _SAFE_GLOBALS, whatever else this process may have allowed, and afterwards that again."""
+def _only_these_globals(names: list[Any]) -> Iterator[None]:
+    """`torch.load` reads these names, whatever else this process may have allowed, and afterwards that again."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(_SAFE_GLOBALS)
+    torch.serialization.add_safe_globals(names)
     try:
         yield
     finally:
@@ -186,7 +191,25 @@ def _read(path: Path) -> Any:
 
 
 def _torch_load(path: Path, *, mmap: bool) -> Any:
-    with warnings.catch_warnings(), _safe_globals_alone():
+    try:
+        return _load_weights_only(path, [], mmap=mmap)
+    except pickle.UnpicklingError:
+        found = scout(path)
+        known = {name for _, name in _SAFE_GLOBALS[1:]} | {"argparse.Namespace"}
+        stand_ins = found.stand_ins(known)
+        if not stand_ins:
+            raise
+    contents = _load_weights_only(path, stand_ins, mmap=mmap)
+    refuse_outside_args(contents, found, path)
+    return contents
+
+
+# PyTorch keeps the names that it allows for the whole process: one file at a time.
+_LOADING = threading.Lock()
+
+
+def _load_weights_only(path: Path, stand_ins: list[Any], *, mmap: bool) -> Any:
+    with _LOADING, warnings.catch_warnings(), _only_these_globals([*_SAFE_GLOBALS, *stand_ins]):
         # Only hostile and foreign files have another pickle protocol: they get one line, the error's.
         warnings.filterwarnings("ignore", message="Detected pickle protocol")
         return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)

@@ -1,7 +1,7 @@
 """The heads of fine-tuned classifiers in checkpoints: our own, and upstream's (`visual.*`, `fc_cls.*`).
 
-Our own say in the field `classifier` what their classes are: {"num_classes", "dropout", "actions"}. Upstream's hold
-no list and no model name.
+Our own say in the field `classifier` what their classes are: {"num_classes", "dropout", "actions"}. Upstream's say it
+in `args.mapping_act2v` and `args.mapping_act2n`, and once more in the table `args.actions`; they hold no model name.
 """
 
 from collections.abc import Mapping
@@ -11,6 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from avion.errors import UserError
+
+from .facts import saved_args
+from .foreign import table_columns
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def read_head(checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor], path
         raise UserError(f"{path}: its head has shapes {shapes}, expected fc_cls.weight (classes, width) and its bias")
     fields = checkpoint.get("classifier")
     if fields is None:
-        return Head(rows[0], None)
+        return Head(rows[0], _upstream_actions(saved_args(checkpoint), rows[0], path))
     if not isinstance(fields, Mapping) or fields.get("num_classes") != rows[0]:
         raise UserError(f"{path}: field classifier does not fit its head of {rows[0]} classes")
     actions = fields.get("actions")
@@ -57,3 +60,49 @@ def read_head(checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor], path
     if not isinstance(actions, list) or len(actions) != rows[0] or not all(isinstance(a, str) for a in actions):
         raise UserError(f"{path}: field classifier: actions must be a list of {rows[0]} texts, one per class")
     return Head(rows[0], tuple(actions))
+
+
+def _upstream_actions(args: Mapping[str, Any], count: int, path: str) -> tuple[str, ...] | None:
+    """The actions in upstream's `args`: its two mappings, and where they are absent its table `actions`.
+
+    A table that can be read must agree with the mappings. None where there is neither.
+    """
+    mappings = {name: args[name] for name in ("mapping_act2v", "mapping_act2n") if args.get(name) is not None}
+    table = table_columns(args.get("actions")) or {}
+    lists = {f"args.{name}": _numbers_of(mapping, count, f"{path}: args.{name}") for name, mapping in mappings.items()}
+    if len(lists) == 1:
+        raise UserError(
+            f"{path}: holds {next(iter(lists))} without the other of mapping_act2v and mapping_act2n: {_CURE}"
+        )
+    if "verb" in table and "noun" in table:
+        columns = [
+            _numbers_of(dict(enumerate(table[name])), count, f"{path}: column {name} of args.actions")
+            for name in ("verb", "noun")
+        ]
+        if lists and columns != [*lists.values()]:
+            pairs = zip(zip(*columns, strict=True), zip(*lists.values(), strict=True), strict=True)
+            action, (said, mapped) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+            raise UserError(
+                f"{path}: action {action} is verb and noun {said} in args.actions, {mapped} in args.mapping_act2v and "
+                f"mapping_act2n: {_CURE}"
+            )
+        lists = lists or dict(zip(("verb", "noun"), columns, strict=True))
+    if not lists:
+        return None
+    verbs, nouns = lists.values()
+    return tuple(f"{verb}:{noun}" for verb, noun in zip(verbs, nouns, strict=True))
+
+
+_CURE = "the file was changed, fetch it again"
+
+
+def _numbers_of(mapping: Any, count: int, what: str) -> list[int]:
+    """The values of {0: class, 1: class, ...} for `count` actions."""
+    if not isinstance(mapping, Mapping) or len(mapping) != count or any(i not in mapping for i in range(count)):
+        found = f"{len(mapping)} entries" if isinstance(mapping, Mapping) else f"a {type(mapping).__name__}"
+        raise UserError(f"{what} must give a class for each of the head's {count} actions, found {found}: {_CURE}")
+    numbers = [mapping[i] for i in range(count)]
+    wrong = [n for n in numbers if not isinstance(n, int) or isinstance(n, bool) or n < 0]
+    if wrong:
+        raise UserError(f"{what} must hold class numbers, found {str(wrong[0])[:40]!r}: {_CURE}")
+    return numbers

@@ -18,20 +18,10 @@ from typing import Any
 from torch import Tensor
 
 from avion.errors import UserError
+from avion.models.names import CONV1, canonical_name, square_conv1
 from avion.models.registry import list_models, model_config
 from avion.models.tower import Layout, find_tower, towers
 from avion.models.utils import resize_position_embed, resize_temporal_embed
-
-# Parameters that were saved under two names, by the attention and MLP in use. In our video towers they
-# have the left names, in our text towers the right ones.
-_TWINS = (
-    ("attn.Wqkv.weight", "attn.in_proj_weight"),
-    ("attn.Wqkv.bias", "attn.in_proj_bias"),
-    ("mlp.fc1.weight", "mlp.c_fc.weight"),
-    ("mlp.fc1.bias", "mlp.c_fc.bias"),
-    ("mlp.fc2.weight", "mlp.c_proj.weight"),
-    ("mlp.fc2.bias", "mlp.c_proj.bias"),
-)
 
 TEMPORAL = ("visual.temporal_embed", "visual.temporal_embedding")  # (1, T, D), (T, D)
 POSITION = ("visual.pos_embed", "visual.positional_embedding")  # (1, 1 + N, D), (1 + N, D)
@@ -70,31 +60,13 @@ def canonical(state_dict: Mapping[str, Tensor], path: str = "checkpoint") -> dic
     """
     weights: dict[str, Tensor] = {}
     for saved, value in state_dict.items():
-        name = _canonical_name(saved)
+        name = canonical_name(saved)
         if name in weights:
             raise UserError(f"{path}: holds {name} twice (under another prefix or layout): {saved}")
         weights[name] = value
-    fast = weights.get("visual.conv1.weight")
-    if fast is not None and fast.ndim == 2:
-        side = round((fast.shape[1] / 3) ** 0.5)
-        if 3 * side * side == fast.shape[1]:
-            weights["visual.conv1.weight"] = fast.reshape(-1, 3, side, side)  # (D, C·P·P), in (C, h, w) order
+    if CONV1 in weights:
+        weights[CONV1] = square_conv1(weights[CONV1])
     return weights
-
-
-def _canonical_name(name: str) -> str:
-    parts = [part for part in name.split(".") if part != "_orig_mod"]  # compile can wrap one tower alone
-    while parts[0] == "module" and len(parts) > 1:
-        parts.pop(0)
-    if parts[0] == "text" and len(parts) > 1:  # open_clip's newer models
-        parts.pop(0)
-    name = ".".join(parts)
-    visual = name.startswith("visual.")
-    for flash, plain in _TWINS:
-        old, new = (plain, flash) if visual else (flash, plain)
-        if name.endswith(f".{old}"):
-            return name.removesuffix(old) + new
-    return name
 
 
 def layout_of(weights: Mapping[str, Tensor]) -> Layout | None:

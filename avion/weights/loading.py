@@ -87,6 +87,10 @@ def load_weights(
     notes = [] if strict else [f"differs in {text}" for text in contradictions]
     if isinstance(config, ModelConfig) and facts.num_frames not in (None, config.num_frames):
         notes.append(f"trained with {facts.num_frames} frames, the model is built for {config.num_frames}")
+    if isinstance(config, ModelConfig) and facts.num_frames is None:
+        notes.append(
+            f"the file does not say with how many frames it was trained, the model is built for {config.num_frames}"
+        )
     return LoadReport(
         path,
         len(found.values),

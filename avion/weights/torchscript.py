@@ -52,7 +52,9 @@ def _first(value: Any, *_: Any) -> Any:
     return value
 
 
-class _ArchiveUnpickler(pickle.Unpickler):
+class _ArchiveUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    """The reader in Python: the one in C makes a memo as long as the largest index in the file, up to 64 GB."""
+
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(archive.open(f"{root}/data.pkl"))
         self.archive = archive

@@ -22,6 +22,7 @@ from avion.weights import Checkpoint, classifier_from_checkpoint
 from tests.engine.actions import ACTIONS, TINY, VAL, csv_text, pretrained
 from tests.engine.test_pretrain import EXACT, assert_same_weights, interrupt_after, lines
 from tests.processes import run_processes
+from tests.weights import upstream_files
 
 ROOT = Path(__file__).resolve().parents[2]
 # Without mixing and dropout a step depends on its global batch alone.
@@ -320,6 +321,17 @@ class TestCheckpoints:
         figures = evaluate(tiny_actions.flags, tmp_path / "up.pt", *words)
         recorded = lines(trained / "eval_log.txt")[-1]
         assert figures == {k: recorded[k] for k in figures} and figures["clips"] == 7
+
+    @pytest.mark.parametrize("version, name", [("1.5", "TIMEMAMBA_VITB16"), ("3_pyarrow", "TIMESFORMER_VITB16")])
+    def test_upstreams_own_file_brings_its_list_of_actions(self, version, name, tiny_actions, tmp_path):
+        """With all of upstream's `args`, and in them the table of pandas: no list is needed from the annotations."""
+        path = ROOT / "tests" / "fixtures" / f"classifier_pandas{version}.pt"
+        words = [*without(tiny_actions.flags, "--train-metadata", "--clip-length"), "--train-metadata", "none.csv"]
+        words += ["--model", name, "--model-args", "num_heads=4", "--pickle-filename", tmp_path / "p.pkl"]
+        figures = evaluate(words, path)
+        found = read_pickle_elsewhere(tmp_path / "p.pkl")
+        assert found["actions"] == upstream_files.ACTIONS and found["action_output"].shape == (7, 32)
+        assert figures["clips"] == 7
 
     def test_a_list_for_unlabelled_clips_comes_from_other_annotations(self, trained, tiny_actions, tmp_path):
         content = torch.load(trained / "checkpoint.pt", weights_only=False)

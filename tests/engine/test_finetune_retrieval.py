@@ -119,7 +119,7 @@ def test_a_released_checkpoint_is_fine_tuned_and_evaluated(name, mir_flags, tmp_
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=False)
     assert checkpoint["model_config"]["num_frames"] == 16
     assert checkpoint["args"].model == checkpoint["model_config"]["name"] != "CLIP_VITB16" or name == "VIT"
-    before = torch.load(FIXTURES / f"{name}_checkpoint.pt", weights_only=False)["state_dict"]
+    before = torch.load(FIXTURES / f"{name}_checkpoint.pt", weights_only=False, map_location="cpu")["state_dict"]
     assert torch.equal(checkpoint["state_dict"]["logit_scale"], before["module.logit_scale"])
     changed = {n: v for n, v in checkpoint["state_dict"].items() if not torch.equal(v, before.get("module." + n, v))}
     assert len(changed) > 20
@@ -326,7 +326,7 @@ def test_missing_relevancy_of_the_train_split_names_the_file_that_was_looked_for
 
 
 def test_a_classifier_is_no_pretrained_model(fails, tmp_path):
-    checkpoint = torch.load(FIXTURES / "ID6_checkpoint.pt", weights_only=False)
+    checkpoint = torch.load(FIXTURES / "ID6_checkpoint.pt", weights_only=False, map_location="cpu")
     visual = {n: v for n, v in checkpoint["state_dict"].items() if ".visual." in n and "image_projection" not in n}
     head = {"module.fc_cls.weight": torch.zeros(12, 64), "module.fc_cls.bias": torch.zeros(12)}
     torch.save({**checkpoint, "state_dict": {**visual, **head}}, tmp_path / "classifier.pt")

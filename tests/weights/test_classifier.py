@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from avion.constants import NORM_STYLES
 from avion.errors import UserError
@@ -12,6 +13,8 @@ from avion.models.model_clip import VideoClassifier
 from avion.models.registry import model_config
 from avion.weights import Checkpoint, classifier_from_checkpoint, save_weights
 from tests.models.tiny import DISTINCT_MODELS, tiny_inputs, tiny_model
+from tests.weights import upstream_files
+from tests.weights.checkpoints import FIXTURES, NAMES
 
 ACTIONS = ["0:1", "0:2", "12:10"]
 PREPROCESS = {"norm_style": "openai", **NORM_STYLES["openai"]._asdict()}
@@ -89,6 +92,57 @@ class TestCheckpoints:
         if model_config(name).tower == "divided":  # vanilla or Frozen, time or space-time: nothing in the file says
             with pytest.raises(UserError, match="give name="):
                 classifier_from_checkpoint(tmp_path / "up.pt")
+
+    @pytest.mark.parametrize("version, name", [
+        ("1.5", "ID6"), ("1.5_legacy", "ID6"), ("2.2", "ID4"), ("3", "ID6"), ("3_pyarrow", "ID4"),
+    ])  # fmt: skip
+    def test_upstreams_files_with_a_table_of_pandas(self, version, name):
+        """Its own list of actions; its logits are upstream's embeddings of the same tower (see upstream_files.py)."""
+        path = FIXTURES / f"classifier_pandas{version}.pt"
+        model = classifier_from_checkpoint(path, name=NAMES[name], num_heads=4).eval()
+        assert model.actions == tuple(upstream_files.ACTIONS) and model.config.num_frames == 4
+        video, expected = upstream_files.expected_logits(name)
+        torch.testing.assert_close(F.normalize(model(video), dim=-1), expected, rtol=0, atol=1e-5)
+        again = classifier_from_checkpoint(path, name=NAMES[name], num_heads=4)
+        assert load_checkpoint(again, path).loaded == len(model.state_dict())
+
+    def test_the_list_of_upstreams_args(self):
+        """The two mappings; the table where there are none; nothing where there is neither."""
+        saved = dict(Checkpoint.open(FIXTURES / "classifier_pandas2.2.pt").contents)
+        args = saved["args"]
+        for left_out in (("actions",), ("mapping_act2v", "mapping_act2n")):
+            kept = {k: v for k, v in vars(args).items() if k not in left_out}
+            head = Checkpoint(saved | {"args": argparse.Namespace(**kept)}).head
+            assert head.actions == tuple(upstream_files.ACTIONS)
+        neither = argparse.Namespace(model="x", mapping_act2v=None)
+        assert Checkpoint(saved | {"args": neither}).head.actions is None
+        args.actions = {"not": "a table"}
+        assert Checkpoint(saved).head.actions == tuple(upstream_files.ACTIONS)
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (lambda a: a.mapping_act2v.update({3: 90}), r"action 3 is verb and noun \(.*\) in args.actions, \(90, "),
+            (
+                lambda a: a.mapping_act2n.pop(31),
+                "args.mapping_act2n must give a class for each of the head's 32 .* 31 entries",
+            ),
+            (lambda a: a.mapping_act2n.update({32: 1}), "found 33 entries"),
+            (lambda a: a.mapping_act2v.update({0: "1"}), "args.mapping_act2v must hold class numbers, found '1'"),
+            (lambda a: a.mapping_act2v.update({0: True}), "must hold class numbers"),
+            (lambda a: a.mapping_act2v.update({0: -1}), "must hold class numbers"),
+            (lambda a: a.mapping_act2v.update({0: 1.5}), "must hold class numbers"),
+            (lambda a: setattr(a, "mapping_act2v", None), "holds args.mapping_act2n without the other"),
+            (lambda a: setattr(a, "mapping_act2v", [1] * 32), "found a list"),
+            (lambda a: setattr(a, "mapping_act2v", a.actions), "found a pandas.core.frame.DataFrame"),
+        ],
+    )
+    def test_a_list_that_contradicts_itself(self, change, message):
+        saved = dict(Checkpoint.open(FIXTURES / "classifier_pandas1.5.pt").contents)
+        change(saved["args"])
+        with pytest.raises(UserError, match=message) as error:
+            assert Checkpoint(saved, "cls.pt").head
+        assert "cls.pt: " in str(error.value) and "\n" not in str(error.value)
 
     def test_more_frames_and_larger_pictures_resize(self, saved):
         _, path = saved

@@ -37,7 +37,13 @@ def test_bare_weights_of_a_divided_tower_need_a_name(tmp_path):
         torch.save(contents(name)["state_dict"], path)
         text = refusal(model_from_checkpoint, path, **HEADS)
         assert NAMES[name] in text and NAMES[name].replace("_VIT", "_FROZEN_VIT") in text and "give name=" in text
-        model = model_from_checkpoint(path, name=NAMES[name], **HEADS)
+        if name == "ID6":
+            assert "does not say with how many frames" in refusal(
+                model_from_checkpoint, path, name=NAMES[name], **HEADS
+            )
+        frames = {"num_frames": 4} if name == "ID6" else {}  # the other one's temporal embedding says it
+        model = model_from_checkpoint(path, name=NAMES[name], **HEADS, **frames)
+        assert model.config.num_frames == 4 and ("does not say" in str(model.load_report)) == (name == "ID6")
         assert_same_outputs(model, model_from_checkpoint(fixture(name), **HEADS))
 
 

@@ -267,6 +267,13 @@ def test_a_tensor_longer_than_its_data_in_torchscript(tmp_path, scripted):
     assert "shorter" in refusal(short)
 
 
+def test_a_memo_of_the_largest_index_in_torchscript(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/constants.pkl", b"\x80\x02N.")
+        archive.writestr("x/data.pkl", b"\x80\x02c__torch__\nM\n)\x81r\xff\xff\xff\xff}X\x01\x00\x00\x00aNsb.")
+    assert read_checkpoint(tmp_path / "x.pt") == {"state_dict": {}}  # 64 GB for the reader in C
+
+
 def test_missing_paths(tmp_path):
     assert "no such file" in refusal(tmp_path / "none.pt")
     assert "is a folder" in refusal(tmp_path)

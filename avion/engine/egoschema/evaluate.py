@@ -109,7 +109,8 @@ class _Run:
             self.decoder = resolve_decoder(args.decoder)
         self.left_out = self._overlap()
         with world.together("building the model"):
-            self.model: nn.Module = build_as_saved(args, Checkpoint.open(args.pretrain_model)).to(world.device).eval()
+            model = build_as_saved(args, Checkpoint.open(args.pretrain_model), args.frames[0])
+            self.model: nn.Module = model.to(world.device).eval()
             self.config = self.model.config
             self.videos = LongVideos(
                 self.questions, args.root, size=self.config.img_size, sampling=args.sampling, decoder=args.decoder,

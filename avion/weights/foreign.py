@@ -1,0 +1,292 @@
+"""Objects of other libraries in the `args` of a checkpoint, read without their libraries and without their code.
+
+Upstream saves its command line beside the weights, and its action recognition puts a `pandas.DataFrame` into it.
+`torch.load(weights_only=True)` knows no such class and refuses the file. Here every name that it does not know becomes
+an inert class (`Foreign`), whose objects only remember what the pickle gave to them. `scout` finds these names
+before the weights are read; `refuse_outside_args` makes sure that no such object stands anywhere but in `args`.
+"""
+
+import pickle
+import sys
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from avion.errors import UserError
+
+# Data classes of Python itself that settings can hold; whatever else its modules have is a function that acts.
+_PYTHON_DATA = frozenset({
+    "_codecs.encode", "argparse.Namespace", "builtins.bool", "builtins.bytearray", "builtins.bytes",
+    "builtins.complex", "builtins.dict", "builtins.float", "builtins.frozenset", "builtins.getattr", "builtins.int",
+    "builtins.list", "builtins.object", "builtins.range", "builtins.set", "builtins.slice", "builtins.str",
+    "builtins.tuple", "collections.Counter", "collections.OrderedDict", "collections.defaultdict", "collections.deque",
+    "copyreg._reconstructor", "datetime.date", "datetime.datetime", "datetime.timedelta", "datetime.timezone",
+    "decimal.Decimal", "fractions.Fraction", "functools.partial", "pathlib.Path", "pathlib.PosixPath",
+    "pathlib.PurePosixPath", "pathlib.PureWindowsPath", "pathlib.WindowsPath", "pathlib._local.PosixPath",
+    "pathlib._local.WindowsPath", "types.SimpleNamespace", "uuid.UUID",
+})  # fmt: skip
+_MOST_NAMES = 1000  # a real file has some twenty
+_BEFORE_LEGACY_CONTENTS = 3  # pickles: magic number, version, system
+
+
+# --- stand-ins -------------------------------------------------------------------------------
+
+
+class Foreign:
+    """Stands for an object of a class that is not loaded. What the pickle said is kept as it is, and never used.
+
+    path: the dotted name of the class or function; args: what it would be called with; state: what it would be given
+    afterwards (None if nothing).
+    """
+
+    path: ClassVar[str] = ""
+    args: tuple[Any, ...]
+    state: Any
+
+    def __new__(cls, *args: Any) -> Any:
+        self = object.__new__(cls)
+        self.args, self.state = args, None
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __repr__(self) -> str:
+        return f"<{self.path}, not loaded>"
+
+
+class Scout:
+    """What the pickle of a `torch.save` file names, and which of its objects it fills as dicts or as lists.
+
+    made: the plain containers that stood in for foreign ones, with their names, once the file was read.
+    """
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self.containers: dict[str, type] = {}
+        self.made: list[tuple[Any, str]] = []
+
+    def stand_ins(self, known: Iterable[str]) -> list[tuple[Any, str]]:
+        """(class, dotted name) of each foreign name that is not in `known` and may be stood in for."""
+        return [(self._stand_in(name), name) for name in sorted(self.names - set(known)) if _may_be_data(name)]
+
+    def _stand_in(self, path: str) -> type:
+        """The class that stands for `path`; of a foreign dict or list, one that makes plain containers."""
+        container = self.containers.get(path)
+        if container is None:
+            return type(path, (Foreign,), {"path": path})
+
+        def make(cls: type, *args: Any) -> Any:
+            # PyTorch's reader fills plain containers only. An OrderedDict also takes the attributes of a foreign dict.
+            self.made.append((container(), path))
+            return self.made[-1][0]
+
+        return type(path, (Foreign,), {"path": path, "__new__": make})
+
+
+def _may_be_data(path: str) -> bool:
+    return path in _PYTHON_DATA or path.split(".")[0] not in sys.stdlib_module_names
+
+
+class _Recorder:
+    """Takes the place of every object while a pickle is scouted."""
+
+    path: ClassVar[str] = ""
+    containers: ClassVar[dict[str, type]] = {}
+
+    def __new__(cls, *_: Any, **__: Any) -> "_Recorder":
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.containers[self.path] = OrderedDict
+
+    def append(self, item: Any) -> None:
+        self.containers[self.path] = list
+
+    def extend(self, items: Any) -> None:
+        self.containers[self.path] = list
+
+
+class _ScoutingUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    """Looks nothing up: each name gives a recorder, each tensor None.
+
+    The reader in Python, whose memo is a dict: the one in C makes a table as long as the largest index, up to 64 GB.
+    """
+
+    def __init__(self, file: BinaryIO, found: Scout) -> None:
+        super().__init__(file)
+        self.found = found
+
+    def find_class(self, module: str, name: str) -> Any:
+        # Python 3 writes the names of Python 2 for its own modules (`__builtin__`, `copy_reg`) in this protocol.
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        path = f"{module}.{name}"
+        self.found.names.add(path)
+        if len(self.found.names) > _MOST_NAMES:
+            raise pickle.UnpicklingError(f"more than {_MOST_NAMES} different names of code")
+        return type("_Recorder", (_Recorder,), {"path": path, "containers": self.found.containers})
+
+    def persistent_load(self, pid: Any) -> None:
+        return None
+
+
+def scout(path: Path) -> Scout:
+    """Go through the pickle of a file that `torch.save` wrote, zip archive or older, and call nothing of it.
+
+    Raises whatever hostile bytes make the reader raise.
+    """
+    found = Scout()
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.filename.split("/")[1:] == ["data.pkl"]:
+                    if entry.compress_type != zipfile.ZIP_STORED:
+                        raise pickle.UnpicklingError("a compressed pickle")  # torch never writes one
+                    with archive.open(entry) as file:
+                        _ScoutingUnpickler(file, found).load()
+        return found
+    with path.open("rb") as file:
+        for _ in range(_BEFORE_LEGACY_CONTENTS):
+            _ScoutingUnpickler(file, Scout()).load()
+        _ScoutingUnpickler(file, found).load()
+    return found
+
+
+def refuse_outside_args(contents: Any, found: Scout, path: Path) -> None:
+    """Raise UserError if anything but the field `args` holds a stand-in; `found` is the scout of this file."""
+    made = {id(container): name for container, name in found.made}
+    plain = isinstance(contents, dict) and id(contents) not in made
+    fields = contents.items() if plain else [("it", contents)]
+    seen: set[int] = set()
+    for field, value in fields:
+        todo = [field] if field == "args" else [field, value]
+        while todo:
+            item = todo.pop()
+            # A class itself can stand where its object is due.
+            stood_in = isinstance(item, Foreign) or (isinstance(item, type) and issubclass(item, Foreign))
+            if stood_in or id(item) in made:
+                name = item.path if stood_in else made[id(item)]
+                where = field if isinstance(field, str) and field.isprintable() else "a field"
+                raise UserError(
+                    f"{path}: refused, {where} asks for {name}, which is code and not weights (only args may hold "
+                    "foreign objects): get the checkpoint from its authors, or have them save the state_dict alone"
+                )
+            if id(item) in seen or isinstance(item, (str, bytes, int, float)):
+                continue
+            seen.add(id(item))
+            if isinstance(item, dict):
+                todo += [*item.keys(), *item.values()]
+            elif isinstance(item, (list, tuple, set, frozenset)):
+                todo += item
+            attributes = getattr(item, "__dict__", None)
+            if isinstance(attributes, dict) and (attributes or not isinstance(item, Tensor)):
+                todo.append(attributes)
+
+
+# --- pandas ----------------------------------------------------------------------------------
+
+
+def table_columns(table: Any) -> dict[str, list[Any]] | None:
+    """The columns of a foreign `pandas.DataFrame`, by name: numbers and texts.
+
+    None where the object is another one, or where its parts are not of the form in which pandas 1.3 to 3 writes plain
+    columns with numbered rows.
+    """
+    if not isinstance(table, Foreign) or not (table.path.startswith("pandas.") and table.path.endswith(".DataFrame")):
+        return None
+    try:
+        blocks, (columns, rows) = table.state["_mgr"].args
+        names = _index(columns)
+        count = _numbered_rows(rows)
+        found: dict[int, list[Any]] = {}
+        for block in blocks:
+            values, placement = _array(block.args[0]), block.args[1]
+            places = _places(placement, len(names))
+            if values.ndim != 2 or values.shape != (len(places), count):
+                return None
+            found |= dict(zip(places, values.tolist(), strict=True))
+        return {names[place]: column for place, column in sorted(found.items())}
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):
+        return None  # another form: nothing in it is believed
+
+
+def _named(value: Any, *names: str) -> Foreign:
+    if not isinstance(value, Foreign) or value.path.rpartition(".")[2] not in names:
+        raise TypeError(f"{type(value).__name__} where {' or '.join(names)} is due")
+    return value
+
+
+def _array(value: Any) -> np.ndarray:
+    """A numpy array of numbers or of Python objects, out of its pickled state."""
+    _, shape, dtype, fortran, raw = _named(value, "_reconstruct").state
+    order = "F" if fortran is True else "C"
+    if isinstance(raw, list):
+        if shape != (len(raw),):
+            raise ValueError("an array of objects in several dimensions")
+        return np.fromiter(raw, object, len(raw))
+    if dtype.code is None or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError("no array of plain numbers")
+    return np.frombuffer(raw, np.dtype(dtype.byteorder + dtype.code)).reshape(shape, order=order)
+
+
+def _index(value: Any) -> list[str]:
+    """The labels of a pandas Index of texts: an array of objects, or a string array of pandas 3."""
+    data = _named(value, "_new_Index").args[1]["data"]
+    state = data.state
+    if isinstance(state, dict) and "_pa_array" in state:
+        names = _arrow_texts(state["_pa_array"])
+    else:
+        names = _array(data if isinstance(state, tuple) and len(state) == 5 else _wrapped_array(data)).tolist()
+    if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        raise ValueError("labels that are no different texts")
+    return names
+
+
+def _wrapped_array(data: Any) -> Any:
+    """The numpy array inside a string array of pandas 3 without pyarrow."""
+    parts = data.state if isinstance(data.state, tuple) else (data.state,)
+    for part in parts:
+        part = part.get("_ndarray") if isinstance(part, dict) else part
+        if isinstance(part, Foreign) and part.path.endswith("._reconstruct"):
+            return part
+    raise ValueError("no array of texts")
+
+
+def _arrow_texts(value: Any) -> list[str]:
+    """The texts of one pyarrow array without missing values: offsets and bytes in two buffers."""
+    kind, length, missing, start, (valid, offsets, data), *_ = _named(value, "_restore_array").args[0]
+    width = {"large_string": "<i8", "string": "<i4"}[_named(kind, "type_for_alias").args[0]]
+    if valid is not None or missing not in (0, -1) or not 0 <= start <= start + length < 10**6:
+        raise ValueError("an array with missing values")
+    offsets, data = (bytes(_named(buffer, "py_buffer").args[0]) for buffer in (offsets, data))
+    ends = np.frombuffer(offsets, width)[start : start + length + 1].tolist()
+    if len(ends) != length + 1:
+        raise ValueError("fewer texts than stated")
+    return [data[a:b].decode() for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def _numbered_rows(value: Any) -> int:
+    """The number of rows, where they are numbered from 0."""
+    said = _named(value, "_new_Index").args[1]
+    if (said["start"], said["step"]) != (0, 1) or type(said["stop"]) is not int:
+        raise ValueError("rows in another order")
+    return said["stop"]
+
+
+def _places(placement: Any, count: int) -> list[int]:
+    """Which of `count` columns a block holds."""
+    if isinstance(placement, Foreign) and placement.path == "builtins.slice":
+        places = range(count)[slice(*placement.args)]
+    else:
+        places = _array(placement).tolist()
+    return [range(count)[place] for place in places]
