@@ -8,15 +8,22 @@ Examples:
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from avion.engine.egoschema import run_egoschema
 from avion.engine.options import EgoSchemaOptions
-from avion.engine.run import run_entry
+from avion.engine.program import run_program
+
+
+def answer(args: Any) -> None:
+    """Answer the questions with these options."""
+    from avion.engine.egoschema import run_egoschema
+
+    run_egoschema(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
-    return run_entry(run_egoschema, EgoSchemaOptions, argv, "main_egoschema.py", __doc__.splitlines()[0])
+    return run_program(answer, EgoSchemaOptions, argv, "main_egoschema.py", __doc__)
 
 
 if __name__ == "__main__":

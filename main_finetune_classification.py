@@ -12,14 +12,18 @@ import sys
 from collections.abc import Sequence
 
 from avion.engine.options import FinetuneClassificationOptions
-from avion.engine.run import run_main
-from avion.engine.tasks import FinetuneClassification
+from avion.engine.program import run_task
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
-    name = "main_finetune_classification.py"
-    return run_main(FinetuneClassification, FinetuneClassificationOptions, argv, name, __doc__.splitlines()[0])
+    return run_task(
+        "FinetuneClassification",
+        FinetuneClassificationOptions,
+        argv,
+        "main_finetune_classification.py",
+        __doc__.splitlines()[0],
+    )
 
 
 if __name__ == "__main__":

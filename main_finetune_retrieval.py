@@ -10,15 +10,12 @@ import sys
 from collections.abc import Sequence
 
 from avion.engine.options import FinetuneRetrievalOptions
-from avion.engine.run import run_main
-from avion.engine.tasks import FinetuneRetrieval
+from avion.engine.program import run_task
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
-    return run_main(
-        FinetuneRetrieval, FinetuneRetrievalOptions, argv, "main_finetune_retrieval.py", __doc__.splitlines()[0]
-    )
+    return run_task("FinetuneRetrieval", FinetuneRetrievalOptions, argv, "main_finetune_retrieval.py", __doc__)
 
 
 if __name__ == "__main__":

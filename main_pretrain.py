@@ -9,13 +9,12 @@ import sys
 from collections.abc import Sequence
 
 from avion.engine.options import PretrainOptions
-from avion.engine.run import run_main
-from avion.engine.tasks import Pretrain
+from avion.engine.program import run_task
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
-    return run_main(Pretrain, PretrainOptions, argv, "main_pretrain.py", __doc__.splitlines()[0])
+    return run_task("Pretrain", PretrainOptions, argv, "main_pretrain.py", __doc__)
 
 
 if __name__ == "__main__":

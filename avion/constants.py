@@ -7,6 +7,13 @@ from typing import NamedTuple
 
 EK100_VERBS, EK100_NOUNS = 97, 300  # classes of EPIC-KITCHENS-100
 
+# The choices of flags stand here, so that `--help` can name them without importing what they choose from.
+OPTIMIZERS = ("adamw", "sgd")
+VIDEO_SAMPLINGS = ("uniform", "prefix", "prefix-hold")  # frames of a whole video of EgoSchema
+FEATURE_KINDS = ("clip", "frame", "spatial")
+SHARD_FORMATS = ("npz", "safetensors")
+SHARD_DTYPES = ("fp32", "fp16", "bf16")
+
 
 class Normalization(NamedTuple):
     mean: tuple[float, float, float]

@@ -16,9 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.constants import NORM_STYLES
 from avion.engine.args import ToolParser
-from avion.engine.options.model_args import parse_model_args
 from avion.errors import UserError, exit_status
-from avion.weights import Checkpoint, save_weights
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,6 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def convert(args: argparse.Namespace) -> str:
     """Write `args.target`; returns what was done, for the screen."""
+    from avion.engine.options.model_args import parse_model_args
+    from avion.weights import Checkpoint, save_weights
+
     if Path(args.target).exists() and not args.force:
         raise UserError(f"{args.target}: exists already: give another name, or --force to overwrite it")
     fields = parse_model_args(args.model_args, args.model)

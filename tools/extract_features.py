@@ -17,11 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from avion.engine.console import setup_logging
-from avion.engine.distributed import World
-from avion.engine.features import extract_features
 from avion.engine.options.features import FeatureOptions
-from avion.engine.run import run_entry
+from avion.engine.program import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,13 +26,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     errors: dict[int, str] = {}
 
     def body(args: Any) -> None:
+        from avion.engine.console import setup_logging
+        from avion.engine.distributed import World
+        from avion.engine.features import extract_features
+
         setup_logging(World())
         errors.update(extract_features(args))
         for row, error in errors.items():
             print(f"unreadable  row {row}: {error}")
         print(f"{args.output_dir}: {'all rows are there' if not errors else f'{len(errors)} rows are left out'}")
 
-    status = run_entry(body, FeatureOptions, argv, "tools/extract_features.py", __doc__.splitlines()[0])
+    status = run_program(body, FeatureOptions, argv, "tools/extract_features.py", __doc__)
     return 1 if status == 0 and errors else status
 
 

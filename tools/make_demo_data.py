@@ -14,8 +14,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from avion.data.demo import ensure_demo_dataset
-from avion.data.demo.sheet import contact_sheet
 from avion.engine.args import ToolParser
 from avion.errors import exit_status
 from avion.numbers import SEED
@@ -37,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     def body() -> None:
+        from avion.data.demo import ensure_demo_dataset
+        from avion.data.demo.sheet import contact_sheet
+
         if given.contact_sheet:
             contact_sheet(Path(given.contact_sheet), given.seed)
             print(given.contact_sheet)

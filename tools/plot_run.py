@@ -8,15 +8,16 @@ RUN is the --output-dir of a training; resumed runs and runs that are still goin
 one line for a mistake.
 """
 
+from __future__ import annotations
+
 import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,11 +27,9 @@ from avion.errors import UserError, exit_status
 from avion.files import written_whole
 from avion.json_lines import read_json_lines
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+if TYPE_CHECKING:  # matplotlib is imported where it draws: `--help` does not wait for it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; their yellow is too pale for a line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -166,6 +165,8 @@ def training_panel(
         elif from_zero:
             axes.set_ylim(0, None)
         if key == "lr":
+            from matplotlib.ticker import FuncFormatter
+
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         label(axes, title, unit)
 
@@ -189,6 +190,11 @@ def gates_panel(run: Run, title: str, limits: tuple[float, float]) -> Callable[[
     """α of every block of one run."""
 
     def draw(axes: Axes, runs: list[Run]) -> None:
+        import matplotlib
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import ListedColormap, Normalize
+        from matplotlib.ticker import MaxNLocator
+
         colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.88, run.blocks))
         rows = [row for row in run.steps if len(row.get("alpha", [])) == run.blocks]
         x = [row["global_step"] for row in rows]
@@ -200,8 +206,7 @@ def gates_panel(run: Run, title: str, limits: tuple[float, float]) -> Callable[[
         if run.blocks <= LEGEND_BLOCKS:
             axes.legend(title="block", fontsize="small", title_fontsize="small", ncols=2, frameon=False)
         else:
-            cmap = matplotlib.colors.ListedColormap(colours)
-            scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(-0.5, run.blocks - 0.5), cmap)
+            scale = ScalarMappable(Normalize(-0.5, run.blocks - 0.5), ListedColormap(colours))
             axes.figure.colorbar(scale, ax=axes, label="block", ticks=MaxNLocator(6, integer=True), pad=0.02)
 
     return draw
@@ -245,6 +250,10 @@ def panels(runs: list[Run]) -> list[Callable[[Axes, list[Run]], None]]:
 
 def draw(runs: list[Run]) -> Figure:
     """All panels of the runs, in one figure."""
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
     todo = panels(runs)
     columns = min(COLUMNS, len(todo))
     rows = math.ceil(len(todo) / columns)
@@ -266,7 +275,7 @@ def draw(runs: list[Run]) -> Figure:
         figure.suptitle(runs[0].name, fontweight="bold")
     else:
         handles = [
-            plt.Line2D([], [], color=COLOURS[i % len(COLOURS)], linestyle=STYLES[i // len(COLOURS) % len(STYLES)])
+            Line2D([], [], color=COLOURS[i % len(COLOURS)], linestyle=STYLES[i // len(COLOURS) % len(STYLES)])
             for i in range(len(runs))
         ]
         names = [run.name for run in runs]
@@ -279,6 +288,10 @@ def plot(folders: Sequence[Path], output: Path) -> None:
     if output.suffix.lower() != ".png":
         raise UserError(f"--output {output}: a name that ends with .png is due")
     runs = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
+
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("Agg")
     figure = draw(runs)
     with written_whole(output, flag="--output", cure="choose another place") as file:
         figure.savefig(file, format="png", dpi=110)

@@ -22,8 +22,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.engine.args import ToolParser, parse, unknown_key
-from avion.engine.console import setup_logging
-from avion.engine.distributed import World
 from avion.engine.submit import SubmitOptions, submit
 from avion.errors import UserError, exit_status
 from avion.numbers import PROCESSES, SEED, whole
@@ -194,6 +192,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     split = words.index("--") if "--" in words else len(words)
     args, unknown = build_parser().parse_known_args(words[:split])
+
+    from avion.engine.console import setup_logging
+    from avion.engine.distributed import World
+
     setup_logging(World())
     return exit_status(NAME, lambda: reproduce(args, job_options(args, unknown), words[split + 1 :]))
 

@@ -14,15 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from avion.data.demo import ensure_demo_dataset
 from avion.engine.args import ToolParser
-from avion.engine.console import duration, setup_logging
-from avion.engine.distributed import World
 from avion.errors import INTERRUPTED, exit_status
 from avion.numbers import SEED, whole
-from avion.reproduce.demo_chain import REMARK, Chain
-from avion.reproduce.jobs import JobFailed, run_jobs
-from avion.reproduce.report import make_report
 
 logger = logging.getLogger(__name__)
 NAME = "tools/tables_demo.py"
@@ -46,6 +40,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def tables_demo(args: argparse.Namespace) -> None:
+    from avion.data.demo import ensure_demo_dataset
+    from avion.engine.console import duration
+    from avion.reproduce.demo_chain import REMARK, Chain
+    from avion.reproduce.jobs import run_jobs
+    from avion.reproduce.report import make_report
+
     start = time.monotonic()
     chain = Chain(ensure_demo_dataset(args.root), Path(args.output_dir), sorted(set(args.seeds)), args.short)
     jobs = chain.jobs()
@@ -62,6 +62,11 @@ def tables_demo(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
     args = build_parser().parse_args(argv)
+
+    from avion.engine.console import setup_logging
+    from avion.engine.distributed import World
+    from avion.reproduce.jobs import JobFailed
+
     setup_logging(World())
     before = signal.signal(signal.SIGTERM, _interrupt)
 

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from avion.constants import VIDEO_SAMPLINGS
 from avion.data.transforms import EvalTransform
 from avion.data.video import VideoError, open_video, resolve_decoder, uniform_frame_ids
 from avion.errors import UserError
 
 OPTIONS = 5
-SAMPLINGS = ("uniform", "prefix", "prefix-hold")
 _UID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}")
 
 
@@ -157,7 +157,7 @@ def frame_ids(video_frames: int, num_frames: int, sampling: str) -> np.ndarray:
         return uniform_frame_ids(0, video_frames, num_frames)
     if sampling in ("prefix", "prefix-hold"):
         return np.minimum(np.arange(num_frames, dtype=np.int64), video_frames - 1)
-    raise UserError(f"sampling: {sampling!r} is not one of {', '.join(SAMPLINGS)}")
+    raise UserError(f"sampling: {sampling!r} is not one of {', '.join(VIDEO_SAMPLINGS)}")
 
 
 class LongVideos(Dataset):
@@ -186,8 +186,8 @@ class LongVideos(Dataset):
         self.questions, self.root, self.sampling = questions, Path(root), sampling
         if not self.root.is_dir():
             raise UserError(f"--root {root}: no such folder; give the folder that the videos {{q_uid}}.mp4 are in")
-        if sampling not in SAMPLINGS:
-            raise UserError(f"sampling: {sampling!r} is not one of {', '.join(SAMPLINGS)}")
+        if sampling not in VIDEO_SAMPLINGS:
+            raise UserError(f"sampling: {sampling!r} is not one of {', '.join(VIDEO_SAMPLINGS)}")
         self.decoder, self.threads = resolve_decoder(decoder), threads
         self.transform = EvalTransform(size, fused=True)
 

@@ -7,14 +7,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from tqdm import tqdm
 
 from avion.errors import UserError
 
-from .distributed import World
+if TYPE_CHECKING:
+    import torch
+
+    from .distributed import World
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ class _BarFriendly(logging.StreamHandler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def setup_logging(world: World, output_dir: str | None = None) -> None:
+def setup_logging(world: "World", output_dir: str | None = None) -> None:
     """Lines of rank 0 to stderr and to `train.log`; of the others, warnings and errors with their number."""
     root = logging.getLogger()
     for handler in list(root.handlers):
@@ -49,9 +51,11 @@ def setup_logging(world: World, output_dir: str | None = None) -> None:
     root.setLevel(logging.INFO if world.is_main else logging.WARNING)
 
 
-def memory_gb(device: torch.device) -> float:
+def memory_gb(device: "torch.device") -> float:
     """Largest memory so far in GB (10⁹ bytes): of the GPU, else of this process."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 1e9
     scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
@@ -98,7 +102,7 @@ class Progress:
     """
 
     def __init__(
-        self, world: World, *, epoch: int, epochs: int, steps: int, done: int, print_freq: int,
+        self, world: "World", *, epoch: int, epochs: int, steps: int, done: int, print_freq: int,
         write: Callable[[dict[str, Any]], None],
     ):  # fmt: skip
         self.world, self.epoch, self.epochs, self.steps = world, epoch, epochs, steps

@@ -20,6 +20,7 @@ from avion.errors import UserError
 from avion.numbers import PORT, PROCESSES, RANK, shown, whole
 
 from . import signals
+from .peers import PeerError
 from .signals import Stopped
 
 _FAILED = 1 << 10  # as a message: larger than any signal's number
@@ -254,10 +255,6 @@ def refuse_shared_gpus(world: World) -> None:
                 f"{rank} sees); start no more processes than GPUs, let each process see all of them or its own "
                 "(CUDA_VISIBLE_DEVICES), and give each its number (--local_rank) where no launcher does"
             )
-
-
-class PeerError(UserError):
-    """Another process failed; it reports its own error, this one only leaves with it."""
 
 
 def init_world(args: Any, env: Mapping[str, str] = os.environ) -> World:

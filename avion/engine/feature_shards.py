@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from avion.constants import SHARD_DTYPES
 from avion.errors import UserError
 from avion.files import PARTIAL, append_lines, partial_file, write_text
 from avion.json_lines import read_json_lines
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("npz", "safetensors")
-STORED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+STORED = dict(zip(SHARD_DTYPES, (torch.float32, torch.float16, torch.bfloat16), strict=True))
 
 
 class Shards:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from avion.constants import FEATURE_KINDS
 from avion.data.transforms import EvalTransform, normalize_clip
 from avion.data.video_list import SpanDataset, VideoList, read_span, read_video_list
 from avion.errors import UserError
@@ -34,8 +35,6 @@ from .steps import Precision
 from .trainer import choose_precision
 
 logger = logging.getLogger(__name__)
-
-KINDS = ("clip", "frame", "spatial")
 
 
 # ---- one video ---------------------------------------------------------------------------------
@@ -63,15 +62,15 @@ def load_clip(
 
 
 @torch.inference_mode()
-def extract(model: nn.Module, video: torch.Tensor, kinds: Sequence[str] = KINDS) -> dict[str, torch.Tensor]:
+def extract(model: nn.Module, video: torch.Tensor, kinds: Sequence[str] = FEATURE_KINDS) -> dict[str, torch.Tensor]:
     """The features of `kinds`, by name, of clips (B, 3, T, height, width), normalised; shapes above.
 
     Puts the model into evaluation mode. `clip` alone takes clips of any length in bounded memory, the other two hold
     all of the clips' tokens. Raises UserError for a kind that there is not, and for a tower without tokens.
     """
-    unknown = [kind for kind in kinds if kind not in KINDS]
+    unknown = [kind for kind in kinds if kind not in FEATURE_KINDS]
     if unknown or not kinds:
-        raise UserError(f"features: {', '.join(unknown) or 'nothing'} asked for; there are {', '.join(KINDS)}")
+        raise UserError(f"features: {', '.join(unknown) or 'nothing'} asked for; there are {', '.join(FEATURE_KINDS)}")
     model.eval()
     if set(kinds) == {"clip"}:
         return {"clip": _encode(model, video)}
@@ -101,7 +100,7 @@ def extract_features(args: Any) -> dict[int, str]:
 
     What an earlier run with the same settings finished is left as it is. Returns the rows that cannot be read, and why.
     """
-    kinds = [kind for kind in KINDS if kind in (args.features or ["clip"])]
+    kinds = [kind for kind in FEATURE_KINDS if kind in (args.features or ["clip"])]
     if args.dtype == "bf16" and args.format == "npz":
         raise UserError("--dtype bf16: NumPy has no such type; give --format safetensors, or --dtype fp16")
     for name in ("videos", "checkpoint", "output_dir"):

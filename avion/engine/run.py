@@ -1,24 +1,19 @@
-"""An entry point: flags in, a trained or evaluated model out, one line and a status for what goes wrong."""
+"""A run: options in, a trained or evaluated model out. `program` has the command line and the exit status."""
 
 import contextlib
-import functools
 import logging
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from avion.errors import USER_ERROR, exit_status
 from avion.json_lines import append_json
 from avion.weights import Checkpoint
 
-from . import distributed, signals, sinks, state
-from .args import parse
+from . import distributed, sinks, state
 from .console import setup_logging
-from .distributed import PeerError, World
-from .signals import STOPPED, Stopped
+from .distributed import World
 from .tasks import Task
 from .trainer import Trainer, choose_precision
 
@@ -91,30 +86,3 @@ def shared_flags(args: Any) -> dict[str, Any]:
     """All flags but those that are a process's own."""
     own = {"rank", "local_rank", "gpu", "workers", "decode_threads", "debug"}
     return {"--" + k.replace("_", "-"): v for k, v in vars(args).items() if k not in own and k != "given"}
-
-
-def run_main(task_class: type[Task], config: type, argv: Sequence[str] | None, prog: str, description: str) -> int:
-    """The body of a `main(argv)` that trains a task or evaluates it; as `run_entry`."""
-    return run_entry(functools.partial(run, task_class), config, argv, prog, description)
-
-
-def run_entry(body: Callable[[Any], Any], config: type, argv: Sequence[str] | None, prog: str, description: str) -> int:
-    """`body(args)` with a command line's flags: 0; 2 after one line on stderr for a mistake of the user's; 75 where
-    SIGTERM or SIGUSR1 asked it to stop, and the same command would go on."""
-    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
-
-    def heeding() -> int:
-        try:
-            with signals.heeded():
-                body(parse(config, argv, prog, description))
-        except Stopped as e:
-            logger.info("%s; leaving with status %d: the same command goes on from there", e, STOPPED)
-            return STOPPED
-        except PeerError as e:
-            if debug:
-                raise
-            print(f"{prog}: stopped because {e}", file=sys.stderr, flush=True)
-            return USER_ERROR
-        return 0
-
-    return exit_status(prog, heeding, debug=debug)

@@ -1,7 +1,7 @@
 """SIGTERM and SIGUSR1: a scheduler asks the run to stop and to be started again.
 
 The handler only takes note; the run looks at `asked()` between two steps, where all processes agree on it
-(`World.most`), and leaves by raising `Stopped`. `run_entry` makes exit status 75 of that, EX_TEMPFAIL: "try again".
+(`World.most`), and leaves by raising `Stopped`. `run_program` makes exit status 75 of that, EX_TEMPFAIL: "try again".
 """
 
 import contextlib

@@ -20,7 +20,6 @@ from avion.errors import UserError
 from avion.numbers import COUNT, COUNT_OR_OFF, PROCESSES, whole
 
 from .args import flag, parse
-from .distributed import meeting_port
 from .options import EgoSchemaOptions, FinetuneClassificationOptions, FinetuneRetrievalOptions, PretrainOptions
 from .signals import STOPPED
 
@@ -103,6 +102,8 @@ class EntryPointJob:
 
 def _as_torchrun_would() -> None:
     """The variables by which the processes of submitit's local executor find each other."""
+    from .distributed import meeting_port
+
     names = {"RANK": "GLOBALID", "LOCAL_RANK": "LOCALID", "WORLD_SIZE": "NTASKS"}
     os.environ.update({name: os.environ["SUBMITIT_LOCAL_" + source] for name, source in names.items()})
     port = meeting_port(int(os.environ["SUBMITIT_LOCAL_JOB_ID"]))

@@ -1,16 +1,16 @@
 """Models: created, listed and registered by name.
 
-The functions that load weights live above, in `avion.weights`. They are handed on here when they are asked for, since
-people's scripts import them from `avion.models`.
+The functions that load weights live above, in `avion.weights`. They are handed on here, since people's scripts import
+them from `avion.models`. All names are imported when they are asked for: the towers need PyTorch, and
+`python -m avion.models` does not.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from . import joint, lavila, timemamba  # noqa: F401  (importing registers their towers and models)
-from .registry import create_model, list_models, register_mixer, register_model
-
 if TYPE_CHECKING:
     from avion.weights import Checkpoint, load_checkpoint, load_pretrained, model_from_checkpoint
+
+    from .registry import create_model, list_models, register_mixer, register_model
 
 __all__ = [
     "Checkpoint",
@@ -31,4 +31,8 @@ def __getattr__(name: str) -> Any:
         import avion.weights
 
         return getattr(avion.weights, name)
+    if name in __all__:
+        from . import registry
+
+        return getattr(registry, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,43 +1,113 @@
-"""`python -m avion.models [PATTERN]`: the registered models with their parameter counts."""
+"""`python -m avion.models [PATTERN | CHECKPOINT]`: the registered models and their parameters, or what a checkpoint is.
+
+The list comes from `listing.json`, which lies beside this file, so that it is there at once: building the models takes
+seconds. After a change of the models, `python -m avion.models --update-listing` writes that file anew.
+"""
 
 import argparse
+import json
+import sys
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
 
-import torch
+from avion.errors import UserError, exit_status
+from avion.files import write_text
 
-from . import create_model, list_models
-from .registry import model_aliases
+LISTING = Path(__file__).with_name("listing.json")
+HF_PREFIX = "hf:"
 
 
-def parameter_counts(name: str) -> tuple[int, int, int]:
-    """(video tower, text tower, the whole model), without spending memory on weights.
+def listing() -> dict[str, dict[str, Any]]:
+    """What `listing.json` says.
 
-    Projections into the shared embedding count with their tower.
+    Returns:
+        By the name of the model: `video`, `text` and `total`, numbers of parameters, and `aliases`, the names of
+        upstream's programs for the model. The projections into the shared embedding count with their tower; the
+        temperature counts with the total alone.
     """
+    return json.loads(LISTING.read_text(encoding="utf-8"))
+
+
+def registered() -> dict[str, dict[str, Any]]:
+    """The same, from the registry and from the models themselves, without spending memory on weights."""
+    from .registry import list_models, model_aliases
+
+    return {name: {**parameter_counts(name), "aliases": model_aliases(name)} for name in list_models()}
+
+
+def parameter_counts(name: str) -> dict[str, int]:
+    """The numbers of parameters of a model, built on the meta device: `video`, `text` and `total`."""
+    import torch
+
+    from .registry import create_model
+
     with torch.device("meta"):
         model = create_model(name)
-    video = text = total = 0
+    counts = dict.fromkeys(("video", "text", "total"), 0)
     for key, parameter in model.named_parameters():
-        total += parameter.numel()
+        counts["total"] += parameter.numel()
         if key.startswith("visual.") or key == "image_projection":
-            video += parameter.numel()
+            counts["video"] += parameter.numel()
         elif key != "logit_scale":
-            text += parameter.numel()
-    return video, text, total
+            counts["text"] += parameter.numel()
+    return counts
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m avion.models", description=__doc__)
-    parser.add_argument("pattern", nargs="?", default="*", help="shell pattern, e.g. 'TIMEMAMBA*'")
-    pattern = parser.parse_args(argv).pattern
-    names = list_models(pattern)
-    if not names:
-        parser.error(f"no model matches {pattern!r}")
-    width = max(map(len, names))
-    print(f"{'model':<{width}}  {'video tower':>13}  {'text tower':>13}  {'total':>13}  upstream names")
-    for name in names:
-        counts = "".join(f"  {count:>13,}" for count in parameter_counts(name))
-        print(f"{name:<{width}}{counts}  {', '.join(model_aliases(name))}".rstrip())
+def table(models: dict[str, dict[str, Any]]) -> str:
+    """A line per model, under a head."""
+    width = max(map(len, models))
+    lines = [f"{'model':<{width}}  {'video tower':>13}  {'text tower':>13}  {'total':>13}  upstream names"]
+    for name, facts in models.items():
+        counts = "".join(f"  {facts[key]:>13,}" for key in ("video", "text", "total"))
+        lines.append(f"{name:<{width}}{counts}  {', '.join(facts['aliases'])}".rstrip())
+    return "\n".join(lines)
+
+
+def update_listing() -> str:
+    """Write `listing.json` anew; what was done, for the screen."""
+    models = registered()
+    lines = [f"{json.dumps(name)}: {json.dumps(facts)}" for name, facts in models.items()]
+    write_text(LISTING, "{\n" + ",\n".join(lines) + "\n}\n")
+    return f"{LISTING}: {len(models)} models"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    summary, _, more = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(prog="python -m avion.models", description=summary, epilog=more)
+    parser.add_argument(
+        "what", nargs="?", default="*", metavar="PATTERN | CHECKPOINT",
+        help="a shell pattern of model names such as 'TIMEMAMBA*', or a checkpoint to describe: a path or "
+        "hf:owner/repo/file",
+    )  # fmt: skip
+    parser.add_argument("--update-listing", action="store_true", help="write the list of models anew, for developers")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these command-line words (None: `sys.argv`); returns the exit status."""
+    parser = build_parser()
+    given = parser.parse_args(argv)
+
+    def body() -> None:
+        if given.update_listing:
+            print(update_listing())
+        elif given.what.startswith(HF_PREFIX) or Path(given.what).is_file():
+            from . import Checkpoint
+
+            print(Checkpoint.open(given.what).describe())
+        else:
+            found = {name: facts for name, facts in listing().items() if fnmatchcase(name, given.what)}
+            if not found:
+                raise UserError(
+                    f"{given.what}: no registered model has a name of this kind, and there is no file of this name; "
+                    "`python -m avion.models` lists all models"
+                )
+            print(table(found))
+
+    return exit_status(parser.prog, body)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -69,6 +69,12 @@ _MODELS: dict[str, _Entry] = {}
 _ALIASES: dict[str, str] = {}
 
 
+def _models() -> dict[str, _Entry]:
+    """All models by their canonical names. The towers of this project have been registered by then."""
+    towers()
+    return _MODELS
+
+
 def register_model(
     config: ModelConfig, build: Callable[[ModelConfig], nn.Module] | None = None, aliases: tuple[str, ...] = ()
 ) -> None:
@@ -114,12 +120,12 @@ def build_mixer(config: ModelConfig) -> nn.Module:
 
 def list_models(pattern: str = "*") -> list[str]:
     """The canonical names that match a shell pattern, sorted."""
-    return sorted(name for name in _MODELS if fnmatchcase(name, pattern))
+    return sorted(name for name in _models() if fnmatchcase(name, pattern))
 
 
 def resolve_name(name: str) -> str:
     """The canonical name of a model, given that or an upstream name. UserError lists near names."""
-    if name in _MODELS:
+    if name in _models():
         return name
     if name in _ALIASES:
         return _ALIASES[name]
@@ -146,7 +152,7 @@ def read_field(field: str, text: str, model: str | None = None) -> FieldValue:
     """
     own = [] if model is None else [type(model_config(model))]
     kinds: dict[str, Kind] = {}
-    for config in (*own, ModelConfig, *(() if own else (type(entry.config) for entry in _MODELS.values()))):
+    for config in (*own, ModelConfig, *(() if own else (type(entry.config) for entry in _models().values()))):
         kinds = {**field_kinds(config), **kinds}
     known = [name for name in kinds if name not in ("name", "tower")]
     if field not in known:

@@ -140,17 +140,19 @@ def register_tower(tower: Tower) -> None:
 
 def towers() -> list[Tower]:
     """All towers, in the order of their registration."""
+    from . import built_in  # noqa: F401  (registers the towers of this project)
+
     return list(_TOWERS.values())
 
 
 def find_tower(name: str) -> Tower | None:
     """The tower of this name, None for a name that nobody registered."""
-    return _TOWERS.get(name)
+    return next((tower for tower in towers() if tower.name == name), None)
 
 
 def tower_of(visual: nn.Module) -> Tower | None:
     """The description of a video tower that was built, None for a module of another kind."""
-    return next((tower for tower in _TOWERS.values() if isinstance(visual, tower.module)), None)
+    return next((tower for tower in towers() if isinstance(visual, tower.module)), None)
 
 
 def rename(weights: Weights, rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from avion.constants import OPTIMIZERS
 from avion.errors import UserError
-
-OPTIMIZERS = ("adamw", "sgd")
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:

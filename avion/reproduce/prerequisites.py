@@ -1,4 +1,7 @@
-"""What a recipe needs that may not be here: data, weights, GPUs, packages. All that is missing, each with its cure."""
+"""What a recipe needs that may not be here: data, weights, GPUs, packages. All that is missing, each with its cure.
+
+The functions import the packages that they ask: PyTorch takes seconds to import, and `--help` does not wait for it.
+"""
 
 import functools
 import importlib.util
@@ -7,16 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub as hub
-import torch
-
 from avion.data.ek100 import sentence_path
 from avion.data.video import resolve_decoder
-from avion.engine.tasks.finetune_retrieval import relevancy_file
 from avion.errors import UserError
-from avion.models.registry import model_config
-from avion.weights.files import HF_PREFIX
-from avion.weights.zoo import openai_files
 
 from .commands import EGOSCHEMA
 from .recipe import Recipe
@@ -65,6 +61,8 @@ def _packages() -> Iterator[Missing]:
 
 
 def _gpus(recipe: Recipe, device: str) -> Iterator[Missing]:
+    import torch
+
     found = torch.cuda.device_count()
     # What was shrunk for a CPU runs on one where there is no GPU.
     optional = recipe.flags.get("dataset") == "demo" and device == "auto" and found == 0
@@ -91,6 +89,8 @@ def _data(recipe: Recipe, args: Any) -> Iterator[Missing]:
 
 def _paths(recipe: Recipe, args: Any) -> Iterator[tuple[str, str, str]]:
     """(flag, path, kind) of every file and folder that the run reads, kinds as in `_CURES`."""
+    from avion.engine.tasks.finetune_retrieval import relevancy_file
+
     trains = not getattr(args, "evaluate", False)
     if recipe.entry_point == EGOSCHEMA:
         yield "--root", args.root, "videos"
@@ -124,6 +124,8 @@ def _paths(recipe: Recipe, args: Any) -> Iterator[tuple[str, str, str]]:
 
 
 def _weights(recipe: Recipe, args: Any, here: bool) -> Iterator[Missing]:
+    from avion.weights.files import HF_PREFIX
+
     evaluates = getattr(args, "evaluate", False)
     source = args.resume if evaluates else getattr(args, "pretrain_model", None)
     if source and recipe.starts_from is None:
@@ -144,6 +146,8 @@ def _file(path: str) -> Iterator[Missing]:
 
 
 def _hub(address: str) -> Iterator[Missing]:
+    from avion.weights.files import HF_PREFIX
+
     owner, repo, *file = address.removeprefix(HF_PREFIX).split("/")
     problem = _hub_problem(f"{owner}/{repo}", ["/".join(file)])
     if problem:
@@ -151,6 +155,9 @@ def _hub(address: str) -> Iterator[Missing]:
 
 
 def _openai(recipe: Recipe) -> Iterator[Missing]:
+    from avion.models.registry import model_config
+    from avion.weights.zoo import openai_files
+
     files = openai_files(model_config(recipe.model))
     problem = _hub_problem(*files) if files else None
     if problem:
@@ -163,6 +170,8 @@ def _openai(recipe: Recipe) -> Iterator[Missing]:
 
 @functools.lru_cache
 def _hub_reachable() -> bool:
+    import huggingface_hub as hub
+
     try:
         hub.utils.get_session().head(hub.constants.ENDPOINT, timeout=5)
     except Exception:  # requests' or httpx's, by the hub's version
@@ -172,6 +181,8 @@ def _hub_reachable() -> bool:
 
 def _hub_problem(repo: str, names: list[str]) -> str:
     """Why none of these files of a repository can be had; empty where one is in the cache or the hub answers."""
+    import huggingface_hub as hub
+
     if any(isinstance(hub.try_to_load_from_cache(repo, name), str) for name in names):
         return ""
     if hub.constants.HF_HUB_OFFLINE:

@@ -7,7 +7,6 @@ from pathlib import Path
 from avion.errors import UserError
 from avion.files import written_whole
 
-from . import figure
 from .recipe import FULL, Recipe, Reference, load_recipes, load_references
 from .render import Picture, Section, to_html, to_markdown
 from .results import RELEASED, Problem, Result, Runs, read_runs
@@ -108,6 +107,8 @@ def _figure(results: Sequence[Result], known: Known, *, demo: bool) -> list[Sect
     own = [r for r in known.recipes if r.figure == 5]
     if not any(r.recipe.figure == 5 for r in results):
         return []
+    from . import figure  # and with it matplotlib, for which `--help` does not wait
+
     lines = lines_of(own, [], results)
     references = [r for r in known.references if r.table == 10]
     published = figure.published_curves([*lines, *lines_of([], references, [])])

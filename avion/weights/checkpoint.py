@@ -15,7 +15,7 @@ from avion.errors import UserError
 from avion.models.clip import CLIP, VideoClassifier
 from avion.models.registry import create_model
 
-from .description import described_model
+from .description import described_checkpoint, described_model
 from .facts import CheckpointFacts, check_preprocess, facts_of, saved_args
 from .files import checkpoint_state_dict, read_checkpoint
 from .head import Head, is_classifier, read_head
@@ -119,6 +119,19 @@ class Checkpoint:
             rng=found.get("rng") or [],
             due=due if isinstance(due, dict) else None,
         )
+
+    def describe(self) -> str:
+        """What is known of the model, the head and the training state, in lines for the screen.
+
+        Raises:
+            UserError: A field holds something impossible.
+        """
+        extra = {}
+        if self.is_classifier:
+            extra["head"] = f"a classifier of {self.head.num_classes} classes"
+        if (state := self.training) is not None:
+            extra["training state"] = f"epoch {state.epoch}, {state.step} optimizer steps done in it"
+        return described_checkpoint(self.contents, self.weights, self.facts, extra)
 
     def check_norm_style(self, norm_style: str) -> None:
         """Raise UserError if the weights were trained on input that was normalised in another way.

@@ -51,6 +51,39 @@ def described_model(
     return chosen, fields | overrides
 
 
+def described_checkpoint(
+    contents: Mapping[str, Any], weights: Mapping[str, Tensor], facts: CheckpointFacts, extra: Mapping[str, str]
+) -> str:
+    """What is known of a checkpoint, in lines for the screen.
+
+    Args:
+        contents: The checkpoint's contents.
+        weights: The weights in it under canonical names.
+        facts: What it says about itself.
+        extra: Further lines: the name of a fact, and the fact.
+    """
+    try:
+        model, _ = described_model(contents, weights, facts, None, {})
+    except UserError as e:
+        model = str(e).removeprefix(f"{facts.path}: ")
+    norm = facts.norm_style
+    if norm is None and facts.mean is not None and facts.std is not None:
+        norm = f"mean {' '.join(map(str, facts.mean))}, std {' '.join(map(str, facts.std))}"
+    unknown = "the file does not say"
+    lines = {
+        "model": model,
+        "layout": facts.layout or unknown,
+        "parameters": f"{sum(weight.numel() for weight in weights.values()):,}",
+        "frames": unknown if facts.num_frames is None else str(facts.num_frames),
+        "image size": unknown if facts.img_size is None else f"{facts.img_size} px",
+        "activation": facts.act_layer or unknown,
+        "normalisation": norm or unknown,
+        **extra,
+    }
+    width = max(map(len, lines))
+    return "\n".join([facts.path, *(f"  {name:<{width}}  {fact}" for name, fact in lines.items())])
+
+
 def _own_fields(config: ModelConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     return {k: v for k, v in fields.items() if k not in ("name", "tower", *RUN_FIELDS)}

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from avion.constants import NORM_STYLES
 from avion.errors import UserError
 from avion.models import create_model, list_models, register_model
-from avion.models.__main__ import main
+from avion.models.__main__ import LISTING, listing, main, registered, update_listing
 from avion.models.registry import ModelConfig, model_aliases, model_config, resolve_name
 from avion.models.timemamba import build_divided
+from avion.weights import save_weights
 
 from .tiny import DISTINCT_MODELS, TINY, tiny_inputs, tiny_model
 
@@ -85,7 +87,7 @@ def test_expansion_two_doubles_the_mixers_inner_width():
 
 
 def test_the_main_lists_counts(capsys):
-    main(["*_VITB16"])
+    assert main(["*_VITB16"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + 6
     row = next(line.split() for line in lines if line.startswith("TIMEMAMBA_VITB16"))
@@ -95,10 +97,37 @@ def test_the_main_lists_counts(capsys):
     assert row == ["TIMEMAMBA_VITB16", *counts, "CLIP_TimeMamba_like_timesformer"]
 
 
+def test_the_listing_is_that_of_the_registry(tmp_path, monkeypatch):
+    assert listing() == registered(), "run: python -m avion.models --update-listing"
+    monkeypatch.setattr("avion.models.__main__.LISTING", tmp_path / "listing.json")
+    update_listing()
+    assert (tmp_path / "listing.json").read_bytes() == LISTING.read_bytes()
+
+
+def test_the_main_describes_a_checkpoint(capsys, tmp_path):
+    model = create_model("TIMEMAMBA_VITT16", **TINY)
+    save_weights(model, tmp_path / "model.pt", {"norm_style": "openai", **NORM_STYLES["openai"]._asdict()})
+    assert main([str(tmp_path / "model.pt")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(tmp_path / "model.pt")
+    facts = dict(line.split(maxsplit=1) for line in lines[1:] if not line.startswith("  image size"))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert facts["model"] == "TIMEMAMBA_VITT16" and facts["parameters"] == f"{count:,}"
+    assert facts["normalisation"] == "openai" and facts["layout"] == "divided"
+    assert f"  image size     {model.config.img_size} px" in lines
+
+
+def test_the_main_says_what_a_checkpoint_does_not_say(capsys):
+    fixtures = Path(__file__).parents[1] / "fixtures"
+    assert main([str(fixtures / "ID6_checkpoint.pt")]) == 0
+    out = capsys.readouterr().out
+    # The text tower of the fixture is 48 channels wide, and heads are 64 wide.
+    assert "give text_heads=" in out and "  layout         divided\n" in out
+
+
 def test_the_main_refuses_a_pattern_without_a_model(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["nothing*"])
-    assert "no model matches 'nothing*'" in capsys.readouterr().err
+    assert main(["nothing*"]) == 2
+    assert capsys.readouterr().err.startswith("python -m avion.models: error: nothing*: no registered model")
 
 
 # ---- errors ------------------------------------------------------------------------------------

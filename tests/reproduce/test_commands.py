@@ -4,6 +4,7 @@ import dataclasses
 import shlex
 import sys
 
+import huggingface_hub
 import pytest
 
 from avion.errors import UserError
@@ -143,8 +144,8 @@ def test_the_script_is_found_from_elsewhere(monkeypatch, tmp_path):
 @pytest.fixture
 def no_gpu_no_hub(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setattr(prerequisites.hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(prerequisites.hub, "try_to_load_from_cache", lambda repo, name: None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, name: None)
 
 
 def whats(recipe, **options):
@@ -198,8 +199,8 @@ def test_evaluating_needs_no_training_data(no_gpu_no_hub, monkeypatch, tmp_path)
 
 
 def test_a_reachable_hub_is_no_problem(monkeypatch):
-    monkeypatch.setattr(prerequisites.hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(prerequisites.hub, "try_to_load_from_cache", lambda repo, name: None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, name: None)
     monkeypatch.setattr(prerequisites, "_hub_reachable", lambda: True)
     assert "weights" not in whats(from_released(recipe("table8_row6"), None), device="cpu")
     monkeypatch.setattr(prerequisites, "_hub_reachable", lambda: False)

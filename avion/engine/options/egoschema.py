@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from avion.data.egoschema import SAMPLINGS
+from avion.constants import VIDEO_SAMPLINGS
 from avion.engine.args import flag, other_default
 from avion.numbers import whole
 
@@ -30,7 +30,7 @@ class EgoSchemaOptions(DeviceOptions):
     sampling: str = flag(
         "uniform", "uniform: the middles of as many equal segments of the video; prefix: its first frames, or as "
         "uniform where it has fewer; prefix-hold: its first frames, then the last one again",
-        choices=list(SAMPLINGS),
+        choices=list(VIDEO_SAMPLINGS),
     )  # fmt: skip
     prompt: list[str] = flag(
         [], "templates of an option's text [Is it '{option}'], with {option} in lower case and {question}; of several, "

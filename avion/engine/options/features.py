@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from avion.constants import FEATURE_KINDS, SHARD_DTYPES, SHARD_FORMATS
 from avion.engine.args import flag, other_default
-from avion.engine.feature_shards import FORMATS, STORED
-from avion.engine.features import KINDS
 from avion.numbers import COUNT
 
 from .model_args import settle_model_args
@@ -25,10 +24,10 @@ class FeatureOptions:
     root: str = flag(".", "folder of the videos", metavar="DIR")
     checkpoint: str = flag("", "any checkpoint: a path or hf:owner/repo/file", metavar="PATH")
     output_dir: str = flag("", "where shards and index go; finished shards there are left as they are", metavar="DIR")
-    features: list[str] = flag([], "kinds of features [clip]", choices=KINDS)
+    features: list[str] = flag([], "kinds of features [clip]", choices=FEATURE_KINDS)
     frames: int | None = flag(None, "frames per clip [the checkpoint's]", FRAMES)
-    format: str = flag("npz", "of the shards", choices=FORMATS)
-    dtype: str = flag("fp32", "type of the features in the shards; bf16 in safetensors only", choices=[*STORED])
+    format: str = flag("npz", "of the shards", choices=SHARD_FORMATS)
+    dtype: str = flag("fp32", "type of the features in the shards; bf16 in safetensors only", choices=SHARD_DTYPES)
     shard_size: int = flag(256, "clips per shard", COUNT)
     batch_size: int = flag(16, "clips per forward pass", COUNT)
     workers: int = other_default(RunOptions, "workers", 2, "data-loading processes")

@@ -1,12 +1,17 @@
-"""`--model-args FIELD=VALUE ...`: fields of the model's configuration, read before anything else is."""
+"""`--model-args FIELD=VALUE ...`: fields of the model's configuration, read before anything else is.
+
+The functions import the models, and with them PyTorch: the words of the command line have been parsed by then, so
+`--help` does not wait for that import.
+"""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from avion.errors import UserError
-from avion.models.registry import FieldValue, model_config, read_field
-from avion.ops.selective_scan import check_backend_name
+
+if TYPE_CHECKING:
+    from avion.models.registry import FieldValue
 
 # Flags that are fields of the model's configuration under the same name; num_frames is `--clip-length`.
 _SIZES = ("project_embed_dim", "context_length", "vocab_size")
@@ -17,12 +22,14 @@ _BEHAVIOUR = (
 _RESERVED = {"name": "--model chooses the model", "tower": "a tower is chosen with the model, by --model"}
 
 
-def parse_model_args(words: Sequence[str], model: str | None = None) -> dict[str, FieldValue]:
+def parse_model_args(words: Sequence[str], model: str | None = None) -> "dict[str, FieldValue]":
     """["depth=6", "act_layer=quick_gelu"] to {"depth": 6, "act_layer": "quick_gelu"}.
 
     model: the registered model that they are of, where it is known. Raises UserError, one line, for a field that does
     not exist, for a value that is not of its type or range, and for two values of one field.
     """
+    from avion.models.registry import read_field
+
     fields: dict[str, FieldValue] = {}
     for word in words:
         name, equals, text = word.partition("=")
@@ -52,6 +59,9 @@ def settle_model_args(values: dict[str, Any], config: type) -> dict[str, Any]:
 
     UserError where a flag and `--model-args` disagree, and where a registered model (`--model`) cannot have the fields.
     """
+    from avion.models.registry import model_config
+    from avion.ops.selective_scan import check_backend_name
+
     flags = {field.name: field for field in dataclasses.fields(config)}
     if "model" in values:
         model_config(values["model"])
@@ -77,7 +87,7 @@ def sizes(args: Any) -> dict[str, int]:
     return {name: getattr(args, name) for name in _SIZES if hasattr(args, name)}
 
 
-def behaviour(args: Any) -> dict[str, FieldValue]:
+def behaviour(args: Any) -> "dict[str, FieldValue]":
     """The other flags that are fields of the model, and what `--model-args` sets beside the flags."""
     fields = {name: getattr(args, name, None) for name in _BEHAVIOUR}
     others = parse_model_args(args.model_args, args.model)
@@ -88,5 +98,7 @@ def behaviour(args: Any) -> dict[str, FieldValue]:
 
 def check_model(args: Any) -> None:
     """UserError where the registered model `--model` cannot have the fields that the flags give it."""
+    from avion.models.registry import model_config
+
     fields = {**sizes(args), "num_frames": args.clip_length, **behaviour(args)}
     dataclasses.replace(model_config(args.model), **fields)

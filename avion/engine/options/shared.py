@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from avion.constants import NORM_STYLES
+from avion.constants import NORM_STYLES, OPTIMIZERS
 from avion.engine.args import flag
 from avion.errors import UserError
 from avion.numbers import (
@@ -18,7 +18,6 @@ from avion.numbers import (
     Number,
     whole,
 )
-from avion.optim.factory import OPTIMIZERS
 
 from .model_args import settle_model_args
 

@@ -1,0 +1,80 @@
+"""The command line is understood before anything heavy is imported: each program by itself, in its own process."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.layering import ROOT
+
+HEAVY = (
+    "torch", "torchvision", "timm", "open_clip", "triton", "av", "decord", "matplotlib", "wandb", "tensorboard",
+    "huggingface_hub", "safetensors", "transformers", "pandas", "scipy",
+)  # fmt: skip
+# Runs a program as `python FILE` or `python -m MODULE` does, and says what it has imported when it ends.
+RUNNER = """
+import contextlib, io, json, runpy, sys
+how, program, *words = sys.argv[1:]
+sys.argv = [program, *words]
+status, output = None, io.StringIO()
+try:
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        if how == "file":
+            runpy.run_path(program, run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+except SystemExit as e:
+    status = e.code
+print(json.dumps({"status": status, "output": output.getvalue(), "modules": sorted(sys.modules)}))
+"""
+PROGRAMS = [
+    *sorted(path.name for path in ROOT.glob("main_*.py")),
+    *sorted(f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py") if "def main(" in path.read_text()),
+    "slurm/submit.py",
+]
+
+
+def run(how, program, *words):
+    result = subprocess.run(
+        [sys.executable, "-c", RUNNER, how, program, *words], cwd=ROOT, env={"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def heavy(modules):
+    return sorted(set(HEAVY) & set(modules))
+
+
+def test_all_programs_are_found():
+    assert {"main_pretrain.py", "main_egoschema.py", "tools/reproduce.py", "tools/demo.py"} <= set(PROGRAMS)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_imports_nothing_heavy(program):
+    ended = run("file", program, "--help")
+    assert ended["status"] == 0 and "usage:" in ended["output"]
+    assert heavy(ended["modules"]) == []
+
+
+@pytest.mark.parametrize("words", [("--help",), (), ("TIMEMAMBA*",)], ids=["help", "all", "pattern"])
+def test_the_list_of_models_imports_nothing_heavy(words):
+    ended = run("module", "avion.models", *words)
+    assert ended["status"] == 0
+    assert "TIMEMAMBA" in ended["output"]
+    assert heavy(ended["modules"]) == []
+
+
+@pytest.mark.parametrize("program", [name for name in PROGRAMS if name.startswith("main_")])
+def test_a_misspelt_flag_is_refused_before_anything_heavy(program):
+    ended = run("file", program, "--no-such-flag")
+    assert ended["status"] == 2 and "unknown flag --no-such-flag" in ended["output"]
+    assert heavy(ended["modules"]) == []
+
+
+def test_the_runner_sees_what_is_imported(tmp_path):
+    (tmp_path / "program.py").write_text("import sys\nimport torch\nsys.exit(3)\n")
+    ended = run("file", str(tmp_path / "program.py"))
+    assert ended["status"] == 3 and "torch" in heavy(ended["modules"])
