@@ -17,13 +17,8 @@ from avion.engine.program import run_task
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
-    return run_task(
-        "FinetuneClassification",
-        FinetuneClassificationOptions,
-        argv,
-        "main_finetune_classification.py",
-        __doc__.splitlines()[0],
-    )
+    name = "main_finetune_classification.py"
+    return run_task("FinetuneClassification", FinetuneClassificationOptions, argv, name, __doc__)
 
 
 if __name__ == "__main__":
