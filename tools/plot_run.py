@@ -8,8 +8,6 @@ RUN is the --output-dir of a training; resumed runs and runs that are still goin
 one line for a mistake.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys
@@ -131,12 +129,12 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
     return (total[stop] - total[start]) / (stop - start)
 
 
-def label(axes: Axes, title: str, unit: str = "") -> None:
+def label(axes: "Axes", title: str, unit: str = "") -> None:
     axes.set_title(title, fontsize="medium", loc="left")
     axes.set_ylabel(unit)
 
 
-def curve(axes: Axes, x: np.ndarray, y: np.ndarray, index: int, smooth: bool, width: float = 1.5) -> None:
+def curve(axes: "Axes", x: np.ndarray, y: np.ndarray, index: int, smooth: bool, width: float = 1.5) -> None:
     """One run's line."""
     look = {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index // len(COLOURS) % len(STYLES)]}
     if smooth and len(x) > SMOOTHED_ABOVE:
@@ -147,10 +145,10 @@ def curve(axes: Axes, x: np.ndarray, y: np.ndarray, index: int, smooth: bool, wi
 
 def training_panel(
     key: str, title: str, unit: str, *, scale: float = 1.0, smooth: bool = True, from_zero: bool = False
-) -> Callable[[Axes, list[Run]], None]:
+) -> "Callable[[Axes, list[Run]], None]":
     """A figure of the progress lines, all runs in one."""
 
-    def draw(axes: Axes, runs: list[Run]) -> None:
+    def draw(axes: "Axes", runs: list[Run]) -> None:
         lowest, highest = math.inf, 0.0
         for index, run in enumerate(runs):
             x, y = points(run.steps, key, scale)
@@ -173,10 +171,10 @@ def training_panel(
     return draw
 
 
-def evaluation_panel(key: str, title: str, percent: bool) -> Callable[[Axes, list[Run]], None]:
+def evaluation_panel(key: str, title: str, percent: bool) -> "Callable[[Axes, list[Run]], None]":
     """A figure of the evaluations, all runs in one."""
 
-    def draw(axes: Axes, runs: list[Run]) -> None:
+    def draw(axes: "Axes", runs: list[Run]) -> None:
         for index, run in enumerate(runs):
             x, y = points(run.epochs, f"test_{key}", 100.0 if percent else 1.0)
             curve(axes, x, y, index, smooth=False)
@@ -186,10 +184,10 @@ def evaluation_panel(key: str, title: str, percent: bool) -> Callable[[Axes, lis
     return draw
 
 
-def gates_panel(run: Run, title: str, limits: tuple[float, float]) -> Callable[[Axes, list[Run]], None]:
+def gates_panel(run: Run, title: str, limits: tuple[float, float]) -> "Callable[[Axes, list[Run]], None]":
     """α of every block of one run."""
 
-    def draw(axes: Axes, runs: list[Run]) -> None:
+    def draw(axes: "Axes", runs: list[Run]) -> None:
         import matplotlib
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import ListedColormap, Normalize
@@ -220,7 +218,7 @@ def gate_limits(runs: list[Run]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def panels(runs: list[Run]) -> list[Callable[[Axes, list[Run]], None]]:
+def panels(runs: list[Run]) -> "list[Callable[[Axes, list[Run]], None]]":
     """The panels that these runs have something to show in."""
     has = {key for run in runs for row in run.steps for key in row}
     found = [
@@ -248,7 +246,7 @@ def panels(runs: list[Run]) -> list[Callable[[Axes, list[Run]], None]]:
     return found
 
 
-def draw(runs: list[Run]) -> Figure:
+def draw(runs: list[Run]) -> "Figure":
     """All panels of the runs, in one figure."""
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D

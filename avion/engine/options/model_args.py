@@ -98,7 +98,7 @@ def behaviour(args: Any) -> "dict[str, FieldValue]":
 
 def check_model(args: Any) -> None:
     """UserError where the registered model `--model` cannot have the fields that the flags give it."""
-    from avion.models.registry import model_config
+    from avion.models.registry import check_config, model_config
 
     fields = {**sizes(args), "num_frames": args.clip_length, **behaviour(args)}
-    dataclasses.replace(model_config(args.model), **fields)
+    check_config(dataclasses.replace(model_config(args.model), **fields))
