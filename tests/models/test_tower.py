@@ -107,7 +107,7 @@ def test_adding_a_tower_is_one_file_and_one_import(mean_tower, tmp_path):
     torch.save({"state_dict": {f"module.{n}": w for n, w in model.state_dict().items()}}, tmp_path / "foreign.pt")
     opened = Checkpoint.open(tmp_path / "foreign.pt")
     assert layout_of(opened.weights).name == "mean" and opened.facts.norm_style == "timm"
-    again = opened.build(name="MEAN_VITB16", num_heads=4, text_heads=4, depth=1).eval()
+    again = opened.build(name="MEAN_VITB16", num_heads=4, text_heads=4, depth=1, num_frames=4).eval()
     video, tokens = tiny_inputs()
     for ours, theirs in zip(again(video, tokens), model(video, tokens), strict=True):
         assert torch.equal(ours, theirs)
