@@ -1,11 +1,11 @@
-# What the sbatch files share: they source it and call `launch ENTRY_POINT FLAGS...`.
+# The sbatch files source this file and call `launch ENTRY_POINT FLAGS...`.
 #
-# LAUNCHER=srun (default): one task per GPU; a process finds the others through SLURM's variables.
-# LAUNCHER=torchrun: one agent per node, which starts the node's processes.
-# PYTHON: the interpreter [.venv/bin/python, else python3]. MAX_REQUEUES: how often a job may come back [50].
+# LAUNCHER=srun (default) starts one task per GPU; the processes find each other through SLURM's variables.
+# LAUNCHER=torchrun starts one agent per node, which starts the processes of the node.
+# PYTHON is the interpreter [.venv/bin/python, else python3]. MAX_REQUEUES is how often a job may be requeued [50].
 #
-# The time limit sends SIGUSR1 (--signal in the sbatch files) to every process of the step, not to this shell. The
-# training writes a checkpoint and leaves with status 75; the job is requeued and goes on from there.
+# At the time limit, SLURM sends SIGUSR1 (--signal in the sbatch files) to every process of the step, not to this shell.
+# The training then writes a checkpoint and exits with status 75; the job is requeued and continues from the checkpoint.
 
 STOPPED=75
 
@@ -18,7 +18,7 @@ launch() {
     if [ -z "$python" ]; then
         python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
     fi
-    # Since SLURM 22.05 srun no longer takes this over from sbatch.
+    # Since SLURM 22.05, srun no longer takes the number of CPUs per task from sbatch.
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     local status=0
@@ -33,7 +33,7 @@ launch() {
     requeue_or_exit "$status"
 }
 
-# --wait: should a process die, the others get this many seconds to notice. srun's status is the largest of theirs.
+# --wait: if a process dies, the other processes have this many seconds to notice. srun exits with their largest status.
 with_srun() {
     srun --wait=120 "$@"
 }
@@ -44,13 +44,13 @@ with_torchrun() {
     export SRUN_CPUS_PER_TASK=$((SRUN_CPUS_PER_TASK * per_node))
     local head
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    # torchrun itself makes status 1 of every failure; avion.engine.torchrun leaves with what its processes left with.
+    # torchrun turns every failure into status 1; avion.engine.torchrun exits with the status of its processes.
     srun --wait=120 --ntasks="$nodes" --ntasks-per-node=1 "$python" -m avion.engine.torchrun \
         --nnodes="$nodes" --nproc-per-node="$per_node" --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" \
         --rdzv-endpoint="$head:$((15000 + SLURM_JOB_ID % 15000))" "$@"
 }
 
-# Status 75: back into the queue, unless that has happened too often. Everything else ends the job.
+# Status 75 requeues the job, unless the job was requeued too often. Every other status ends the job.
 requeue_or_exit() {
     local status=$1 before=${SLURM_RESTART_COUNT:-0} most=${MAX_REQUEUES:-50}
     if [ "$status" -ne "$STOPPED" ]; then
@@ -62,7 +62,7 @@ requeue_or_exit() {
         exit "$status"
     fi
     echo "slurm: stopped by a signal with a checkpoint; requeueing job $SLURM_JOB_ID ($((before + 1)) of at most $most times)"
-    # SLURM ends this shell; one that ended by itself meanwhile would make a failed job of it.
+    # SLURM ends this shell. If the shell exited before, SLURM would count the job as failed.
     scontrol requeue "$SLURM_JOB_ID" && sleep 60
     exit "$status"
 }

@@ -3,7 +3,7 @@
     python slurm/submit.py main_pretrain.py --ngpus 8 --nodes 2 --partition gpu -- --model TIMEMAMBA_VITB16 \\
         --output-dir runs/id6
 
-The job's options come before `--`, the entry point's own flags after it; --dry-run shows what would be submitted.
+The options of the job stand before `--`, the flags of the entry point after it. --dry-run shows the job without submitting it.
 """
 
 import sys
