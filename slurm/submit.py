@@ -3,7 +3,8 @@
     python slurm/submit.py main_pretrain.py --ngpus 8 --nodes 2 --partition gpu -- --model TIMEMAMBA_VITB16 \\
         --output-dir runs/id6
 
-The options of the job stand before `--`, the flags of the entry point after it. --dry-run shows the job without submitting it.
+The options of the job stand before `--`, the flags of the entry point after it. --dry-run shows the job without
+submitting it.
 """
 
 import sys

@@ -1,12 +1,12 @@
-"""Build the relevancy pickle of a retrieval split from its CSVs, or hold an existing one against them.
+"""Build the relevancy pickle of a retrieval split from its CSVs, or compare an existing one with the CSVs.
 
     python tools/build_relevancy.py EPIC_100_retrieval_train.csv EPIC_100_retrieval_train_sentence.csv \\
         --output relevancy/caption_relevancy_EPIC_100_retrieval_train.pkl
     python tools/build_relevancy.py CLIPS.csv SENTENCES.csv --check FILE.pkl
 
-Half of the relevancy is for the same verb class, half is the intersection over union of the noun classes; a
-sentence has the classes of the clip with its narration id. Written is a numpy array of float64, clips x
-sentences, in the order of the CSVs. Exit status: 0 all is well, 1 --check found differences, 2 a file cannot be
+The relevancy is 1/2 if the verb classes are equal, plus 1/2 times the intersection over union of the noun classes. A
+sentence has the classes of the clip with its narration id. The tool writes a numpy array of float64, clips x
+sentences, in the order of the CSVs. Exit status: 0 success, 1 --check found differences, 2 a file cannot be
 read or written.
 """
 
@@ -41,13 +41,15 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("clips", metavar="CLIPS.csv", help="the split's clips with their classes")
-    parser.add_argument("sentences", metavar="SENTENCES.csv", help="narration ids of its sentences")
+    parser.add_argument("clips", metavar="CLIPS.csv", help="CSV of a split's clips, with their verb and noun classes")
+    parser.add_argument(
+        "sentences", metavar="SENTENCES.csv", help="CSV of the same split's sentences, with their narration ids"
+    )
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--output", metavar="FILE.pkl", help="pickle to write")
-    task.add_argument("--check", metavar="FILE.pkl", help="pickle to compare with what the CSVs say")
-    parser.add_argument("--force", action="store_true", help="overwrite the output")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    task.add_argument("--output", metavar="FILE.pkl", help="pickle file that the relevancies are written to")
+    task.add_argument("--check", metavar="FILE.pkl", help="existing pickle file that is compared with the CSVs")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing --output")
+    parser.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
     return parser
 
 

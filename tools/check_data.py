@@ -1,11 +1,11 @@
-"""Check that the videos which annotations speak of are there, long enough and decodable.
+"""Check that the videos of some annotations exist, are long enough and can be decoded.
 
     python tools/check_data.py ego4d_train.pkl --root datasets/Ego4D/videos_320px_15sec/ --workers 8
     python tools/check_data.py EPIC_100_retrieval_test.csv --root datasets/EK100/EK100_320p_15sec/ --decode all
 
-Every file that a clip needs is opened once. Lists what is missing, shorter than its clips need, cannot be decoded, or
-cannot be read because the operating system refuses (unreadable), each with the number of clips that suffer. Exit
-status: 0 all is well, 1 something was listed, 2 the annotations or the root themselves cannot be read.
+Every file that a clip needs is opened once. The tool lists files that are missing, are too short, cannot be decoded, or
+cannot be read because the operating system refuses (unreadable), each with the number of clips that need it. Exit
+status: 0 no file was listed, 1 some files were listed, 2 the annotations or the root cannot be read.
 """
 
 import argparse
@@ -135,16 +135,24 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("annotations", nargs="+", help="Ego4D pickles, or one EPIC-KITCHENS-100 CSV")
-    parser.add_argument("--root", required=True, help="folder of the videos")
+    parser.add_argument("annotations", nargs="+", help="annotation files: Ego4D pickles, or one EPIC-KITCHENS-100 CSV")
+    parser.add_argument("--root", required=True, help="folder that holds the videos")
     parser.add_argument(
-        "--video-chunk-length", type=whole(1, 86400, also=(-1,)), default=15, metavar="S", help="seconds per chunk (15)"
+        "--video-chunk-length",
+        type=whole(1, 86400, also=(-1,)),
+        default=15,
+        metavar="S",
+        help="length of a chunk in s (15)",
     )
     parser.add_argument("--video-layout", default="auto", choices=("auto", *LAYOUTS))
     parser.add_argument("--decoder", default="auto", choices=("auto", "pyav", "decord"))
-    parser.add_argument("--decode", default="ends", choices=("open", "ends", "all"), help="how much of each file")
-    parser.add_argument("-j", "--workers", type=WORKERS, default=0, metavar="N", help="processes (0: this one)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--decode", default="ends", choices=("open", "ends", "all"), help="what is decoded of each file"
+    )
+    parser.add_argument(
+        "-j", "--workers", type=WORKERS, default=0, metavar="N", help="number of processes; 0: check in this process"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
     return parser
 
 

@@ -1,10 +1,10 @@
-"""Rewrite any readable checkpoint as one of ours: weights under our names, with config and preprocessing.
+"""Rewrite any readable checkpoint in this project's format: its names of weights, with config and preprocessing.
 
     python tools/convert_checkpoint.py hf:cg1177/video-mamba-suite/clip_timemamba_vanilla_base_ego4d4m_bs512_f4.pt \\
         timemamba.safetensors
 
-The new file needs no further word on what is in it: `model_from_checkpoint` reads the model's sizes, heads,
-activation and normalisation from it. Optimizer state is left behind.
+The new file describes itself: `model_from_checkpoint` reads the model's sizes, heads,
+activation and normalisation from it. The optimizer state is not copied.
 """
 
 import argparse
@@ -29,19 +29,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", help="checkpoint to read: a path or hf:owner/repo/file")
     parser.add_argument("target", help="file to write, .safetensors or .pt")
-    parser.add_argument("--model", metavar="NAME", help="the model in it, if the checkpoint does not say")
+    parser.add_argument("--model", metavar="NAME", help="name of the checkpoint's model, if the file does not state it")
     parser.add_argument(
         "--model-args",
         nargs="+",
         default=[],
         metavar="FIELD=VALUE",
-        help="what its shapes do not show (num_heads=4), or other frames and image sizes (num_frames=16)",
+        help="fields of the model that no shape shows (num_heads=4), or another number of frames or image size",
     )
     parser.add_argument(
-        "--norm-style", choices=sorted(NORM_STYLES), help="normalisation it was trained with, if it does not say"
+        "--norm-style", choices=sorted(NORM_STYLES), help="normalisation of the training, if the file does not state it"
     )
-    parser.add_argument("--force", action="store_true", help="overwrite the target")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing target file")
+    parser.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
     return parser
 
 

@@ -1,9 +1,9 @@
-"""Say what this machine can run, what not, and what to do about it.
+"""Say what this machine can run, what it cannot run, and what to do about it.
 
     python tools/doctor.py [--device cuda]
 
-Lists the versions that matter, then tries every decoder on a small video and every selective-scan backend, output and
-gradients, against the reference in float64. Exit status: 0 if the main job can run here, 1 if not.
+The tool lists the versions of packages. Then it tries every decoder on a small video and compares every selective-scan
+backend, output and gradients, with the reference in float64. Exit status: 0 if the main job can run here, 1 if not.
 """
 
 import argparse

@@ -6,7 +6,7 @@ Examples:
     python tools/extract_features.py --checkpoint runs/id6/checkpoint.pt --videos EPIC_100_retrieval_test.csv \\
         --root datasets/EK100/EK100_320p_15sec/ --format safetensors --output-dir features/
 
-Start it again to go on after the shards that are finished. Exit status: 0 all is well, 1 some videos cannot be read
+The same command continues after the finished shards. Exit status: 0 success, 1 some videos cannot be read
 (they are listed and left out), 2 a mistake in the flags or files.
 """
 

@@ -1,11 +1,11 @@
-"""Index the packets of a dataset's videos, so that training reads of each clip what decoding needs and nothing else.
+"""Index the packets of a dataset's videos, so that training reads only the packets that a clip needs.
 
     python tools/index_videos.py datasets/Ego4D/videos_288px_15sec/ --workers 16
 
-Writes ROOT/packets.index, which training finds by itself. Videos may be chunked or whole. What is indexed already and
-has not changed is kept, so that the same command goes on after an interruption, and brings an index up to date. Files
-that cannot be indexed are listed; they are read as without an index. Exit status: 0 the index stands, 2 it could not be
-written.
+The tool writes ROOT/packets.index, which training uses without a flag. Videos may be chunked or whole. Files that are
+indexed and have not changed keep their entries, so the same command continues after an interruption and updates an
+index. Files that cannot be indexed are listed; they are read as without an index. Exit status: 0 the index is complete,
+2 it could not be written.
 """
 
 import argparse
@@ -28,11 +28,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("root", help="folder of the videos")
-    parser.add_argument("files", nargs="*", help="videos below it; without any, all of them")
+    parser.add_argument("root", help="folder that holds the videos")
+    parser.add_argument("files", nargs="*", help="videos to index, below the folder; by default all videos")
     parser.add_argument("--index", metavar="FILE", help=f"the index file (ROOT/{INDEX_NAME})")
-    parser.add_argument("-j", "--workers", type=int, default=0, metavar="N", help="processes (0: this one)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "-j", "--workers", type=int, default=0, metavar="N", help="number of processes; 0: index in this process"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Makes the embedded demo dataset (docs/demo.md), or draws its contact sheet.
+"""Make the embedded demo dataset (docs/demo.md), or draw its contact sheet.
 
     python tools/make_demo_data.py --root datasets/demo
     python tools/make_demo_data.py --contact-sheet docs/images/demo_contact_sheet.png
@@ -23,9 +23,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="tools/make_demo_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--root", default="datasets/demo", help="the dataset's folder [%(default)s]")
+    parser.add_argument("--root", default="datasets/demo", help="folder of the dataset [%(default)s]")
     parser.add_argument("--seed", type=SEED, default=0, help="another seed films other videos [%(default)s]")
-    parser.add_argument("--contact-sheet", metavar="FILE", help="write a PNG of every verb pair's frames, no dataset")
+    parser.add_argument(
+        "--contact-sheet", metavar="FILE", help="write a PNG with frames of every verb pair, and no dataset"
+    )
     return parser
 
 

@@ -4,7 +4,7 @@
     python tools/make_submission.py retrieval similarity.npy EPIC_100_retrieval_test.csv \\
         EPIC_100_retrieval_test_sentence.csv retrieval.zip
 
-Shapes, ids and ranges are checked first; a zip appears complete or not at all.
+The tool checks shapes, ids and ranges first, and writes a complete zip file or none.
 """
 
 import argparse
@@ -44,19 +44,21 @@ def build_parser() -> argparse.ArgumentParser:
             "--" + name.replace("_", "-"), type=whole(0, 5), default=default, choices=SLS_LEVELS, metavar="0-5",
             help=f"supervision that the submission declares: {what} [{default}]",
         )  # fmt: skip
-    shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    shared.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
     tasks = parser.add_subparsers(dest="task", required=True)
 
     actions = tasks.add_parser("actions", parents=[shared], help="action recognition: a zip of test.json")
-    actions.add_argument("predictions", help="what main_finetune_classification.py --pickle-filename wrote")
-    actions.add_argument("output", help="zip to write")
-    actions.add_argument("--clips", metavar="CSV", help="the split's annotations: their ids must be the predictions'")
+    actions.add_argument("predictions", help="file that main_finetune_classification.py --pickle-filename wrote")
+    actions.add_argument("output", help="zip file that is written")
+    actions.add_argument(
+        "--clips", metavar="CSV", help="annotations of the split, whose ids must be those of the predictions"
+    )
 
     retrieval = tasks.add_parser("retrieval", parents=[shared], help="multi-instance retrieval: a zip of test.pkl")
-    retrieval.add_argument("similarity", help="clips x sentences, (cosine + 1) / 2: .npy or .pkl")
-    retrieval.add_argument("clips", help="the clips' CSV, in the order of the rows")
-    retrieval.add_argument("sentences", help="the sentences' CSV, in the order of the columns")
-    retrieval.add_argument("output", help="zip to write")
+    retrieval.add_argument("similarity", help="matrix of clips x sentences with (cosine + 1) / 2, as .npy or .pkl")
+    retrieval.add_argument("clips", help="CSV of the clips, in the order of the matrix's rows")
+    retrieval.add_argument("sentences", help="CSV of the sentences, in the order of the matrix's columns")
+    retrieval.add_argument("output", help="zip file that is written")
     return parser
 
 
@@ -66,7 +68,8 @@ def make_actions(args: argparse.Namespace) -> str:
     wanted = ("narration_id", "verb_output", "noun_output")
     if not isinstance(content, dict) or any(name not in content for name in wanted):
         raise UserError(
-            f"predictions {args.predictions}: a dict with {', '.join(wanted)} is due, as --pickle-filename writes it"
+            f"predictions {args.predictions}: a dict with {', '.join(wanted)} is required, "
+            "as --pickle-filename writes it"
         )
     ids = _ids(content["narration_id"], args.predictions)
     try:
@@ -111,7 +114,7 @@ def _read_matrix(path: str) -> np.ndarray:
             cause = " ".join(str(error).split())[:120]
             raise UserError(f"similarity {path}: is not a .npy of plain numbers, or cut short ({cause})") from error
     if not isinstance(matrix, np.ndarray):
-        raise UserError(f"similarity {path}: holds a {type(matrix).__name__}, a matrix of clips x sentences is due")
+        raise UserError(f"similarity {path}: holds a {type(matrix).__name__}, not a matrix of clips x sentences")
     return matrix
 
 

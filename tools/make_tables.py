@@ -1,10 +1,10 @@
-"""The paper's tables and Fig. 5 from runs of recipes: what was measured beside what the paper says.
+"""Make the paper's tables and Fig. 5 from runs of recipes, with the measured metrics beside the paper's.
 
     python tools/make_tables.py runs --output runs/tables
 
-Writes tables.md, tables.html (one file, nothing to load) and the figure as PNG. RUNS are folders, searched with all
-that is in them. Runs that are unfinished or damaged are named in the report and on the screen. docs/tables.md says how
-to read what comes out.
+The tool writes tables.md, tables.html (one file that loads nothing) and the figure as PNG. RUNS are folders, searched
+with all their subfolders. Runs that are unfinished or damaged are named in the report and on the screen. docs/tables.md
+says how to read the report.
 """
 
 import argparse
@@ -24,8 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="tools/make_tables.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="folders that hold runs of recipes")
-    parser.add_argument("--output", default="runs/tables", metavar="DIR", help="where the report goes [%(default)s]")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--output", default="runs/tables", metavar="DIR", help="folder that the report is written to [%(default)s]"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
     args = parser.parse_args(argv)
 
     def body() -> None:

@@ -1,11 +1,11 @@
-"""Curves of one or several runs as a picture: loss, learning rate, gradient norm, time gates, speed, evaluations.
+"""Draw curves of one or several runs as a picture: loss, learning rate, gradient norm, time gates, speed, evaluations.
 
 Examples:
     python tools/plot_run.py runs/id6 --output id6.png
     python tools/plot_run.py runs/id4 runs/id6 runs/id7 --output compare.png
 
-RUN is the --output-dir of a training; resumed runs and runs that are still going are fine. Exit status: 0, or 2 after
-one line for a mistake.
+RUN is the --output-dir of a training run, which may be resumed or still going on. Exit status: 0, or 2 after
+an error message of one line.
 """
 
 import argparse
@@ -284,7 +284,7 @@ def draw(runs: list[Run]) -> "Figure":
 def plot(folders: Sequence[Path], output: Path) -> None:
     """Draw the runs in these folders into a PNG file."""
     if output.suffix.lower() != ".png":
-        raise UserError(f"--output {output}: a name that ends with .png is due")
+        raise UserError(f"--output {output}: a name that ends with .png is required")
     runs = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
 
     import matplotlib.pyplot as plt
@@ -301,8 +301,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ToolParser(
         prog="tools/plot_run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the --output-dir of a training")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE.png", help="where the picture goes")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the --output-dir of a training run")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE.png", help="PNG file that is written")
     given = parser.parse_args(argv)
 
     def body() -> None:

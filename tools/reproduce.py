@@ -1,15 +1,15 @@
-"""Rows of the paper's tables, each a command: show it, run it, send it to SLURM, or evaluate what was released.
+"""Show, run or submit to SLURM the command behind a row of the paper's tables, or evaluate the released weights.
 
 Examples:
-    python tools/reproduce.py --table 8 --row 7                    # the command, and what is missing for it here
+    python tools/reproduce.py --table 8 --row 7                    # shows the command and what is missing
     python tools/reproduce.py --table 8 --row 7 --run
     python tools/reproduce.py --table 9 --row 6 --task actions --run --with-prerequisites --gpus 4
-    python tools/reproduce.py --table 8 --from-released --run      # every row that weights were released of
+    python tools/reproduce.py --table 8 --from-released --run      # every row with released weights
     python tools/reproduce.py --figure 5 --scale demo --run --with-prerequisites --runs runs/tables_demo
     python tools/reproduce.py --table 8 --row 6 --run -- --workers 16 --tensorboard    # more flags of main_pretrain.py
     python tools/reproduce.py --table 9 --submit --with-prerequisites --partition gpu --timeout 720 --dry-run
 
-With --submit the job options of slurm/submit.py (--help there) are understood too.
+With --submit, the job options of slurm/submit.py are accepted too (python slurm/submit.py --help).
 """
 
 import argparse
@@ -41,28 +41,30 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     which = parser.add_argument_group("which")
-    which.add_argument("--table", metavar="N", help="8, 9, 10, or avion for AVION's own baseline")
-    which.add_argument("--figure", type=whole(1, 99), metavar="N", help="5")
-    which.add_argument("--row", type=whole(1, 99), metavar="ID", help="the paper's ID: 4 to 8; without it, every row")
-    which.add_argument("--task", choices=TASKS, help="where a row has several")
-    which.add_argument("--recipe", nargs="+", metavar="KEY", help="instead: recipes by the names of their files")
+    which.add_argument("--table", metavar="N", help="table of the paper: 8, 9, 10, or avion for AVION's baseline")
+    which.add_argument("--figure", type=whole(1, 99), metavar="N", help="figure of the paper: 5")
+    which.add_argument("--row", type=whole(1, 99), metavar="ID", help="the paper's ID of a row, 4 to 8 [every row]")
+    which.add_argument("--task", choices=TASKS, help="task, where a row has several tasks [every task]")
+    which.add_argument("--recipe", nargs="+", metavar="KEY", help="recipes by the names of their files")
     what = parser.add_argument_group("what to do (default: show the commands)").add_mutually_exclusive_group()
-    what.add_argument("--run", action="store_true", help="run them here one by one; goes on where one stopped")
-    what.add_argument("--submit", action="store_true", help="send them to SLURM")
-    what.add_argument("--list", action="store_true", help="all recipes, as a Markdown table")
-    what.add_argument("--mark", action="store_true", help="write recipe.json alone, of runs that were started by hand")
+    what.add_argument(
+        "--run", action="store_true", help="run the recipes on this machine, one after the other, or continue them"
+    )
+    what.add_argument("--submit", action="store_true", help="submit the recipes to SLURM")
+    what.add_argument("--list", action="store_true", help="print all recipes as a Markdown table")
+    what.add_argument("--mark", action="store_true", help="write only recipe.json, for runs that were started by hand")
     how = parser.add_argument_group("how")
-    how.add_argument("--from-released", action="store_true", help="evaluate the released weights only")
-    how.add_argument("--checkpoint", metavar="FILE", help="those weights, downloaded before (or an hf: address)")
-    how.add_argument("--with-prerequisites", action="store_true", help="first the runs that these start from")
-    how.add_argument("--again", action="store_true", help="put finished runs aside and run them anew")
-    how.add_argument("--seed", type=SEED, nargs="+", default=[], metavar="N", help="a run for each of these seeds")
+    how.add_argument("--from-released", action="store_true", help="only evaluate the released weights")
+    how.add_argument("--checkpoint", metavar="FILE", help="file (or hf: address) of the released weights")
+    how.add_argument("--with-prerequisites", action="store_true", help="first run the recipes that these start from")
+    how.add_argument("--again", action="store_true", help="set finished runs aside and run the recipes again")
+    how.add_argument("--seed", type=SEED, nargs="+", default=[], metavar="N", help="seeds; each seed gets a run")
     how.add_argument(
-        "--gpus", type=PROCESSES, metavar="N", help="processes, with the recipe's global batch [the recipe's]"
+        "--gpus", type=PROCESSES, metavar="N", help="number of processes, at the same global batch [as in the recipe]"
     )
     how.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    how.add_argument("--scale", default=FULL, help=f"{FULL}, demo (recipes/scales/demo.yaml), or a YAML file [{FULL}]")
-    how.add_argument("--runs", default="runs", metavar="DIR", help="where the runs' folders lie [%(default)s]")
+    how.add_argument("--scale", default=FULL, help=f"{FULL}, demo (recipes/scales/demo.yaml) or a YAML file [{FULL}]")
+    how.add_argument("--runs", default="runs", metavar="DIR", help="folder that holds the runs [%(default)s]")
     return parser
 
 

@@ -1,7 +1,7 @@
-"""All recipes of the paper's tables on the demo dataset, scaled down, and the report on what came out.
+"""Run all recipes of the paper's tables, scaled down, on the demo dataset, and report on the results.
 
-Pretraining of every row, both fine-tunes, EgoSchema: two runs at a time on two CPU cores. What is done is not run
-again, so the same command goes on after an interruption. The report (tables.html, tables.md) is in --output-dir.
+The tool pretrains every row, fine-tunes on both tasks and runs EgoSchema, two runs at a time. Finished runs are not run
+again, so the same command continues after an interruption. The report (tables.html, tables.md) is in --output-dir.
 """
 
 import argparse
@@ -26,16 +26,24 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         prog="tools/tables_demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output-dir", default="runs/tables_demo", metavar="DIR", help="[%(default)s]")
-    parser.add_argument("--root", default="datasets/demo", metavar="DIR", help="the demo dataset [%(default)s]")
     parser.add_argument(
-        "--seeds", type=SEED, nargs="+", default=[0], metavar="N", help="all of it for each of them [0]"
+        "--output-dir", default="runs/tables_demo", metavar="DIR", help="folder of runs and report [%(default)s]"
     )
     parser.add_argument(
-        "--jobs", type=whole(1, 1024), default=2, metavar="N", help="runs at a time, a core each [%(default)s]"
+        "--root", default="datasets/demo", metavar="DIR", help="folder of the demo dataset [%(default)s]"
     )
-    parser.add_argument("--short", action="store_true", help="an epoch on 64 clips each, to see that everything runs")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--seeds", type=SEED, nargs="+", default=[0], metavar="N", help="seeds; every recipe runs once per seed [0]"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=whole(1, 1024),
+        default=2,
+        metavar="N",
+        help="number of runs at a time, one core each [%(default)s]",
+    )
+    parser.add_argument("--short", action="store_true", help="train one epoch on 64 clips each, to see that all works")
+    parser.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
     return parser
 
 

@@ -45,7 +45,7 @@ def read_questions(path: str | os.PathLike) -> list[Question]:
     rows = _read_json(path, "questions")
     if not isinstance(rows, list) or not rows:
         found = "an empty one" if rows == [] else f"a {type(rows).__name__}"
-        raise UserError(f"questions {path}: a list of questions is due, found {found}")
+        raise UserError(f"questions {path}: a list of questions is required, found {found}")
     questions: dict[str, Question] = {}
     for i, row in enumerate(rows):
         try:
@@ -60,7 +60,7 @@ def read_questions(path: str | os.PathLike) -> list[Question]:
 
 def _question(row: object) -> Question:
     if not isinstance(row, dict):
-        raise ValueError(f"is a {type(row).__name__}, an object with q_uid, question and option 0 to 4 is due")
+        raise ValueError(f"is a {type(row).__name__}, an object with q_uid, question and option 0 to 4 is required")
     uid = _checked_uid(row.get("q_uid"))
     return Question(uid, _text(row, "question"), tuple(_text(row, f"option {k}") for k in range(OPTIONS)))
 
@@ -69,14 +69,16 @@ def _text(row: Mapping[str, object], field: str) -> str:
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():
         found = "it is missing" if field not in row else f"found {str(value)[:40]!r}"
-        raise ValueError(f"field {field!r}: a text is due, {found}")
+        raise ValueError(f"field {field!r}: a text is required, {found}")
     return value.strip()
 
 
 def _checked_uid(uid: object) -> str:
     """A plain name: it becomes a file's, and must not lead out of the video root."""
     if not isinstance(uid, str) or not _UID.fullmatch(uid):
-        raise ValueError(f"field 'q_uid': a name of letters, digits, '-', '_' and '.' is due, found {str(uid)[:60]!r}")
+        raise ValueError(
+            f"field 'q_uid': a name of letters, digits, '-', '_' and '.' is required, found {str(uid)[:60]!r}"
+        )
     return uid
 
 
@@ -84,11 +86,13 @@ def read_answers(path: str | os.PathLike, questions: Sequence[Question]) -> dict
     """The right option of some of the questions, 0 to 4. UserError for other values and for unknown questions."""
     answers = _read_json(path, "answers")
     if not isinstance(answers, dict) or not answers:
-        raise UserError(f"answers {path}: an object of the form {{q_uid: 0 to 4}} is due, with at least one answer")
+        raise UserError(
+            f"answers {path}: an object of the form {{q_uid: 0 to 4}} is required, with at least one answer"
+        )
     known = {question.uid for question in questions}
     for uid, answer in answers.items():
         if type(answer) is not int or not 0 <= answer < OPTIONS:
-            raise UserError(f"answers {path}: {uid[:60]}: a number from 0 to 4 is due, found {str(answer)[:40]!r}")
+            raise UserError(f"answers {path}: {uid[:60]}: a number from 0 to 4 is required, found {str(answer)[:40]!r}")
     unknown = [uid for uid in answers if uid not in known]
     if unknown:
         raise UserError(
@@ -102,12 +106,14 @@ def read_sources(path: str | os.PathLike) -> dict[str, str]:
     """Which Ego4D video (its video_uid) each question's video was cut from."""
     rows = _read_json(path, "sources")
     if not isinstance(rows, dict) or not rows:
-        raise UserError(f"sources {path}: an object of the form {{q_uid: {{video_uid: ...}}}} is due")
+        raise UserError(f"sources {path}: an object of the form {{q_uid: {{video_uid: ...}}}} is required")
     sources = {}
     for uid, row in rows.items():
         video = row.get("video_uid") if isinstance(row, dict) else None
         if not isinstance(video, str) or not video:
-            raise UserError(f"sources {path}: {uid[:60]}: field 'video_uid': a text is due, found {str(video)[:40]!r}")
+            raise UserError(
+                f"sources {path}: {uid[:60]}: field 'video_uid': a text is required, found {str(video)[:40]!r}"
+            )
         sources[uid] = video
     return sources
 

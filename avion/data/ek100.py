@@ -85,7 +85,7 @@ def read_sentences(path: str | os.PathLike) -> tuple[list[str], list[str]]:
     ids, texts = [], []
     for line, row in csv_rows(path, ("narration_id", "narration")):
         if not row["narration"].strip():
-            raise UserError(f"sentences {path}: line {line}: narration: is empty, a text is due")
+            raise UserError(f"sentences {path}: line {line}: narration: is empty, a text is required")
         ids.append(row["narration_id"])
         texts.append(row["narration"].strip())
     if not ids:
@@ -126,7 +126,7 @@ def load_relevancy(path: str | os.PathLike, num_clips: int, num_sentences: int) 
     matrix = load_pickle(path, "relevancy")
     if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or matrix.dtype.kind not in "biuf":
         found = f"shape {matrix.shape}" if isinstance(matrix, np.ndarray) else type(matrix).__name__
-        raise UserError(f"relevancy {path}: a numeric matrix of clips x sentences is due, found {found}")
+        raise UserError(f"relevancy {path}: a numeric matrix of clips x sentences is required, found {found}")
     if matrix.shape == (num_clips, num_sentences + 1):
         logger.warning("relevancy %s: has one sentence more than the sentence list, the last is left out", path)
         matrix = matrix[:, :num_sentences]

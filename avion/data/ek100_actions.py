@@ -70,7 +70,7 @@ def _existing_class(text: str, count: int) -> int:
 def _new_id(text: str, line: int, lines: dict[str, int]) -> str:
     name = text.strip()
     if not name:
-        raise ValueError("is empty, an id is due")
+        raise ValueError("is empty, an id is required")
     if lines.setdefault(name, line) != line:
         raise ValueError(f"{name[:40]!r} stands in line {lines[name]} already; every clip needs its own")
     return name

@@ -28,7 +28,7 @@ class VideoMixup:
         smoothing: float = 0.0,
     ):
         if cutmix_minmax is not None and not 0 <= cutmix_minmax[0] < cutmix_minmax[1] <= 1:
-            raise UserError(f"cutmix minmax: two ascending shares of 0 to 1 are due, found {list(cutmix_minmax)}")
+            raise UserError(f"cutmix minmax: two ascending shares of 0 to 1 are required, found {list(cutmix_minmax)}")
         self.minmax = cutmix_minmax
         self.mix = Mixup(
             mixup_alpha=mixup, cutmix_alpha=cutmix, cutmix_minmax=cutmix_minmax, prob=prob, switch_prob=switch_prob,

@@ -83,7 +83,7 @@ class _ClipTransform:
 
     def _begin(self, frames: np.ndarray) -> torch.Tensor:
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
-            raise ValueError(f"frames: (T, H, W, 3) uint8 is due, {frames.shape} {frames.dtype} was given")
+            raise ValueError(f"frames: (T, H, W, 3) uint8 is required, {frames.shape} {frames.dtype} was given")
         return torch.from_numpy(frames).permute(0, 3, 1, 2)  # (T, 3, H, W), channels last in memory
 
     def _finish(self, clip: torch.Tensor) -> torch.Tensor:
@@ -150,7 +150,7 @@ class CropsTransform(_ClipTransform):
     def __init__(self, crop_size: int, num_crops: int, norm_style: str = "openai", fused: bool = False):
         super().__init__(crop_size, norm_style, fused)
         if num_crops not in (1, 3):
-            raise UserError(f"number of crops: 1 (centre) or 3 (left, centre, right) are due, found {num_crops}")
+            raise UserError(f"number of crops: 1 (centre) or 3 (left, centre, right) are required, found {num_crops}")
         self.num_crops = num_crops
 
     def __call__(self, frames: np.ndarray, rng: np.random.Generator | None = None) -> torch.Tensor:
@@ -179,7 +179,7 @@ def normalize_clip(video: torch.Tensor, norm_style: str) -> torch.Tensor:
     _check_norm_style(norm_style)
     if video.dtype != torch.uint8:
         if not video.is_floating_point():
-            raise ValueError(f"video: uint8 or float is due, {video.dtype} was given")
+            raise ValueError(f"video: uint8 or float is required, {video.dtype} was given")
         return video
     return _normalized(video, norm_style)
 
@@ -228,7 +228,7 @@ class SpatialCrop(nn.Module):
     def __init__(self, crop_size: int = 224, num_crops: int = 3):
         super().__init__()
         if num_crops not in (1, 3, 6):
-            raise UserError(f"num_crops: 1, 3 or 6 are due, found {num_crops!r}")
+            raise UserError(f"num_crops: 1, 3 or 6 are required, found {num_crops!r}")
         self.crop_size, self.num_crops = crop_size, num_crops
 
     def forward(self, videos: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -238,7 +238,7 @@ class SpatialCrop(nn.Module):
         size, room = self.crop_size, [side - self.crop_size for side in video.shape[-2:]]
         if video.ndim != 4 or min(room) < 0:
             found = tuple(video.shape)
-            raise UserError(f"videos of shape (C, T, H, W), at least {size} x {size}, are due; found {found}")
+            raise UserError(f"videos of shape (C, T, H, W), at least {size} x {size}, are required; found {found}")
         long = 0 if room[0] > room[1] else 1
         corners = []
         for share in (1,) if self.num_crops == 1 else (0, 1, 2):  # halves of the room before the crop

@@ -79,7 +79,7 @@ def read_video_list(path: str | os.PathLike) -> VideoList:
 
 def _span(row: list[str], where: str) -> Span:
     if len(row) not in (1, 3) or not row[0] or "\0" in row[0]:
-        raise UserError(f"{where}: `file` or `file,start,end` is due, found {','.join(row)[:80]!r}")
+        raise UserError(f"{where}: `file` or `file,start,end` is required, found {','.join(row)[:80]!r}")
     if len(row) == 1:
         return Span(row[0])
     try:
@@ -87,7 +87,7 @@ def _span(row: list[str], where: str) -> Span:
     except ValueError:
         start = end = math.nan
     if not 0 <= start < end < math.inf:  # NaN fails too
-        raise UserError(f"{where}: 0 <= start < end in seconds is due, found {row[1][:20]!r} and {row[2][:20]!r}")
+        raise UserError(f"{where}: 0 <= start < end in seconds is required, found {row[1][:20]!r} and {row[2][:20]!r}")
     return Span(row[0], start, end)
 
 

@@ -31,7 +31,7 @@ def with_processes(recipe: Recipe, count: int) -> Recipe:
     The micro-batch stays within the recipe's, whose memory is known to do. UserError where the batch does not divide.
     """
     if count < 1:
-        raise UserError(f"--gpus {count}: at least 1 is due")
+        raise UserError(f"--gpus {count}: at least 1 is required")
     if count == recipe.gpus or recipe.global_batch is None or recipe.flags.get("evaluate"):
         return dataclasses.replace(recipe, gpus=count)
     total, largest = recipe.global_batch, recipe.flags["batch-size"]

@@ -193,11 +193,11 @@ def _check_kinds(where: str, fields: Mapping[str, Any], due: tuple[str, ...] = (
     if fields["task"] not in TASKS:
         raise UserError(f"{where}: task {fields['task']!r} is not one of {', '.join(TASKS)}")
     if fields.get("gpus", 1) < 1:
-        raise UserError(f"{where}: gpus {fields['gpus']}: at least 1 is due")
+        raise UserError(f"{where}: gpus {fields['gpus']}: at least 1 is required")
     for key in ("paper", "released"):
         for name, value in fields.get(key, {}).items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
-                raise UserError(f"{where}: {key}: {name}: a figure in percent is due, found {value!r}")
+                raise UserError(f"{where}: {key}: {name}: a number in percent is required, found {value!r}")
 
 
 # ---- scaling ---------------------------------------------------------------------------------
@@ -269,6 +269,6 @@ def _check_part(where: str, part: Any, known: tuple[str, ...]) -> None:
         if key not in known:
             raise unknown_key(where, key, known, f"keys are {', '.join(known)}")
         if key == "gpus" and (type(value) is not int or value < 1):
-            raise UserError(f"{where}: gpus: a number of at least 1 is due, found {value!r}")
+            raise UserError(f"{where}: gpus: a number of at least 1 is required, found {value!r}")
         if key != "gpus" and not isinstance(value, dict):
             raise UserError(f"{where}: {key}: expected a mapping, found {type(value).__name__}")

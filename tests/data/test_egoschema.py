@@ -33,13 +33,13 @@ def test_questions(written):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ([], "a list of questions is due, found an empty one"),
-        ({"a": 1}, "a list of questions is due, found a dict"),
+        ([], "a list of questions is required, found an empty one"),
+        ({"a": 1}, "a list of questions is required, found a dict"),
         (["x"], "question 0: is a str"),
         ([row(), row()], "question 1: q_uid a-1 occurs twice"),
         ([row(), {k: v for k, v in row("b").items() if k != "option 3"}], "question 1: field 'option 3'.* is missing"),
         ([row(**{"option 0": " "})], "question 0: field 'option 0'"),
-        ([row(**{"option 4": 7})], "question 0: field 'option 4': a text is due, found '7'"),
+        ([row(**{"option 4": 7})], "question 0: field 'option 4': a text is required, found '7'"),
         ([row(question=None)], "question 0: field 'question'"),
         ([row("../etc/passwd")], "question 0: field 'q_uid'.*found '../etc/passwd'"),
         ([row("..")], "question 0: field 'q_uid'"),
@@ -79,7 +79,7 @@ def test_answers(written):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ({"a": 5}, "a: a number from 0 to 4 is due, found '5'"),
+        ({"a": 5}, "a: a number from 0 to 4 is required, found '5'"),
         ({"a": -1}, "found '-1'"),
         ({"a": True}, "found 'True'"),
         ({"a": "1"}, "found '1'"),

@@ -95,7 +95,7 @@ class TestCrops:
         assert torch.equal(CropsTransform(16, 3)(frames)[1], centre)
 
     def test_other_numbers_of_crops(self):
-        with pytest.raises(UserError, match="1 .centre. or 3 .left, centre, right. are due, found 2"):
+        with pytest.raises(UserError, match="1 .centre. or 3 .left, centre, right. are required, found 2"):
             CropsTransform(16, 2)
 
     def test_views_go_by_stretch_then_crop(self, data):

@@ -239,8 +239,8 @@ class TestAvionsTransforms:
                 assert torch.equal(six[first + k], mirrored[3 * video + k])
 
     def test_errors(self):
-        with pytest.raises(UserError, match="num_crops: 1, 3 or 6 are due, found 2"):
+        with pytest.raises(UserError, match="num_crops: 1, 3 or 6 are required, found 2"):
             SpatialCrop(4, 2)
         for shape in ((3, 2, 3, 9), (2, 4, 9)):
-            with pytest.raises(UserError, match="at least 4 x 4, are due; found"):
+            with pytest.raises(UserError, match="at least 4 x 4, are required; found"):
                 SpatialCrop(4)([torch.zeros(shape)])

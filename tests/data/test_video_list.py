@@ -69,8 +69,8 @@ def test_ego4d_pickles_and_ek100_tables_go_through_their_readers(written):
     [
         ("", "holds no videos"),
         ("video,start,end\n", "holds no videos"),
-        ("a.mp4\na.mp4,1\n", "line 2: `file` or `file,start,end` is due, found 'a.mp4,1'"),
-        ("a.mp4,2,1\n", "line 1: 0 <= start < end in seconds is due, found '2' and '1'"),
+        ("a.mp4\na.mp4,1\n", "line 2: `file` or `file,start,end` is required, found 'a.mp4,1'"),
+        ("a.mp4,2,1\n", "line 1: 0 <= start < end in seconds is required, found '2' and '1'"),
         ("a.mp4,-1,1\n", "line 1: 0 <= start"),
         ("a.mp4,0,nan\n", "line 1: 0 <= start"),
         ("a.mp4,0,inf\n", "line 1: 0 <= start"),

@@ -58,7 +58,7 @@ def test_without_a_batch_any_number_will_do():
     assert with_processes(recipe("table10_row6"), 3).flags == recipe("table10_row6").flags
     released = with_processes(from_released(recipe("table8_row6"), None), 3)
     assert released.gpus == 3 and released.args().batch_size == 64
-    with pytest.raises(UserError, match="--gpus 0: at least 1 is due"):
+    with pytest.raises(UserError, match="--gpus 0: at least 1 is required"):
         with_processes(recipe("table10_row6"), 0)
 
 

@@ -230,10 +230,10 @@ BAD = {
     "key 'task' is missing": {"task": None},
     "task 'retreival' is not one of zero-shot retrieval, ": {"task": "retreival"},
     "key 'gpus': expected a whole number, found '8'": {"gpus": "8"},
-    "gpus 0: at least 1 is due": {"gpus": 0},
+    "gpus 0: at least 1 is required": {"gpus": 0},
     "key 'row': expected a whole number, found True": {"row": True},
-    "paper: avg_map: a figure in percent is due, found 126.2": {"paper": {"avg_map": 126.2}},
-    "paper: avg_map: a figure in percent is due, found 'high'": {"paper": {"avg_map": "high"}},
+    "paper: avg_map: a number in percent is required, found 126.2": {"paper": {"avg_map": 126.2}},
+    "paper: avg_map: a number in percent is required, found 'high'": {"paper": {"avg_map": "high"}},
 }
 
 
@@ -297,7 +297,7 @@ SCALES = {
     "main_egoschema.py: {}": "says nothing of main_pretrain.py",
     "main_pretrain.py: 3": "main_pretrain.py: expected a mapping with gpus, flags, models, recipes, found int",
     "main_pretrain.py: {flagz: {}}": "unknown key 'flagz': did you mean flags",
-    "main_pretrain.py: {gpus: 0}": "gpus: a number of at least 1 is due, found 0",
+    "main_pretrain.py: {gpus: 0}": "gpus: a number of at least 1 is required, found 0",
     "main_pretrain.py: {flags: [1]}": "flags: expected a mapping, found list",
     "main_pretrain.py: {models: {X: {gpus: 1}}}": "models: X: unknown key 'gpus'",
 }

@@ -198,7 +198,7 @@ def test_the_picture_is_a_png(tmp_path, capsys):
         ("nothing", "x.png", "nothing: no such folder"),
         ("empty", "x.png", "steps.txt: cannot be read (No such file or directory)"),
         ("begun", "x.png", "steps.txt: holds no progress line yet"),
-        ("good", "x.jpg", "x.jpg: a name that ends with .png is due"),
+        ("good", "x.jpg", "x.jpg: a name that ends with .png is required"),
         ("good", "no/folder/x.png", "x.png: cannot be written (No such file or directory)"),
     ],
 )
