@@ -24,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from avion.ops.gated_scan import ScanInputs, gated_bidirectional_scan
 from avion.ops.selective_scan import available_backends
 from benchmarks import scan_on_cpu
-from benchmarks.measure import Ceilings, markdown_table, measure_ceilings, medians, report, where
+from benchmarks.measure import Ceilings, markdown_table, measure_ceilings, medians, report, where, write_json
 
 SHAPES = ((12544, 4), (12544, 16), (12544, 64), (196, 256), (196, 1024), (196, 8192), (64, 784), (64, 3136))
 TOY_SHAPES = ((6, 4), (2, 40))
 PEER = "mamba_ssm"
+WHAT = {"forward": "forward", "both": "forward + backward"}
 # Of bf16 inputs, whose gradients are rounded to bf16 as well.
 TOLERANCE = 2e-2
 # Per row, step, channel and state and direction: float32 instructions forward (ΔA; ΔBu; the state; y), and backward
@@ -125,30 +126,50 @@ def peak_mb(case: Case, backend: str) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def measure(shape: tuple[int, int], args: argparse.Namespace, ceilings: Ceilings) -> tuple[list[list[str]], bool]:
-    """Rows of the table for one shape, and whether every backend was right."""
+def measure(shape: tuple[int, int], args: argparse.Namespace, ceilings: Ceilings) -> list[dict]:
+    """A record for each backend and pass: R, T, what, backend, error, and of those that are right ms, floor_ms, peer_ms
+    (None without the peer), peak_mb."""
     case = Case(*shape, args.dim, args.states, args.device)
-    rows, right = [], True
-    backends = []
+    records, errors = [], {}
     for backend in args.backends:
         try:
-            error = worst_error(case, backend)
+            errors[backend] = worst_error(case, backend)
         except torch.OutOfMemoryError:
-            rows.append([f"{shape[0]:,} × {shape[1]:,}", backend, "out of memory", "", "", "", ""])
+            records.append({"R": shape[0], "T": shape[1], "what": "both", "backend": backend, "error": None})
             continue
-        right &= error < TOLERANCE
-        backends.append(backend)
-        print(f"R = {shape[0]}, T = {shape[1]}: {backend} within {error:.1e} of float64", flush=True)
-    for what, name in (("forward", "forward"), ("both", "forward + backward")):
-        work = {b: functools.partial(getattr(case, what), b) for b in backends}
-        found = medians(work, args.rounds, args.device)
-        floor = floor_ms(case.shape, ceilings, backward=what == "both")
+        print(f"R = {shape[0]}, T = {shape[1]}: {backend} within {errors[backend]:.1e} of float64", flush=True)
+    for what in WHAT:
+        found = medians({b: functools.partial(getattr(case, what), b) for b in errors}, args.rounds, args.device)
         for backend, ms in found.items():
-            versus = f"{found[PEER] / ms:.1f} ×" if PEER in found else "–"
-            memory = f"{peak_mb(case, backend):,.0f}" if what == "both" and case.z.is_cuda else ""
-            size = f"{shape[0]:,} × {shape[1]:,}"
-            rows.append([size, name, backend, f"{ms:.3f}", versus, f"{ms / floor:.1f} ×", memory])
-    return rows, right
+            records.append({
+                "R": shape[0], "T": shape[1], "what": what, "backend": backend, "error": errors[backend], "ms": ms,
+                "floor_ms": floor_ms(case.shape, ceilings, backward=what == "both"), "peer_ms": found.get(PEER),
+                "peak_mb": peak_mb(case, backend) if what == "both" and case.z.is_cuda else None,
+            })  # fmt: skip
+    return records
+
+
+def is_right(record: dict) -> bool:
+    return record["error"] is None or record["error"] < TOLERANCE
+
+
+def table_row(record: dict) -> list[str]:
+    size = f"{record['R']:,} × {record['T']:,}"
+    if record["error"] is None:
+        return [size, record["backend"], "out of memory", "", "", "", ""]
+    ms, peer, peak = record["ms"], record["peer_ms"], record["peak_mb"]
+    versus = "–" if peer is None else f"{peer / ms:.1f} ×"
+    to_floor = f"{ms / record['floor_ms']:.1f} ×"
+    memory = "" if peak is None else f"{peak:,.0f}"
+    return [size, WHAT[record["what"]], record["backend"], f"{ms:.3f}", versus, to_floor, memory]
+
+
+def a_shape(text: str) -> tuple[int, int]:
+    try:
+        rows, steps = map(int, text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ROWSxSTEPS, for example 12544x4") from None
+    return rows, steps
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -158,7 +179,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--states", type=int, default=16)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backends", nargs="*", help="all that can run, the reference aside")
+    parser.add_argument("--shapes", nargs="*", type=a_shape, metavar="RxT", help="in place of those above")
     parser.add_argument("--output", help="a Markdown file to write the table to")
+    parser.add_argument("--json", help="a JSON file for the numbers, written after every shape")
     parser.add_argument("--toy", action="store_true", help="tiny shapes on the CPU, in Triton's interpreter")
     args = parser.parse_args(argv)
     args.rounds, args.dim = args.rounds or (1 if args.toy else 21), args.dim or (4 if args.toy else 768)
@@ -171,16 +194,18 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
     args.backends = args.backends or [b for b in available_backends(args.device) if b != "reference"]
     ceilings = measure_ceilings(args.device, toy=args.toy)
-    rows, all_right = [], True
-    for shape in TOY_SHAPES if args.toy else SHAPES:
-        more, right = measure(shape, args, ceilings)
-        rows, all_right = rows + more, all_right and right
+    records = []
+    for shape in args.shapes or (TOY_SHAPES if args.toy else SHAPES):
+        records += measure(shape, args, ceilings)
+        if args.json:  # after every shape: whoever stops us still has the others
+            write_json(args.json, {"where": where(args.device), "ceilings": ceilings._asdict(), "records": records})
+    all_right = all(map(is_right, records))
     columns = ["R × T", "what", "backend", "median ms", "mamba-ssm's time / this", "this / floor", "peak MB"]
     setting = f"D = {args.dim}, N = {args.states}, bf16, both directions and the gate; measured ceilings: {ceilings}"
     verdict = f"Within {TOLERANCE} of the float64 reference: {'all' if all_right else 'NOT ALL; see the lines above'}."
     report(
         "The gated bidirectional scan",
-        [where(args.device), setting, verdict, markdown_table(columns, rows)],
+        [where(args.device), setting, verdict, markdown_table(columns, [table_row(r) for r in records])],
         args.output,
     )
     return 0 if all_right else 1

@@ -28,7 +28,7 @@ from avion.models import create_model
 from avion.models.vim import BiMambaMixer
 from avion.ops.selective_scan import available_backends
 from avion.optim import build_optimizer
-from benchmarks.measure import markdown_table, measure_ceilings, medians, report, where
+from benchmarks.measure import markdown_table, measure_ceilings, medians, report, where, write_json
 
 MODELS = {
     "ID4": "TIMESFORMER_VITB16",
@@ -107,28 +107,61 @@ def peak_gb(step: Step, batch: dict[str, torch.Tensor], others_gb: float) -> flo
     return torch.cuda.max_memory_allocated() / 1e9 - others_gb
 
 
-def build_all(args: argparse.Namespace, batch) -> tuple[dict[str, Step], dict[str, float], list[list[str]]]:
-    """Every configuration that fits, by name; its peak memory; and table rows of those that do not."""
+def build_all(args: argparse.Namespace, batch) -> tuple[dict[str, Step], list[dict]]:
+    """Every configuration that fits, by name; and a record of each: row, backend (None for ID4), peak_gb (None on a
+    CPU), out_of_memory."""
     steps: dict[str, Step] = {}
-    memory: dict[str, float] = {}
-    failed = []
+    records = []
     for row in args.rows:
         for backend in [None] if row == "ID4" else args.backends:
             name = row if backend is None else f"{row}, {backend}"
+            record = {"name": name, "row": row, "backend": backend, "peak_gb": None, "out_of_memory": False}
+            records.append(record)
             others_gb = 0.0 if args.device == "cpu" else (torch.cuda.memory_allocated() - batch["video"].nbytes) / 1e9
             try:
                 step = Step(row, backend, args)
                 step.run(batch)
                 if args.device != "cpu":
-                    memory[name] = peak_gb(step, batch, others_gb)
+                    record["peak_gb"] = peak_gb(step, batch, others_gb)
             except torch.OutOfMemoryError:
-                failed.append([name, "out of memory", "", "", "", "", ""])
+                record["out_of_memory"] = True
                 step = None
                 torch.cuda.empty_cache()
                 continue
             steps[name] = step
             print(f"{name}: runs", flush=True)
-    return steps, memory, failed
+    return steps, records
+
+
+def complete(records: list[dict], found: dict[str, float], flops: dict[str, float], matmul: float | None, clips: int):
+    """Adds to the records of what was measured: ms, clips_per_s, to_id4, to_peer (None where the other side was not
+    measured), mfu (None on a CPU)."""
+    for record in records:
+        ms = found.get(record["name"])
+        if ms is None:
+            continue
+        peer = found.get(f"{record['row']}, {PEER}")
+        speed = clips / ms * 1e3
+        record |= {
+            "ms": ms,
+            "clips_per_s": speed,
+            "to_id4": ms / found["ID4"] if "ID4" in found else None,
+            "to_peer": None if peer is None else peer / ms,
+            "mfu": None if matmul is None else flops[record["name"]] * speed / matmul,
+        }
+
+
+def table_row(record: dict) -> list[str]:
+    def shown(key: str, form: str) -> str:
+        return "–" if record[key] is None else form.format(record[key])
+
+    if record["out_of_memory"]:
+        return [record["name"], "out of memory", "", "", "", "", ""]
+    return [
+        record["name"], shown("ms", "{:.1f}"), shown("clips_per_s", "{:.1f}"), shown("to_id4", "{:.2f} ×"),
+        shown("to_peer", "{:.2f} ×"), shown("peak_gb", "{:.2f}"),
+        "–" if record["mfu"] is None else f"{100 * record['mfu']:.1f}",
+    ]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -141,6 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--grad-checkpointing", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", help="a Markdown file to write the table to")
+    parser.add_argument("--json", help="a JSON file for the numbers")
     parser.add_argument("--toy", action="store_true", help="tiny models on the CPU, in Triton's interpreter")
     args = parser.parse_args(argv)
     args.clips, args.rounds = args.clips or (2 if args.toy else 64), args.rounds or (1 if args.toy else 11)
@@ -148,25 +182,17 @@ def main(argv: list[str] | None = None) -> int:
         args.device = "cpu"
     args.backends = args.backends or [b for b in available_backends(args.device) if b != "reference"]
     batch = random_batch(args)
-    steps, memory, rows = build_all(args, batch)
+    steps, records = build_all(args, batch)
     found = medians(
         {name: functools.partial(step.run, batch) for name, step in steps.items()}, args.rounds, args.device
     )
     # On a CPU the other ceilings would be measured in Triton's interpreter.
     matmul = measure_ceilings(args.device, toy=args.toy).matmul if args.toy or args.device != "cpu" else None
     flops = {name: step.flops_per_clip(batch) for name, step in steps.items()}
-    for name, ms in found.items():
-        row = name.split(",")[0]
-        to_peer = found.get(f"{row}, {PEER}")
-        rows.append([
-            name,
-            f"{ms:.1f}",
-            f"{args.clips / ms * 1e3:.1f}",
-            f"{ms / found['ID4']:.2f} ×" if "ID4" in found else "–",
-            f"{to_peer / ms:.2f} ×" if to_peer is not None else "–",
-            f"{memory[name]:.2f}" if name in memory else "–",
-            "–" if matmul is None else f"{100 * flops[name] * args.clips / ms * 1e3 / matmul:.1f}",
-        ])  # fmt: skip
+    complete(records, found, flops, matmul, args.clips)
+    if args.json:
+        about = {"clips": args.clips, "frames": args.frames, "grad_checkpointing": args.grad_checkpointing}
+        write_json(args.json, {"where": where(args.device), **about, "records": records})
     columns = [
         "row, scan backend",
         "median ms",
@@ -181,7 +207,11 @@ def main(argv: list[str] | None = None) -> int:
         f"{', activation checkpointing' if args.grad_checkpointing else ''}; "
         f"bf16 matrix products {'were not measured' if matmul is None else f'reach {matmul / 1e12:.1f} TFLOP/s here'}"
     )
-    report("A training step", [where(args.device), setting, markdown_table(columns, rows)], args.output)
+    report(
+        "A training step",
+        [where(args.device), setting, markdown_table(columns, [table_row(r) for r in records])],
+        args.output,
+    )
     return 0
 
 

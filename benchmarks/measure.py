@@ -2,6 +2,8 @@
 when they were made."""
 
 import datetime
+import json
+import os
 import statistics
 import subprocess
 import time
@@ -69,10 +71,8 @@ def measure_ceilings(device: str, toy: bool = False) -> Ceilings:
 
 def where(device: str) -> str:
     """Date, device and versions, one line."""
-    import triton
-
     name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
-    versions = [f"torch {torch.__version__}", f"Triton {triton.__version__}"]
+    versions = [f"torch {torch.__version__}", f"Triton {_version('triton')}"]
     if torch.version.cuda is not None:
         versions.append(f"CUDA {torch.version.cuda}")
     for package in ("mamba-ssm", "causal-conv1d"):
@@ -114,3 +114,12 @@ def report(title: str, parts: list[str], output: str | None) -> None:
         path = Path(output)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """Whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    draft.replace(path)

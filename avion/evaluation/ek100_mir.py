@@ -21,18 +21,39 @@ that mean. The annotations of EPIC-KITCHENS have none; they appear when clips ar
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
 from avion.errors import UserError
 
-# Elements that one thread copies at a time, a few MiB: about what a core's cache holds.
-_BLOCK_ELEMENTS = 1 << 20
+# Elements that one thread ranks at a time, a few MiB: about what a core's cache holds.
+_BLOCK_ELEMENTS = 1 << 18
+_TILE = 256  # of a matrix that is turned as it is copied
 _MAX_THREADS = 4
 
-# (gains, positions) of the items of relevancy above 0 as one query ranks them -> its score or NaN.
-# Gains are float64 relevancies in (0, 1], positions the rising int64 ranks from 0.
-Scorer = Callable[[np.ndarray, np.ndarray], float]
+
+class _Ranked(NamedTuple):
+    """The items of relevancy above 0 as a block of queries ranks them, query after query.
+
+    gains: float64 relevancies in (0, 1]; positions: their ranks from 0, rising within a query; bounds: of the queries,
+    one more than there are.
+    """
+
+    gains: np.ndarray
+    positions: np.ndarray
+    bounds: np.ndarray
+
+    def padded(self) -> np.ndarray:
+        """The gains, (queries, most items of one), zeros after them."""
+        counts = np.diff(self.bounds)
+        padded = np.zeros((len(counts), counts.max()))
+        padded[np.arange(padded.shape[1]) < counts[:, None]] = self.gains
+        return padded
+
+
+# Scores of a block's queries, NaN where undefined.
+Scorer = Callable[[_Ranked], np.ndarray]
 
 
 def retrieval_metrics(similarity, relevancy, *, graded_precision: bool = True) -> dict[str, float]:
@@ -88,14 +109,8 @@ def _mean_scores(
     scores = np.empty((len(scorers), queries))
 
     def score(block: slice) -> None:
-        # The columns' view is copied here, so that each query's items lie side by side.
-        gains = np.ascontiguousarray(relevancy[block])
-        digits = _descending_digits(np.ascontiguousarray(similarity[block]))
-        for row, gain in enumerate(gains):
-            ranked = gain.take(_order([digit[row] for digit in digits]))
-            positions = np.flatnonzero(ranked)
-            found = ranked[positions].astype(np.float64)
-            scores[:, block.start + row] = [scorer(found, positions) for scorer in scorers.values()]
+        ranked = _ranked(_copied(similarity[block]), _copied(relevancy[block]))
+        scores[:, block] = [scorer(ranked) for scorer in scorers.values()]
 
     rows = max(1, _BLOCK_ELEMENTS // items)
     with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
@@ -114,24 +129,67 @@ def _mean_scores(
 
 
 def _ap_scorer(graded: bool) -> Scorer:
-    def average_precision(gains: np.ndarray, positions: np.ndarray) -> float:
-        hits = np.flatnonzero(gains == 1)
-        if not len(hits):
-            return np.nan
-        found = gains.cumsum()[hits] if graded else np.arange(1, len(hits) + 1)
-        return (found / (positions[hits] + 1)).mean()
+    def average_precision(ranked: _Ranked) -> np.ndarray:
+        hits = np.flatnonzero(ranked.gains == 1)
+        bounds = hits.searchsorted(ranked.bounds)
+        query = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+        if graded:
+            found = ranked.padded().cumsum(axis=1)[query, hits - ranked.bounds[query]]
+        else:
+            found = np.arange(1, len(hits) + 1) - bounds[query]
+        return _sums(found / (ranked.positions[hits] + 1), bounds[:-1], bounds[1:]) / _or_nan(np.diff(bounds))
 
     return average_precision
 
 
-def _ndcg(gains: np.ndarray, positions: np.ndarray) -> float:
-    cut = len(gains)
-    if not cut:
-        return np.nan
-    kept = np.searchsorted(positions, cut)
-    dcg = (gains[:kept] / np.log2(positions[:kept] + 2)).sum()
-    ideal = (np.sort(gains)[::-1] / np.log2(np.arange(2, cut + 2))).sum()
-    return dcg / ideal
+def _ndcg(ranked: _Ranked) -> np.ndarray:
+    counts = np.diff(ranked.bounds)
+    # Of the item in place j: the ideal order has no more places than a query has items, and no later one counts.
+    discounts = np.log2(np.arange(2, counts.max() + 2))
+    starts = ranked.bounds[:-1]
+    counted = ranked.positions < np.repeat(counts, counts)
+    terms = np.zeros(len(ranked.gains))
+    terms[counted] = ranked.gains[counted] / discounts[ranked.positions[counted]]
+    # Ranks rise, so that what counts comes first.
+    dcg = _sums(terms, starts, starts + np.diff(np.append(0, counted.cumsum())[ranked.bounds]))
+    ideal = np.sort(ranked.padded(), axis=1)[:, ::-1] / discounts
+    ideal_starts = np.arange(len(counts)) * len(discounts)
+    return dcg / _or_nan(_sums(ideal.ravel(), ideal_starts, ideal_starts + counts))
+
+
+def _sums(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """Of pieces of `values`. One by one, so that each is rounded as its own sum, whatever lies beside it."""
+    pieces = zip(starts.tolist(), stops.tolist(), strict=True)
+    return np.array([np.add.reduce(values[start:stop]) for start, stop in pieces])
+
+
+def _or_nan(values: np.ndarray) -> np.ndarray:
+    return np.where(values, values, np.nan)
+
+
+# ---- ranking -------------------------------------------------------------------------------------------
+
+
+def _copied(block: np.ndarray) -> np.ndarray:
+    """(q, n) in one piece, each query's items side by side, of rows or columns of the matrix."""
+    if block.flags.c_contiguous:
+        return block
+    copy = np.empty(block.shape, block.dtype)
+    for start in range(0, block.shape[1], _TILE):  # columns turn three times as fast in tiles
+        copy[:, start : start + _TILE] = block[:, start : start + _TILE]
+    return copy
+
+
+def _ranked(similarity: np.ndarray, relevancy: np.ndarray) -> _Ranked:
+    """Of (q, n) similarities and relevancies."""
+    queries, items = similarity.shape
+    gains = np.empty_like(relevancy)  # as each query ranks them
+    digits = _descending_digits(similarity)
+    for row in range(queries):
+        relevancy[row].take(_order([digit[row] for digit in digits]), out=gains[row], mode="clip")
+    places = np.flatnonzero(gains > 0)
+    bounds = places.searchsorted(np.arange(queries + 1) * items)
+    return _Ranked(gains.ravel()[places].astype(np.float64), places % items, bounds)
 
 
 def _descending_digits(similarity: np.ndarray) -> list[np.ndarray]:

@@ -20,6 +20,7 @@ from torch import nn
 
 from avion.ops.causal_conv import causal_conv_silu, causal_conv_silu_both
 from avion.ops.gated_scan import ScanInputs, gated_bidirectional_scan
+from avion.ops.mixer import MixerWeights, mixer_of_whole_rows, runs_whole
 from avion.ops.selective_scan import check_backend_name, selective_scan_with_state
 
 # Step sizes at initialisation: log-uniform in this range, never below the floor (Mamba, section 3.6).
@@ -68,8 +69,11 @@ class BiMambaMixer(nn.Module):
         _init_dt_proj(self.dt_proj)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        x, z = self.in_proj(h).chunk(2, dim=-1)  # (R, T, I) each
+        xz = self.in_proj(h)  # (R, T, 2I)
         forward, backward = self._direction(reverse=False), self._direction(reverse=True)
+        if runs_whole(xz, self.scan_backend):
+            return self.out_proj(mixer_of_whole_rows(xz, forward.weights(), backward.weights()))  # (R, T, D)
+        x, z = xz.chunk(2, dim=-1)  # (R, T, I) each
         u = causal_conv_silu_both(x, forward.taps(), backward.taps(), backend=self.scan_backend)  # (R, T, I) each
         inputs = (self._scan_inputs(u, p) for u, p in zip(u, (forward, backward), strict=True))
         return self.out_proj(gated_bidirectional_scan(*inputs, z, backend=self.scan_backend))  # (R, T, D)
@@ -126,6 +130,10 @@ class _Direction(NamedTuple):
     def taps(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The convolution's weight (I, K) and bias (I,)."""
         return self.conv.weight.squeeze(1), self.conv.bias
+
+    def weights(self) -> MixerWeights:
+        A = _decay_rates(self.A_log)
+        return MixerWeights(*self.taps(), self.x_proj.weight, self.dt_proj.weight, A, self.D, self.dt_proj.bias)
 
 
 class ScanCarry(NamedTuple):

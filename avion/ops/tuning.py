@@ -79,15 +79,16 @@ def _milliseconds(run: Callable[[], object]) -> float:
     return statistics.median(times[1:])
 
 
-def _file(device: str) -> Path:
+def cache_file(kind: str, device: str) -> Path:
+    """The file of what was measured on GPUs of this name, under this version of PyTorch."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avion"
-    return root / f"plans, {device}, torch {torch.__version__}.json".replace("/", "_")
+    return root / f"{kind}, {device}, torch {torch.__version__}.json".replace("/", "_")
 
 
 def _stored(device: str) -> dict[str, list]:
     """What earlier runs chose; nothing where the file is missing or is not what `_store` writes."""
     try:
-        content = json.loads(_file(device).read_text(encoding="utf-8"))
+        content = json.loads(cache_file("plans", device).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -95,7 +96,7 @@ def _stored(device: str) -> dict[str, list]:
 
 def _store(device: str, key: str, plan: list) -> None:
     """Adds a choice to the file. Where several processes do, the last one wins: what is lost is measured again."""
-    path = _file(device)
+    path = cache_file("plans", device)
     draft = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

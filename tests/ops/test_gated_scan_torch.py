@@ -22,7 +22,7 @@ def poison():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks in a group, several groups, several blocks of time."""
-    monkeypatch.setattr(torch_blocks, "_MAX_STEPS", 4)
+    monkeypatch.setattr(torch_blocks, "MAX_STEPS", 4)
     monkeypatch.setattr(torch_blocks, "_budget", lambda device: torch_blocks._Budget(block=160, group=80))
 
 

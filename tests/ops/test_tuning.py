@@ -80,7 +80,7 @@ def test_shapes_of_another_class_ops_types_and_offers_are_measured_for_themselve
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"k": [1, 2]}'])
 def test_a_file_that_is_not_ours_is_measured_over(content, measured, tmp_path):
-    path = tuning._file("GPU / 1")
+    path = tuning.cache_file("plans", "GPU / 1")
     path.parent.mkdir()
     path.write_text(content)
     assert choose() == Plan(64, 2) and len(measured) == 3
@@ -89,7 +89,7 @@ def test_a_file_that_is_not_ours_is_measured_over(content, measured, tmp_path):
 
 def test_a_stored_plan_that_is_not_on_offer_is_not_taken(measured):
     choose()
-    path = tuning._file("GPU / 1")
+    path = tuning.cache_file("plans", "GPU / 1")
     (key,) = json.loads(path.read_text())
     path.write_text(json.dumps({key: [4096, 64]}))
     tuning._chosen.clear()

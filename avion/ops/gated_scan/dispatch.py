@@ -37,7 +37,8 @@ def gated_bidirectional_scan(forward: ScanInputs, backward: ScanInputs, z: Tenso
     if z.shape != forward.u.shape:
         raise ValueError(f"gated_bidirectional_scan: z must be {tuple(forward.u.shape)} as u is, got {tuple(z.shape)}")
     float64 = any(t.dtype == torch.float64 for t in (*forward, *backward, z))
-    name = resolve_backend(backend, z.device, float64=float64)
+    u, states = forward.u, forward.A.shape[1]
+    name = resolve_backend(backend, z.device, float64=float64, like=u, states=states)
     if name == "triton":
         from .triton import gated_scan_triton  # only where there is a GPU for it
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from avion.errors import UserError
+from avion.ops import choices
 
 from . import mamba_ssm
 from .reference import selective_scan_reference, selective_scan_with_state_reference
@@ -58,7 +59,7 @@ def _run_triton(*arguments) -> torch.Tensor:
     return selective_scan_triton(*arguments)
 
 
-# `auto` takes the first one that can run: the fastest come first.
+# `auto` takes the first one that can run, the fastest come first, unless measurements on this GPU say otherwise.
 _BACKENDS: dict[str, Backend] = {
     "triton": Backend(_run_triton, _triton_unavailable, auto_on=("cuda",), float64=False),
     "mamba_ssm": Backend(
@@ -93,8 +94,18 @@ def check_backend_name(name: str) -> None:
     raise UserError(f"scan backend {name!r} does not exist: did you mean {' or '.join(near)}?")
 
 
-def resolve_backend(name: str = "auto", device: torch.device | str = "cpu", *, float64: bool = False) -> str:
+def resolve_backend(
+    name: str = "auto",
+    device: torch.device | str = "cpu",
+    *,
+    float64: bool = False,
+    like: torch.Tensor | None = None,
+    states: int = 0,
+) -> str:
     """The name of the backend that `name` means on `device`, where `float64` says whether an input is of that dtype.
+
+    For tensors like `like` (R, T, D) with N states, `auto` takes what was measured to be the fastest on this GPU, if
+    anything was (`avion.ops.choices`).
 
     Raises UserError for an unknown name (with the near ones) and for one that cannot run there (with the reason).
     """
@@ -108,14 +119,37 @@ def resolve_backend(name: str = "auto", device: torch.device | str = "cpu", *, f
             runnable = " or ".join(n for n in available_backends(device) if n != name)
             raise UserError(f"scan backend {name!r} cannot run on {device.type}: {reason}; use {runnable}")
         return name
+    measured = None if like is None or float64 else _measured_choice(device, like, states)
+    if measured is not None:
+        return measured
     for candidate, backend in _BACKENDS.items():
         if backend.in_auto(device) and (backend.float64 or not float64):
-            # Logging would break the graph of torch.compile.
-            if not torch.compiler.is_compiling() and (candidate, device.type) not in _logged_picks:
-                _logged_picks.add((candidate, device.type))
-                _log.info("selective scan on %s: backend %s", device.type, candidate)
+            _log_pick(device.type, candidate)
             return candidate
     raise AssertionError("the reference runs everywhere")
+
+
+# A compiled graph takes what is found when it is compiled: the file is not read within it.
+@torch.compiler.assume_constant_result
+def _fastest_of_class(device: torch.device, steps: int, channels: int, states: int, dtype: torch.dtype) -> str | None:
+    choice = choices.fastest(device, steps, channels, states, dtype)
+    if choice is None or choice.backend not in available_backends(device):
+        return None
+    _log_pick(f"{device.type}, {choices.shape_class(steps, channels, states, dtype)}", str(choice))
+    return choice.backend
+
+
+def _measured_choice(device: torch.device, like: torch.Tensor, states: int) -> str | None:
+    if device.type != "cuda" or not isinstance(like.shape[1], int):  # in graphs for any T nothing is known of it
+        return None
+    return _fastest_of_class(device, like.shape[1], like.shape[2], states, like.dtype)
+
+
+def _log_pick(where: str, pick: str) -> None:
+    # Logging would break the graph of torch.compile.
+    if not torch.compiler.is_compiling() and (pick, where) not in _logged_picks:
+        _logged_picks.add((pick, where))
+        _log.info("selective scan on %s: backend %s", where, pick)
 
 
 def selective_scan(
@@ -137,7 +171,7 @@ def selective_scan(
     """
     check_shapes(u, delta, A, B, C, D, delta_bias)
     float64 = any(x is not None and x.dtype == torch.float64 for x in (u, delta, A, B, C, D, delta_bias))
-    run = _BACKENDS[resolve_backend(backend, u.device, float64=float64)].run
+    run = _BACKENDS[resolve_backend(backend, u.device, float64=float64, like=u, states=A.shape[1])].run
     return run(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
 
 

@@ -1,0 +1,77 @@
+"""Which backend `auto` takes on a GPU, where it was measured: a file beside the tuned plans.
+
+`benchmarks/gpu_report.py` writes it, `avion.ops.selective_scan.dispatch` reads it. Without the file, for shapes that
+were not measured, on a CPU, and with `AVION_TUNE=0`, `auto` goes by its own order.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from .tuning import cache_file
+
+
+class Choice(NamedTuple):
+    """The fastest backend of one class of shapes, milliseconds of each that was measured, and when."""
+
+    backend: str
+    milliseconds: dict[str, float]
+    date: str
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{name} {ms:.3f} ms" for name, ms in sorted(self.milliseconds.items(), key=lambda x: x[1]))
+        return f"{self.backend}, the fastest when measured on {self.date} ({times})"
+
+
+def shape_class(steps: int, channels: int, states: int, dtype: torch.dtype) -> str:
+    """Rows do not count: what decides is how long they are, in classes a factor of two wide."""
+    return f"T<{1 << steps.bit_length()}, D={channels}, N={states}, {str(dtype).removeprefix('torch.')}"
+
+
+def fastest(device: torch.device, steps: int, channels: int, states: int, dtype: torch.dtype) -> Choice | None:
+    """What was measured for such tensors on this kind of GPU, None where nothing was."""
+    if device.type != "cuda" or os.environ.get("AVION_TUNE") == "0":
+        return None
+    return _stored(torch.cuda.get_device_name(device)).get(shape_class(steps, channels, states, dtype))
+
+
+def store(device: str, choices: Mapping[str, Choice]) -> str:
+    """Adds the choices, by shape class, to the file for GPUs of the name `device`; returns the file's path.
+
+    Raises OSError where it cannot be written.
+    """
+    path = cache_file("backends", device)
+    _stored.cache_clear()
+    merged = {**_stored(device), **choices}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps({key: choice._asdict() for key, choice in merged.items()}, indent=1), encoding="utf-8")
+    draft.replace(path)
+    _stored.cache_clear()
+    return str(path)
+
+
+@functools.cache
+def _stored(device: str) -> dict[str, Choice]:
+    """The file's choices; those that are not what `store` writes are passed by."""
+    try:
+        content = json.loads(cache_file("backends", device).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    entries = content.items() if isinstance(content, dict) else ()
+    return {key: choice for key, entry in entries if (choice := _read(entry)) is not None}
+
+
+def _read(entry: object) -> Choice | None:
+    if not isinstance(entry, dict) or entry.keys() != set(Choice._fields):
+        return None
+    backend, times, date = (entry[name] for name in Choice._fields)
+    if not isinstance(backend, str) or not isinstance(date, str) or not isinstance(times, dict):
+        return None
+    if not all(isinstance(ms, int | float) for ms in times.values()):
+        return None
+    return Choice(backend, {str(name): float(ms) for name, ms in times.items()}, date)
