@@ -27,21 +27,27 @@ class ClipDataset(Dataset):
         index        int, the row that was asked for
         video        Tensor (3, T, H, W) as `transform` returns it
         tokens       LongTensor (context,); absent without a tokenizer
-        error        str, why the clip could not be read; "" if it could
-        replaced_by  int, the row that was read instead; -1 if none was
-        clamped      int, frames (of T) past the video's end that show its last frame
+        error        str, why the clip could not be read; "" if it could be read
+        replaced_by  int, the row that was read instead; -1 if the row itself was read
+        clamped      int, the number of frames (of T) after the video's end, which repeat the last frame
 
-    All randomness comes from (seed, epoch, index): a sample does not depend on workers, order or other samples.
-    Training jitters the frames, draws one of the wordings, and replaces a clip that cannot be read by another
-    one, its text included; after `max_replacements` unreadable ones in a row it raises VideoError. Evaluation takes
-    the middle frames and the first wording, and gives zeros for a clip that cannot be read: `error` says why, and
-    whoever computes figures leaves it out.
+    All random numbers come from (seed, epoch, index): a sample does not depend on workers, order or other samples.
+    Training jitters the frames, draws one of the wordings, and replaces a clip that cannot be read, with its text, by
+    another clip. Evaluation takes the middle frames and the first wording, and gives zeros for a clip that cannot be
+    read; code that computes metrics must leave out samples with an `error`.
 
-    captions: (row, Generator) -> (text, further fields of the sample): what training pairs a row with, in place of one
-    of its wordings.
-
-    table: a sequence of Narration. transform: (frames (T, H, W, 3) uint8, Generator) -> Tensor. tokenizer: text or
-    texts -> LongTensor (n, context). sampling, stride: as in `VideoStore.read_clip`.
+    Args:
+        table: A sequence of `Narration`.
+        store: The videos.
+        num_frames: T.
+        transform: A function (frames (T, H, W, 3) uint8, Generator) → Tensor.
+        tokenizer: A function from a text or texts to a LongTensor (n, context).
+        train: Whether samples are for training.
+        seed: The seed of all random numbers.
+        sampling, stride: As in `VideoStore.read_clip`.
+        max_replacements: After this many unreadable clips in a row, a training sample raises VideoError.
+        captions: A function (row, Generator) → (text, further fields of the sample), which replaces the wordings of a
+            row in training.
     """
 
     def __init__(

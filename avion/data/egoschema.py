@@ -30,7 +30,7 @@ _UID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}")
 
 @dataclass(frozen=True)
 class Question:
-    """A question about the video `{uid}.mp4` and its five possible answers."""
+    """A question about the video `{uid}.mp4`, with its five possible answers."""
 
     uid: str
     text: str
@@ -41,7 +41,11 @@ class Question:
 
 
 def read_questions(path: str | os.PathLike) -> list[Question]:
-    """The questions in the file's order. UserError, one line with file, question and field, for anything else."""
+    """Read the questions in the order of the file.
+
+    Raises:
+        UserError: The file is not a list of questions. The message has one line with file, question and field.
+    """
     rows = _read_json(path, "questions")
     if not isinstance(rows, list) or not rows:
         found = "an empty one" if rows == [] else f"a {type(rows).__name__}"
@@ -83,7 +87,11 @@ def _checked_uid(uid: object) -> str:
 
 
 def read_answers(path: str | os.PathLike, questions: Sequence[Question]) -> dict[str, int]:
-    """The right option of some of the questions, 0 to 4. UserError for other values and for unknown questions."""
+    """Read the right options, 0 to 4, of some of the questions.
+
+    Raises:
+        UserError: The file holds other values or answers to unknown questions.
+    """
     answers = _read_json(path, "answers")
     if not isinstance(answers, dict) or not answers:
         raise UserError(
@@ -103,7 +111,7 @@ def read_answers(path: str | os.PathLike, questions: Sequence[Question]) -> dict
 
 
 def read_sources(path: str | os.PathLike) -> dict[str, str]:
-    """Which Ego4D video (its video_uid) each question's video was cut from."""
+    """Read from which Ego4D video (its video_uid) the video of each question was cut."""
     rows = _read_json(path, "sources")
     if not isinstance(rows, dict) or not rows:
         raise UserError(f"sources {path}: an object of the form {{q_uid: {{video_uid: ...}}}} is required")
@@ -151,11 +159,20 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def frame_ids(video_frames: int, num_frames: int, sampling: str) -> np.ndarray:
-    """Which of a video's frames make a clip of `num_frames`. -> (num_frames,) int64, ascending
+    """Choose the frames of a video that make a clip of `num_frames`.
 
-    uniform: the whole video in equal segments, each one's middle. prefix: the first frames one after the other; of a
-    video that has fewer, the frames of `uniform` (Video Mamba Suite's rule: each one once or twice where fewer than
-    twice as many are asked for). prefix-hold: the first frames, and after the video's end its last one again.
+    Args:
+        video_frames: The number of frames of the video.
+        num_frames: The number of frames of the clip.
+        sampling: "uniform" takes the middle frames of equal segments of the whole video. "prefix" takes the first
+            frames; a video with fewer frames is sampled as with "uniform" (Video Mamba Suite's rule). "prefix-hold"
+            takes the first frames and repeats the last frame of a video with fewer frames.
+
+    Returns:
+        (num_frames,) int64, ascending.
+
+    Raises:
+        UserError: A number is below 1, or `sampling` has another value.
     """
     if video_frames < 1 or num_frames < 1:
         raise UserError(f"{num_frames} frames of a video of {video_frames}: both must be at least 1")

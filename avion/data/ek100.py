@@ -25,8 +25,13 @@ _TIMESTAMP = re.compile(r"(\d{1,3}):([0-5]?\d):([0-5]?\d(?:\.\d+)?)")
 
 
 class EK100Table(NarrationTable):
-    """Clips of EPIC-KITCHENS-100. Besides NarrationTable's columns, where the CSV has them (else None):
-    verb_class, noun_class: (n,) int64; all_noun_classes: a tuple of ints per clip."""
+    """Clips of EPIC-KITCHENS-100.
+
+    Attributes:
+        verb_class, noun_class: (n,) int64, beside the columns of `NarrationTable`; None where the CSV has no such
+            column.
+        all_noun_classes: A tuple of ints per clip, or None.
+    """
 
     verb_class: np.ndarray | None = None
     noun_class: np.ndarray | None = None
@@ -34,7 +39,7 @@ class EK100Table(NarrationTable):
 
 
 def parse_timestamp(text: str) -> float:
-    """ "HH:MM:SS.ss" -> seconds. ValueError if it is something else."""
+    """Convert "HH:MM:SS.ss" to seconds. Raises ValueError for any other text."""
     match = _TIMESTAMP.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{text[:40]!r} is not a timestamp of the form HH:MM:SS.ss")
@@ -43,10 +48,17 @@ def parse_timestamp(text: str) -> float:
 
 
 def read_ek100_retrieval(path: str | os.PathLike) -> EK100Table:
-    """The clips of a retrieval (or train, or validation) CSV, in its order.
+    """Read the clips of a retrieval, train or validation CSV.
 
-    A clip's video is "{participant_id}/{video_id}". Raises UserError, one line with file, line and column, for a
-    missing file or column, an empty file and a malformed field.
+    Args:
+        path: The CSV file.
+
+    Returns:
+        The clips in the order of the CSV. The video of a clip is "{participant_id}/{video_id}".
+
+    Raises:
+        UserError: The file or a column is missing, the file is empty, or a field is malformed. The message has one line
+            with file, line and column.
     """
     builder, classes = TableBuilder(), {name: [] for name in _CLASS_COLUMNS}
     present: list[str] = []
@@ -81,7 +93,7 @@ def _with_classes(table: NarrationTable, classes: dict[str, list], present: list
 
 
 def read_sentences(path: str | os.PathLike) -> tuple[list[str], list[str]]:
-    """The sentences of a retrieval split: narration ids and texts, in the order of the relevancy's columns."""
+    """Read the sentences of a retrieval split: narration ids and texts, in the order of the relevancy's columns."""
     ids, texts = [], []
     for line, row in csv_rows(path, ("narration_id", "narration")):
         if not row["narration"].strip():
@@ -95,10 +107,10 @@ def read_sentences(path: str | os.PathLike) -> tuple[list[str], list[str]]:
 
 
 def sentence_texts(clips: EK100Table, path: str | os.PathLike) -> list[str]:
-    """The sentences as the published figures are computed: each is the narration of the clip of the same id.
+    """Return the sentences as the published metrics use them: each one is the narration of the clip of the same id.
 
-    They are the list's own texts but for six rows of the released test list, which carry another clip's narration.
-    A sentence whose clip is not among `clips` keeps the list's text.
+    These are the texts of the list, except in six rows of the released test list, which hold another clip's narration.
+    A sentence whose clip is not among `clips` keeps the text of the list.
     """
     ids, texts = read_sentences(path)
     rows = {} if clips.narration_ids is None else {name: i for i, name in enumerate(clips.narration_ids)}
@@ -112,16 +124,22 @@ def sentence_texts(clips: EK100Table, path: str | os.PathLike) -> list[str]:
 
 
 def sentence_path(clips_path: str | os.PathLike) -> Path:
-    """Where the sentences of a retrieval split lie: `..._test.csv` -> `..._test_sentence.csv`, beside it."""
+    """Return the path of a split's sentences: `..._test.csv` → `..._test_sentence.csv`, in the same folder."""
     clips_path = Path(clips_path)
     return clips_path.with_name(f"{clips_path.stem}_sentence{clips_path.suffix}")
 
 
 def load_relevancy(path: str | os.PathLike, num_clips: int, num_sentences: int) -> np.ndarray:
-    """The relevancy matrix of a retrieval split. -> (num_clips, num_sentences) float32, values in [0, 1]
+    """Load the relevancy matrix of a retrieval split.
 
-    One sentence too many, as in LaViLa's copy of the train split, is cut off with a warning. Any other shape, and
-    any value outside [0, 1], is a UserError.
+    If the matrix has one sentence too many, as in LaViLa's copy of the train split, the last column is cut off with a
+    warning.
+
+    Returns:
+        (num_clips, num_sentences) float32, values in [0, 1].
+
+    Raises:
+        UserError: The matrix has another shape or a value outside [0, 1].
     """
     matrix = load_pickle(path, "relevancy")
     if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or matrix.dtype.kind not in "biuf":
@@ -141,8 +159,12 @@ def load_relevancy(path: str | os.PathLike, num_clips: int, num_sentences: int) 
 
 
 def csv_rows(path: str | os.PathLike, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows of a CSV with their line numbers. UserError if the file is missing, empty, lacks one of the
-    columns `required`, or has a row of another length than its header."""
+    """Yield the rows of a CSV with their line numbers.
+
+    Raises:
+        UserError: The file is missing or empty, lacks one of the columns `required`, or has a row of another length
+            than its header.
+    """
     name = f"annotations {path}"
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -178,7 +200,7 @@ def check_ids_differ(ids: Sequence[str], name: str) -> None:
 
 
 def class_number(text: str) -> int:
-    """ "17" -> 17. ValueError if it is something else."""
+    """Convert "17" to 17. Raises ValueError for any other text."""
     if not _CLASS.fullmatch(text.strip()):
         raise ValueError(f"{text[:40]!r} is not a class number")
     return int(text)

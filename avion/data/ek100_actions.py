@@ -22,11 +22,15 @@ _ACTION = re.compile(r"(0|[1-9][0-9]{0,2}):(0|[1-9][0-9]{0,2})")
 
 
 def read_ek100_actions(path: str | os.PathLike) -> EK100Table:
-    """The clips of a train, validation or test CSV, in its order.
+    """Read the clips of a train, validation or test CSV.
 
-    `verb_class` and `noun_class` are None where the CSV has neither column, as the test split's has not. The text of
-    a clip is its narration, or its narration id where there is none. Raises UserError, one line with file, line and
-    column, for what `read_ek100_retrieval` refuses, for a class that does not exist and for an id that comes twice.
+    Returns:
+        The clips in the order of the CSV. `verb_class` and `noun_class` are None where the CSV has neither column, as
+        that of the test split. The text of a clip is its narration, or its narration id where there is no narration.
+
+    Raises:
+        UserError: The file is refused by `read_ek100_retrieval`, a class does not exist, or an id occurs twice. The
+            message has one line with file, line and column.
     """
     builder, lines = TableBuilder(), {}
     classes: dict[str, list[int]] = {name: [] for name in _LIMITS}
@@ -80,15 +84,17 @@ def _new_id(text: str, line: int, lines: dict[str, int]) -> str:
 
 
 def action_list(*tables: EK100Table) -> tuple[str, ...]:
-    """The actions "{verb_class}:{noun_class}" that occur in labelled tables, sorted as strings (AVION's order)."""
+    """Return the actions "{verb_class}:{noun_class}" of labelled tables, sorted as strings (AVION's order)."""
     pairs = {(int(v), int(n)) for t in tables for v, n in zip(t.verb_class, t.noun_class, strict=True)}
     return tuple(sorted(f"{verb}:{noun}" for verb, noun in pairs))
 
 
 def split_actions(actions: Sequence[str], source: str) -> tuple[np.ndarray, np.ndarray]:
-    """The verb and the noun class of each action, (n,) int64 each.
+    """Return the verb class and the noun class of each action, (n,) int64 each.
 
-    Raises UserError naming `source` for an empty list, anything but distinct "verb:noun", and unknown classes.
+    Raises:
+        UserError: The list is empty, holds anything but distinct "verb:noun", or names unknown classes. The message
+            names `source`.
     """
     pairs = []
     for action in actions:
@@ -103,7 +109,7 @@ def split_actions(actions: Sequence[str], source: str) -> tuple[np.ndarray, np.n
 
 
 def action_numbers(actions: Sequence[str], table: EK100Table) -> np.ndarray:
-    """The place of each clip's action in `actions`, (n,) int64; -1 where it is not in the list."""
+    """Return the place of each clip's action in `actions`, (n,) int64; -1 where the list does not hold the action."""
     place = {action: i for i, action in enumerate(actions)}
     names = (f"{v}:{n}" for v, n in zip(table.verb_class, table.noun_class, strict=True))
     return np.array([place.get(name, -1) for name in names], dtype=np.int64)
@@ -113,9 +119,15 @@ def action_numbers(actions: Sequence[str], table: EK100Table) -> np.ndarray:
 
 
 def read_tail_classes(path: str | os.PathLike, kind: str) -> np.ndarray:
-    """The class numbers of a list of tail classes (`EPIC_100_tail_verbs.csv`, `..._nouns.csv`), ascending int64.
+    """Read the class numbers of a list of tail classes (`EPIC_100_tail_verbs.csv`, `..._nouns.csv`).
 
-    kind: "verb" or "noun". The numbers stand in the column of that name (or `{kind}_class`, `id`), or in the only one.
+    Args:
+        path: The CSV file.
+        kind: "verb" or "noun". The numbers stand in the column of that name (or `{kind}_class`, `id`), or in the only
+            column.
+
+    Returns:
+        int64, ascending.
     """
     limit = _LIMITS[f"{kind}_class"]
     numbers = set()
@@ -131,9 +143,10 @@ def read_tail_classes(path: str | os.PathLike, kind: str) -> np.ndarray:
 
 
 def read_participants(path: str | os.PathLike, table: EK100Table) -> np.ndarray:
-    """Which clips of `table` are of the participants listed in a CSV (`..._unseen_participant_ids_...`), (n,) bool.
+    """Return which clips of `table` show a participant of a CSV (`..._unseen_participant_ids_...`), (n,) bool.
 
-    Raises UserError for a participant who has no clip there: the list is then of another split.
+    Raises:
+        UserError: A participant has no clip in `table`, so the list belongs to another split.
     """
     of_clip = np.array(participants(table))
     listed = {text.strip() for _, _, text in _list_rows(path, ("participant_id", "participant"))}
@@ -146,7 +159,7 @@ def read_participants(path: str | os.PathLike, table: EK100Table) -> np.ndarray:
 
 
 def participants(table: EK100Table) -> list[str]:
-    """The participant of each clip."""
+    """Return the participant of each clip."""
     return [table.videos[number].split("/")[0] for number in table.video]
 
 

@@ -1,4 +1,4 @@
-"""Clips with a class: training samples, and the views of each clip that evaluation averages over."""
+"""Labelled clips: training samples, and the views of each clip over which an evaluation averages."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from avion.errors import UserError
 
 
 class LabelledClips(Dataset):
-    """`ClipDataset`'s training samples with `label`, int: the class of the clip that is shown.
+    """Training samples of a `ClipDataset` with a field `label`, int: the class of the clip that is shown.
 
-    labels: (n,) int64, one per row of the dataset.
+    Args:
+        labels: (n,) int64, one class per row of the dataset.
     """
 
     def __init__(self, clips: ClipDataset, labels: np.ndarray):
@@ -36,11 +37,12 @@ class LabelledClips(Dataset):
 
 
 class ClipViews(Dataset):
-    """All views of a clip, for evaluation: num_clips stretches in time, of each the transform's crops.
+    """All views of a clip, for evaluation: views in time, and the transform's crops of each of them.
 
-    `dataset[index]` is a dict: index; video, Tensor (num_clips · num_crops, 3, T, H, W), crops of one stretch side by
-    side; error, why the clip could not be read ("" if it could; the video is then zeros).
-    Where the stretches lie is said in `VideoStore.read_clip` (views); one of them is `ClipDataset`'s evaluation sample.
+    `dataset[index]` is a dict with `index`; `video`, Tensor (num_clips · num_crops, 3, T, H, W), in which the crops of
+    one view in time follow each other; and `error`, why the clip could not be read ("" if it could be read; the video
+    is zeros otherwise). `VideoStore.read_clip` (views) says which frames a view takes; a single view takes the frames
+    of `ClipDataset`'s evaluation sample.
     """
 
     def __init__(

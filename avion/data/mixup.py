@@ -7,12 +7,15 @@ from avion.errors import UserError
 
 
 class VideoMixup:
-    """Mixes clip i of a batch with clip B-1-i, and their labels likewise: (B, 3, T, H, W) and (B,) to
-    (B, 3, T, H, W), in place where it can be, and soft targets (B, num_classes) float32.
+    """Mix clip i of a batch with clip B-1-i, and their labels in the same way.
 
-    One box, or one weight, holds for all frames of a clip. Draws come from numpy's global generator, once per `mode`
-    ("batch", "pair", "elem"); labels are smoothed first. mixup, cutmix: alpha of the beta distribution, 0: off;
-    cutmix_minmax: range of the box's sides as shares of the frame, instead of cutmix's alpha.
+    One box, or one weight, is used for all frames of a clip. Random numbers come from numpy's global generator, once
+    per `mode` ("batch", "pair", "elem"). Labels are smoothed before they are mixed. A call maps (B, 3, T, H, W) and
+    labels (B,) to (B, 3, T, H, W), in place where possible, and soft targets (B, num_classes) float32.
+
+    Args:
+        mixup, cutmix: The alpha of the beta distribution; 0 turns the mixing off.
+        cutmix_minmax: The range of the box's sides as fractions of the frame; it replaces cutmix's alpha.
     """
 
     def __init__(

@@ -37,7 +37,11 @@ class Classes:
 
 
 def clip_classes(clips: EK100Table, path: str | os.PathLike) -> Classes:
-    """Classes of the clips that `read_ek100_retrieval(path)` gave. UserError if their CSV has no such columns."""
+    """Return the classes of the clips that `read_ek100_retrieval(path)` returned.
+
+    Raises:
+        UserError: The CSV of the clips has no columns with classes.
+    """
     columns = {"verb_class": clips.verb_class, "all_noun_classes": clips.all_noun_classes}
     for name, column in columns.items():
         if column is None:
@@ -48,9 +52,10 @@ def clip_classes(clips: EK100Table, path: str | os.PathLike) -> Classes:
 def sentence_classes(
     clips: EK100Table, classes: Classes, ids: Sequence[str], clips_path: str | os.PathLike, path: str | os.PathLike
 ) -> Classes:
-    """Classes of the sentences with these narration ids: those of the clips of the same ids.
+    """Return the classes of the sentences with these narration ids, which are those of the clips of the same ids.
 
-    UserError where a clip is not there, or where two clips have one id.
+    Raises:
+        UserError: A clip is missing, or two clips have the same id.
     """
     row_of = {name: i for i, name in enumerate(clips.narration_ids)}
     if len(row_of) < len(clips):
@@ -68,7 +73,7 @@ def sentence_classes(
 
 
 def relevancy_blocks(clips: Classes, sentences: Classes) -> Iterator[np.ndarray]:
-    """The matrix (clips, sentences) float64 in [0, 1], some rows at a time."""
+    """Yield the relevancy matrix (clips, sentences), float64 in [0, 1], in blocks of rows."""
     known, flat = np.unique([n for nouns in (*clips.nouns, *sentences.nouns) for n in nouns], return_inverse=True)
     members = _members([*clips.nouns, *sentences.nouns], flat, len(known))  # (clips + sentences, nouns)
     own, others = members[: len(clips)], members[len(clips) :]
@@ -93,12 +98,14 @@ def _members(nouns: Sequence[tuple[int, ...]], flat: np.ndarray, count: int) -> 
 
 
 def write_relevancy(path: str | os.PathLike, blocks: Iterator[np.ndarray], shape: tuple[int, int]) -> None:
-    """Write rows as they come into a pickled numpy array, whole or not at all.
+    """Write rows into a pickled numpy array as they come; the file is written whole or not at all.
 
-    The array is of float64, as the dataset's own script makes it. `pickle` would want the whole
-    matrix at once, and its bytes beside it: 17 GB for the train split. What is written here is the same pickle, of
-    protocol 4, and names numpy's modules as numpy 1 does, which numpy 2 reads as well.
-    Raises UserError if the file cannot be written.
+    The array is float64, as the dataset's own script makes it. `pickle` would need the whole matrix in memory and its
+    bytes beside it: 17 GB for the train split. This function writes the same pickle, of protocol 4, and names numpy's
+    modules as numpy 1 does, which numpy 2 reads as well.
+
+    Raises:
+        UserError: The file cannot be written.
     """
     before, after = _pickle_around(shape)
     rows = 0
@@ -140,8 +147,12 @@ def _pickle_around(shape: tuple[int, int]) -> tuple[bytes, bytes]:
 def differences(
     found: np.ndarray, blocks: Iterator[np.ndarray], tolerance: float, limit: int
 ) -> tuple[int, list[tuple[int, int, float]]]:
-    """How many cells of `found` (clips, sentences) are not the computed ones to within `tolerance`, and the first
-    `limit` of them: (clip, sentence, computed)."""
+    """Compare `found` (clips, sentences) with the computed relevancies.
+
+    Returns:
+        The number of cells that differ by more than `tolerance`, and the first `limit` of them as
+        (clip, sentence, computed relevancy).
+    """
     count, first, row = 0, [], 0
     for block in blocks:
         rows, columns = np.nonzero(np.abs(found[row : row + len(block)] - block) > tolerance)

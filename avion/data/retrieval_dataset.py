@@ -1,4 +1,4 @@
-"""Training pairs for multi-instance retrieval: a clip and one of the sentences that are relevant to it."""
+"""Training pairs for multi-instance retrieval: a clip and one of the sentences that are relevant to the clip."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ import torch
 from avion.data.narrations import Narration
 from avion.errors import UserError
 
-# Rows of the relevancy matrix that are looked at at a time; the train split has 67,217 of 15,989 sentences.
+# Rows of the relevancy matrix that are searched at a time; the train split has 67,217 rows of 15,989 sentences.
 _BLOCK_ROWS = 1024
 
 
 class ClipsWithPositives(Sequence):
-    """Those clips of a split that at least one sentence is relevant to; `draw` takes one of a clip's sentences.
+    """The clips of a split to which at least one sentence is relevant; `draw` draws one sentence of a clip.
 
-    clips: all clips of the split; sentences: texts; relevancy (clips, sentences) in [0, 1]; threshold: a sentence is
-    a positive of a clip where its relevancy is above this, in [0, 1). `skipped` counts the clips without any.
+    Only the positives are kept, with six bytes each, so that the memory of the matrix can be freed. `skipped` counts
+    the clips without a positive.
 
-    Only the positives are kept, six bytes each, so that the matrix can be let go of.
+    Args:
+        clips: All clips of the split.
+        sentences: Texts.
+        relevancy: (clips, sentences) in [0, 1].
+        threshold: A sentence is a positive of a clip if its relevancy is above this number, in [0, 1).
     """
 
     def __init__(
@@ -57,7 +61,7 @@ class ClipsWithPositives(Sequence):
         return len(self._columns)
 
     def draw(self, i: int, rng: np.random.Generator) -> tuple[str, dict[str, torch.Tensor]]:
-        """One of clip i's positives, each as likely: its text and {"relevancy": 0-d float32}."""
+        """Draw one of clip i's positives, all equally likely. Returns its text and {"relevancy": 0-d float32}."""
         first = self._ends[i - 1] if i > 0 else 0
         at = rng.integers(first, self._ends[i])
         return self.sentences[self._columns[at]], {"relevancy": torch.tensor(self._values[at])}

@@ -131,11 +131,17 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def load_pickle(path: str | os.PathLike, what: str) -> object:
-    """Read a pickle of plain data.
+    """Read a pickle of plain data without running anything in it.
 
-    what: what it should hold, for messages ("the relevancy matrix"). Returns builtin containers, numbers, texts,
-    numpy arrays and scalars. Raises UserError, one line, for a missing file, one that is no pickle or is cut
-    short, and one that names anything else than plain data.
+    Args:
+        path: The file.
+        what: What the file should hold, for messages ("the relevancy matrix").
+
+    Returns:
+        Builtin containers, numbers, texts, numpy arrays and scalars.
+
+    Raises:
+        UserError: The file is missing, is not a pickle, is cut short, or names anything but plain data.
     """
     name = f"{what} {path}"
     was_enabled = gc.isenabled()

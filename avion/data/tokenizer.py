@@ -14,17 +14,20 @@ _SPECIAL = 2  # start-of-text and end-of-text, the two largest ids
 
 @lru_cache(maxsize=4)
 def _encoder(context_length: int):
-    from open_clip.tokenizer import SimpleTokenizer  # here, since importing open_clip takes seconds
+    from open_clip.tokenizer import SimpleTokenizer  # imported here because importing open_clip takes seconds
 
     return SimpleTokenizer(context_length=context_length)
 
 
 def tokenize(texts: str | list[str], context_length: int = 77, vocab_size: int = VOCAB_SIZE) -> torch.Tensor:
-    """Tokens of one or several sentences. -> (n, context_length) int64
+    """Tokenize one or several sentences.
 
-    A row is start-of-text, the sentence, end-of-text (the largest id, 49407), zeros. What does not fit is cut off,
-    the end-of-text token stays. For a model of a smaller vocabulary (of tests, say) ids are folded into it: words
-    share entries, start- and end-of-text remain the two largest ids.
+    A row is start-of-text, the sentence, end-of-text (the largest id, 49407), zeros. A sentence that is too long is cut
+    off, and the end-of-text token stays. For a model with a smaller vocabulary (in tests, for example), the ids are
+    folded into the vocabulary: words share entries, and start- and end-of-text remain the two largest ids.
+
+    Returns:
+        (n, context_length) int64.
     """
     if context_length < 3:
         raise UserError(f"context length: {context_length} leaves no room for a word")

@@ -32,10 +32,15 @@ def random_crop_box(
     scale: tuple[float, float] = (0.5, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> CropBox:
-    """A box of random area (`scale`, as a share of the picture's, uniform) and aspect ratio width/height (`ratio`,
-    log-uniform), anywhere in the picture: Inception's crop, torchvision's RandomResizedCrop.
+    """Draw a box of random area and aspect ratio anywhere in the picture.
 
-    Ten boxes are tried; if none fits, the largest central one of a permitted ratio is taken.
+    This is Inception's crop, as in torchvision's RandomResizedCrop. Ten boxes are tried; if none fits, the largest
+    central box of an allowed aspect ratio is taken.
+
+    Args:
+        height, width: The size of the picture in pixels.
+        scale: The range of the area as a fraction of the picture's area; the area is drawn uniformly.
+        ratio: The range of the aspect ratio width/height, which is drawn log-uniformly.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
@@ -49,7 +54,7 @@ def random_crop_box(
 
 
 def short_side_size(height: int, width: int, size: int) -> tuple[int, int]:
-    """The size of a picture whose shorter side was resized to `size`, ratio kept. -> height, width"""
+    """Return the (height, width) of a picture whose shorter side is resized to `size` at the same aspect ratio."""
     if height <= width:
         return size, int(size * width / height)
     return int(size * height / width), size
@@ -101,9 +106,9 @@ class _ClipTransform:
 
 
 class TrainTransform(_ClipTransform):
-    """A random box of the clip (the same one in all its frames), resized to crop_size x crop_size.
+    """Cut one random box out of all frames of a clip and resize it to crop_size x crop_size.
 
-    scale, ratio: as in `random_crop_box`. The box depends on the generator and the frames' size only.
+    The box depends only on the generator and the size of the frames. scale, ratio: as in `random_crop_box`.
     """
 
     def __init__(
@@ -130,7 +135,10 @@ class TrainTransform(_ClipTransform):
 
 
 class EvalTransform(_ClipTransform):
-    """The shorter side resized to crop_size, then the central crop_size x crop_size. Draws nothing from rng."""
+    """Resize the shorter side to crop_size and cut out the centre, crop_size x crop_size.
+
+    No random numbers are drawn.
+    """
 
     def _crop(self, clip: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         return self._cut(self._resize(clip, short_side_size(*clip.shape[-2:], self.crop_size)))
@@ -141,10 +149,13 @@ class EvalTransform(_ClipTransform):
 
 
 class CropsTransform(_ClipTransform):
-    """The shorter side resized to crop_size, then crops along the longer one: frames (T, H, W, 3) uint8 ->
-    (num_crops, 3, T, crop_size, crop_size). Draws nothing.
+    """Resize the shorter side to crop_size, then crop at several places along the longer side.
 
-    num_crops: 1, the centre, as `EvalTransform`; or 3: left, centre, right (of upright pictures: top, centre, bottom).
+    A call maps frames (T, H, W, 3) uint8 to (num_crops, 3, T, crop_size, crop_size). No random numbers are drawn.
+
+    Args:
+        num_crops: 1 takes the centre, as `EvalTransform` does; 3 takes left, centre and right (of upright pictures:
+            top, centre and bottom).
     """
 
     def __init__(self, crop_size: int, num_crops: int, norm_style: str = "openai", fused: bool = False):
@@ -171,10 +182,17 @@ class CropsTransform(_ClipTransform):
 
 
 def normalize_clip(video: torch.Tensor, norm_style: str) -> torch.Tensor:
-    """Normalise clips that come as uint8, wherever they are; floats are already normalised and pass unchanged.
+    """Normalise clips that are uint8, on any device; floating-point clips are already normalised and pass unchanged.
 
-    video: (..., 3, T, H, W). Returns float32 of the same shape and memory order.
-    norm_style: a key of NORM_STYLES; UserError for another.
+    Args:
+        video: (..., 3, T, H, W).
+        norm_style: A key of NORM_STYLES.
+
+    Returns:
+        float32 of the same shape and memory order.
+
+    Raises:
+        UserError: `norm_style` is not a key of NORM_STYLES.
     """
     _check_norm_style(norm_style)
     if video.dtype != torch.uint8:
@@ -205,8 +223,10 @@ def _check_norm_style(norm_style: str) -> None:
 
 
 class Permute(nn.Module):
-    """A video with its dimensions in the order `ordering`, as `Tensor.permute`: [3, 0, 1, 2] makes (T, H, W, C) of a
-    decoder into (C, T, H, W)."""
+    """Permute the dimensions of a video, as `Tensor.permute` does.
+
+    The ordering [3, 0, 1, 2] turns the (T, H, W, C) of a decoder into (C, T, H, W).
+    """
 
     def __init__(self, ordering: Sequence[int]):
         super().__init__()
@@ -217,12 +237,17 @@ class Permute(nn.Module):
 
 
 class SpatialCrop(nn.Module):
-    """Square crops along the longer side of videos: a list of (C, T, H, W) to a list of (C, T, crop_size, crop_size),
-    the crops of a video one after the other.
+    """Cut square crops along the longer side of videos.
 
-    num_crops: 1, the centre; 3: left, centre, right (of upright videos: top, centre, bottom); 6: these, and the same
-    of the mirrored video. Along the shorter side the crop is central.
-    Raises UserError for another number and for a video that is smaller than the crop.
+    A call maps a list of (C, T, H, W) to a list of (C, T, crop_size, crop_size); the crops of a video follow each
+    other. Along the shorter side, every crop is central.
+
+    Args:
+        num_crops: 1 takes the centre; 3 takes left, centre and right (of upright videos: top, centre and bottom); 6
+            takes these three crops and the same three crops of the mirrored video.
+
+    Raises:
+        UserError: `num_crops` is another number, or a video is smaller than the crop.
     """
 
     def __init__(self, crop_size: int = 224, num_crops: int = 3):

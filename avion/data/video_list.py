@@ -29,7 +29,10 @@ from avion.errors import UserError
 
 @dataclass(frozen=True)
 class Span:
-    """Seconds [start, end) of a video; end None: up to its last frame. id: its narration_id, where it has one."""
+    """The seconds [start, end) of a video; end None stands for the last frame.
+
+    id: The narration_id, where the list has one.
+    """
 
     video: str
     start: float = 0.0
@@ -38,7 +41,7 @@ class Span:
 
 
 class VideoList(Sequence):
-    """A read-only sequence of `Span`s. in_store: videos are names in a `VideoStore` rather than files."""
+    """A read-only sequence of `Span`s. in_store: whether the videos are names in a `VideoStore` rather than files."""
 
     def __init__(self, rows: NarrationTable | list[Span]):
         self._rows = rows
@@ -53,7 +56,11 @@ class VideoList(Sequence):
 
 
 def read_video_list(path: str | os.PathLike) -> VideoList:
-    """A list of any of the three kinds. UserError, one line with file and line, for what is not as described."""
+    """Read a list of one of the three kinds.
+
+    Raises:
+        UserError: The list does not have the described form. The message has one line with file and line.
+    """
     path = Path(path)
     if path.suffix in (".pkl", ".pickle"):
         return VideoList(read_ego4d(path))
@@ -101,10 +108,16 @@ def read_span(
     decoder: str = "auto",
     threads: int = 1,
 ) -> torch.Tensor:
-    """`num_frames` frames of the seconds [start, end) of one file, the middles of equal segments (end None: all of it).
+    """Read `num_frames` frames of the seconds [start, end) of one file, the middles of equal segments.
 
-    -> (3, T, size, size) as `transform` makes them; pictures of full size come and go one by one. Of a span with fewer
-    frames some are repeated. Raises VideoError for a file that cannot be read or ends before `start`.
+    Pictures of full size are not kept in memory. If the span has fewer frames, some are repeated. end None stands for
+    the end of the file.
+
+    Returns:
+        (3, T, size, size), as `transform` makes them.
+
+    Raises:
+        VideoError: The file cannot be read or ends before `start`.
     """
     with open_video(path, decoder, threads) as reader:
         last = reader.num_frames if end is None else min(round(end * reader.fps), reader.num_frames)
@@ -122,9 +135,12 @@ def read_span(
 class SpanDataset(Dataset):
     """Clips of a list: `dataset[i]` is {"index": i, "video": Tensor (3, T, size, size) uint8, "error": str}.
 
-    error says why row i cannot be read ("" if it can); the video is zeros then. Frames are the middles of equal
-    segments, the shorter side resized, the centre cut out. root: folder of the files or of the `VideoStore`;
-    chunk_length, layout: as there.
+    `error` says why row i cannot be read ("" if it can be read); the video is then zeros. The frames are the middles of
+    equal segments, the shorter side is resized, and the centre is cut out.
+
+    Args:
+        root: The folder of the files or of the `VideoStore`.
+        chunk_length, layout: As in `VideoStore`.
     """
 
     def __init__(

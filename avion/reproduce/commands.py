@@ -1,4 +1,4 @@
-"""From a recipe to the command that runs it: on so many processes, from released weights, with more flags."""
+"""From a recipe to the command that runs it, with another number of processes, released weights or more flags."""
 
 import dataclasses
 import os
@@ -21,14 +21,17 @@ _TRAINING = (
     "gather-with-grad", "grad-checkpointing", "margin", "relevancy-threshold", "mixup", "cutmix", "smoothing",
     "drop-path-rate", "dropout-rate", "eval-freq",
 )  # fmt: skip
-# Where a run's files lie and what it is are this program's to say.
+# This program decides where the files of a run lie and which run it is.
 _RESERVED = ("output_dir", "seed", "evaluate", "resume", "device")
 
 
 def with_processes(recipe: Recipe, count: int) -> Recipe:
-    """The recipe on `count` processes with the same global batch: fewer clips each, or in several micro-batches.
+    """Return the recipe for `count` processes with the same global batch: smaller batches, or several micro-batches.
 
-    The micro-batch stays within the recipe's, whose memory is known to do. UserError where the batch does not divide.
+    A micro-batch is never larger than the recipe's, whose memory is known to suffice.
+
+    Raises:
+        UserError: The batch does not divide among the processes.
     """
     if count < 1:
         raise UserError(f"--gpus {count}: at least 1 is required")
@@ -51,9 +54,11 @@ def with_processes(recipe: Recipe, count: int) -> Recipe:
 
 
 def from_released(recipe: Recipe, checkpoint: str | None) -> Recipe:
-    """The evaluation of released weights: the recipe's own, or those of `checkpoint` (a path or an hf: address).
+    """Return the evaluation of released weights, in one process; the metrics are those of any number of processes.
 
-    By one process; the figures are those of any number.
+    Args:
+        recipe: The recipe whose row is evaluated.
+        checkpoint: A path or an hf: address; None stands for the recipe's own released checkpoint.
     """
     source = checkpoint or recipe.checkpoint
     if source is None:
@@ -71,7 +76,7 @@ def from_released(recipe: Recipe, checkpoint: str | None) -> Recipe:
 
 
 def with_words(recipe: Recipe, words: Sequence[str]) -> Recipe:
-    """More flags of the entry point, which override the recipe's."""
+    """Return the recipe with more flags of the entry point, which override the recipe's."""
     if not words:
         return recipe
     values = vars(parser_of(recipe.entry_point).parse_args(list(words)))
@@ -84,20 +89,20 @@ def with_words(recipe: Recipe, words: Sequence[str]) -> Recipe:
 
 
 def command(recipe: Recipe) -> list[str]:
-    """The words of the command that runs a recipe, as they are typed in an activated environment."""
+    """Return the words of the command that runs a recipe, as a user types them in an activated environment."""
     script = os.path.relpath(ROOT / recipe.entry_point)
     start = ["python"] if recipe.gpus == 1 else ["torchrun", "--standalone", f"--nproc_per_node={recipe.gpus}"]
     return [*start, script, *recipe.words()]
 
 
 def executable(words: Sequence[str]) -> list[str]:
-    """The same command with this Python, whatever is activated, and with the processes' own exit status."""
+    """Return the same command for this Python, in any environment, with the exit status of the processes."""
     start = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "avion.engine.torchrun"]
     return [*start, *words[1:]]
 
 
 def shell_text(words: Sequence[str], width: int = 110) -> str:
-    """The command quoted for a shell, a flag and its values never apart, in lines that end in a backslash."""
+    """Quote a command for a shell, in lines that end in a backslash; a flag and its values stay on one line."""
     groups: list[str] = []
     for word in words:
         starts = not groups or word.startswith("--") or Path(word).suffix == ".py"

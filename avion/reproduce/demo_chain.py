@@ -25,7 +25,7 @@ from .recipe import CHECKPOINT, RECIPES, Recipe, load_recipes
 from .results import evaluated_epochs
 
 SCALE = "demo"
-# Before EgoSchema: questions about two actions in a row, which no narration of the pretraining tells of.
+# The training before EgoSchema: its questions are about two actions in a row, which no pretraining narration describes.
 LONGER = RECIPES / "demo_pretrain_long.yaml"
 LONGER_EPOCHS = 5
 REMARK = (
@@ -33,7 +33,7 @@ REMARK = (
     "row (recipes/demo_pretrain_long.yaml): its questions ask for an order that shorter narrations do not tell of. A "
     "single seed says little about which model is the better one; several (--seeds) say more."
 )
-# A process decodes its own videos: two jobs on two cores need no more, and share them more evenly so.
+# Each process decodes its own videos: two jobs on two cores then share the cores more evenly.
 _WORDS = ("--workers", "0")
 _SHORT_WORDS = ("--epochs", "1", "--warmup-epochs", "0")
 _SHORT_CLIPS = 64
@@ -42,7 +42,11 @@ _RECORD = "jobs.json"
 
 @dataclass(frozen=True)
 class Chain:
-    """output: everything goes there. short: one epoch on 64 clips each, to see that everything runs."""
+    """All recipes on the demo dataset.
+
+    output: The folder that everything is written to. short: Whether to train only one epoch of 64 clips each, to see
+    that everything runs.
+    """
 
     paths: DemoPaths
     output: Path

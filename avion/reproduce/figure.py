@@ -1,4 +1,4 @@
-"""Fig. 5: EgoSchema's accuracy against the number of frames, measured curves beside the paper's points."""
+"""Fig. 5: EgoSchema's accuracy over the number of frames, with measured curves beside the paper's points."""
 
 import io
 from collections.abc import Sequence
@@ -26,7 +26,10 @@ _INK = {False: "#1f2328", True: "#e6e6e6"}  # by dark
 
 @dataclass(frozen=True)
 class Curve:
-    """Points in the order of their frames; `spread`: sample standard deviation, 0 of a single seed."""
+    """Points in the order of their numbers of frames.
+
+    `spread` is the sample standard deviation, 0 for a single seed.
+    """
 
     name: str
     colour: str
@@ -39,7 +42,7 @@ class Curve:
 
 
 def measured_curves(lines: Sequence[Line]) -> list[Curve]:
-    """What was measured, a curve per model and kind of weights."""
+    """Return the measured curves, one for each model and kind of weights."""
     curves = []
     for line in lines:
         frames = sorted(n for n in line.measured if isinstance(n, int))
@@ -54,7 +57,7 @@ def measured_curves(lines: Sequence[Line]) -> list[Curve]:
 
 
 def published_curves(lines: Sequence[Line]) -> list[Curve]:
-    """The paper's points: of the models of the figure, and of the models that its table compares them with."""
+    """Return the paper's points of the figure's models and of the models to which the table compares them."""
     curves = {}
     for line in lines:
         frames = sorted(line.paper)
@@ -68,7 +71,10 @@ def published_curves(lines: Sequence[Line]) -> list[Curve]:
 
 
 def draw(measured: Sequence[Curve], published: Sequence[Curve], *, demo: bool, dark: bool = False) -> Figure:
-    """demo: two panels, since the two are not of the same videos; otherwise one."""
+    """Draw the figure.
+
+    demo: Whether to draw two panels, because measured and published points are of different videos.
+    """
     ink = _INK[dark]
     with matplotlib.rc_context({"font.size": 9.5, "text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": ink}):
         figure = Figure(figsize=(9.6, 3.9) if demo else (7.2, 4.2), layout="constrained", facecolor="none")
@@ -131,7 +137,7 @@ def _ticks(frames: Sequence[int]) -> list[int]:
 
 
 def image(figure: Figure, kind: str, *, opaque: bool = False) -> bytes:
-    """`kind`: "png" or "svg"; opaque: on white. The same figure gives the same bytes."""
+    """Render a figure as "png" or "svg" (`kind`). opaque: on white. The same figure gives the same bytes."""
     content = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "avion"}):
         metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}

@@ -1,4 +1,4 @@
-"""Several commands as child processes, a few at a time, each after those that it needs."""
+"""Several commands as child processes, a few at a time; each starts after the commands that it needs."""
 
 import contextlib
 import logging
@@ -22,9 +22,12 @@ _SHOWN_LINES = 25
 
 @dataclass(frozen=True)
 class Job:
-    """A command, its output in the file `log`. `after`: names of jobs that must have ended well before.
+    """A command whose output goes to the file `log`.
 
-    done: there is nothing left to run. begin: called just before the command is started.
+    Attributes:
+        after: Names of jobs that must have succeeded before this job starts.
+        done: Whether there is nothing left to run.
+        begin: A function that is called just before the command starts.
     """
 
     name: str
@@ -36,7 +39,7 @@ class Job:
 
 
 class JobFailed(Exception):
-    """A job ended with a status other than 0; the message has the end of its output."""
+    """A job ended with a status other than 0. The message holds the end of the job's output."""
 
     def __init__(self, job: Job, status: int):
         super().__init__(f"{job.name} ended with status {status}; the end of its output ({job.log}):\n{_tail(job.log)}")
@@ -44,10 +47,16 @@ class JobFailed(Exception):
 
 
 def run_jobs(jobs: Sequence[Job], *, slots: int = 2, environment: Mapping[str, str] | None = None) -> None:
-    """Run all that is not done, `slots` at a time, the first in the list first.
+    """Run all jobs that are not done, `slots` at a time, in the order of the list.
 
-    environment: variables to add to this process's. The first failure stops the others (JobFailed), and so does
-    anything that is raised here meanwhile, such as KeyboardInterrupt; no job outlives this call.
+    The first failure stops the other jobs, and so does any exception that is raised here meanwhile, such as
+    KeyboardInterrupt. No job outlives this call.
+
+    Args:
+        environment: Variables that are added to the environment of this process.
+
+    Raises:
+        JobFailed: A job ended with a status other than 0.
     """
     waiting = [job for job in jobs if not job.done]
     finished = {job.name for job in jobs if job.done}

@@ -1,4 +1,4 @@
-"""A run of a recipe: whether it was done, what marks it, and doing it in a child process."""
+"""A run of a recipe: whether it is done, the file that marks it, and running it in a child process."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ TRAINED, RELEASED = "trained", "released"
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe as it will be run. `evaluated`: whose weights."""
+    """A recipe as it will be run. `evaluated` says whose weights are evaluated."""
 
     recipe: Recipe
     evaluated: str = TRAINED
@@ -38,7 +38,7 @@ class Run:
         return command(self.recipe)
 
     def record(self) -> dict[str, Any]:
-        """What recipe.json says: by it the tables know what a folder holds."""
+        """Return the content of recipe.json, by which the tables know what a folder holds."""
         recipe, args = self.recipe, self.recipe.args()
         if hasattr(args, "epochs") and self.evaluated == TRAINED:
             checkpoint, more = str(self.folder / CHECKPOINT), {"epochs": args.epochs}
@@ -50,7 +50,7 @@ class Run:
         }  # fmt: skip
 
     def finished(self) -> bool:
-        """Whether its figures are there. A folder without recipe.json is taken for this run's, started by hand."""
+        """Whether the run's metrics exist. A folder without recipe.json counts as this run's, started by hand."""
         if self._found() not in (None, self.record()):
             return False
         rows, args = read_json_lines(self.folder / EVALUATIONS).objects, self.recipe.args()
@@ -61,7 +61,7 @@ class Run:
         return any(row.get("epoch") == args.epochs - 1 for row in rows)
 
     def check_folder(self) -> None:
-        """UserError where the folder holds something else, which this run would take for its own beginning."""
+        """Raise UserError if the folder holds another run, which this run would take for its own beginning."""
         found, own = self._found(), self.record()
         if found is None:
             return
@@ -103,13 +103,17 @@ class Run:
         logger.info("%s: the earlier run's files are in %s now", self.folder, target)
 
     def execute(self) -> int:
-        """Run the command in a child process, its output passed through; its exit status (128 + n after signal n)."""
+        """Run the command in a child process whose output is passed through.
+
+        Returns:
+            The exit status; 128 + n after signal n.
+        """
         self.mark()
         return run_child(executable(self.words))
 
 
 def run_child(words: Sequence[str]) -> int:
-    """Exit status of a command. What asks this process to end (SIGTERM, SIGUSR1) is handed on to it."""
+    """Run a command and return its exit status. SIGTERM and SIGUSR1 to this process are passed on to the command."""
     with subprocess.Popen(list(words)) as child:
         handlers = {n: signal.signal(n, lambda number, _: child.send_signal(number)) for n in _HANDED_ON}
         try:

@@ -1,4 +1,4 @@
-"""Which runs a request comes to, in which order, and what each of them lacks."""
+"""The runs that a request consists of, in their order, and what each of them lacks."""
 
 import dataclasses
 import logging
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """How recipes are to be run. words: more flags of the entry points; here: on this machine, not on a cluster."""
+    """How recipes are to be run. words: More flags of the entry points. here: On this machine, not on a cluster."""
 
     runs: str = "runs"
     scale: str = FULL
@@ -33,7 +33,7 @@ class Request:
     here: bool = True
 
     def run(self, recipe: Recipe, seed: int | None, words: Sequence[str] = ()) -> Run:
-        """The recipe as this request has it run."""
+        """Return the run of a recipe under this request."""
         recipe = scaled(recipe, self.scale, self.runs, seed)
         if self.device != "auto":
             recipe = recipe.with_flags({"device": self.device})
@@ -46,7 +46,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Step:
-    """One run of a plan; `needs`: the steps before it that it starts from."""
+    """One run of a plan. `needs` holds the earlier steps from whose checkpoints the run starts."""
 
     run: Run
     done: bool
@@ -55,9 +55,12 @@ class Step:
 
 
 def plan(recipes: Sequence[Recipe], request: Request) -> list[Step]:
-    """The runs of some recipes, and with `with_prerequisites` before each the unfinished one it starts from.
+    """Return the runs of some recipes, in their order.
 
-    UserError where the request cannot be meant, or a folder holds another run.
+    With `with_prerequisites`, each run comes after the unfinished run from whose checkpoint it starts.
+
+    Raises:
+        UserError: The request contradicts itself, or a folder holds another run.
     """
     recipes = _released_ones(recipes, request) if request.released else recipes
     if request.checkpoint and len(recipes) > 1:

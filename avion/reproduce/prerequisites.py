@@ -1,7 +1,4 @@
-"""What a recipe needs that may not be here: data, weights, GPUs, packages. All that is missing, each with its cure.
-
-The functions import the packages that they ask: PyTorch takes seconds to import, and `--help` does not wait for it.
-"""
+"""What a recipe needs and this machine may lack: data, weights, GPUs and packages, each with what to do about it."""
 
 import functools
 import importlib.util
@@ -31,7 +28,7 @@ _PACKAGES = ("torch", "torchvision", "timm", "open_clip", "ftfy", "regex", "nump
 
 @dataclass(frozen=True)
 class Missing:
-    """What is not here, and what to do about it."""
+    """Something that is missing, and what to do about it."""
 
     what: str
     cure: str
@@ -41,9 +38,9 @@ class Missing:
 
 
 def missing(recipe: Recipe, device: str = "auto", *, here: bool = True) -> list[Missing]:
-    """All that this machine lacks for running the recipe, but for the checkpoint of another recipe.
+    """Return all that this machine lacks for running the recipe, except the checkpoint of another recipe.
 
-    here: False where it will run on another machine, whose GPUs and packages cannot be seen.
+    here: False if the recipe will run on another machine, whose GPUs and packages cannot be checked.
     """
     args = recipe.args()
     found = [*_packages(), *_gpus(recipe, device)] if here else []
@@ -64,7 +61,7 @@ def _gpus(recipe: Recipe, device: str) -> Iterator[Missing]:
     import torch
 
     found = torch.cuda.device_count()
-    # What was shrunk for a CPU runs on one where there is no GPU.
+    # A recipe that is scaled down for a CPU runs on a CPU if there is no GPU.
     optional = recipe.flags.get("dataset") == "demo" and device == "auto" and found == 0
     if device == "cpu" or optional or found >= recipe.gpus:
         return

@@ -1,4 +1,4 @@
-"""Recipes: what a row of the paper's tables takes, as recipes/*.yaml says it, in full or scaled down."""
+"""Recipes: what recipes/*.yaml state about the rows of the paper's tables, at full scale or scaled down."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from avion.errors import UserError
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 TASKS = ("zero-shot retrieval", "retrieval", "actions", "egoschema")
 FULL = "full"
-# What a run leaves for those who start from it: the weights after the last epoch, as in the tables.
+# The file from which later runs start: it holds the weights after the last epoch, as in the tables.
 CHECKPOINT = "checkpoint.pt"
 
 Figures = Mapping[str | int, float]
@@ -23,7 +23,10 @@ Figures = Mapping[str | int, float]
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run of a table's row. Figures are in percent, their keys those of eval_log.txt (EgoSchema: frames)."""
+    """One run of a table's row.
+
+    Metrics are in percent. Their keys are those of eval_log.txt, and numbers of frames for EgoSchema.
+    """
 
     path: Path
     task: str
@@ -60,7 +63,7 @@ class Recipe:
 
     @property
     def where(self) -> str:
-        """For people: "Table 8, row 7"."""
+        """Return the place in the paper for people: "Table 8, row 7"."""
         part = f"Figure {self.figure}" if self.figure is not None else f"Table {self.table}"
         if self.table == "avion":
             return "AVION's baseline"
@@ -68,7 +71,7 @@ class Recipe:
 
     @property
     def global_batch(self) -> int | None:
-        """Clips per optimizer step; None where nothing is trained."""
+        """The number of clips per optimizer step; None where nothing is trained."""
         batch = self.flags.get("batch-size")
         return None if batch is None else batch * self.flags.get("update-freq", 1) * self.gpus
 
@@ -81,13 +84,13 @@ class Recipe:
         return self.options(**vars(parser_of(self.entry_point).parse_args(self.words())))
 
     def with_flags(self, changes: Mapping[str, Any]) -> "Recipe":
-        """Some flags set to other values; None takes a flag out, a mapping changes single entries of a mapping."""
+        """Return the recipe with changed flags. None removes a flag; a mapping changes single entries of a mapping."""
         return dataclasses.replace(self, flags=merged(self.flags, changes))
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A row that is in a table for its figures alone."""
+    """A row that a table only shows for comparison: metrics without a recipe."""
 
     task: str
     name: str
@@ -103,7 +106,7 @@ def parser_of(entry_point: str) -> ArgumentParser:
 
 
 def merged(flags: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """See `Recipe.with_flags`."""
+    """Merge changes into flags, as `Recipe.with_flags` says."""
     result = dict(flags)
     for key, value in changes.items():
         if value is None:
@@ -120,7 +123,11 @@ def merged(flags: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """The recipe in a file, its flags checked by the entry point's own parser. UserError, one line, for any fault."""
+    """Read the recipe in a file; the parser of the entry point checks the flags.
+
+    Raises:
+        UserError: Anything in the file is wrong. The message has one line.
+    """
     path = Path(path)
     where = f"recipe {path}"
     content = read_yaml_mapping(path, "recipe")
@@ -145,7 +152,7 @@ def load_recipe(path: str | Path) -> Recipe:
 def load_recipes(
     table: int | str | None = None, row: int | None = None, figure: int | None = None, folder: str | Path = RECIPES
 ) -> list[Recipe]:
-    """All recipes of a folder, or those of a table, a row or a figure: tables in order, then figures, then AVION's."""
+    """Read the recipes of a folder, a table, a row or a figure: first tables in order, then figures, then AVION's."""
     found = [load_recipe(path) for path in sorted(Path(folder).glob("*.yaml")) if _is_recipe(path)]
     found.sort(key=lambda r: (r.table == "avion", r.figure or 0, str(r.table).zfill(3), r.row or 0, r.key))
     wanted = {"table": table, "row": row, "figure": figure}
@@ -153,7 +160,7 @@ def load_recipes(
 
 
 def load_references(path: str | Path = RECIPES / "references.yaml") -> list[Reference]:
-    """The rows that are reference figures only, in the order of the file."""
+    """Read the rows that are shown for comparison only, in the order of the file."""
     where = f"references {path}"
     rows = read_yaml_mapping(path, "references").get("references")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -204,11 +211,12 @@ def _check_kinds(where: str, fields: Mapping[str, Any], due: tuple[str, ...] = (
 
 
 def scaled(recipe: Recipe, scale: str = FULL, output_root: str | Path = "runs", seed: int | None = None) -> Recipe:
-    """The recipe as it is run: under `output_root`, with a seed, at a scale.
+    """Return the recipe as it is run: below `output_root`, with a seed, at a scale.
 
-    scale: "full", the name of a file in recipes/scales, or the path of one. Such a file holds, per entry point,
-    `gpus`, `flags` (changes as `Recipe.with_flags` takes them), and the same under `models` and `recipes` for those of
-    one model and of one recipe.
+    Args:
+        scale: "full", the name of a file in recipes/scales, or the path of such a file. The file holds, per entry
+            point, `gpus`, `flags` (changes as in `Recipe.with_flags`), and under `models` and `recipes` the same for
+            one model or one recipe.
     """
     changes: dict[str, Any] = {}
     gpus, name = recipe.gpus, FULL

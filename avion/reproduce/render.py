@@ -18,7 +18,7 @@ _SPECIAL = re.compile(r"([\\`*\[\]<>|&])")
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawing: `name` is the PNG's file; SVGs for a light and a dark page; `text` says what is on it."""
+    """A drawing. `name` is the file of the PNG, the SVGs are for a light and a dark page, `text` describes it."""
 
     name: str
     png: bytes
@@ -55,7 +55,7 @@ def to_markdown(sections: Sequence[Section], title: str) -> str:
 
 
 def markdown_table(table: Table) -> str:
-    """Group titles are rows of their own; muted cells are in italics."""
+    """Return a Markdown table. Titles of groups are rows of their own, and muted cells are in italics."""
     headers = [_plain(f"{c.over} {c.header}".strip()) for c in table.columns]
     lines = [_row(headers), "|" + "|".join("-:" if c.numeric else ":-" for c in table.columns) + "|"]
     for group in table.groups:
@@ -86,7 +86,7 @@ def _plain(text: str) -> str:
 
 
 def to_html(sections: Sequence[Section], title: str) -> str:
-    """One page: its style and pictures are in it, it needs no scripts and loads nothing."""
+    """Return one page that holds its style and pictures, needs no scripts and loads nothing."""
     body = [f"<h1>{_escaped(title)}</h1>"]
     for section in sections:
         level = section.level + 1
@@ -123,7 +123,7 @@ def _data(svg: bytes) -> str:
 
 
 def html_table(table: Table) -> str:
-    """A box around it scrolls sideways where the screen is narrow; each group is a tbody."""
+    """Return an HTML table in a box that scrolls sideways on a narrow screen; each group is a tbody."""
     rows = [row for group in table.groups for row in group.rows]
     columns = [
         _HtmlColumn(column, any(row[c].spread for row in rows), any(row[c].mark for row in rows))

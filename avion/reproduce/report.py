@@ -1,4 +1,4 @@
-"""The report on some runs: which tables it has, and what is said around them; as Markdown and as one HTML page."""
+"""The report on some runs, as Markdown and as one HTML page: its tables and the text around them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ _PAIRS_NOTE = (
 
 @dataclass(frozen=True)
 class Known:
-    """What the recipes say."""
+    """The content of the recipes and references."""
 
     recipes: Sequence[Recipe]
     references: Sequence[Reference]
@@ -48,9 +48,16 @@ class Known:
 def make_report(
     roots: Sequence[str | Path], output: str | Path, remarks: Sequence[str] = ()
 ) -> tuple[Runs, list[Path]]:
-    """Write the report on the runs under these folders; the runs, and the files that were written.
+    """Write the report on the runs below these folders.
 
-    remarks: paragraphs at the head of scaled-down runs. UserError for folders without runs.
+    Args:
+        remarks: Paragraphs at the head of the part on scaled-down runs.
+
+    Returns:
+        The runs, and the files that were written.
+
+    Raises:
+        UserError: A folder holds no runs.
     """
     known = Known(load_recipes(), load_references())
     runs = read_runs(roots, {recipe.key: recipe for recipe in known.recipes})
@@ -58,7 +65,7 @@ def make_report(
 
 
 def build(runs: Runs, known: Known, remarks: Sequence[str] = ()) -> list[Section]:
-    """All sections: those of full runs, those of each smaller scale apart from them, the runs themselves."""
+    """Return all sections: those of full runs, those of each smaller scale, and the list of runs."""
     sections: list[Section] = []
     scales = {r.scale for r in runs.results}
     for scale in sorted(scales, key=lambda scale: (scale != FULL, scale)):
@@ -196,7 +203,7 @@ def _problems(problems: Iterable[Problem]) -> Table:
 
 
 def write(sections: Sequence[Section], folder: Path, title: str) -> list[Path]:
-    """tables.md, tables.html and the pictures that the former shows; what was there before is replaced."""
+    """Write tables.md, tables.html and the pictures of tables.md; files of an earlier report are replaced."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:

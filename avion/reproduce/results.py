@@ -1,7 +1,7 @@
-"""What the runs under some folders measured, and which of them measured nothing that counts, with the reason.
+"""The metrics that the runs below some folders measured, and the runs that do not count, with the reason.
 
-A run of a recipe is a folder with a `recipe.json` (which recipe, scale, seed, whose weights) and an `eval_log.txt`.
-The evaluation that counts is the one after the last epoch: the best of several would flatter.
+A run of a recipe is a folder with a `recipe.json` (recipe, scale, seed, whose weights) and an `eval_log.txt`. The
+evaluation after the last epoch counts, because the best of several evaluations would be optimistic.
 """
 
 import json
@@ -20,18 +20,18 @@ from .recipe import FULL, Recipe, scaled
 
 RETRIEVAL = ("vis_map", "txt_map", "avg_map", "vis_ndcg", "txt_ndcg", "avg_ndcg")
 ACTIONS = ("verb_top1", "noun_top1", "action_top1", "action_top5")
-# The figures of a task that tables show, and the one that `checkpoint_best.pt` is chosen by. EgoSchema's are one
+# The metrics of a task that the tables show, and the metric that `checkpoint_best.pt` is chosen by. EgoSchema has one
 # accuracy for each number of frames.
 FIGURES = {"zero-shot retrieval": RETRIEVAL, "retrieval": RETRIEVAL, "actions": ACTIONS}
 BEST_BY = {"zero-shot retrieval": "avg_map", "retrieval": "avg_map", "actions": "action_top1"}
 
-Key = str | int  # a figure's name in eval_log.txt, or a number of frames
-_LARGEST = 64 << 20  # bytes of a log that is read at all
+Key = str | int  # the name of a metric in eval_log.txt, or a number of frames
+_LARGEST = 64 << 20  # longer logs, in bytes, are not read
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run that counts. Figures are in percent."""
+    """One run that counts. Metrics are in percent."""
 
     path: Path
     recipe: Recipe
@@ -40,13 +40,13 @@ class Result:
     evaluated: str  # TRAINED or RELEASED: whose weights
     figures: dict[Key, float]
     epoch: int | None = None  # of the evaluation that counts; None where nothing was trained
-    best: tuple[int, float] | None = None  # epoch and figure of the best evaluation by BEST_BY
+    best: tuple[int, float] | None = None  # epoch and metric of the best evaluation by BEST_BY
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A folder that is in no table, and why, in one line."""
+    """A folder that is in no table, and the reason in one line."""
 
     path: Path
     reason: str
@@ -63,9 +63,13 @@ class _Unusable(Exception):
 
 
 def read_runs(roots: Sequence[str | Path], recipes: Mapping[str, Recipe]) -> Runs:
-    """All runs under these folders. UserError for a folder that does not exist or where none holds a single run.
+    """Read all runs below these folders.
 
-    recipes: those that are known, by key.
+    Args:
+        recipes: The known recipes, by key.
+
+    Raises:
+        UserError: A folder does not exist, or no folder holds a run.
     """
     results: list[Result] = []
     problems: list[Problem] = []
@@ -79,7 +83,7 @@ def read_runs(roots: Sequence[str | Path], recipes: Mapping[str, Recipe]) -> Run
 
 
 def find_runs(roots: Sequence[str | Path]) -> list[Path]:
-    """Folders that hold a recipe.json or an eval_log.txt, in order of their names, each once."""
+    """Return the folders that hold a recipe.json or an eval_log.txt, in the order of their names, each once."""
     found: dict[Path, Path] = {}
     for root in map(Path, roots):
         if not root.is_dir():
@@ -120,7 +124,7 @@ def read_run(folder: Path, recipes: Mapping[str, Recipe]) -> Result:
 
 
 def evaluated_epochs(folder: Path) -> int:
-    """After how many epochs the latest evaluation in a folder was made; 0 without one."""
+    """Return after how many epochs the latest evaluation in a folder was made; 0 without an evaluation."""
     try:
         rows, _ = _json_lines(folder / EVALUATIONS)
     except _Unusable:

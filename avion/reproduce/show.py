@@ -1,4 +1,4 @@
-"""A step of a plan as people read it: the command, what the paper says, what is missing."""
+"""A step of a plan as people read it: the command, the paper's metrics and what is missing."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,7 +7,7 @@ from .launch import RELEASED
 from .plan import Step
 from .recipe import FULL, Figures, Recipe
 
-# Figures that stand together: what they are called, what is what among them, their keys in eval_log.txt.
+# Metrics that are shown together: their name, the meaning of each number, and their keys in eval_log.txt.
 _GROUPS = (
     ("mAP", "V2T/T2V/avg", ("vis_map", "txt_map", "avg_map")),
     ("nDCG", "V2T/T2V/avg", ("vis_ndcg", "txt_ndcg", "avg_ndcg")),
@@ -17,7 +17,10 @@ _GROUPS = (
 
 
 def figures_text(figures: Figures, *, explained: bool = True) -> str:
-    """{"avg_map": 26.2, ...} in one line, EgoSchema's by number of frames; a dash for what is not given."""
+    """Format {"avg_map": 26.2, ...} in one line, EgoSchema's by number of frames.
+
+    A dash stands for a missing metric.
+    """
     parts = []
     for name, columns, keys in _GROUPS:
         if any(key in figures for key in keys):
@@ -33,7 +36,7 @@ def _percent(value: float) -> str:
 
 
 def described(step: Step) -> str:
-    """Several lines, the command among them, to be copied as it is."""
+    """Describe a step in several lines; the command among them can be copied."""
     recipe = step.run.recipe
     lines = [_title(step), "", shell_text(step.run.words), ""]
     for name, figures in (("paper", recipe.paper), ("released", recipe.released)):
@@ -52,7 +55,7 @@ def described(step: Step) -> str:
 
 
 def recipes_table(recipes: Sequence[Recipe]) -> str:
-    """All recipes in a Markdown table, as docs/recipes.md has it."""
+    """Return all recipes as a Markdown table, as in docs/recipes.md."""
     rows = [("recipe", "what", "expected", "paper", "released")]
     for recipe in recipes:
         hours = "" if recipe.hours is None else f"{recipe.hours:g} h, {recipe.hours_on}"

@@ -1,4 +1,4 @@
-"""Figures of several seeds as one: mean, spread, differences and whether they keep to a tolerance."""
+"""Metrics of several seeds combined: mean, spread, and whether a difference is within the tolerance."""
 
 import statistics
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ MINUS = "\N{MINUS SIGN}"
 
 @dataclass(frozen=True)
 class Spread:
-    """The mean of `n` seeds in percent, and their sample standard deviation (None of a single one)."""
+    """The mean over `n` seeds in percent, and the sample standard deviation (None for a single seed)."""
 
     mean: float
     sd: float | None
@@ -21,18 +21,21 @@ def spread_of(values: Sequence[float]) -> Spread:
 
 
 def signed(value: float) -> str:
-    """Two decimals, a sign unless it is nothing: +0.12, −1.30, 0.00."""
+    """Format a number with two decimals and, unless it is zero, a sign: +0.12, −1.30, 0.00."""
     rounded = round(value, 2)
     return "0.00" if rounded == 0 else f"{'+' if rounded > 0 else MINUS}{abs(rounded):.2f}"
 
 
 def given(value: float) -> str:
-    """A figure as it was published: one decimal, two where it has them."""
+    """Format a metric as it was published: with one decimal, or two where it has two."""
     return f"{value:.1f}" if abs(10 * value - round(10 * value)) < 1e-6 else f"{value:.2f}"
 
 
 def beyond(difference: float, tolerance: float) -> str:
-    """ "above" or "below" beyond the tolerance, else "". Decided on the two decimals that are shown."""
+    """Return "above" or "below" for a difference beyond the tolerance, else "".
+
+    The two decimals that are shown decide.
+    """
     if round(abs(difference), 2) <= round(tolerance, 2):
         return ""
     return "above" if difference > 0 else "below"

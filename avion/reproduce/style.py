@@ -1,4 +1,4 @@
-"""How the HTML report looks: on wide and narrow screens, light and dark, and on paper."""
+"""The look of the HTML report: on wide and narrow screens, light and dark, and on paper."""
 
 STYLE = """\
 :root {

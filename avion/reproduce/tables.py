@@ -1,4 +1,4 @@
-"""The paper's tables of what was measured: lines, columns, marks. How they look is `report.py`'s business."""
+"""The paper's tables with measured metrics: lines, columns and marks. `report.py` turns them into a report."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +16,9 @@ LABELS: dict[Key, str] = {
     "verb_top1": "verb, top 1", "noun_top1": "noun, top 1", "action_top1": "action, top 1",
     "action_top5": "action, top 5",
 }  # fmt: skip
-# Rows of the tables that differ in nothing but the temporal module: attention, Mamba.
+# Rows of the tables that differ only in the temporal module: attention, Mamba.
 PAIRS = ((4, 6), (5, 7))
-# What tells the rows of Table 8 apart besides their names: how the residual goes, and what the mixer of time sees.
+# What distinguishes the rows of Table 8 beside their names: the residual, and the tokens that the time mixer sees.
 VARIANTS = {
     1: "Frozen", 2: "Frozen", 3: "Frozen", 4: "vanilla", 5: "Frozen", 6: "vanilla", 7: "Frozen",
     8: "Frozen, space-time",
@@ -27,10 +27,14 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """`mark`: "above" or "below" the reference by more than the tolerance. `muted`: not measured here.
+    """A cell of a table.
 
-    `value` is what a cell competes with for being its column's best, in bold; None where it does not.
-    `spread` follows the text: "± 0.21".
+    Attributes:
+        mark: "above" or "below", if the cell differs from the reference by more than the tolerance.
+        muted: Whether the cell was not measured here.
+        value: The number by which the best cell of a column is found and set in bold; None for cells that do not
+            compete.
+        spread: Text after the number: "± 0.21".
     """
 
     text: str = ""
@@ -50,7 +54,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows under a title of their own; without one they just follow."""
+    """Rows under a title of their own; without a title, the rows follow those of the group before."""
 
     title: str
     rows: list[list[Cell]]
@@ -64,7 +68,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Line:
-    """A model in one of the paper's tables, and whose weights were measured ("" for none). Figures in percent."""
+    """A model in one of the paper's tables, and whose weights were measured ("" for none). Metrics are in percent."""
 
     row: int | None
     name: str
@@ -77,7 +81,7 @@ class Line:
 
     @property
     def title(self) -> str:
-        """The paper's number and name; rows of reference figures may have no number."""
+        """The paper's number and name. Rows that are shown for comparison may have no number."""
         return self.name if self.row is None else f"{self.row} {self.name}"
 
     @property
@@ -86,7 +90,7 @@ class Line:
 
     @cached_property
     def measured(self) -> dict[Key, Spread]:
-        """Each figure's spread over the runs that have it."""
+        """The spread of each metric over the runs that have the metric."""
         keys = dict.fromkeys(key for run in self.runs for key in run.figures)
         return {key: spread_of(list(self.by_seed(key).values())) for key in keys}
 
@@ -94,7 +98,10 @@ class Line:
         return {run.seed: run.figures[key] for run in self.runs if key in run.figures}
 
     def difference(self, key: Key) -> float | None:
-        """From the paper's figure; for released weights from the one released with them, where there is one."""
+        """Measured minus the paper's metric.
+
+        For released weights, minus the metric released with them, where there is one.
+        """
         reference = self.paper.get(key)
         if self.weights == RELEASED:
             reference = self.released.get(key, reference)
@@ -104,7 +111,7 @@ class Line:
 
 
 def lines_of(recipes: Iterable[Recipe], references: Iterable[Reference], results: Sequence[Result]) -> list[Line]:
-    """The lines of one table and task, in the paper's order: a line each for trained and for released weights."""
+    """Return the lines of one table and task in the paper's order, one each for trained and for released weights."""
     lines = [Line(r.row, _name(r), "", r.paper, {}) for r in references]
     for recipe in recipes:
         own = [r for r in results if r.recipe.key == recipe.key]
@@ -120,9 +127,10 @@ def _name(row: Recipe | Reference) -> str:
 
 
 def comparison(lines: Sequence[Line], task: str, *, demo: bool) -> Table:
-    """Columns paper, released, measured and difference; a group for every figure, or for EgoSchema for every model.
+    """Return a table with the columns paper, released, measured and difference.
 
-    demo: the paper's columns are reminders, muted, and nothing is compared with them.
+    There is a group for every metric, or for every model of EgoSchema. demo: The paper's columns are muted reminders,
+    and nothing is compared with them.
     """
     weights = any(line.weights == RELEASED for line in lines)
     released = any(line.released for line in lines)
@@ -148,9 +156,10 @@ def comparison(lines: Sequence[Line], task: str, *, demo: bool) -> Table:
 
 
 def directions(lines: Sequence[Line], *, demo: bool) -> Table:
-    """A retrieval table as the paper has it: V2T, T2V and their mean, of mAP and of nDCG.
+    """Return a retrieval table as the paper has it: V2T, T2V and their mean, of mAP and of nDCG.
 
-    A group for every model, with a row each for paper, released, measured and difference; demo: measured alone.
+    There is a group for every model, with rows for paper, released, measured and difference. demo: Only the measured
+    rows.
     """
     keys = FIGURES["retrieval"]
     columns = [Column("model" if demo else "", numeric=False)]
@@ -173,9 +182,9 @@ def directions(lines: Sequence[Line], *, demo: bool) -> Table:
 
 
 def bold_best(groups: Sequence[Group], *, together: bool = False, alike: bool = False) -> list[Group]:
-    """The largest value of every column in bold, where not all are the same: within each group, or `together`.
+    """Set the largest value of every column in bold if not all values are equal: within each group, or `together`.
 
-    alike: only rows whose first cells say the same compete.
+    alike: Only rows with the same first cell compete.
     """
     columns: dict[tuple, list[float]] = {}
 
@@ -200,10 +209,12 @@ def bold_best(groups: Sequence[Group], *, together: bool = False, alike: bool = 
 
 
 def temporal_modules(lines: Mapping[tuple[str, str], Sequence[Line]], *, demo: bool) -> Table:
-    """TimeMamba minus TimeSformer, where both were measured from trained weights.
+    """Return TimeMamba minus TimeSformer, where both were measured from trained weights.
 
-    lines: by title of the table and task. The difference is the mean over the seeds that both have, of the differences
-    seed by seed; where they share none, that of the means, without a spread.
+    The difference is the mean, over the seeds that both models have, of the differences seed by seed. If they share no
+    seed, it is the difference of the means, without a spread.
+
+    lines: The lines by the title of the table and task.
     """
     columns = [Column("figure", numeric=False), Column("TimeSformer"), Column("TimeMamba"), Column("difference")]
     columns += [Column("seeds", numeric=False), Column("paper's difference" + (", real data" if demo else ""))]
