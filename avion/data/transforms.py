@@ -61,7 +61,7 @@ def short_side_size(height: int, width: int, size: int) -> tuple[int, int]:
 
 
 class _ClipTransform:
-    """frames (T, H, W, 3) uint8 -> (3, T, crop_size, crop_size): float32 normalised, or uint8 where fused."""
+    """frames (T, H, W, 3) uint8 → (3, T, crop_size, crop_size): float32 normalised, or uint8 where fused."""
 
     def __init__(self, crop_size: int, norm_style: str = "openai", fused: bool = False):
         if crop_size < 1:
@@ -78,12 +78,12 @@ class _ClipTransform:
         return Scaling((0, 0, height, width), short_side_size(height, width, self.crop_size))
 
     def from_scaled(self, frames: np.ndarray) -> torch.Tensor:
-        """frames (T, 3, h, w) uint8, cut and scaled as `scaling` says -> what `__call__` returns for a fused clip."""
+        """frames (T, 3, h, w) uint8, cut and scaled as `scaling` says → what `__call__` returns for a fused clip."""
         assert self.fused, "a scaled clip is uint8"
         return self._finish(self._cut(torch.from_numpy(frames)))
 
     def _cut(self, clip: torch.Tensor) -> torch.Tensor:
-        """(T, 3, h, w), already scaled -> (T, 3, crop_size, crop_size)"""
+        """(T, 3, h, w), already scaled → (T, 3, crop_size, crop_size)"""
         return clip
 
     def _begin(self, frames: np.ndarray) -> torch.Tensor:
@@ -99,7 +99,7 @@ class _ClipTransform:
         raise NotImplementedError
 
     def _resize(self, clip: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """(T, 3, H, W) uint8 -> (T, 3, *size), uint8 where fused, else float32. Bilinear with antialiasing."""
+        """(T, 3, H, W) uint8 → (T, 3, *size), uint8 where fused, else float32. Bilinear with antialiasing."""
         if not self.fused:
             clip = clip.contiguous().float()  # planes: what float interpolation and normalisation are fast on
         return F.interpolate(clip, size=size, mode="bilinear", antialias=True, align_corners=False)
@@ -173,7 +173,7 @@ class CropsTransform(_ClipTransform):
         return self._crops(torch.from_numpy(frames))
 
     def _crops(self, clip: torch.Tensor) -> torch.Tensor:
-        """(T, 3, h, w), already scaled -> (num_crops, 3, T, crop_size, crop_size)"""
+        """(T, 3, h, w), already scaled → (num_crops, 3, T, crop_size, crop_size)"""
         size, crops = self.crop_size, []
         for part in (1,) if self.num_crops == 1 else (0, 1, 2):  # halves of the room: 0 left, 1 centre, 2 right
             top, left = (round(part * (side - size) / 2) for side in clip.shape[-2:])
