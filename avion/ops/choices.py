@@ -1,6 +1,6 @@
 """Which backend `auto` takes on a GPU, where it was measured: a file beside the tuned plans.
 
-`benchmarks/gpu_report.py` writes it, `avion.ops.selective_scan.dispatch` reads it. Without the file, for shapes that
+A benchmark on the GPU writes it, `avion.ops.selective_scan.dispatch` reads it. Without the file, for shapes that
 were not measured, on a CPU, and with `AVION_TUNE=0`, `auto` goes by its own order.
 """
 

@@ -10,6 +10,8 @@ _TABLES = (registry._MODELS, registry._ALIASES, config.MIXERS, tower._TOWERS)
 @contextlib.contextmanager
 def registered_for_a_while():
     """What is registered in this block is taken away again at its end."""
+    import avion.models.built_in  # noqa: F401  (the project's own models are registered first, and stay)
+
     before = [dict(table) for table in _TABLES]
     try:
         yield
