@@ -84,7 +84,8 @@ class Converter:
 
         self.coded_size, self.orientation = coded_size, orientation
         self._plain, self._scale = VideoReformatter(), VideoReformatter()
-        self._bilinear = Interpolation.BILINEAR
+        self._bilinear = int(Interpolation.BILINEAR)
+        self._cut_shape: tuple | None = None
 
     def orientation_of(self, picture) -> int:
         return orientation_of(picture) if self.orientation is None else self.orientation
@@ -100,20 +101,41 @@ class Converter:
         rgb = self._plain.reformat(picture, format="rgb24", width=width, height=height, threads=1).to_ndarray()
         return upright(rgb, self.orientation_of(picture))
 
-    def scaled(self, picture, scaling: Scaling) -> np.ndarray:
-        """Cut, scale and convert to RGB in one pass of libswscale. -> (3, *scaling.size) uint8, upright"""
+    def scaled(self, picture, scaling: Scaling, out: np.ndarray) -> None:
+        """Cut, scale and convert to RGB in one pass of libswscale. out: (3, *scaling.size) uint8, is written to."""
         orientation = self.orientation_of(picture)
         if (picture.height, picture.width) != self.coded_size or picture.format.name not in _PLANAR:
-            return scale_rgb(self.rgb(picture)[None], scaling)[0]
+            out[:] = scale_rgb(self.rgb(picture)[None], scaling)[0]
+            return
         box = stored_box(scaling.box, upright_size(self.coded_size, orientation), orientation)
         height, width = upright_size(scaling.size, orientation)
-        cut = _cut(picture, box)
         # The planes of gbrp: half the time of packed RGB, and chroma is interpolated in both directions.
         scaled = self._scale.reformat(
-            cut, width=width, height=height, format="gbrp", interpolation=self._bilinear, threads=1
+            self._cut(picture, box), width=width, height=height, format="gbrp", interpolation=self._bilinear, threads=1
         )
-        planes = [_plane(scaled, k)[:height, :width] for k in _GREEN_BLUE_RED]
-        return upright(np.stack(planes), orientation, axes=(1, 2))
+        for colour, k in enumerate(_GREEN_BLUE_RED):
+            out[colour] = upright(_plane(scaled, k)[:height, :width], orientation)
+
+    def _cut(self, picture, box: tuple[int, int, int, int]):
+        """A frame that holds this box of a planar picture. The next call writes over it."""
+        import av
+
+        top, left, height, width = box
+        if (height, width) == (picture.height, picture.width):
+            return picture
+        name = picture.format.name
+        if self._cut_shape != (width, height, name):
+            self._cut_frame, self._cut_shape = av.VideoFrame(width, height, name), (width, height, name)
+            self._cut_planes = [_plane(self._cut_frame, k) for k in range(len(self._cut_frame.planes))]
+        self._cut_frame.colorspace, self._cut_frame.color_range = picture.colorspace, picture.color_range
+        self._cut_planes[0][:height, :width] = _plane(picture, 0)[top : top + height, left : left + width]
+        if _PLANAR[name] is not None:
+            across, down = _PLANAR[name]
+            for k in (1, 2):
+                part = _chroma(_plane(picture, k)[:, : -(-picture.width >> across)], left, width, across, axis=1)
+                part = _chroma(part[: -(-picture.height >> down)], top, height, down, axis=0)
+                self._cut_planes[k][: part.shape[0], : part.shape[1]] = part
+        return self._cut_frame
 
 
 def _plane(picture, k: int) -> np.ndarray:
@@ -121,42 +143,22 @@ def _plane(picture, k: int) -> np.ndarray:
     return np.frombuffer(plane, dtype=np.uint8).reshape(-1, plane.line_size)
 
 
-def _cut(picture, box: tuple[int, int, int, int]):
-    """A new frame that holds this box of a planar picture."""
-    import av
-
-    top, left, height, width = box
-    name = picture.format.name
-    if (top, left) == (0, 0) and (height, width) == (picture.height, picture.width):
-        return picture
-    cut = av.VideoFrame(width, height, name)
-    cut.colorspace, cut.color_range = picture.colorspace, picture.color_range
-    _plane(cut, 0)[:height, :width] = _plane(picture, 0)[top : top + height, left : left + width]
-    if _PLANAR[name] is not None:
-        across, down = _PLANAR[name]
-        for k in (1, 2):
-            part = _chroma(_plane(picture, k), left, width, picture.width, across, axis=1)
-            part = _chroma(part, top, height, picture.height, down, axis=0)
-            _plane(cut, k)[: part.shape[0], : part.shape[1]] = part
-    return cut
-
-
-def _chroma(plane: np.ndarray, first: int, length: int, full: int, shift: int, axis: int) -> np.ndarray:
+def _chroma(plane: np.ndarray, first: int, length: int, shift: int, axis: int) -> np.ndarray:
     """The chroma samples of the luma samples [first, first + length) along one axis.
 
     A chroma sample stands for two luma samples. Where the cut goes through the middle of one, each new sample lies
     between two old ones, and is their mean.
     """
-    count, have = -(-length >> shift), -(-full >> shift)  # rounded up
-    begin = first >> shift
-    if shift == 0 or first % 2 == 0:
-        return plane[begin : begin + count] if axis == 0 else plane[:, begin : begin + count]
-    second = np.minimum(np.arange(begin + 1, begin + 1 + count), have - 1)  # the last sample is repeated
-    if axis == 0:
-        a, b = plane[begin : begin + count], plane[second]
-    else:
-        a, b = plane[:, begin : begin + count], plane[:, second]
-    return ((a.astype(np.uint16) + b + 1) >> 1).astype(np.uint8)
+    count, begin = -(-length >> shift), first >> shift
+    if shift and first % 2:
+        end = min(begin + 1 + count, plane.shape[axis])
+        both = plane[:, begin:end] if axis else plane[begin:end]
+        a, b = (both[:, :-1], both[:, 1:]) if axis else (both[:-1], both[1:])
+        mean = (a | b) - ((a ^ b) >> 1)  # of bytes, rounded up, without wider numbers
+        if mean.shape[axis] == count:
+            return mean
+        return np.concatenate([mean, both[:, -1:] if axis else both[-1:]], axis)  # the last sample is repeated
+    return plane[:, begin : begin + count] if axis else plane[begin : begin + count]
 
 
 def scale_rgb(frames: np.ndarray, scaling: Scaling) -> np.ndarray:

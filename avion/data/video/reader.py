@@ -165,7 +165,7 @@ class TableReader(VideoReader):
                 plan = scaling(*converter.upright_size(picture))
                 # Planes of a colour lie together, as models take them: (3, k, h, w).
                 scaled = np.empty((3, len(indices), *plan.size), dtype=np.uint8)
-            scaled[:, np.searchsorted(indices, i)] = converter.scaled(picture, plan)
+            converter.scaled(picture, plan, scaled[:, np.searchsorted(indices, i)])
         return scaled.transpose(1, 0, 2, 3)
 
 
