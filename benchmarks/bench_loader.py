@@ -1,25 +1,34 @@
-"""Loading training clips: this project's way against AVION's, same clips, one process, one core.
+"""Loading training clips: this project's way against AVION's and against other readers, one process, one core.
 
-    python benchmarks/bench_loader.py [--clips 24] [--rounds 3] [--width 512 --height 288] [--gop 250]
+    python benchmarks/bench_loader.py [--clips 24] [--rounds 3] [--videos FILE ...] [--reads 20000]
 
-AVION's way, written here after its description: stock decord, frames to float32 one by one, torchvision's
-RandomResizedCrop on floats, normalisation, all in the worker. Ours: `VideoStore` and `TrainTransform`, fused
-(uint8 until the device) and plain, with each decoder that is installed. The videos are 15 s chunks with x264's
-default settings, of a moving textured picture; both sides read the same spans and draw their crops from the same
-distribution. Rounds alternate between the sides; the best round of each counts. Times are of the CPU, all threads
-together: with a worker per core, that is what limits. Ratios are AVION's time over ours.
+The same pictures are encoded twice: as chunks of 15 s with x264's default settings, which AVION's recipe makes, and as
+tools/prepare_videos.py encodes by default. AVION's way, written here after its description, reads the former: stock
+decord, frames to float32 one by one, torchvision's RandomResizedCrop on floats, normalisation, all in the worker. Ours
+is `VideoStore` with `--fused-decode-crop` (uint8 until the device), with and without the packet index. The peers decode
+the same frames and crop them as uint8: decord, torchcodec (exact and approximate, where it is installed), and PyAV as
+its documentation shows it (seek, decode, convert).
+
+All sides read the same spans and draw their crops from the same distribution. Rounds alternate between the sides; the
+best round of each counts. Times are of the CPU, all threads together: with a worker per core, that is what limits.
+Ratios are AVION's time over the side's. Then: clips a second with two processes over those with one, a whole video of
+an hour against a chunk, and how much memory many reads take.
 """
 
 import argparse
+import multiprocessing
+import os
+import resource
+import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import av
-import decord
 import numpy as np
 import torch
 from torchvision.transforms import RandomResizedCrop
@@ -30,10 +39,11 @@ from avion.constants import NORM_STYLES
 from avion.data.clip_dataset import read_transformed
 from avion.data.narrations import Narration
 from avion.data.transforms import TrainTransform
-from avion.data.video import VideoStore, uniform_frame_ids
+from avion.data.video import VideoStore, index_videos, uniform_frame_ids
 
 CHUNK_S, FPS, VIDEOS = 15, 30, 3
 CASES = ((4, 1.0), (16, 1.0), (16, 3.0))  # frames, seconds
+HOUR_S = 3600
 
 
 def smooth_noise(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
@@ -44,36 +54,16 @@ def smooth_noise(height: int, width: int, rng: np.random.Generator) -> np.ndarra
     return (picture - picture.mean()) / picture.std()
 
 
-def write_chunk(path: Path, height: int, width: int, gop: int, seed: int) -> None:
-    """15 s in which a camera wanders over a textured scene, with sensor noise."""
-    rng = np.random.default_rng(seed)
-    scene = np.stack([smooth_noise(2 * height, 2 * width, rng) * 15 for _ in range(3)], axis=-1)
-    scene += 128 + 40 * smooth_noise(2 * height, 2 * width, rng)[:, :, None]
-    position, speed = np.array([height / 2, width / 2]), np.zeros(2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"g": str(gop)})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for _ in range(CHUNK_S * FPS):
-            speed += rng.normal(0, 0.6, 2) - 0.05 * speed - 0.002 * (position - (height / 2, width / 2))
-            position = np.clip(position + speed, 0, (height - 1, width - 1))
-            top, left = position.astype(int)
-            picture = scene[top : top + height, left : left + width] + rng.normal(0, 3, (height, width, 3))
-            picture = np.clip(picture, 0, 255).astype(np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
-
-
 def avions_way(root: Path, crop: int) -> Callable:
     """(video, start, seconds, frames, seed) -> (3, T, crop, crop) float32"""
+    import decord
+
     mean, std = (torch.tensor(v).view(3, 1, 1, 1) for v in NORM_STYLES["openai"])
     transform = RandomResizedCrop(crop, scale=(0.5, 1.0), antialias=True)
 
     def load(video: str, start: float, seconds: float, frames: int, seed: int) -> torch.Tensor:
         reader = decord.VideoReader(str(root / f"{video}.mp4" / "0.mp4"), num_threads=1)
-        fps = reader.get_avg_fps()
-        first, last = round(start * fps), round((start + seconds) * fps)
-        ids = uniform_frame_ids(first, last, frames, np.random.default_rng(seed))
+        ids = frame_ids(reader.get_avg_fps(), start, seconds, frames, seed)
         decoded = reader.get_batch(ids.tolist()).asnumpy()
         clip = torch.stack([torch.tensor(frame, dtype=torch.float32) for frame in decoded])  # (T, H, W, 3)
         return (transform(clip.permute(3, 0, 1, 2)) - mean) / std
@@ -81,8 +71,9 @@ def avions_way(root: Path, crop: int) -> Callable:
     return load
 
 
-def our_way(root: Path, crop: int, decoder: str, fused: bool) -> Callable:
-    store, transform = VideoStore(root, decoder=decoder), TrainTransform(crop, fused=fused)
+def our_way(root: Path, crop: int, decoder: str, fused: bool, index: str | None = "auto") -> Callable:
+    store = VideoStore(root, decoder=decoder, index=index)
+    transform = TrainTransform(crop, fused=fused)
 
     def load(video: str, start: float, seconds: float, frames: int, seed: int) -> torch.Tensor:
         rng = np.random.default_rng(seed)
@@ -90,6 +81,69 @@ def our_way(root: Path, crop: int, decoder: str, fused: bool) -> Callable:
         return read_transformed(store, row, frames, transform, rng, jitter=True)[0]
 
     return load
+
+
+def peer(root: Path, crop: int, read: Callable) -> Callable:
+    """read: (path, frames' numbers for this rate) -> (T, H, W, 3) uint8"""
+    transform = TrainTransform(crop, fused=True)
+
+    def load(video: str, start: float, seconds: float, frames: int, seed: int) -> torch.Tensor:
+        path = str(root / f"{video}.mp4" / "0.mp4")
+        decoded = read(path, lambda fps: frame_ids(fps, start, seconds, frames, seed))
+        return transform(np.ascontiguousarray(decoded), np.random.default_rng(seed))
+
+    return load
+
+
+def peers() -> dict[str, Callable]:
+    """The readers that are installed."""
+    found: dict[str, Callable] = {"PyAV, plainly used": _read_with_pyav}
+    try:
+        import decord
+
+        def with_decord(path: str, ids_of: Callable) -> np.ndarray:
+            reader = decord.VideoReader(path, num_threads=1)
+            return reader.get_batch(ids_of(reader.get_avg_fps()).tolist()).asnumpy()
+
+        found["decord"] = with_decord
+    except ImportError:
+        pass
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except Exception as error:  # it raises a RuntimeError where it finds no FFmpeg
+        print(f"without torchcodec ({str(error).splitlines()[0]})")
+        return found
+    for mode in ("exact", "approximate"):
+
+        def with_torchcodec(path: str, ids_of: Callable, mode: str = mode) -> np.ndarray:
+            reader = VideoDecoder(path, seek_mode=mode, num_ffmpeg_threads=1, dimension_order="NHWC")
+            return reader.get_frames_at(ids_of(reader.metadata.average_fps).tolist()).data.numpy()
+
+        found[f"torchcodec, {mode}"] = with_torchcodec
+    return found
+
+
+def _read_with_pyav(path: str, ids_of: Callable) -> np.ndarray:
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_count = 1
+        ids = ids_of(float(stream.average_rate)).tolist()
+        tick = 1 / (stream.average_rate * stream.time_base)
+        container.seek(int(ids[0] * tick), stream=stream)
+        frames = {}
+        for frame in container.decode(stream):
+            number = round(frame.pts / tick)
+            if number in ids:
+                frames[number] = frame.to_ndarray(format="rgb24")
+            if number >= ids[-1]:
+                break
+    return np.stack([frames[i] for i in ids])
+
+
+def frame_ids(fps: float, start: float, seconds: float, frames: int, seed: int) -> np.ndarray:
+    first, last = round(start * fps), round((start + seconds) * fps)
+    ids = uniform_frame_ids(first, last, frames, np.random.default_rng(seed))
+    return np.minimum(ids, CHUNK_S * FPS - 1)
 
 
 def milliseconds_per_clip(load: Callable, spans: list[tuple]) -> float:
@@ -100,8 +154,8 @@ def milliseconds_per_clip(load: Callable, spans: list[tuple]) -> float:
 
 
 def compare(sides: dict[str, Callable], frames: int, seconds: float, clips: int, rounds: int) -> dict[str, float]:
-    rng = np.random.default_rng(0)
-    spans = [(f"video{i % VIDEOS}", float(rng.uniform(0, CHUNK_S - seconds)), seconds, frames, i) for i in range(clips)]
+    """CPU milliseconds per clip of every side"""
+    spans = spans_of(clips, frames, seconds)
     times: dict[str, list[float]] = {name: [] for name in sides}
     for load in sides.values():
         load(*spans[0])  # warm-up
@@ -111,34 +165,150 @@ def compare(sides: dict[str, Callable], frames: int, seconds: float, clips: int,
     return {name: min(values) for name, values in times.items()}
 
 
+def spans_of(clips: int, frames: int, seconds: float, length: float = CHUNK_S) -> list[tuple]:
+    rng = np.random.default_rng(0)
+    return [(f"video{i % VIDEOS}", float(rng.uniform(0, length - seconds)), seconds, frames, i) for i in range(clips)]
+
+
+def processes(load: Callable, count: int, seconds: float) -> float:
+    """Clips a second of so many processes together."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        spans, done, start = spans_of(64, 4, 1.0), 0, time.monotonic()
+        while time.monotonic() - start < seconds:
+            load(*spans[done % len(spans)])
+            done += 1
+        results.put(done / (time.monotonic() - start))
+
+    running = [context.Process(target=work) for _ in range(count)]
+    for process in running:
+        process.start()
+    rates = [results.get() for _ in running]
+    for process in running:
+        process.join()
+    return sum(rates)
+
+
+def join_chunks(chunks: list[Path], target: Path, seconds: int) -> None:
+    """One file of the packets of `chunks`, over and over, until it is so long. Nothing is encoded."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(target), "w") as sink:
+        out, offset = None, 0
+        while True:
+            for chunk in chunks:
+                with av.open(str(chunk)) as source:
+                    stream = source.streams.video[0]
+                    out = out or sink.add_stream_from_template(stream)
+                    length = round(Fraction(stream.frames) / stream.average_rate / stream.time_base)
+                    for packet in source.demux(stream):
+                        if packet.size:
+                            packet.pts, packet.dts, packet.stream = packet.pts + offset, packet.dts + offset, out
+                            sink.mux(packet)
+                    offset += length
+                    if offset * stream.time_base >= seconds:
+                        return
+
+
+def an_hour(root: Path, folder: Path, crop: int, clips: int, rounds: int) -> float:
+    """Time of clips of a whole video of an hour over that of clips of a chunk of 15 s, both indexed."""
+    chunks = sorted(root.rglob("0.mp4"))
+    for i in range(VIDEOS):
+        join_chunks(chunks[i:] + chunks[:i], folder / f"video{i}.mp4", HOUR_S)
+    index_videos(folder)
+    long, short = our_way(folder, crop, "pyav", True), our_way(root, crop, "pyav", True)
+    times: dict[str, list[float]] = {"long": [], "short": []}
+    spans = {"long": spans_of(clips, 4, 1.0, HOUR_S), "short": spans_of(clips, 4, 1.0)}
+    # The same places of the same chunks: what differs is the file around them.
+    spans["long"] = [(v, t + CHUNK_S * 3 * (7 * i % 70), s, n, k) for i, (v, t, s, n, k) in enumerate(spans["short"])]
+    for _ in range(rounds + 1):
+        for name, load in (("long", long), ("short", short)):
+            times[name].append(milliseconds_per_clip(load, spans[name]))
+    return min(times["long"][1:]) / min(times["short"][1:])
+
+
+def growth(load: Callable, reads: int) -> float:
+    """MB by which the memory in use grows over so many reads, after the first hundred."""
+    spans = spans_of(100, 4, 1.0)
+    for span in spans:
+        load(*span)
+    before = _resident()
+    for i in range(reads):
+        load(*spans[i % len(spans)])
+    return _resident() - before
+
+
+def _resident() -> float:
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+    except OSError:  # the most that it ever was
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def write_videos(folder: Path, files: list[str], height: int, width: int) -> tuple[Path, Path]:
+    """The same pictures in both encodings. -> root of x264's defaults, root of ours"""
+    from avion.data.video.prepare_encode import Encoding
+    from benchmarks.bench_encoding import Default, material, write
+
+    roots = folder / "default", folder / "prepared"
+    for i, (_, rate, shots) in enumerate(material(files, height, width, CHUNK_S * FPS)[:VIDEOS]):
+        for root, encoding in zip(roots, (Default(), Encoding()), strict=True):
+            write(root / f"video{i}.mp4" / "0.mp4", shots, rate, encoding)
+    return roots
+
+
+def bytes_of(root: Path) -> float:
+    return statistics.mean(path.stat().st_size for path in root.rglob("0.mp4"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--videos", nargs=VIDEOS, default=[], metavar="FILE", help="take the pictures from these files")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--height", type=int, default=288)
     parser.add_argument("--crop", type=int, default=224)
-    parser.add_argument("--gop", type=int, default=250, help="frames between keyframes (x264's default: 250)")
+    parser.add_argument("--reads", type=int, default=500, help="reads over which the memory is watched")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        for i in range(VIDEOS):
-            write_chunk(root / f"video{i}.mp4" / "0.mp4", args.height, args.width, args.gop, seed=i)
-        size = statistics.mean(path.stat().st_size for path in root.rglob("0.mp4"))
-        print(f"{args.width} x {args.height}, 15 s chunks of {size / 1e6:.2f} MB, a keyframe every {args.gop} frames")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        default, prepared = write_videos(folder, args.videos, args.height, args.width)
+        plain, small = bytes_of(default), bytes_of(prepared)
+        print(
+            f"{args.width} x {args.height}, chunks of 15 s: {plain / 1e6:.2f} MB as x264 encodes by default, "
+            f"{small / 1e6:.2f} MB prepared (x {small / plain:.2f})"
+        )
+        for root in (default, prepared):
+            made = index_videos(root)
+            print(f"index of {root.name}: {made.path.stat().st_size / made.frames:.1f} bytes per frame")
         sides = {
-            "AVION's way": avions_way(root, args.crop),
-            "pyav, fused": our_way(root, args.crop, "pyav", fused=True),
-            "pyav, plain": our_way(root, args.crop, "pyav", fused=False),
-            "decord, fused": our_way(root, args.crop, "decord", fused=True),
+            "AVION's way": avions_way(default, args.crop),
+            "ours, prepared": our_way(prepared, args.crop, "pyav", True),
+            "ours, AVION's chunks": our_way(default, args.crop, "pyav", True),
+            "ours, without index": our_way(default, args.crop, "pyav", True, index=None),
+            "ours, plain path": our_way(default, args.crop, "pyav", False, index=None),
         }
+        for reader, read in peers().items():
+            sides[f"{reader}"] = peer(default, args.crop, read)
+            sides[f"{reader}, prepared"] = peer(prepared, args.crop, read)
         for frames, seconds in CASES:
             result = compare(sides, frames, seconds, args.clips, args.rounds)
             base = result["AVION's way"]
             print(f"{frames} frames of {seconds:g} s")
-            for name, value in result.items():
-                print(f"  {name:14s} {value:7.1f} CPU ms per clip   x {base / value:.2f}")
+            for side, value in result.items():
+                print(f"  {side:34s} {value:7.1f} CPU ms per clip   x {base / value:.2f}", flush=True)
+        load = sides["ours, prepared"]
+        one, two = (processes(load, count, 4.0) for count in (1, 2))
+        print(f"clips per second: {one:.0f} with one process, {two:.0f} with two (x {two / one:.2f})")
+        ratio = an_hour(prepared, folder / "hour", args.crop, args.clips, args.rounds)
+        print(f"a clip of a whole video of an hour takes x {ratio:.2f} of one of a chunk")
+        shutil.rmtree(folder / "hour")
+        print(f"{args.reads} reads grow the memory by {growth(load, args.reads):.1f} MB")
 
 
 if __name__ == "__main__":

@@ -52,9 +52,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"without index  {name}: {reason}")
     if len(made.plain) > _LISTED:
         print(f"without index  ... and {len(made.plain) - _LISTED} more")
-    size = made.path.stat().st_size
     print(
-        f"{made.path}: {made.files - len(made.plain)} of {made.files} files, {made.frames} frames, {size / 1e6:.1f} MB"
+        f"{made.path}: {made.files - len(made.plain)} of {made.files} files, {made.frames} frames"
         f" ({made.reused} entries stood before)"
     )
     return 0

@@ -10,6 +10,7 @@ from .layout import LAYOUTS, VIDEO_EXTENSIONS, Layout, find_layout
 from .picture import Scaling
 from .reader import DECODERS, VideoReader, open_video, resolve_decoder
 from .sampling import SAMPLINGS, strided_frame_ids, uniform_frame_ids
+from .storage import is_remote
 from .store import TOLERANCE_S, ClipFrames, VideoStore
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "VideoStore",
     "find_layout",
     "index_videos",
+    "is_remote",
     "open_video",
     "resolve_decoder",
     "strided_frame_ids",

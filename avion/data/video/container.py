@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
@@ -23,13 +24,16 @@ _REFUSALS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, e
 HELD_BYTES = 64 * 2**20  # packets of a file up to this size stay in memory: it is then read once
 
 
-def open_container(path: str):
-    """An av container open for reading. VideoError for what is no video of a known format."""
+def open_container(path: str, file=None):
+    """An av container open for reading. VideoError for what is no video of a known format.
+
+    file: what to read from; None: the file at `path`.
+    """
     import av
 
     try:
         # Tags are of no interest here, and not always UTF-8.
-        return av.open(path, options=dict(_OPEN_OPTIONS), metadata_errors="replace")
+        return av.open(path if file is None else file, options=dict(_OPEN_OPTIONS), metadata_errors="replace")
     except (av.error.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in _REFUSALS:
             raise refused(path, error) from error
@@ -61,10 +65,10 @@ class Demuxed:
     comes out of here has its position as its time, so that a decoded picture says which packet it is.
     """
 
-    def __init__(self, container, path: str):
+    def __init__(self, container, path: str, file=None):
         import av
 
-        self._container, self._path = container, path
+        self._container, self._path, self._file = container, path, file
         self.stream = video_track(container, path)
         self.context = self.stream.codec_context
         self.codec: str = self.context.codec.canonical_name  # of the codec, whichever decoder it is
@@ -134,9 +138,10 @@ class Demuxed:
         short has less bytes than its first four-character block states."""
         if self._container.format.name != "avi":
             return False
-        with open(self._path, "rb") as file:
+        with open(self._path, "rb") if self._file is None else contextlib.nullcontext(self._file) as file:
+            file.seek(0)
             stated = int.from_bytes(file.read(8)[4:], "little") + 8
-        return os.path.getsize(self._path) >= stated
+            return file.seek(0, os.SEEK_END) >= stated
 
     def _make_table(self) -> PacketTable:
         flags = np.array(self._flags, dtype=np.uint8)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import functools
+import hashlib
 import mmap
 import os
+import shutil
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +21,6 @@ from pathlib import Path
 import numpy as np
 
 from avion.errors import UserError
-from avion.files import PARTIAL
 
 from .decode import BARE_CODECS
 from .errors import VideoError, one_line
@@ -27,7 +29,8 @@ from .indexed_reader import IndexedReader
 from .layout import VIDEO_EXTENSIONS
 from .pyav_reader import PyAVReader
 from .reader import check_file
-from .storage import Storage, storage_of
+from .remote import cache_folder
+from .storage import Storage, is_remote, storage_of
 
 _JOURNAL = struct.Struct("<IIQQqI")  # lengths of path and record, kind, size, stamp, checksum of path and record
 _FARTHEST_START = 64  # bytes between where a demuxer says that a packet lies and its first byte
@@ -37,7 +40,7 @@ _FARTHEST_START = 64  # bytes between where a demuxer says that a packet lies an
 class IndexSummary:
     """What `index_videos` did."""
 
-    path: Path  # of the index file
+    path: Path | str  # of the index file, or its URL
     files: int  # in the index now
     reused: int  # of them, entries that stood before and are still right
     frames: int  # shown frames of all files together
@@ -74,24 +77,51 @@ def index_videos(
     storage = storage_of(root)
     if not storage.is_dir(storage.root):
         raise UserError(f"video root {root}: no such folder")
+    names = sorted(_video_files(storage)) if paths is None else sorted({_below(storage, p) for p in paths})
+    if storage.remote and index is None:
+        with _brought_back(storage) as target:
+            made = _build(storage, names, paths is None, target, workers, progress)
+        return dataclasses.replace(made, path=storage.join(storage.root, INDEX_NAME))
     target = Path(index) if index is not None else Path(storage.root) / INDEX_NAME
-    names = sorted(_video_files(storage.root)) if paths is None else sorted({_below(storage.root, p) for p in paths})
+    return _build(storage, names, paths is None, target, workers, progress)
+
+
+@contextlib.contextmanager
+def _brought_back(storage: Storage) -> Iterator[Path]:
+    """A file here for the index of a remote root: the index that is there, to begin with; put there at the end.
+
+    Its name is the same each time, so that its journal is found again."""
+    name = hashlib.blake2b(storage.root.encode(), digest_size=16).hexdigest()
+    here, there = cache_folder().parent / "indexes" / name, storage.join(storage.root, INDEX_NAME)
+    here.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if storage.exists(there):
+            shutil.copyfile(storage.local_copy(there), here)
+        yield here
+        storage.put(str(here), there)
+    except OSError as error:
+        raise UserError(f"{there}: cannot be written ({error.strerror}); choose another place with --index") from error
+
+
+def _build(
+    storage: Storage, names: list[str], every: bool, target: Path, workers: int, progress: Callable | None
+) -> IndexSummary:
+    """names: of the files to index; every: they are all there are."""
     with _journal(target) as journal:
         known = _known_entries(target)
         known.update(journal.entries)
         fresh = {name: entry for name, entry in known.items() if _is_fresh(storage, entry)}
         due = [name for name in names if name not in fresh]
-        reused = len(fresh) if paths is None else sum(name in fresh for name in names)
+        reused = sum(name in fresh for name in names)
         done = len(names) - len(due)
-        for entry in _indexed(storage.root, due, workers):
+        for entry in _indexed(storage, due, workers):
             journal.add(entry)
             fresh[entry.path] = entry
             done += 1
             if progress is not None:
                 progress(done, len(names))
-        if paths is None:
+        if every:
             fresh = {name: fresh[name] for name in names if name in fresh}
-            reused = len(fresh) - len(due)
         write_index(target, (fresh[name] for name in sorted(fresh)))
         journal.finish()
     return _summary(target, fresh.values(), reused)
@@ -153,8 +183,8 @@ def _reads_the_same(reader: PyAVReader, record: bytes, path: str, file_size: int
             return False
 
 
-def _indexed(root: str, names: list[str], workers: int) -> Iterator[Entry]:
-    work = functools.partial(_index_below, root)
+def _indexed(storage: Storage, names: list[str], workers: int) -> Iterator[Entry]:
+    work = functools.partial(_index_below, storage)
     if workers < 1 or len(names) < 2:
         yield from map(work, names)
         return
@@ -168,24 +198,37 @@ def _indexed(root: str, names: list[str], workers: int) -> Iterator[Entry]:
         ) from None
 
 
-def _index_below(root: str, name: str) -> Entry:
-    return index_file(os.path.join(root, name), name)
+def _index_below(storage: Storage, name: str) -> Entry:
+    path = storage.join(storage.root, name)
+    if not storage.remote:
+        return index_file(path, name)
+    try:
+        facts = storage.facts(path)
+        with storage.temporary_copy(path) as copy:
+            entry = index_file(copy.name, name)
+    except OSError as error:
+        return Entry(name, 0, 0, PLAIN, one_line(error).encode())
+    return dataclasses.replace(entry, size=facts.size, stamp=facts.stamp)
 
 
-def _video_files(root: str) -> Iterator[str]:
-    for folder, folders, files in os.walk(root):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        for file in files:
-            extension = os.path.splitext(file)[1].lower()
-            if extension in VIDEO_EXTENSIONS and not file.startswith(".") and not file.endswith(PARTIAL):
-                yield os.path.relpath(os.path.join(folder, file), root)
+def _video_files(storage: Storage, below: str = "") -> Iterator[str]:
+    for name, is_folder in storage.entries(storage.join(storage.root, below) if below else storage.root):
+        path = f"{below}/{name}" if below else name
+        if is_folder:
+            yield from _video_files(storage, path)
+        elif os.path.splitext(name)[1].lower() in VIDEO_EXTENSIONS:
+            yield path
 
 
-def _below(root: str, path: str | os.PathLike[str]) -> str:
-    name = os.path.relpath(os.path.join(root, os.fspath(path)), root)
-    if os.path.isabs(os.fspath(path)):
-        name = os.path.relpath(os.path.abspath(path), os.path.abspath(root))
-    if name == ".." or name.startswith("../"):
+def _below(storage: Storage, path: str | os.PathLike[str]) -> str:
+    """The path of a video below the root. UserError for one that lies elsewhere."""
+    root, name = storage.root, os.fspath(path)
+    if storage.remote:
+        name = name.removeprefix(f"{root}/")
+    elif os.path.isabs(name):
+        name = os.path.relpath(name, os.path.abspath(root))
+    name = os.path.normpath(name)
+    if name == ".." or name.startswith(("../", "/")) or is_remote(name):
         raise UserError(f"{path}: does not lie below the video root {root}")
     return name
 

@@ -13,13 +13,15 @@ from .reader import TableReader
 class PyAVReader(TableReader):
     """One pass over the packets gives the numbering, then only the runs that are needed are decoded."""
 
-    def __init__(self, path: str, threads: int):
+    def __init__(self, path: str, threads: int, file=None):
+        """path: of the file. file: what to read it from, where it does not lie here; closed with the reader."""
         self.path = path
-        self._container = open_container(path)
+        self._file = file
+        self._container = open_container(path, file)
         self._threads = threads
         self._bare: dict[int, object] = {}
         try:
-            self._demuxed = Demuxed(self._container, path)
+            self._demuxed = Demuxed(self._container, path, file)
             context = self._demuxed.context
             if not context.is_open or context.thread_count != threads:
                 context.thread_count = threads
@@ -77,3 +79,5 @@ class PyAVReader(TableReader):
         self._demuxed = None
         self._bare = {}
         self._container.close()
+        if self._file is not None:
+            self._file.close()

@@ -20,6 +20,7 @@ from avion.errors import UserError
 from .errors import VideoError, refused
 from .packets import PacketTable
 from .picture import Scaling, scale_rgb
+from .storage import Storage, is_remote, storage_of
 
 DECODERS = ("pyav", "decord")  # in the order in which `auto` tries them
 _SCALED_AT_ONCE = 32  # frames
@@ -195,10 +196,27 @@ def open_video(path: str | os.PathLike, decoder: str = "auto", threads: int = 1)
         from .pyav_reader import PyAVReader as Reader
     else:
         from .decord_reader import DecordReader as Reader
+    if is_remote(path):
+        return _open_remote(os.fspath(path), Reader, threads)
     path = os.path.abspath(path)  # never a URL or a "concat:" list
     check_file(path)
     try:
         return Reader(path, threads)
+    except OSError as error:
+        raise refused(path, error) from error
+
+
+def _open_remote(path: str, reader_class: type, threads: int, storage: Storage | None = None) -> VideoReader:
+    """A video elsewhere, read with its container through a file object: many requests, where an index needs few."""
+    from .pyav_reader import PyAVReader
+
+    if reader_class is not PyAVReader:
+        raise UserError(f"{path}: files elsewhere are read by the decoder pyav only")
+    try:
+        storage = storage or storage_of(os.path.dirname(path))
+        if storage.facts(path).size == 0:
+            raise VideoError(path, "is empty (0 bytes)")
+        return PyAVReader(path, threads, storage.open_file(path))
     except OSError as error:
         raise refused(path, error) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
 
@@ -47,7 +48,16 @@ class Storage:
         return FileFacts(found.st_size, found.st_mtime_ns)
 
     def open_ranges(self, path: str) -> RangeFile:
+        """The file, for positioned reads."""
         return RangeFile(path)
+
+    def open_file(self, path: str):
+        """The file, for readers that need a file object."""
+        return open(path, "rb")
+
+    def local_copy(self, path: str) -> str:
+        """A path at which the whole file can be mapped into memory."""
+        return path
 
 
 class RangeFile:
@@ -81,6 +91,15 @@ class RangeFile:
             self._handle = -1
 
 
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is a URL of another place ("s3://...") rather than a file here."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(path)) is not None
+
+
 def storage_of(root: str | os.PathLike) -> Storage:
-    """The storage that a root lies in."""
+    """The storage that a root lies in. UserError where it needs a package that is not installed."""
+    if is_remote(root):
+        from .remote import RemoteStorage
+
+        return RemoteStorage(os.fspath(root))
     return Storage(os.fspath(root))

@@ -21,7 +21,7 @@ from .layout import VIDEO_EXTENSIONS, find_layout, other_extensions
 from .picture import Scaling
 from .reader import VideoReader, open_video, resolve_decoder
 from .sampling import clip_frame_ids, clip_seconds
-from .storage import storage_of
+from .storage import is_remote, storage_of
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class VideoStore:
         index: str | os.PathLike | None = "auto",
     ):
         self.storage = storage_of(root)
-        self.root = Path(root)
+        self.root = self.storage.root if self.storage.remote else Path(root)
         self.decoder = resolve_decoder(decoder)
         self.threads = threads
         self.layout = find_layout(root, layout)
@@ -89,9 +89,10 @@ class VideoStore:
         """The number of the chunk that holds this second of a video; 0 for whole files."""
         return int(max(second, 0.0) // self.chunk_length) if self.chunked else 0
 
-    def chunk_path(self, video: str, chunk: int) -> Path:
-        """The file that holds chunk number `chunk` (counted from 0) of `video`."""
-        return Path(self._chunk_path(video, chunk))
+    def chunk_path(self, video: str, chunk: int) -> Path | str:
+        """The file that holds chunk number `chunk` (counted from 0) of `video`; of a remote root, its URL."""
+        path = self._chunk_path(video, chunk)
+        return path if self.storage.remote else Path(path)
 
     def has_chunk(self, video: str, chunk: int) -> bool:
         """Whether this file is there. VideoError where the operating system does not tell."""
@@ -252,9 +253,12 @@ class VideoStore:
                 raise UserError(f"packet index {index}: is used by the decoder pyav only, not by {self.decoder}")
             return None
         path = self.storage.join(self.storage.root, INDEX_NAME) if index == "auto" else os.fspath(index)
-        if index == "auto" and not os.path.exists(path):
-            return None
-        found = PacketIndex(path)
+        try:
+            if index == "auto" and not self.storage.exists(path):
+                return None
+            found = PacketIndex(self.storage.local_copy(path) if index == "auto" or is_remote(path) else path)
+        except OSError as error:
+            raise UserError(f"packet index {path}: cannot be read ({error.strerror})") from error
         logger.info("packet index %s: %d files", path, len(found))
         return found
 
@@ -267,7 +271,10 @@ class VideoStore:
         """A reader that needs no container; None where the index does not hold this file as it is now."""
         entry = index.find(path[len(self.storage.root) :].lstrip("/"))
         if entry is None:
-            return self._not_indexed(path, "is not in it")
+            try:
+                return self._not_indexed(path, "is not in it") if self.storage.exists(path) else None
+            except OSError:
+                return None
         try:
             file = self.storage.open_ranges(path)
         except OSError:
@@ -289,7 +296,7 @@ class VideoStore:
 
     def _not_indexed(self, path: str, why: str) -> None:
         self.unindexed += 1
-        if self.unindexed == 1 and os.path.exists(path):
+        if self.unindexed == 1:
             logger.warning(
                 "packet index %s: %s %s; such files are read without it, which is slow (said once); "
                 "tools/index_videos.py brings it up to date", self._index.path, path, why,

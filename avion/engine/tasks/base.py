@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from avion.data.video import VideoStore
+from avion.data.video import VideoStore, is_remote
 from avion.engine import encode
 from avion.engine.build import build_model
 from avion.engine.distributed import World
@@ -83,7 +83,7 @@ class Task:
 
     def store(self, root: str, flag: str) -> VideoStore:
         """The videos below a folder that was given as `flag`, read as the flags say."""
-        if not Path(root).is_dir():
+        if not is_remote(root) and not Path(root).is_dir():
             raise UserError(f"{flag} {root}: no such folder; give the folder that the videos are in")
         a = self.args
         return VideoStore(
