@@ -5,6 +5,8 @@ SHELL := /bin/bash
 REQUIREMENTS := requirements.txt requirements-dev.txt pyproject.toml
 STAMP := .venv/.installed-$(firstword $(shell cat $(REQUIREMENTS) | cksum))
 PYTHON_IN := .venv/bin/python
+# The rooms in which every parameter has a type.
+STRICT := 'avion/models/*.py' 'avion/evaluation/*.py'
 # The number of processes that share the tests; each process uses one thread.
 TEST_WORKERS ?= auto
 
@@ -31,9 +33,11 @@ test: $(STAMP)  ## run all tests but those of test-slurm
 test-slurm: $(STAMP)  ## test the launchers on a SLURM of one node (needs root and SLURM's packages)
 	$(PYTHON_IN) -m pytest tests/slurm
 
-lint: $(STAMP)  ## check style, likely mistakes and format with ruff
+lint: $(STAMP)  ## check style, likely mistakes and format with ruff, types with pyrefly
 	$(PYTHON_IN) -m ruff check .
 	$(PYTHON_IN) -m ruff format --check .
+	.venv/bin/pyrefly check --output-format min-text
+	.venv/bin/pyrefly check --output-format min-text --preset strict $(STRICT)
 
 format: $(STAMP)  ## let ruff rewrite what it can correct
 	$(PYTHON_IN) -m ruff check --fix .

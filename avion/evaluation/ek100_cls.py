@@ -1,8 +1,9 @@
 """EPIC-KITCHENS-100 action recognition: verb and noun scores from action scores, accuracies on the official subsets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from avion.constants import EK100_NOUNS, EK100_VERBS
 from avion.errors import UserError
@@ -11,7 +12,9 @@ KINDS = ("verb", "noun", "action")
 _ROWS_AT_ONCE = 1024
 
 
-def get_marginal_indexes(actions: Mapping, mode: str, num_classes: int | None = None) -> list[np.ndarray]:
+def get_marginal_indexes(
+    actions: Mapping[str, Iterable[int]], mode: str, num_classes: int | None = None
+) -> list[np.ndarray]:
     """For each verb (or noun) class, the indices of the actions that contain it.
 
     Args:
@@ -40,7 +43,7 @@ def get_marginal_indexes(actions: Mapping, mode: str, num_classes: int | None = 
     return [np.flatnonzero(classes == c) for c in range(num_classes)]
 
 
-def marginalize(probs, indexes: Sequence[np.ndarray]) -> np.ndarray:
+def marginalize(probs: ArrayLike, indexes: Sequence[np.ndarray]) -> np.ndarray:
     """Sum action probabilities into class probabilities.
 
     Args:
@@ -54,7 +57,7 @@ def marginalize(probs, indexes: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack([probs[:, np.asarray(i, dtype=np.int64)].sum(axis=1) for i in indexes], axis=1)
 
 
-def get_mean_accuracy(cm) -> tuple[float, float]:
+def get_mean_accuracy(cm: ArrayLike) -> tuple[float, float]:
     """Mean class accuracy and accuracy over all samples, both in percent.
 
     Args:
@@ -72,7 +75,7 @@ def get_mean_accuracy(cm) -> tuple[float, float]:
     return 100 * float(per_class.mean()), 100 * float(cm.trace() / cm.sum())
 
 
-def label_ranks(scores, labels) -> np.ndarray:
+def label_ranks(scores: ArrayLike, labels: ArrayLike) -> np.ndarray:
     """How many classes score above the right one: 0 is top-1. Of equal scores the lower class comes first.
 
     Args:
@@ -103,7 +106,7 @@ def label_ranks(scores, labels) -> np.ndarray:
     return ranks
 
 
-def mean_class_accuracy(ranks, labels) -> float:
+def mean_class_accuracy(ranks: ArrayLike, labels: ArrayLike) -> float:
     """The mean over classes of the share of their samples that are right; classes without samples do not count.
 
     ranks: (n,) from `label_ranks`; labels: (n,) int, at least 0. Returns a fraction.
@@ -114,14 +117,14 @@ def mean_class_accuracy(ranks, labels) -> float:
 
 
 def action_metrics(
-    probs,
+    probs: ArrayLike,
     actions: tuple[np.ndarray, np.ndarray],
-    verb_class,
-    noun_class,
+    verb_class: ArrayLike,
+    noun_class: ArrayLike,
     *,
-    tail_verbs=None,
-    tail_nouns=None,
-    unseen=None,
+    tail_verbs: ArrayLike | None = None,
+    tail_nouns: ArrayLike | None = None,
+    unseen: ArrayLike | None = None,
 ) -> dict[str, float]:
     """Accuracies of verbs, nouns and actions, overall and on EPIC's official subsets.
 
@@ -170,7 +173,7 @@ def action_metrics(
     return figures
 
 
-def action_marginals(probs, actions: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def action_marginals(probs: ArrayLike, actions: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Verb scores (n, 97) and noun scores (n, 300) of action probabilities (n, actions)."""
     columns = {"verb": actions[0], "noun": actions[1]}
     counts = {"verb": EK100_VERBS, "noun": EK100_NOUNS}
@@ -178,9 +181,11 @@ def action_marginals(probs, actions: tuple[np.ndarray, np.ndarray]) -> tuple[np.
     return verbs, nouns
 
 
-def _tail_rows(verb_class, noun_class, tail_verbs, tail_nouns) -> dict[str, np.ndarray]:
+def _tail_rows(
+    verb_class: np.ndarray, noun_class: np.ndarray, tail_verbs: ArrayLike | None, tail_nouns: ArrayLike | None
+) -> dict[str, np.ndarray]:
     """Which clips are in the tail, (n,) bool, for each kind that the given lists decide."""
-    rows = {}
+    rows: dict[str, np.ndarray] = {}
     if tail_verbs is not None:
         rows["verb"] = np.isin(verb_class, tail_verbs)
     if tail_nouns is not None:

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from avion.errors import UserError
 
@@ -56,7 +57,9 @@ class _Ranked(NamedTuple):
 Scorer = Callable[[_Ranked], np.ndarray]
 
 
-def retrieval_metrics(similarity, relevancy, *, graded_precision: bool = True) -> dict[str, float]:
+def retrieval_metrics(
+    similarity: ArrayLike, relevancy: ArrayLike, *, graded_precision: bool = True
+) -> dict[str, float]:
     """All six figures of the retrieval tables, as fractions of 1.
 
     Args:
@@ -72,22 +75,24 @@ def retrieval_metrics(similarity, relevancy, *, graded_precision: bool = True) -
         UserError: shapes differ or are not 2-D, a value is not finite, a relevancy is outside [0, 1],
             or a direction has no query with anything relevant.
     """
-    similarity, relevancy = _checked(similarity, relevancy)
+    checked = _checked(similarity, relevancy)
     scorers = {"map": _ap_scorer(graded_precision), "ndcg": _ndcg}
     return {
         f"{side}_{name}": value
-        for name, figures in _both_directions(similarity, relevancy, scorers).items()
+        for name, figures in _both_directions(*checked, scorers).items()
         for side, value in zip(("vis", "txt", "avg"), figures, strict=True)
     }
 
 
-def get_mAP(similarity_matrix, rel_matrix, *, graded_precision: bool = True) -> tuple[float, float, float]:
+def get_mAP(
+    similarity_matrix: ArrayLike, rel_matrix: ArrayLike, *, graded_precision: bool = True
+) -> tuple[float, float, float]:
     """(V2T, T2V, mean) mAP as fractions of 1; arguments and errors as `retrieval_metrics`."""
     similarity, relevancy = _checked(similarity_matrix, rel_matrix)
     return _both_directions(similarity, relevancy, {"map": _ap_scorer(graded_precision)})["map"]
 
 
-def get_nDCG(similarity_matrix, rel_matrix) -> tuple[float, float, float]:
+def get_nDCG(similarity_matrix: ArrayLike, rel_matrix: ArrayLike) -> tuple[float, float, float]:
     """(V2T, T2V, mean) nDCG as fractions of 1; arguments and errors as `retrieval_metrics`."""
     similarity, relevancy = _checked(similarity_matrix, rel_matrix)
     return _both_directions(similarity, relevancy, {"ndcg": _ndcg})["ndcg"]
@@ -213,10 +218,8 @@ def _order(digits: list[np.ndarray]) -> np.ndarray:
     return order
 
 
-def _checked(similarity, relevancy) -> tuple[np.ndarray, np.ndarray]:
-    similarity, relevancy = (
-        _as_matrix(value, name) for value, name in ((similarity, "similarity"), (relevancy, "relevancy"))
-    )
+def _checked(similarity_like: ArrayLike, relevancy_like: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    similarity, relevancy = _as_matrix(similarity_like, "similarity"), _as_matrix(relevancy_like, "relevancy")
     if similarity.shape != relevancy.shape:
         raise UserError(
             f"relevancy: its shape (clips, sentences) is {relevancy.shape}, that of the similarities "
@@ -230,7 +233,7 @@ def _checked(similarity, relevancy) -> tuple[np.ndarray, np.ndarray]:
     return similarity, relevancy
 
 
-def _as_matrix(value, name: str) -> np.ndarray:
+def _as_matrix(value: ArrayLike, name: str) -> np.ndarray:
     matrix = np.asarray(value)
     if matrix.ndim != 2 or not matrix.size:
         raise UserError(f"{name}: shape {matrix.shape}, expected a matrix (clips, sentences) with entries")

@@ -6,11 +6,12 @@ and wrong about the other, and so gets one half.
 """
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from avion.errors import UserError
 
 
-def pair_accuracy(video_embed, own_text, other_text) -> dict[str, float | int]:
+def pair_accuracy(video_embed: ArrayLike, own_text: ArrayLike, other_text: ArrayLike) -> dict[str, float | int]:
     """Share of the clips whose cosine with their own text is the larger; equal ones count one half.
 
     Args:
@@ -35,7 +36,7 @@ def pair_accuracy(video_embed, own_text, other_text) -> dict[str, float | int]:
     return {"pair_acc": float(((np.sign(margin) + 1) / 2).mean()), "n": len(margin)}
 
 
-def _unit_rows(value, name: str) -> np.ndarray:
+def _unit_rows(value: ArrayLike, name: str) -> np.ndarray:
     rows = np.asarray(value, dtype=np.float64)
     if rows.ndim != 2 or not rows.size:
         raise UserError(f"reversed pairs: {name} has shape {rows.shape}, expected (clips, embed) with entries")

@@ -4,8 +4,8 @@ Shapes: letters as in transformer.py.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,31 @@ from torch import nn
 from .config import ModelConfig
 from .names import rename_to_ours
 from .transformer import project
+
+
+class VideoTower(Protocol):
+    """What a video tower has, which is an `nn.Module`.
+
+    Attributes:
+        width: The number of channels of the features, D.
+        image_projection: The matrix (D, E) to the embedding that both towers share; None where the model holds it, or
+            where a classifier needs none.
+    """
+
+    width: int
+    image_projection: nn.Parameter | None
+
+    def __call__(self, video: torch.Tensor, /) -> torch.Tensor:
+        """video (B, C, T, height, width) → (B, E), or (B, D) without the projection."""
+        ...
+
+    def features(self, video: torch.Tensor) -> torch.Tensor:
+        """video (B, C, T, height, width) → the CLS after the last norm, (B, D)."""
+        ...
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """`nn.Module.parameters`."""
+        ...
 
 
 class _TakesUpstreamNames(nn.Module):
@@ -32,12 +57,12 @@ class _TakesUpstreamNames(nn.Module):
                 "docs/checkpoints.md, resizes embeddings, and says in one line why a file does not fit."
             ) from error
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any, **more: Any) -> None:
         """Called by PyTorch for this module before its parts, inside DistributedDataParallel too."""
         parameters = self.named_parameters(remove_duplicate=False)
         buffers = self.named_buffers(remove_duplicate=False)
         rename_to_ours(state_dict, prefix, {name for name, _ in [*parameters, *buffers]})
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **more)
 
 
 class CLIP(_TakesUpstreamNames):
@@ -46,10 +71,10 @@ class CLIP(_TakesUpstreamNames):
     `visual` maps (B, C, T, height, width) to (B, E), `textual` maps (B, L) to (B, E).
     """
 
-    def __init__(self, visual: nn.Module, textual: nn.Module | None, config: ModelConfig):
+    def __init__(self, visual: VideoTower, textual: nn.Module | None, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.visual = visual
+        self.visual: VideoTower = visual
         if textual is not None:
             self.textual = textual
         self.logit_scale = nn.Parameter(
@@ -90,7 +115,7 @@ class VideoClassifier(_TakesUpstreamNames):
 
     def __init__(
         self,
-        vision_model: nn.Module,
+        vision_model: VideoTower,
         dropout: float,
         num_classes: int,
         config: ModelConfig | None = None,
@@ -99,7 +124,7 @@ class VideoClassifier(_TakesUpstreamNames):
         super().__init__()
         self.config = config
         self.actions = None if actions is None else tuple(actions)
-        self.visual = vision_model
+        self.visual: VideoTower = vision_model
         self.visual.image_projection = None
         self.dropout = nn.Dropout(dropout)
         self.fc_cls = nn.Linear(vision_model.width, num_classes)

@@ -136,14 +136,18 @@ _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 _WHOLE, _FINITE = whole(1, 2**63 - 1), Number(float, -sys.float_info.max, sys.float_info.max)
 
 
+_RANGES: dict[type | None, Number] = {int: _WHOLE, float: _FINITE}
+
+
 def field_kinds(config: type[ModelConfig]) -> dict[str, Kind]:
     """What each field of a configuration holds, by its annotation and its declared range."""
-    hints, kinds = get_type_hints(config), {}
+    hints = get_type_hints(config)
+    kinds: dict[str, Kind] = {}
     choices = {**CHOICES, "mixer": (*CHOICES["mixer"], *MIXERS), "scan_backend": ("auto", *backend_names())}
     for field in dataclasses.fields(config):
         types = [t for t in (get_args(hints[field.name]) or (hints[field.name],)) if t is not type(None)]
         kind = types[0] if len(types) == 1 and types[0] in (int, float, bool, str) else None
-        within = field.metadata.get("within", {int: _WHOLE, float: _FINITE}.get(kind))
+        within = field.metadata.get("within", _RANGES.get(kind))
         optional = type(None) in get_args(hints[field.name])
         kinds[field.name] = Kind(kind, optional, within, choices.get(field.name))
     return kinds

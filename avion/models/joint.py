@@ -60,7 +60,7 @@ class JointViT(nn.Module):
         ]
         self.transformer = Transformer(blocks, config.grad_checkpointing)
         self.ln_post = nn.LayerNorm(dim, eps=1e-6)
-        self.image_projection = nn.Parameter(torch.empty(dim, config.project_embed_dim))
+        self.image_projection: nn.Parameter | None = nn.Parameter(torch.empty(dim, config.project_embed_dim))
         self.init_parameters()
 
     def init_parameters(self) -> None:
@@ -68,7 +68,8 @@ class JointViT(nn.Module):
         nn.init.normal_(self.class_embedding, std=INIT_STD)
         nn.init.normal_(self.positional_embedding, std=INIT_STD)
         nn.init.zeros_(self.temporal_embedding)
-        nn.init.normal_(self.image_projection, std=self.width**-0.5)
+        if self.image_projection is not None:
+            nn.init.normal_(self.image_projection, std=self.width**-0.5)
         for block in self.transformer.resblocks:
             for linear in (module for module in block.modules() if isinstance(module, nn.Linear)):
                 nn.init.trunc_normal_(linear.weight, std=INIT_STD)
@@ -114,15 +115,15 @@ def walk_joint(tower: JointViT, stream: Stream) -> torch.Tensor:
     All tokens attend to all of them: the memory is bounded, the time grows with the square of the number of frames.
     """
     cls, steps = stream.cls, stream.tokens.flatten(1, 2)  # (1, N·T, D), a view; here their order does not matter
-    blocks, count = tower.transformer.resblocks, 1 + steps.shape[1]
+    blocks, count = tower.transformer.blocks(), 1 + steps.shape[1]
     heads, dtype = blocks[0].attn.heads, compute_dtype(steps)
     keys, values = (steps.new_empty(1, heads, count, steps.shape[2] // heads, dtype=dtype) for _ in range(2))
     parts = list(pieces(steps.shape[1], stream.max_tokens))
     for i, block in enumerate(blocks):
-        keys[:, :, :1], values[:, :, :1] = _in_heads(block.attn, block.ln_1(cls), 1, 3)
+        keys[:, :, :1], values[:, :, :1] = _in_heads(block, block.ln_1(cls), 1, 3)
         for p in parts:
             behind = slice(1 + p.start, 1 + p.stop)  # the CLS
-            keys[:, :, behind], values[:, :, behind] = _in_heads(block.attn, block.ln_1(steps[:, p]), 1, 3)
+            keys[:, :, behind], values[:, :, behind] = _in_heads(block, block.ln_1(steps[:, p]), 1, 3)
         cls = _joint_block(block, cls, keys, values)
         if i < len(blocks) - 1:
             for p in parts:
@@ -132,13 +133,15 @@ def walk_joint(tower: JointViT, stream: Stream) -> torch.Tensor:
 
 def _joint_block(block: ResidualBlock, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """The block for some tokens x (1, S, D), with keys and values (1, H, 1+N·T, d) of all."""
-    (query,) = _in_heads(block.attn, block.ln_1(x), 0, 1)
+    (query,) = _in_heads(block, block.ln_1(x), 0, 1)
     x = x + block.attn.out_proj(attend(query, keys, values, block.attn.use_flash))
     return x + block.mlp(block.ln_2(x))
 
 
-def _in_heads(attn: Attention, x: torch.Tensor, first: int, stop: int) -> tuple[torch.Tensor, ...]:
-    """Of queries (0), keys (1) and values (2) those in [first, stop), each (1, H, S, d)."""
+def _in_heads(block: ResidualBlock, x: torch.Tensor, first: int, stop: int) -> tuple[torch.Tensor, ...]:
+    """Of queries (0), keys (1) and values (2) of the block's attention those in [first, stop), each (1, H, S, d)."""
+    attn = block.attn
+    assert isinstance(attn, Attention)
     part, dim = slice(first * x.shape[-1], stop * x.shape[-1]), x.shape[-1]
     projected = F.linear(x, attn.Wqkv.weight[part], attn.Wqkv.bias[part])
     return tuple(y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in projected.split(dim, dim=-1))

@@ -12,7 +12,7 @@ patch query to the CLS and to its own position in all frames (time) or to its ow
 """
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from .transformer import (
     INIT_STD,
     DropPath,
     Mlp,
+    PatchEmbed,
     TextTransformer,
     attend,
     drop_patches,
@@ -108,15 +109,19 @@ class LaViLaTower(nn.Module):
         self.patch_dropout = config.patch_dropout
         self.use_fast_conv1 = config.use_fast_conv1
         self.grad_checkpointing = config.grad_checkpointing
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(config.in_chans, dim, config.patch_size, config.patch_size, bias=False)
+        self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + patches, dim))
         self.temporal_embed = nn.Parameter(torch.empty(1, config.num_frames, dim))
         self.ln_pre = nn.LayerNorm(dim, eps=1e-5)
         self.blocks = nn.ModuleList(LaViLaBlock(config, rate) for rate in drop_path_rates(config))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.image_projection: nn.Parameter | None = None  # that of `LaViLaCLIP` is in its place
         self.init_parameters()
+
+    def each_block(self) -> list[LaViLaBlock]:
+        """The blocks from the first to the last."""
+        return cast("list[LaViLaBlock]", list(self.blocks))
 
     def init_parameters(self) -> None:
         """LaViLa's initial values: time attention starts as nothing (v = 0, passed on by ones), the other linear
@@ -124,7 +129,7 @@ class LaViLaTower(nn.Module):
         nn.init.trunc_normal_(self.cls_token, std=INIT_STD)
         nn.init.trunc_normal_(self.pos_embed, std=INIT_STD)
         nn.init.zeros_(self.temporal_embed)
-        for block in self.blocks:
+        for block in self.each_block():
             for parameter in block.timeattn.parameters():
                 nn.init.zeros_(parameter)
             nn.init.ones_(block.timeattn.proj.weight)
@@ -194,7 +199,8 @@ def _stem(tower: LaViLaTower) -> Stem:
 def walk_lavila(tower: LaViLaTower, stream: Stream) -> torch.Tensor:
     """`tower.features` of a long video, (1, D)."""
     cls, tokens, mixed = stream.cls, stream.tokens, stream.beside()
-    for i, block in enumerate(tower.blocks):
+    blocks = tower.each_block()
+    for i, block in enumerate(blocks):
         gate = 1.0 if block.alpha_timeattn is None else torch.tanh(block.alpha_timeattn)
         over_time = _AttentionWithCls(block.timeattn, block.norm3(cls))
         for n in stream.rows():
@@ -204,7 +210,7 @@ def walk_lavila(tower: LaViLaTower, stream: Stream) -> torch.Tensor:
         for f in stream.frames():
             frames = block.norm1(mixed[:, :, f].to(tokens.dtype))[0].transpose(0, 1)  # (t, N, D)
             space = over_space(frames).transpose(0, 1)[None]  # (1, N, t, D)
-            if i < len(tower.blocks) - 1:
+            if i < len(blocks) - 1:
                 x = tokens[:, :, f] + space
                 tokens[:, :, f] = x + block.mlp(block.norm2(x))
         cls = cls + over_space.cls()

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from torch import nn
@@ -163,7 +163,7 @@ def read_field(field: str, text: str, model: str | None = None) -> FieldValue:
         raise UserError(" ".join(str(e).split())) from e
 
 
-def create_model(name: str, /, **overrides) -> nn.Module:
+def create_model(name: str, /, **overrides: Any) -> nn.Module:
     """Build a registered model with newly initialised weights, any field of its config overridden.
 
     Build it under `torch.device("meta")` to look at shapes without spending memory.

@@ -17,7 +17,7 @@ rearrangement into (B·T, 1+N, D) and none back.
 
 import math
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ from .transformer import (
     Attention,
     DropPath,
     Mlp,
+    PatchEmbed,
     TextTransformer,
     drop_patches,
     drop_path_rates,
@@ -138,9 +139,7 @@ class DividedTower(nn.Module):
         self.patch_dropout = config.patch_dropout
         self.use_fast_conv1 = config.use_fast_conv1
         self.grad_checkpointing = config.grad_checkpointing
-        # Named as timm's PatchEmbed, whose parameters the checkpoints hold.
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(config.in_chans, dim, config.patch_size, config.patch_size, bias=False)
+        self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + patches, dim))
         # Other mixers know the order of their tokens, attention has to be told.
@@ -150,15 +149,20 @@ class DividedTower(nn.Module):
         self.ln_pre = nn.LayerNorm(dim, eps=1e-5)
         self.blocks = nn.ModuleList(DividedBlock(config, rate) for rate in drop_path_rates(config))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.image_projection = nn.Parameter(torch.empty(dim, config.project_embed_dim))
+        self.image_projection: nn.Parameter | None = nn.Parameter(torch.empty(dim, config.project_embed_dim))
         self.init_parameters()
+
+    def each_block(self) -> "list[DividedBlock]":
+        """The blocks from the first to the last."""
+        return cast("list[DividedBlock]", list(self.blocks))
 
     def init_parameters(self) -> None:
         """Video Mamba Suite's initial values. Linear layers keep PyTorch's, uniform in ±1/√inputs, biases too: where
         CLIP's weights are loaded, time attention alone still has them. Mixers keep their own."""
         nn.init.trunc_normal_(self.cls_token, std=INIT_STD)
         nn.init.trunc_normal_(self.pos_embed, std=INIT_STD)
-        nn.init.normal_(self.image_projection, std=self.width**-0.5)
+        if self.image_projection is not None:
+            nn.init.normal_(self.image_projection, std=self.width**-0.5)
         if self.temporal_embed is not None:
             nn.init.zeros_(self.temporal_embed)
 
@@ -215,14 +219,15 @@ def _bytes_beside(config: ModelConfig, small: int) -> int:
 def walk_divided(tower: DividedTower, stream: Stream) -> torch.Tensor:
     """`tower.features` of a long video, (1, D)."""
     cls, tokens = stream.cls, stream.tokens
-    first = tower.blocks[0]
+    blocks = tower.each_block()
+    first = blocks[0]
     if first.residual == "frozen":
         mixed = stream.beside()
     else:
         mixed = stream.beside(tokens.dtype) if first.mixer == "vim_spacetime" else tokens
-    for i, block in enumerate(tower.blocks):
+    for i, block in enumerate(blocks):
         _mix_time(block, stream, mixed)
-        cls = _mix_space(block, cls, stream, mixed, is_last=i == len(tower.blocks) - 1)
+        cls = _mix_space(block, cls, stream, mixed, is_last=i == len(blocks) - 1)
     return tower.norm(cls[:, 0])
 
 
@@ -336,7 +341,7 @@ register_tower(
     )
 )
 
-_SIZES = {
+_SIZES: dict[str, dict[str, Any]] = {
     "T16": {"embed_dim": 192, "num_heads": 3},
     "S16": {"embed_dim": 384, "num_heads": 6},
     "B16": {},

@@ -150,7 +150,7 @@ def find_tower(name: str) -> Tower | None:
     return next((tower for tower in towers() if tower.name == name), None)
 
 
-def tower_of(visual: nn.Module) -> Tower | None:
+def tower_of(visual: object) -> Tower | None:
     """The description of a video tower that was built, None for a module of another kind."""
     return next((tower for tower in towers() if isinstance(visual, tower.module)), None)
 
@@ -162,7 +162,7 @@ def rename(weights: Weights, rules: tuple[tuple[str, str], ...]) -> dict[str, Te
         weights: Tensors by name.
         rules: Pairs of a regular expression and what stands in the place of the match.
     """
-    renamed = {}
+    renamed: dict[str, Tensor] = {}
     for name, value in weights.items():
         for pattern, replacement in rules:
             if match := re.match(pattern, name):

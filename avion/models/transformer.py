@@ -8,6 +8,8 @@ Letters in the shapes of avion/models:
     L  tokens of a text                   only within themselves
 """
 
+from typing import Any, Protocol, cast
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,9 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from avion.errors import UserError
 
 from .config import ModelConfig
-
-# Standard deviation of initial embeddings, and of AVION's linear layers: timm's for ViTs.
-INIT_STD = 0.02
 
 # Standard deviation of initial embeddings, and of AVION's linear layers: timm's for ViTs.
 INIT_STD = 0.02
@@ -55,7 +54,7 @@ def attend(
     return torch.cat([_sdpa(*piece, use_flash, causal) for piece in pieces]).flatten(2)
 
 
-def _sdpa(q, k, v, use_flash: bool | None, causal: bool) -> torch.Tensor:
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, use_flash: bool | None, causal: bool) -> torch.Tensor:
     """(R, H, S, d) → (R, S, H, d), the order in which the kernels write."""
     if use_flash is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -67,7 +66,8 @@ def _sdpa(q, k, v, use_flash: bool | None, causal: bool) -> torch.Tensor:
 
 def split_heads(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(R, S, 3·D) → q, k, v, each (R, H, S, d), as views."""
-    return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
 
 
 class Attention(nn.Module):
@@ -167,7 +167,9 @@ class DropPath(nn.Module):
 class ResidualBlock(nn.Module):
     """x ← x + attention(ln_1(x)); x ← x + mlp(ln_2(x)); (B, S, D) → (B, S, D)."""
 
-    def __init__(self, dim: int, attn: nn.Module, mlp: nn.Module, eps: float, drop_path: float = 0.0):
+    def __init__(
+        self, dim: int, attn: "Attention | TextAttention", mlp: "Mlp | TextMlp", eps: float, drop_path: float = 0.0
+    ):
         super().__init__()
         self.ln_1 = nn.LayerNorm(dim, eps=eps)
         self.attn = attn
@@ -191,6 +193,10 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(blocks)
         self.grad_checkpointing = grad_checkpointing
 
+    def blocks(self) -> list[ResidualBlock]:
+        """The blocks from the first to the last."""
+        return cast("list[ResidualBlock]", list(self.resblocks))
+
     def forward(self, x: torch.Tensor, cls_only: bool = False) -> torch.Tensor:
         """(B, S, D) → (B, S, D), or (B, 1, D) where only the CLS is wanted in the end."""
         last = len(self.resblocks) - 1
@@ -199,7 +205,7 @@ class Transformer(nn.Module):
         return x
 
 
-def run_block(block: nn.Module, *args, checkpointed: bool):
+def run_block(block: nn.Module, *args: Any, checkpointed: bool) -> Any:
     """block(*args), keeping only its inputs for backward and running it again there where `checkpointed`."""
     if checkpointed and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False)
@@ -255,6 +261,15 @@ def drop_patches(x: torch.Tensor, rate: float) -> torch.Tensor:
     return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, (clips, kept))
 
 
+class PatchEmbed(nn.Module):
+    """Holds the convolution of `embed_patches` under the name of timm's checkpoints, `proj`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        size = config.patch_size
+        self.proj = nn.Conv2d(config.in_chans, config.embed_dim, size, size, bias=False)
+
+
 # ---- ends of the towers -------------------------------------------------------------------------
 
 
@@ -264,6 +279,16 @@ def project(features: torch.Tensor, projection: nn.Parameter | None) -> torch.Te
 
 
 # ---- CLIP's text tower -------------------------------------------------------------------------
+
+
+class TextParts(Protocol):
+    """A module that holds the parts of a text tower, as `encode_tokens` needs them."""
+
+    token_embedding: nn.Embedding
+    positional_embedding: nn.Parameter
+    transformer: Transformer
+    ln_final: nn.LayerNorm
+    text_projection: nn.Parameter
 
 
 class TextTransformer(nn.Module):
@@ -296,7 +321,8 @@ class TextTransformer(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=INIT_STD)
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=width**-0.5)
-        for block in self.transformer.resblocks:
+        for block in self.transformer.blocks():
+            assert isinstance(block.attn, TextAttention) and isinstance(block.mlp, TextMlp)
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=out_std)
             nn.init.zeros_(block.attn.in_proj_bias)
@@ -308,7 +334,7 @@ class TextTransformer(nn.Module):
         return encode_tokens(self, tokens)
 
 
-def encode_tokens(tower: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def encode_tokens(tower: TextParts, tokens: torch.Tensor) -> torch.Tensor:
     """The text tower's forward, for whichever module holds its parts (LaViLa's model holds them itself)."""
     length = tokens.shape[1]
     if length > len(tower.positional_embedding):

@@ -75,8 +75,8 @@ class BiMambaMixer(nn.Module):
             return self.out_proj(mixer_of_whole_rows(xz, forward.weights(), backward.weights()))  # (R, T, D)
         x, z = xz.chunk(2, dim=-1)  # (R, T, I) each
         u = causal_conv_silu_both(x, forward.taps(), backward.taps(), backend=self.scan_backend)  # (R, T, I) each
-        inputs = (self._scan_inputs(u, p) for u, p in zip(u, (forward, backward), strict=True))
-        return self.out_proj(gated_bidirectional_scan(*inputs, z, backend=self.scan_backend))  # (R, T, D)
+        ahead, behind = self._scan_inputs(u[0], forward), self._scan_inputs(u[1], backward)
+        return self.out_proj(gated_bidirectional_scan(ahead, behind, z, backend=self.scan_backend))  # (R, T, D)
 
     def _scan_inputs(self, u: torch.Tensor, p: "_Direction") -> ScanInputs:
         delta, B, C = self._step_inputs(u, p)
@@ -129,6 +129,7 @@ class _Direction(NamedTuple):
 
     def taps(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The convolution's weight (I, K) and bias (I,)."""
+        assert self.conv.bias is not None
         return self.conv.weight.squeeze(1), self.conv.bias
 
     def weights(self) -> MixerWeights:
