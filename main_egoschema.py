@@ -11,19 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from avion.engine.options import EgoSchemaOptions
-from avion.engine.program import run_program
-
-
-def answer(args: Any) -> None:
-    """Answer the questions with these options."""
-    from avion.engine.egoschema import run_egoschema
-
-    run_egoschema(args)
+from avion.engine.program import later, run_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
-    return run_program(answer, EgoSchemaOptions, argv, "main_egoschema.py", __doc__)
+    body = later("avion.engine.egoschema.evaluate:run_egoschema")
+    return run_program(body, EgoSchemaOptions, argv, "main_egoschema.py", __doc__)
 
 
 if __name__ == "__main__":

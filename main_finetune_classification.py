@@ -12,13 +12,17 @@ import sys
 from collections.abc import Sequence
 
 from avion.engine.options import FinetuneClassificationOptions
-from avion.engine.program import run_task
+from avion.engine.program import later, run_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
-    name = "main_finetune_classification.py"
-    return run_task("FinetuneClassification", FinetuneClassificationOptions, argv, name, __doc__)
+    body = later(
+        "avion.engine.run:train_or_evaluate", "avion.engine.tasks.finetune_classification:FinetuneClassification"
+    )
+    return run_program(
+        body, FinetuneClassificationOptions, argv, "main_finetune_classification.py", __doc__
+    )
 
 
 if __name__ == "__main__":

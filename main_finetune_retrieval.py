@@ -10,12 +10,13 @@ import sys
 from collections.abc import Sequence
 
 from avion.engine.options import FinetuneRetrievalOptions
-from avion.engine.program import run_task
+from avion.engine.program import later, run_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
-    return run_task("FinetuneRetrieval", FinetuneRetrievalOptions, argv, "main_finetune_retrieval.py", __doc__)
+    body = later("avion.engine.run:train_or_evaluate", "avion.engine.tasks.finetune_retrieval:FinetuneRetrieval")
+    return run_program(body, FinetuneRetrievalOptions, argv, "main_finetune_retrieval.py", __doc__)
 
 
 if __name__ == "__main__":

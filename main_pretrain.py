@@ -9,12 +9,13 @@ import sys
 from collections.abc import Sequence
 
 from avion.engine.options import PretrainOptions
-from avion.engine.program import run_task
+from avion.engine.program import later, run_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
-    return run_task("Pretrain", PretrainOptions, argv, "main_pretrain.py", __doc__)
+    body = later("avion.engine.run:train_or_evaluate", "avion.engine.tasks.pretrain:Pretrain")
+    return run_program(body, PretrainOptions, argv, "main_pretrain.py", __doc__)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ each clip.
 """
 
 import argparse
+import dataclasses
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -16,8 +18,192 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from avion.engine.args import ToolParser
+import main_finetune_classification
+import main_finetune_retrieval
+import main_pretrain
+from avion.constants import NORM_STYLES
+from avion.data.demo import DemoPaths, ensure_demo_dataset
+from avion.engine import encode
+from avion.engine.args import ToolParser, parse
+from avion.engine.console import duration, setup_logging, table
+from avion.engine.distributed import World
+from avion.engine.egoschema.evaluate import run_egoschema
+from avion.engine.inputs import ModelInputs
+from avion.engine.options import (
+    EgoSchemaOptions,
+    FinetuneClassificationOptions,
+    FinetuneRetrievalOptions,
+    PretrainOptions,
+)
+from avion.engine.steps import Precision
+from avion.engine.tasks.finetune_classification import FinetuneClassification
+from avion.engine.tasks.finetune_retrieval import FinetuneRetrieval
+from avion.engine.tasks.pretrain import Pretrain
 from avion.errors import exit_status
+from avion.evaluation.egoschema import OPTIONS
+from avion.evaluation.reversed_pairs import pair_accuracy
+from avion.json_lines import read_json_lines
+from avion.weights import Checkpoint, model_from_checkpoint, save_weights
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+# Enough to see that everything works, not enough to learn much.
+SHORT = ["--epochs", "1", "--eval-freq", "1", "--warmup-epochs", "0"]
+FP32 = Precision("cpu", torch.float32)
+
+
+class Failed(Exception):
+    """A stage ended with this exit status; it has said why."""
+
+
+class Demo:
+    """Where things are, and the figures so far: {row: {column: figure}}."""
+
+    def __init__(self, paths: DemoPaths, root: str, output: Path, short: bool):
+        self.paths = paths
+        self.pairs = json.loads(Path(paths.reversed_pairs).read_text())
+        self.root, self.output, self.short = root, output, short
+        self.figures: dict[str, dict[str, float]] = {}
+        self.spent: dict[str, float] = {}
+
+    def checkpoint(self, stage: str) -> Path:
+        return self.output / stage / "checkpoint.pt"
+
+    def words(self, stage: str) -> list[str]:
+        """The command line of a stage, whose recipe says the rest."""
+        words = ["--config", str(RECIPES / f"demo_{stage}.yaml"), "--root", self.root]
+        words += ["--output-dir", str(self.output / stage)]
+        if stage == "pretrain_long":
+            aux = ["--train-metadata-aux", str(self.paths.long_train_pickle)]
+            words += ["--train-metadata", str(self.paths.train_pickle), *aux]
+        elif stage != "pretrain":
+            words += ["--pretrain-model", str(self.checkpoint("pretrain_long"))]
+        return words
+
+    def run(self, stage: str, main: Callable[[Sequence[str]], int], *more: str) -> Path:
+        """Train; the checkpoint."""
+        start = time.perf_counter()
+        status = main([*self.words(stage), *more, *(SHORT if self.short else [])])
+        if status != 0:
+            raise Failed(status)
+        self.spent[stage] = time.perf_counter() - start
+        return self.checkpoint(stage)
+
+    def add(self, row: str, **columns: float) -> None:
+        self.figures.setdefault(row, {}).update({name.replace("_", " "): value for name, value in columns.items()})
+
+
+def evaluated(task_class: type, options: type, words: list[str], checkpoint: Path | None) -> tuple:
+    """A task in evaluation, and the model of a checkpoint (None: the one that training starts from)."""
+    args = parse(options, [*words, "--evaluate"], "demo", "")
+    task = task_class(args, World(), None if checkpoint is None else Checkpoint.open(checkpoint))
+    torch.manual_seed(args.seed)
+    return task, task.build_model()
+
+
+def reversed_pairs(task: Pretrain, model: torch.nn.Module, pairs: list[dict], *, one_frame: bool = False) -> float:
+    """Accuracy within the reversed pairs, on the task's evaluation clips.
+
+    With `one_frame` the model sees the middle frame of each clip in the place of all its frames.
+    """
+    order = {narration: i for i, narration in enumerate(task.clips.narration_ids)}
+    rows = [order[p["narration_id"]] for p in pairs]
+    inputs, prepare = ModelInputs.of(model.config, task.options), None
+    dataset = task.val_dataset(dataclasses.replace(inputs, num_frames=1) if one_frame else inputs)
+    if one_frame:
+        prepare = lambda video: video.expand(-1, -1, inputs.num_frames, -1, -1)  # noqa: E731  (B, 3, 1, H, W) to T
+    clips = encode.encode_clips(model, dataset, World(), FP32, prepare=prepare, **encode.settings(task.options))
+    texts = [
+        encode.encode_texts(model, [p[key] for p in pairs], inputs.tokens, World(), FP32)
+        for key in ("text", "partner_text")
+    ]
+    return pair_accuracy(clips.values[rows], texts[0].values, texts[1].values)["pair_acc"]
+
+
+def pretrain(demo: Demo) -> None:
+    """Zero-shot retrieval and reversed pairs, untrained and trained."""
+    for column in ("before", "after"):
+        checkpoint = None if column == "before" else demo.run("pretrain", main_pretrain.main)
+        task, model = evaluated(Pretrain, PretrainOptions, demo.words("pretrain"), checkpoint)
+        retrieval = task.evaluate(model, FP32)
+        demo.add("zero-shot retrieval, mAP", **{column: retrieval["avg_map"]})
+        demo.add("zero-shot retrieval, nDCG", **{column: retrieval["avg_ndcg"]})
+        demo.add("within reversed pairs", **{column: reversed_pairs(task, model, demo.pairs)})
+    demo.add("within reversed pairs", one_frame=reversed_pairs(task, model, demo.pairs, one_frame=True))
+
+
+def pretrain_long(demo: Demo) -> None:
+    """A run of its own, from the weights alone of the one before."""
+    preprocess = {"norm_style": "openai", **NORM_STYLES["openai"]._asdict()}
+    weights = demo.output / "pretrain" / "weights.safetensors"
+    save_weights(model_from_checkpoint(str(demo.checkpoint("pretrain"))), weights, preprocess)
+    demo.run("pretrain_long", main_pretrain.main, "--resume", str(weights))
+
+
+def finetune_retrieval(demo: Demo) -> None:
+    """The figures before are the pretrained model's with the frames of the fine-tuned one."""
+    for column in ("before", "after"):
+        checkpoint = None if column == "before" else demo.run("retrieval", main_finetune_retrieval.main)
+        words = demo.words("retrieval")
+        task, model = evaluated(FinetuneRetrieval, FinetuneRetrievalOptions, words, checkpoint)
+        figures = task.evaluate(model, FP32)
+        demo.add("fine-tuned retrieval, mAP", **{column: figures["avg_map"]})
+        demo.add("fine-tuned retrieval, nDCG", **{column: figures["avg_ndcg"]})
+
+
+def finetune_actions(demo: Demo) -> None:
+    """Before: the pretrained tower under a head that has learnt nothing yet."""
+    for column in ("before", "after"):
+        checkpoint = None if column == "before" else demo.run("actions", main_finetune_classification.main)
+        words = demo.words("actions")
+        task, model = evaluated(FinetuneClassification, FinetuneClassificationOptions, words, checkpoint)
+        figures = task.evaluate(model, FP32)
+        for kind in ("verb", "action"):
+            demo.add(f"action recognition, {kind} top-1", **{column: figures[f"{kind}_top1"]})
+    control = task.evaluate(model, FP32, one_frame=True)
+    for kind in ("verb", "action"):
+        demo.add(f"action recognition, {kind} top-1", one_frame=control[f"{kind}_top1"])
+
+
+def egoschema(demo: Demo) -> None:
+    """Zero-shot: the pretrained model on videos of a minute. Before: what guessing is worth."""
+    start = time.perf_counter()
+    args = parse(EgoSchemaOptions, demo.words("egoschema"), "demo", "")
+    figures = run_egoschema(args)
+    demo.spent["egoschema"] = time.perf_counter() - start
+    for frames, values in figures.items():
+        demo.add(f"EgoSchema, {frames} frames", before=1 / OPTIONS, after=values["accuracy"])
+
+
+def plot_loss(steps: Path, target: Path) -> None:
+    """The loss of every progress line over the steps of the run."""
+    rows = read_json_lines(steps).objects
+    per_epoch = max(r["step"] for r in rows)
+    x = [r["epoch"] * per_epoch + r["step"] for r in rows]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(x, [r["loss"] for r in rows], color="tab:blue")
+    axes.set(xlabel="optimizer step", ylabel="CLIP loss", title="Pretraining on the demo dataset", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(target, dpi=120)
+
+
+def run_all(root: str, output: Path, short: bool) -> None:
+    demo = Demo(ensure_demo_dataset(root), root, output, short)
+    for stage in (pretrain, pretrain_long, finetune_retrieval, finetune_actions, egoschema):
+        stage(demo)
+    plot_loss(output / "pretrain" / "steps.txt", output / "loss.png")
+
+    print()
+    print(table("demo dataset, %", demo.figures))
+    print()
+    print(", ".join(f"{stage} {duration(seconds)}" for stage, seconds in demo.spent.items()))
+    ratio = demo.figures["zero-shot retrieval, mAP"]
+    print(f"zero-shot mAP is {ratio['after'] / ratio['before']:.1f} times the untrained model's")
+    print("one frame: fed the middle frame of each clip only; EgoSchema before: what guessing is worth")
+    print(f"loss curve: {output / 'loss.png'}; checkpoints: {output}/*/checkpoint.pt")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

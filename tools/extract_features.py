@@ -13,7 +13,6 @@ The same command continues after the finished shards. Exit status: 0 success, 1 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -25,16 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
     errors: dict[int, str] = {}
 
-    def body(args: Any) -> None:
-        from avion.engine.console import setup_logging
-        from avion.engine.distributed import World
-        from avion.engine.features import extract_features
-
+    def body(options: FeatureOptions) -> None:
         setup_logging(World())
-        errors.update(extract_features(args))
+        errors.update(extract_features(options))
         for row, error in errors.items():
             print(f"unreadable  row {row}: {error}")
-        print(f"{args.output_dir}: {'all rows are there' if not errors else f'{len(errors)} rows are left out'}")
+        print(f"{options.output_dir}: {'all rows are there' if not errors else f'{len(errors)} rows are left out'}")
 
     status = run_program(body, FeatureOptions, argv, "tools/extract_features.py", __doc__)
     return 1 if status == 0 and errors else status

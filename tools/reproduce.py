@@ -143,7 +143,7 @@ def for_processes(options: SubmitOptions, count: int, changes: dict[str, str]) -
 
 def processes(args: argparse.Namespace, options: SubmitOptions | None) -> int | None:
     """Of each run: --gpus, else the job's, else (None) the recipe's."""
-    if args.gpus is None and options is not None and {"ngpus", "tasks_per_node"} & options.given:
+    if args.gpus is None and options is not None and {"ngpus", "tasks_per_node"} & options.given():
         return options.nodes * options.processes
     return args.gpus
 

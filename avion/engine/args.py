@@ -1,9 +1,9 @@
 """The command line, generated from dataclasses: flags, `--help`, `--config FILE.yaml`.
 
-A task's configuration is a dataclass put together from the groups in `options/`. Values come from the defaults, then
-the YAML file, then the command line; all three go through the same parser, so that types, ranges and choices are
-checked alike. Every number declares its range; a group's `check` refuses combinations that cannot be meant. All of
-that happens before anything else is read and before processes meet.
+The options of an entry point are a frozen dataclass, put together from the groups in `options/`. Values come from the
+defaults, then from the YAML file, then from the command line. All three go through the same parser, which checks types,
+ranges and choices. Every number declares its range, and the method `check` of a group refuses combinations that make no
+sense. All of that happens before anything else is read and before processes meet.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,41 @@ import yaml
 from avion.errors import USER_ERROR, UserError
 from avion.numbers import Number, shown, whole
 
-T = TypeVar("T")
+T = TypeVar("T", bound="Options")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Base of all groups of flags: values that do not change once they are parsed.
+
+    A field that `flag` makes is a flag. Options remember which flags were given, on the command line or in the YAML
+    file; the other flags have their defaults.
+    """
+
+    _given: frozenset[str] = dataclasses.field(default=frozenset(), repr=False, kw_only=True)
+
+    def given(self) -> frozenset[str]:
+        """The names of the fields whose flags were given."""
+        return self._given
+
+    def was_given(self, name: str) -> bool:
+        """Whether the flag of the field `name` was given.
+
+        Raises:
+            AttributeError: There is no such field.
+        """
+        if name not in flag_fields(type(self)):
+            raise AttributeError(f"{type(self).__name__} has no flag {name}")
+        return name in self._given
+
+    def values(self) -> dict[str, Any]:
+        """The values of all flags by the names of their fields."""
+        return {name: getattr(self, name) for name in flag_fields(type(self))}
+
+
+def flag_fields(config: type) -> dict[str, dataclasses.Field]:
+    """The fields of an options class that are flags, by name."""
+    return {f.name: f for f in dataclasses.fields(config) if "flag" in f.metadata}
 
 
 def flag(
@@ -34,11 +69,17 @@ def flag(
     choices: Sequence | None = None,
     metavar: str | None = None,
 ) -> Any:
-    """A dataclass field that is a command-line flag.
+    """A dataclass field that is a command-line flag. Lists take several values; a bool | None is None until it is set.
 
-    `within`: the numbers that it takes; an int or float flag without `choices` must say it (of a list: each of its
-    numbers). `names`: other spellings beside `--field-name`. `off`: the flag that turns a bool off
-    (default `--no-field-name`). Lists take several values; a bool | None is None until set.
+    Args:
+        default: The value without the flag.
+        help: The text of the flag in `--help`.
+        within: The numbers that the flag takes. An int or float flag without `choices` must state them. They are the
+            range of every number where the flag takes a list.
+        names: Other spellings of the flag, beside `--field-name`.
+        off: The flag that turns a bool off, if it is not `--no-field-name`; "" for a bool that cannot be turned off.
+        choices: The values that the flag takes, where there are only a few.
+        metavar: The name of the value in `--help`.
     """
     spec = {"help": help, "within": within, "names": tuple(names), "off": off, "choices": choices, "metavar": metavar}
     if isinstance(default, list):
@@ -47,7 +88,7 @@ def flag(
 
 
 def other_default(group: type, name: str, default: Any, help: str | None = None) -> Any:
-    """The flag `name` of a shared group with another default (and help), for a task's own dataclass."""
+    """The flag `name` of a shared group with another default, and with another help text where one is given."""
     (field,) = (f for f in dataclasses.fields(group) if f.name == name)
     spec = field.metadata["flag"]
     return flag(default, help or spec["help"], **{k: v for k, v in spec.items() if k != "help"})
@@ -66,7 +107,7 @@ class ToolParser(argparse.ArgumentParser):
 
 
 class _Parser(ToolParser):
-    """The same, but the errors are UserErrors with a suggestion."""
+    """A ToolParser whose errors are UserErrors that suggest a flag of a similar name."""
 
     def error(self, message: str):
         prefix = "unrecognized arguments: "
@@ -84,7 +125,7 @@ class _Parser(ToolParser):
 
 
 class _Help(argparse.HelpFormatter):
-    """Names a flag's range and its default behind its help; there is none to name where it is None, '' or []."""
+    """Adds the range and the default of a flag to its help text. The defaults None, '' and [] are not shown."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=34, width=110)
@@ -123,7 +164,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _reader(spec: dict[str, Any], element: type, name: str) -> type | Number:
-    """What makes a value of a word. A number without a range is a mistake of the program."""
+    """What turns a word into a value. A number without a range is a mistake of the program."""
     if element not in (int, float):
         return element
     if spec["choices"] is not None:
@@ -155,11 +196,11 @@ def _add(group, field: dataclasses.Field, annotation: Any) -> None:
 
 
 def _groups(config: type) -> dict[str, list[dataclasses.Field]]:
-    """Fields by the title of the class that declares them first: the task's own, then the shared ones.
+    """The flags by the title of the class that declares them first: those of the task, then the shared ones.
 
-    A field whose default a task changes (`other_default`) stays in the shared group that it comes from.
+    A flag whose default a task changes (`other_default`) stays in the shared group that it comes from.
     """
-    fields = {f.name: f for f in dataclasses.fields(config) if "flag" in f.metadata}
+    fields = flag_fields(config)
     owner = {name: cls for cls in config.__mro__ for name in cls.__dict__.get("__annotations__", {}) if name in fields}
     groups: dict[str, list[dataclasses.Field]] = {}
     for cls in config.__mro__:
@@ -170,12 +211,12 @@ def _groups(config: type) -> dict[str, list[dataclasses.Field]]:
 
 
 def build_parser(config: type, prog: str, description: str) -> argparse.ArgumentParser:
-    """The argument parser of a configuration dataclass. Unset flags are absent from what it returns."""
+    """The argument parser of an options class. The parsed values do not contain flags that were not given."""
     parser = _Parser(prog=prog, description=description, formatter_class=_Help, allow_abbrev=False)
     hints = typing.get_type_hints(config)
     parser.add_argument(
         "--config", metavar="FILE", default=argparse.SUPPRESS,
-        help="YAML file whose keys are these flags, or a recipe; flags on the command line override it",
+        help="YAML file whose keys are these flags, or a recipe; flags on the command line override the file",
     )  # fmt: skip
     for title, fields in _groups(config).items():
         group = parser.add_argument_group(title)
@@ -184,7 +225,7 @@ def build_parser(config: type, prog: str, description: str) -> argparse.Argument
     return parser
 
 
-# The keys of a recipe (recipes/*.yaml): a run of a table's row, whose `flags` are what `--config` takes.
+# The keys of a recipe (recipes/*.yaml). A recipe describes the run of a row of a table; `--config` takes its `flags`.
 RECIPE_KEYS = (
     "table", "figure", "row", "task", "name", "entry-point", "gpus", "hours", "hours-on", "flags", "starts-from",
     "paper", "released", "tolerance", "checkpoint",
@@ -192,7 +233,11 @@ RECIPE_KEYS = (
 
 
 def read_yaml_mapping(path: str | Path, flag_name: str = "--config") -> dict[Any, Any]:
-    """A YAML file that holds a mapping; UserError, one line beginning with `flag_name` and the path, for any other."""
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        UserError: The file cannot be read or holds something else. The message begins with `flag_name` and the path.
+    """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
@@ -207,14 +252,14 @@ def read_yaml_mapping(path: str | Path, flag_name: str = "--config") -> dict[Any
 
 
 def unknown_key(where: str, key: Any, known: Iterable[str], otherwise: str) -> UserError:
-    """The error for a key that does not exist: the known ones that come near, else the sentence `otherwise`."""
+    """The error for a key that does not exist. It names the known keys that are similar, or says `otherwise`."""
     near = difflib.get_close_matches(str(key), known, n=3)
     cure = f"did you mean {' or '.join(near)}?" if near else otherwise
     return UserError(f"{where}: unknown key {key!r}: {cure}")
 
 
 def recipe_flags(where: str, content: dict[Any, Any], prog: str | None = None) -> dict[Any, Any]:
-    """The flags of a recipe, whose other keys must be a recipe's; `prog` must be its entry point if it is given."""
+    """The flags of a recipe. Its keys must be RECIPE_KEYS, and `prog`, if it is given, must be its entry point."""
     for key in content:
         if key not in RECIPE_KEYS:
             raise unknown_key(where, key, RECIPE_KEYS, f"a recipe's keys are {', '.join(RECIPE_KEYS)}")
@@ -229,8 +274,12 @@ def recipe_flags(where: str, content: dict[Any, Any], prog: str | None = None) -
 
 
 def flag_words(where: str, flags: dict[Any, Any], config: type) -> list[str]:
-    """A mapping of flags to values as command-line words. UserError, beginning with `where`, for unknown keys."""
-    fields = {f.name: f for f in dataclasses.fields(config) if "flag" in f.metadata}
+    """A mapping of flags to values as command-line words.
+
+    Raises:
+        UserError: A key is unknown, or a value is of another type than the flag. The message begins with `where`.
+    """
+    fields = flag_fields(config)
     hints = typing.get_type_hints(config)
     words: list[str] = []
     for key, value in flags.items():
@@ -270,7 +319,7 @@ def _expected(element: type, is_list: bool) -> str:
 
 
 def _read_file(parser: argparse.ArgumentParser, where: str, content: dict[Any, Any], config: type) -> dict[str, Any]:
-    """The values of a file's flags, each read by itself so that an error names its key."""
+    """The values of the flags of a file. Each flag is parsed alone, so that an error names its key."""
     values: dict[str, Any] = {}
     for key, value in content.items():
         words = flag_words(where, {key: value}, config)
@@ -286,9 +335,16 @@ def _read_file(parser: argparse.ArgumentParser, where: str, content: dict[Any, A
 
 
 def parse(config: type[T], argv: Sequence[str] | None, prog: str, description: str) -> T:
-    """Command line (None: `sys.argv[1:]`) to a configuration; its `given` names the flags that were set.
+    """Parse a command line.
 
-    Raises UserError for anything the parser refuses, naming the YAML file where the fault is there.
+    Args:
+        config: The options class.
+        argv: The words of the command line (None: `sys.argv[1:]`).
+        prog: The name of the program, for `--help` and errors.
+        description: What the program does, for `--help`.
+
+    Raises:
+        UserError: The parser refuses a word. The message names the YAML file where the fault is in the file.
     """
     parser = build_parser(config, prog, description)
     values = vars(parser.parse_args(argv))
@@ -309,18 +365,12 @@ def parse(config: type[T], argv: Sequence[str] | None, prog: str, description: s
 
 
 def _settled(config: type[T], values: dict[str, Any]) -> T:
-    """The configuration of these values, once each group's `settle` and `check` have seen them."""
+    """The options with these values, once the methods `settle` and `check` of each group have seen them."""
     for group in config.__mro__:
         if "settle" in group.__dict__:
             values = group.settle(values, config)
-    result = config(**values)
-    object.__setattr__(result, "given", frozenset(values))
+    result = config(**values, _given=frozenset(values))
     for group in config.__mro__:
         if "check" in group.__dict__:
             group.check(result)
     return result
-
-
-def as_namespace(config: Any) -> argparse.Namespace:
-    """The flags as AVION's checkpoints store them: a Namespace of plain values."""
-    return argparse.Namespace(**dataclasses.asdict(config))

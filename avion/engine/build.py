@@ -1,4 +1,4 @@
-"""From flags to a model with weights: registered sizes, `--model-args`, a checkpoint or a zoo."""
+"""From options to a model with weights, which come from a checkpoint or from a zoo."""
 
 import logging
 from collections.abc import Sequence
@@ -12,121 +12,147 @@ from avion.models.clip import VideoClassifier
 from avion.weights import Checkpoint, load_pretrained
 from avion.weights.facts import CheckpointFacts
 
+from .options import FinetuneClassificationOptions, PretrainOptions, SavedModelOptions, TrainingOptions
 from .options.model_args import behaviour, sizes
 
 logger = logging.getLogger(__name__)
 
 
-def build_model(args: Any, checkpoint: Checkpoint | None) -> nn.Module:
-    """The two-tower model of a run on the CPU, with the weights it starts from.
+def build_model(options: PretrainOptions, checkpoint: Checkpoint | None) -> nn.Module:
+    """The two-tower model of a pretraining on the CPU, with the weights that the run starts from.
 
-    `checkpoint` is the one to go on from or to evaluate. Without `--model` on the command line, the model is what the
-    checkpoint says it is; with it, the checkpoint must fit. Without a checkpoint the weights come from
-    `--pretrain-zoo`.
+    Args:
+        options: The options of the run. Without `--model`, the checkpoint says which model it is; with `--model`, the
+            checkpoint must fit that model. Without a checkpoint, the weights come from `--pretrain-zoo`.
+        checkpoint: The checkpoint to resume or to evaluate, if there is one.
+
+    Raises:
+        UserError: The checkpoint does not fit, or there are no such weights.
     """
     if checkpoint is not None:
-        return _from_checkpoint(args, checkpoint)
-    model = create_model(args.model, **sizes(args), num_frames=args.clip_length, **behaviour(args))
-    logger.info("%s", load_pretrained(model, args.pretrain_zoo, args.pretrain_path))
+        return _from_checkpoint(options, checkpoint)
+    model = create_model(options.model, **sizes(options), num_frames=options.clip_length, **behaviour(options))
+    logger.info("%s", load_pretrained(model, options.pretrain_zoo, options.pretrain_path))
     return model
 
 
-def build_finetuned(args: Any, checkpoint: Checkpoint | None) -> nn.Module:
-    """The same for fine-tuning: without a `checkpoint`, the model and its weights are `--pretrain-model`'s.
+def build_finetuned(options: TrainingOptions, pretrained: str | None, checkpoint: Checkpoint | None) -> nn.Module:
+    """The two-tower model of a fine-tuning on the CPU, with the weights that the run starts from.
 
-    Its number of frames becomes `--clip-length`, which resizes a temporal embedding; a checkpoint that is gone on
-    from or evaluated keeps its own unless `--clip-length` was given.
+    Args:
+        options: The options of the run. The number of frames becomes `--clip-length`, which resizes a temporal
+            embedding. A checkpoint that is resumed or evaluated keeps its number unless `--clip-length` was given.
+        pretrained: The value of `--pretrain-model`. Model and weights come from there where there is no checkpoint.
+        checkpoint: The checkpoint to resume or to evaluate, if there is one.
+
+    Raises:
+        UserError: There is neither checkpoint, or the checkpoint does not fit.
     """
     if checkpoint is not None:
-        _refuse_pretraining(args, checkpoint)
-        return _from_checkpoint(args, checkpoint)
-    if not args.pretrain_model:
+        _refuse_pretraining(options, checkpoint)
+        return _from_checkpoint(options, checkpoint)
+    if not pretrained:
         raise UserError(
             "--pretrain-model: not given; name the pretrained checkpoint to start from (a path or "
             "hf:owner/repo/file), or a fine-tuned one as --resume"
         )
-    return _from_checkpoint(args, Checkpoint.open(args.pretrain_model), num_frames=args.clip_length)
+    return _from_checkpoint(options, Checkpoint.open(pretrained), num_frames=options.clip_length)
 
 
-def _refuse_pretraining(args: Any, checkpoint: Checkpoint) -> None:
-    """A run goes on with the optimizer and the epoch of a checkpoint; those of pretraining are another run's."""
-    if not args.evaluate and checkpoint.training is not None and "pretrain_model" not in checkpoint.args:
+def _refuse_pretraining(options: TrainingOptions, checkpoint: Checkpoint) -> None:
+    """Raise UserError for a checkpoint of a pretraining: its optimizer and its epoch are of no use in a fine-tuning."""
+    if not options.evaluate and checkpoint.training is not None and "pretrain_model" not in checkpoint.args:
         raise UserError(
             f"{checkpoint.path}: was written in pretraining, and fine-tuning cannot go on from it; give it as "
             "--pretrain-model, with an --output-dir that holds no checkpoint.pt of another run"
         )
 
 
-def build_as_saved(args: Any, checkpoint: Checkpoint, frames: int | None = None) -> nn.Module:
-    """The two-tower model that a checkpoint is, for use without training; `--model` where the file does not say it.
+def build_as_saved(options: SavedModelOptions, checkpoint: Checkpoint, frames: int | None = None) -> nn.Module:
+    """The two-tower model of a checkpoint, for use without training.
 
-    `--model-args` override fields of its configuration. frames: of the clips that it will see, if that was asked for;
-    it is the model's number of frames where the file says none.
+    Args:
+        options: `--model` says which model it is where the checkpoint does not; `--model-args` change fields of its
+            configuration.
+        checkpoint: The checkpoint.
+        frames: The number of frames of the clips that the model will see, where it was asked for. The model gets this
+            number where the checkpoint does not say a number.
+
+    Raises:
+        UserError: The checkpoint does not fit.
     """
-    checkpoint.check_norm_style(args.norm_style)
-    model = checkpoint.build(name=args.model, **_running(args, checkpoint, frames))
+    checkpoint.check_norm_style(options.norm_style)
+    model = checkpoint.build(name=options.model, **_running(options, checkpoint, frames))
     logger.info("%s", model.load_report)
     return model
 
 
-def _running(args: Any, checkpoint: Checkpoint, frames: int | None) -> dict[str, Any]:
+def _running(options: SavedModelOptions, checkpoint: Checkpoint, frames: int | None) -> dict[str, Any]:
     unsaid = {"num_frames": frames} if checkpoint.facts.num_frames is None and frames is not None else {}
-    return {**unsaid, **behaviour(args)}
+    return {**unsaid, **behaviour(options)}
 
 
-def build_any_as_saved(args: Any, checkpoint: Checkpoint, frames: int | None = None) -> nn.Module:
-    """`build_as_saved`, or where the checkpoint is a fine-tuned classifier's, that."""
+def build_any_as_saved(options: SavedModelOptions, checkpoint: Checkpoint, frames: int | None = None) -> nn.Module:
+    """The classifier of a checkpoint that has one, for use without training; otherwise as `build_as_saved`."""
     if not checkpoint.is_classifier:
-        return build_as_saved(args, checkpoint, frames)
-    checkpoint.check_norm_style(args.norm_style)
-    model = checkpoint.build_classifier(name=args.model, **_running(args, checkpoint, frames))
+        return build_as_saved(options, checkpoint, frames)
+    checkpoint.check_norm_style(options.norm_style)
+    model = checkpoint.build_classifier(name=options.model, **_running(options, checkpoint, frames))
     logger.info("%s", model.load_report)
     return model
 
 
-def build_classifier(args: Any, checkpoint: Checkpoint | None, actions: Sequence[str] | None) -> VideoClassifier:
-    """The classifier of a checkpoint, or without one a new head for `actions` on `--pretrain-model`'s tower.
+def build_classifier(
+    options: FinetuneClassificationOptions, checkpoint: Checkpoint | None, actions: Sequence[str]
+) -> VideoClassifier:
+    """The classifier of an action recognition run on the CPU.
 
-    `--model` names the model where a checkpoint does not say which it is. The list of actions is the checkpoint's;
-    the given one where the checkpoint has none.
+    Args:
+        options: The options of the run. `--model` names the model where the checkpoint does not say which model it is.
+        checkpoint: The checkpoint to resume or to evaluate. Without it, the classifier is a new head on the video tower
+            of `--pretrain-model`.
+        actions: The list of actions, for a new head and for a checkpoint that has no list.
+
+    Raises:
+        UserError: The checkpoint does not fit, or there is none.
     """
     if checkpoint is None:
-        towers = build_finetuned(args, None)
-        return VideoClassifier(towers.visual, args.dropout_rate, len(actions), config=towers.config, actions=actions)
-    checkpoint.check_norm_style(args.norm_style)
-    fields = behaviour(args) | ({"num_frames": args.clip_length} if "clip_length" in args.given else {})
-    name = args.model if "model" in args.given else None
-    model = checkpoint.build_classifier(name=name, dropout=args.dropout_rate, **fields)
+        towers = build_finetuned(options, options.pretrain_model, None)
+        return VideoClassifier(towers.visual, options.dropout_rate, len(actions), config=towers.config, actions=actions)
+    checkpoint.check_norm_style(options.norm_style)
+    fields = behaviour(options) | ({"num_frames": options.clip_length} if options.was_given("clip_length") else {})
+    name = options.model if options.was_given("model") else None
+    model = checkpoint.build_classifier(name=name, dropout=options.dropout_rate, **fields)
     logger.info("%s", model.load_report)
-    if model.actions is None and actions is not None:
+    if model.actions is None:
         model.actions = tuple(actions)
     return model
 
 
-def _from_checkpoint(args: Any, checkpoint: Checkpoint, **overrides: Any) -> nn.Module:
-    if "clip_length" in args.given:
-        overrides["num_frames"] = args.clip_length
+def _from_checkpoint(options: TrainingOptions, checkpoint: Checkpoint, **overrides: Any) -> nn.Module:
+    if options.was_given("clip_length"):
+        overrides["num_frames"] = options.clip_length
     facts = checkpoint.facts
-    checkpoint.check_norm_style(args.norm_style)
-    unsaid = facts.num_frames is None and "clip_length" not in args.given
-    if unsaid and (args.evaluate or "num_frames" not in overrides):
+    checkpoint.check_norm_style(options.norm_style)
+    unsaid = facts.num_frames is None and not options.was_given("clip_length")
+    if unsaid and (options.evaluate or "num_frames" not in overrides):
         raise UserError(
             f"{checkpoint.path}: does not say with how many frames it was trained, and another number gives worse "
             "results: give --clip-length"
         )
-    if "model" in args.given or facts.model_name is None:
-        overrides.setdefault("num_frames", args.clip_length)
-        model = create_model(args.model, **sizes(args), **overrides, **behaviour(args))
+    if options.was_given("model") or facts.model_name is None:
+        overrides.setdefault("num_frames", options.clip_length)
+        model = create_model(options.model, **sizes(options), **overrides, **behaviour(options))
         logger.info("%s%s", checkpoint.load(model), _inflation(facts, model))
         return model
-    given = {name: value for name, value in sizes(args).items() if name in args.given}
-    model = checkpoint.build(**given, **overrides, **behaviour(args))
+    given = {name: value for name, value in sizes(options).items() if options.was_given(name)}
+    model = checkpoint.build(**given, **overrides, **behaviour(options))
     logger.info("%s%s", model.load_report, _inflation(facts, model))
     return model
 
 
 def _inflation(facts: CheckpointFacts, model: nn.Module) -> str:
-    """What to add to a load report where clips get another length; not every model has a parameter that shows it."""
+    """A remark for the load report where clips get another length. Not every model has a parameter that shows this."""
     before, after = facts.num_frames, model.config.num_frames
     if before in (None, after):
         return ""

@@ -98,7 +98,7 @@ class Progress:
     """Rate, time left, share of time spent waiting for data, memory: for one epoch of training.
 
     Call `data_ready()` when a batch has arrived and `step(...)` when the optimizer step is done. Rank 0 hands the
-    figures of each progress line to `write`.
+    metrics of each progress line to `write`.
     """
 
     def __init__(
@@ -123,24 +123,24 @@ class Progress:
         self._waited += waited
         self._window_waited += waited
 
-    def step(self, clips: int, figures: dict[str, float]) -> None:
-        """`clips`: of all processes in this step; `figures`: loss and the like."""
+    def step(self, clips: int, metrics: dict[str, float]) -> None:
+        """`clips`: of all processes in this step; `metrics`: loss and the like."""
         now = time.perf_counter()
         self._last = now
         self._done += 1
         self._clips += clips
         self._window_clips += clips
-        skipped = not math.isfinite(figures["grad_norm"])
+        skipped = not math.isfinite(metrics["grad_norm"])
         self._skipped += skipped
         self._window_skipped += skipped
-        for name, value in figures.items():
+        for name, value in metrics.items():
             self.meters.setdefault(name, Meter()).add(value)
         if self.bar is not None:
             self.bar.update()
         if self._done % self.print_freq == 0 or self._done == self.steps:
-            self._line(now, figures)
+            self._line(now, metrics)
 
-    def _line(self, now: float, figures: dict[str, float]) -> None:
+    def _line(self, now: float, metrics: dict[str, float]) -> None:
         elapsed = max(now - self._window_start, 1e-9)
         recent = {name: meter.recent() for name, meter in self.meters.items()}
         row = {
@@ -153,7 +153,7 @@ class Progress:
             "memory_gb": memory_gb(self.world.device),
             "skipped_steps": self._window_skipped,
         }
-        row["lr"] = figures["lr"]
+        row["lr"] = metrics["lr"]
         per_step = (now - self._start) / max(self._done - self._done_before, 1)
         left = duration(per_step * (self.steps - self._done + (self.epochs - self.epoch - 1) * self.steps))
         self._window_start, self._window_clips, self._window_waited, self._window_skipped = now, 0, 0.0, 0
@@ -183,11 +183,11 @@ class Progress:
 
 def table(title: str, rows: dict[str, dict[str, float]], scale: float = 100.0) -> str:
     """Figures as text: rows by name, columns in the order of their first appearance; what a row lacks stays blank."""
-    columns = list(dict.fromkeys(column for figures in rows.values() for column in figures))
+    columns = list(dict.fromkeys(column for metrics in rows.values() for column in metrics))
     width = max(len(name) for name in [title, *rows])
     head = f"{title:<{width}}  " + "  ".join(f"{c:>9}" for c in columns)
     lines = [head, "-" * len(head)]
-    for name, figures in rows.items():
-        cells = (f"{scale * figures[c]:.2f}" if c in figures else "" for c in columns)
+    for name, metrics in rows.items():
+        cells = (f"{scale * metrics[c]:.2f}" if c in metrics else "" for c in columns)
         lines.append(f"{name:<{width}}  " + "  ".join(f"{cell:>9}" for cell in cells).rstrip())
     return "\n".join(lines)

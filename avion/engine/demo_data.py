@@ -1,18 +1,23 @@
-"""`--dataset demo`: the embedded demo dataset in the place of files that were not named."""
+"""`--dataset demo`: the embedded demo dataset in the place of files that were not given."""
 
-from typing import Any
+import dataclasses
+from typing import TypeVar
 
 from avion.data.demo import ensure_demo_dataset
 
+from .options import EgoSchemaOptions, TrainingOptions
 
-def use_demo_dataset(args: Any, root: str, **files: str) -> None:
-    """Point flags at the demo dataset, which is generated where it is missing.
+T = TypeVar("T", bound=TrainingOptions | EgoSchemaOptions)
 
-    root: which of `DemoPaths`' folders `--root` becomes; as given, `--root` says where the dataset lies. files: flag to
-    the attribute of `DemoPaths` that it becomes, unless it was given.
+
+def on_demo_dataset(options: T, root: str, **files: str) -> T:
+    """The same options with the paths of the demo dataset, which is generated where it is missing.
+
+    Args:
+        options: The options of a task. `--root`, where it was given, is the folder of the demo dataset.
+        root: The attribute of `DemoPaths` that becomes `--root`.
+        files: By the name of a flag, the attribute of `DemoPaths` that it becomes unless it was given.
     """
-    paths = ensure_demo_dataset(args.root if "root" in args.given else "datasets/demo")
-    args.root = str(getattr(paths, root))
-    for name, attribute in files.items():
-        if name not in args.given:
-            setattr(args, name, str(getattr(paths, attribute)))
+    paths = ensure_demo_dataset(options.root if options.was_given("root") else "datasets/demo")
+    attributes = {"root": root} | {name: value for name, value in files.items() if not options.was_given(name)}
+    return dataclasses.replace(options, **{name: str(getattr(paths, a)) for name, a in attributes.items()})

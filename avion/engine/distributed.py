@@ -1,127 +1,50 @@
-"""Processes: who am I, how do we meet, what do we agree on.
+"""The processes of a run: how they meet, what they agree on, and how they fail together.
 
-One code path for plain `python`, `torchrun`, `srun` and flags by hand. A single process needs no
-process group and none is started. Control messages (agreement, errors, gathered features) travel over a
-gloo group on the CPU, so that they never wait for the GPU.
+Plain `python`, `torchrun`, `srun` and flags given by hand take the same way (`peers`). A single process needs no
+process group, and none is started. Control messages (agreement, errors, gathered features) travel over a gloo group on
+the CPU, so that they never wait for the GPU.
 """
 
 import contextlib
 import datetime
 import os
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from avion.errors import UserError
-from avion.numbers import PORT, PROCESSES, RANK, shown, whole
 
 from . import signals
-from .peers import PeerError
+from .options.shared import DeviceOptions
+from .peers import PeerError, detect_launch
 from .signals import Stopped
 
 _FAILED = 1 << 10  # as a message: larger than any signal's number
 
 
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher said: this process's number, how many there are, where they meet."""
-
-    rank: int
-    size: int
-    local_rank: int
-    url: str
-    by: str
-    own_gpus: int | None = None  # how many GPUs the launcher was asked to give each process, where it says so
-
-
-def first_host(nodelist: str) -> str:
-    """The first host of a SLURM node list: "gpu[03-05,9],cpu1" -> "gpu03", "rack[1-2]n[01-16]" -> "rack1n01"."""
-    match = re.match(r"(?:[^,\[\]\s]|\[\w[\w,-]*\])+(?=,|$)", nodelist)
-    if not match:
-        raise UserError(f"SLURM_STEP_NODELIST: cannot read a host name from {nodelist!r}; set MASTER_ADDR")
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match.group())
-
-
-_JOB = whole(0, 2**63 - 1)
-_VARIABLES = {
-    "RANK": RANK, "LOCAL_RANK": RANK, "WORLD_SIZE": PROCESSES, "MASTER_PORT": PORT, "SLURM_PROCID": RANK,
-    "SLURM_LOCALID": RANK, "SLURM_STEP_NUM_TASKS": PROCESSES, "SLURM_JOB_ID": _JOB, "SLURM_STEP_ID": _JOB,
-}  # fmt: skip
-
-
-def _integer(env: Mapping[str, str], name: str) -> int:
-    within = _VARIABLES[name]
-    try:
-        return int(within.read(env[name]))
-    except KeyError:
-        raise UserError(f"environment: {name} is not set though its launcher's other variables are") from None
-    except ValueError as e:
-        raise UserError(f"environment: {name} must be {within}, found {shown(env[name])}") from e
-
-
-def meeting_port(job: int, step: int = 0) -> int:
-    """A port that all tasks of a job's step agree on without talking, clear of the ephemeral ones; jobs that share a
-    node differ in it."""
-    return 15000 + (7 * job + step) % 15000
-
-
-def detect_launch(args: Any, env: Mapping[str, str] = os.environ) -> Launch:
-    """Read torchrun's variables, else srun's, else the flags.
-
-    Only variables that a launched task has count: inside an sbatch script or salloc shell, SLURM_NTASKS is
-    set too, but a plain `python` there is alone and must not wait for others.
-    """
-    if "RANK" in env and "WORLD_SIZE" in env:
-        # Scripts that set the first two by hand under srun often forget the third.
-        name = next((n for n in ("LOCAL_RANK", "SLURM_LOCALID") if n in env), None)
-        local = args.local_rank if name is None or (name != "LOCAL_RANK" and args.local_rank) else _integer(env, name)
-        launch = Launch(_integer(env, "RANK"), _integer(env, "WORLD_SIZE"), local, "env://", "torchrun")
-    elif "SLURM_STEP_NUM_TASKS" in env and _integer(env, "SLURM_STEP_NUM_TASKS") > 1:
-        # MASTER_ADDR and MASTER_PORT only where they were set by hand.
-        host = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", ""))
-        job, step = (_integer(env, name) if name in env else 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-        port = _integer(env, "MASTER_PORT") if env.get("MASTER_PORT") else meeting_port(job, step)
-        launch = Launch(
-            _integer(env, "SLURM_PROCID"), _integer(env, "SLURM_STEP_NUM_TASKS"), _integer(env, "SLURM_LOCALID"),
-            f"tcp://{host}:{port}", "srun", _gpus_per_task(env.get("SLURM_GPUS_PER_TASK", "")),
-        )  # fmt: skip
-    else:
-        launch = Launch(args.rank, args.world_size, args.local_rank, args.dist_url, "flags")
-        if launch.size > 1 and launch.url == "env://" and not {"MASTER_ADDR", "MASTER_PORT"} <= set(env):
-            raise UserError(
-                f"--world-size {launch.size} with --dist-url env:// needs MASTER_ADDR and MASTER_PORT; set them, "
-                "give --dist-url tcp://host:port, or start with torchrun"
-            )
-    if launch.size > 1 and launch.url == "env://" and env.get("MASTER_PORT"):
-        _integer(env, "MASTER_PORT")
-    if not 0 <= launch.rank < launch.size:
-        raise UserError(f"rank {launch.rank} of {launch.size} processes ({launch.by}) does not exist; ranks begin at 0")
-    return launch
-
-
-def _gpus_per_task(text: str) -> int | None:
-    """SLURM's "2" and "a100:2"; None for anything else."""
-    match = re.fullmatch(r"(?:[^:,]+:)?(\d+)", text)
-    return int(match[1]) if match else None
-
-
 def _seen(count: int) -> str:
-    """What a process sees of its machine's GPUs, for errors: the machine may have more."""
+    """The GPUs that this process sees, for errors: the machine may have more."""
     seen = f"PyTorch sees {count or 'no'} GPU{'' if count == 1 else 's'}"
     limit = os.environ.get("CUDA_VISIBLE_DEVICES")
     return seen if limit is None else f"{seen} (CUDA_VISIBLE_DEVICES is {limit!r})"
 
 
 def choose_device(name: str, gpu: int | None, local_rank: int, own_gpus: int | None = None) -> torch.device:
-    """`--device` and `--gpu` to a torch device; a clear error where there is no such GPU.
+    """The device that `--device` and `--gpu` mean.
 
-    Without `--gpu` the device is that of the process's number on its machine, but for processes that see GPUs of
-    their own and no others, which count them from 0: where one GPU is visible, and where as many are as the launcher
-    was asked to give each process (`own_gpus`).
+    Without `--gpu`, a process takes the GPU whose number is `local_rank`. A process that sees only GPUs of its own
+    takes the first of them: there, one GPU is visible, or as many as the launcher gives each process.
+
+    Args:
+        name: "auto", "cpu" or "cuda".
+        gpu: The number of the GPU, counted from 0 among the visible ones, or None.
+        local_rank: The number of this process on its machine.
+        own_gpus: How many GPUs the launcher gives each process, where it says so.
+
+    Raises:
+        UserError: There is no such GPU.
     """
     if name == "cpu":
         return torch.device("cpu")
@@ -138,13 +61,20 @@ def choose_device(name: str, gpu: int | None, local_rank: int, own_gpus: int | N
 
 
 class World:
-    """The processes of a run, this one's place in it, and its device."""
+    """The processes of a run, the rank of this process among them, and the device of this process.
+
+    Attributes:
+        rank: The number of this process, counted from 0.
+        size: The number of processes.
+        device: The device that this process computes on.
+        how: How the processes came together, for log lines.
+    """
 
     def __init__(
         self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu", control=None, how: str = "alone"
     ):
         self.rank, self.size, self.device = rank, size, torch.device(device)
-        self.how = how  # the processes came together, for the log
+        self.how = how
         self._control = control
 
     @property
@@ -168,11 +98,11 @@ class World:
         return box[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up on at least one process."""
+        """Whether `flag` is true on at least one process."""
         return bool(self.most(int(flag)))
 
     def most(self, number: int) -> int:
-        """The largest of the processes' numbers, on every process. A CPU message of four bytes."""
+        """The largest of the numbers of all processes, on every process. The message is four bytes on the CPU."""
         if self.size == 1:
             return number
         value = torch.tensor([number], dtype=torch.int32)
@@ -180,10 +110,17 @@ class World:
         return int(value.item())
 
     def go_on(self, error: Exception | None, what: str) -> int:
-        """Between two steps: an error of any process (`what` it could not do) stops all of them.
+        """Ask between two steps whether all processes go on. One message of four bytes carries errors and signals.
 
-        Returns the number of the signal that asked some process to stop, 0 if none was; it is the same on all. One
-        message of four bytes says both.
+        Args:
+            error: The error of this process, if there is one.
+            what: What another process could not do if it has an error, for the message.
+
+        Returns:
+            The number of the signal that asked some process to stop, the same on all processes; 0 if none did.
+
+        Raises:
+            PeerError: Another process has an error. A process with an error raises that error.
         """
         number = self.most(signals.asked() if error is None else _FAILED)
         if number >= _FAILED:
@@ -191,7 +128,7 @@ class World:
         return number
 
     def stop_if_asked(self, where: str) -> None:
-        """Raise Stopped on all processes if a signal asked one of them to stop; nothing is to be written here."""
+        """Raise Stopped on all processes if a signal asked one of them to stop, where nothing has to be written."""
         number = self.most(signals.asked())
         if number:
             raise Stopped(f"{signals.name(number)} {where}")
@@ -208,9 +145,9 @@ class World:
     def together(self, what: str) -> Iterator[None]:
         """Leave this block on all processes or on none.
 
-        An error on one process is raised on the others too, so that nobody waits for a process that has
-        given up; Stopped on one is Stopped on all. The block must not communicate: an error before its first message
-        would leave the rest waiting.
+        An error on one process raises PeerError on the others, so that no process waits for one that has given up.
+        Stopped on one process is Stopped on all. The block must not communicate: after an error before the first
+        message, the other processes would wait for that message.
         """
         error: Exception | None = None
         try:
@@ -244,7 +181,7 @@ class World:
 
 
 def refuse_shared_gpus(world: World) -> None:
-    """UserError on all processes where two of them would use one GPU, which nccl cannot."""
+    """Raise UserError on all processes where two of them would use the same GPU, which nccl cannot."""
     card = torch.cuda.get_device_properties(world.device)
     cards = world.gather((str(getattr(card, "uuid", "")), world.device.index, torch.cuda.device_count()))
     for rank, (uuid, index, count) in enumerate(cards):
@@ -257,19 +194,16 @@ def refuse_shared_gpus(world: World) -> None:
             )
 
 
-def init_world(args: Any, env: Mapping[str, str] = os.environ) -> World:
-    """Find the other processes and meet them; the device is chosen on the way.
-
-    A single process starts no process group.
-    """
-    launch = detect_launch(args, env)
-    device = choose_device(args.device, args.gpu, launch.local_rank, launch.own_gpus)
+def init_world(options: DeviceOptions, env: Mapping[str, str] = os.environ) -> World:
+    """Choose the device, find the other processes and meet them. A single process starts no process group."""
+    launch = detect_launch(options, env)
+    device = choose_device(options.device, options.gpu, launch.local_rank, launch.own_gpus)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if launch.size == 1:
         return World(device=device)
-    timeout = datetime.timedelta(minutes=args.dist_timeout)
-    backend = args.dist_backend if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(minutes=options.dist_timeout)
+    backend = options.dist_backend if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(
             backend, init_method=launch.url, rank=launch.rank, world_size=launch.size, timeout=timeout

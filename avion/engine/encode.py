@@ -14,24 +14,30 @@ from avion.errors import UserError
 from . import signals
 from .distributed import World
 from .loader import EvalBatchSampler, build_loader, read, to_device
+from .options import TrainingOptions
 from .steps import Precision
 
 
 @dataclass
 class Features:
-    """values (n, E) float32, row i belongs to sample i; `errors`: what was wrong with samples that are not there."""
+    """The features of all samples.
+
+    Attributes:
+        values: (n, E) float32; row i belongs to sample i.
+        errors: By the index of a sample that could not be read, what was wrong.
+    """
 
     values: np.ndarray
     errors: dict[int, str] = field(default_factory=dict)
 
     @property
     def readable(self) -> np.ndarray:
-        """Indices of the samples whose features are there, ascending (int64)."""
+        """The indices of the samples whose features are there, ascending (int64)."""
         return np.array([i for i in range(len(self.values)) if i not in self.errors], dtype=np.int64)
 
 
 def _assemble(parts: list[tuple[np.ndarray, np.ndarray, dict[int, str]]], count: int) -> Features:
-    """Rows from all processes, each sample once, in order."""
+    """Put the rows of all processes in order, each sample once."""
     width = next((p[1].shape[1] for p in parts if len(p[0])), 0)
     values = np.zeros((count, width), dtype=np.float32)
     seen = np.zeros(count, dtype=bool)
@@ -68,10 +74,22 @@ def encode_clips(
     strict: bool = False,
     prepare: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Features:
-    """`model.encode_image` of every clip of the dataset, on every process.
+    """The features that `model.encode_image` gives to every clip of a dataset, on every process.
 
-    `prepare` is applied to the normalised clips (B, 3, T, H, W) on the device. A clip that cannot be read is named in
-    `errors`; with `strict` it is a UserError on all processes.
+    Args:
+        model: The model on the device.
+        dataset: The clips.
+        world: The processes, which share the clips.
+        precision: The settings of autocast.
+        batch_size: Clips per forward pass.
+        workers: Data-loading processes.
+        norm_style: A key of NORM_STYLES.
+        strict: Whether a clip that cannot be read is a UserError, instead of an entry of `errors`.
+        prepare: A function that is applied to the normalised clips (B, 3, T, H, W) on the device.
+
+    Raises:
+        UserError: The data cannot be read; on all processes.
+        Stopped: A signal asked a process to stop.
     """
     model.eval()
     sampler = EvalBatchSampler(len(dataset), batch_size, rank=world.rank, size=world.size)
@@ -105,7 +123,7 @@ def encode_texts(
     *,
     batch_size: int = 64,
 ) -> Features:
-    """`model.encode_text` of every text, on every process."""
+    """The features that `model.encode_text` gives to every text, on every process."""
     model.eval()
     indices, rows = [], []
     with world.together("encoding the texts"):
@@ -134,11 +152,11 @@ def describe(errors: dict[int, str], limit: int = 3) -> str:
     return shown + (f"; and {len(errors) - limit} more" if len(errors) > limit else "")
 
 
-def settings(args: Any) -> dict[str, Any]:
+def settings(options: TrainingOptions) -> dict[str, Any]:
     """The keyword arguments of `encode_clips` that come from flags."""
     return {
-        "batch_size": args.eval_batch_size or args.batch_size,
-        "workers": args.workers,
-        "norm_style": args.norm_style,
-        "strict": args.strict_data,
+        "batch_size": options.eval_batch_size or options.batch_size,
+        "workers": options.workers,
+        "norm_style": options.norm_style,
+        "strict": options.strict_data,
     }

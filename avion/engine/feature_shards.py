@@ -1,9 +1,11 @@
-"""Features on disk, in shards: whole or not there, with an index; a run that was stopped goes on after them.
+"""Features on disk, in shards with an index.
+
+A shard is written whole or not at all, and a run that was stopped goes on after the finished shards.
 
 {folder}/settings.json      what the features depend on; a run with other settings is refused
-{folder}/00000.npz, …       a shard: arrays `row` (n,) int64 and one per kind of feature, (n, …), or .safetensors
-{folder}/index.jsonl        a JSON line per row of the list: row, video, start, end, id, shard, and `position` in it
-                            or the `error` that keeps it out
+{folder}/00000.npz, …       a shard (.npz or .safetensors): the array `row` (n,) int64 and an array (n, …) per kind
+{folder}/index.jsonl        a JSON line per row of the list: row, video, start, end, id, shard, and the `position`
+                            in the shard or the `error` that keeps the row out of it
 """
 
 import fcntl
@@ -23,16 +25,23 @@ from avion.errors import UserError
 from avion.files import PARTIAL, append_lines, partial_file, write_text
 from avion.json_lines import read_json_lines
 
+from .options.features import DTYPES
+
 logger = logging.getLogger(__name__)
 
-STORED = dict(zip(SHARD_DTYPES, (torch.float32, torch.float16, torch.bfloat16), strict=True))
+STORED = dict(zip(DTYPES, (torch.float32, torch.float16, torch.bfloat16), strict=True))
 
 
 class Shards:
-    """The shards of `count` rows, `shard_size` (in `settings`) in each. Close it, or leave its `with`.
+    """The shards of a list. They are open until `close`, or until their `with` block is left.
 
-    settings: JSON values. Raises UserError for a folder of other settings, one that another process writes to, and one
-    that cannot be written.
+    Args:
+        folder: The folder of the shards.
+        count: The number of rows of the list.
+        settings: What the features depend on, as JSON values; `shard_size` is the number of rows in each shard.
+
+    Raises:
+        UserError: The folder has other settings, another process writes to it, or it cannot be written.
     """
 
     def __init__(self, folder: str | os.PathLike, count: int, settings: Mapping[str, Any]):
@@ -42,7 +51,7 @@ class Shards:
         self._finished: set[int] = set()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "a")  # noqa: SIM115  (until `close`)
+            self._lock = open(self.folder / ".lock", "a")  # noqa: SIM115  (open until `close`)
             try:
                 self._open(dict(settings))
             except BaseException:
@@ -58,25 +67,37 @@ class Shards:
         self.close()
 
     def close(self) -> None:
+        """Let other processes write to the folder."""
         self._lock.close()
 
     @property
     def index(self) -> Path:
+        """The path of the index."""
         return self.folder / "index.jsonl"
 
     def path(self, shard: int) -> Path:
+        """The path of a shard."""
         return self.folder / f"{shard:05d}.{self.format}"
 
     def rows(self, shard: int) -> range:
+        """The rows of the list that are in a shard."""
         return range(shard * self.size, min((shard + 1) * self.size, self.count))
 
     def todo(self) -> list[int]:
-        """The shards that are not finished."""
+        """The numbers of the shards that are not finished."""
         return [s for s in range(-(-self.count // self.size)) if s not in self._finished]
 
     def write(self, shard: int, features: Mapping[str, torch.Tensor], entries: Sequence[Mapping[str, Any]]) -> None:
-        """Finish a shard. entries: one per row, {"row", …} and "error" where it is left out; features: rows of those
-        that are not."""
+        """Write a shard and its part of the index.
+
+        Args:
+            shard: The number of the shard.
+            features: By kind, the features (n, …) of the rows that are not left out.
+            entries: One per row, {"row", …} and "error" where the row is left out.
+
+        Raises:
+            UserError: The files cannot be written.
+        """
         kept = [e["row"] for e in entries if "error" not in e]
         assert [e["row"] for e in entries] == list(self.rows(shard)), "an entry per row, in order"
         assert all(len(values) == len(kept) for values in features.values()), "a feature per readable row"
@@ -126,7 +147,7 @@ class Shards:
                 )
 
     def _read_index(self) -> None:
-        """Which shards are finished: their file is there, and the index has all of their rows. Drops all else."""
+        """Find the finished shards: their file is there, and the index has all of their rows. Drop all other lines."""
         entries: dict[int, list[dict]] = {}
         lines = read_json_lines(self.index)
         for entry in lines.objects:

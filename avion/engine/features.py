@@ -1,10 +1,10 @@
-"""Features of videos from any checkpoint: of one in memory, or of a list of them into shards on disk.
+"""Features of videos from any checkpoint: of one video in memory, or of a list of videos into shards on disk.
 
-Three kinds, for B clips of T frames with N patches each, a tower of width D and an embedding of E:
+There are three kinds, for B clips of T frames with N patches each, a tower of width D and an embedding of width E:
 
-    clip      (B, E)        `encode_image`; of a fine-tuned classifier the CLS that its head reads, (B, D)
-    spatial   (B, N, T, D)  the patches of every frame after the tower's last block and norm, row by row
-    frame     (B, T, D)     their mean over the patches of each frame
+    clip      (B, E)        `encode_image`; of a fine-tuned classifier the CLS token that its head reads, (B, D)
+    spatial   (B, N, T, D)  the patches of every frame after the last block and norm of the tower, row by row
+    frame     (B, T, D)     the mean of `spatial` over the patches of each frame
 """
 
 import hashlib
@@ -12,7 +12,6 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,8 +30,9 @@ from .distributed import choose_device
 from .egoschema.results import fingerprint
 from .feature_shards import STORED, Shards
 from .loader import build_loader, read
+from .options.features import KINDS, FeatureOptions
 from .steps import Precision
-from .trainer import choose_precision
+from .trainer import precision_named
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +50,25 @@ def load_clip(
     norm_style: str = "openai",
     decoder: str = "auto",
 ) -> torch.Tensor:
-    """`frames` frames of a video file as `model` wants them: (1, 3, T, size, size) float32, on its device.
+    """Read a clip from a video file as a model takes it.
 
-    They are the middles of equal segments of the seconds [start, end) (end None: of all), the shorter side resized, the
-    centre cut out, normalised. norm_style: a key of NORM_STYLES. Raises UserError for a file that cannot be read.
+    The frames are the middles of equal segments. The shorter side is resized, the centre is cut out, and the pixels are
+    normalised.
+
+    Args:
+        path: The video file.
+        frames: The number of frames.
+        model: The model that the clip is for.
+        start: Where the clip begins, in seconds.
+        end: Where the clip ends, in seconds; None: at the end of the video.
+        norm_style: A key of NORM_STYLES.
+        decoder: "auto", "pyav" or "decord".
+
+    Returns:
+        (1, 3, frames, size, size) float32, on the device of the model.
+
+    Raises:
+        UserError: The file cannot be read.
     """
     clip = read_span(
         path, frames, EvalTransform(model.config.img_size, fused=True), start=start, end=end, decoder=decoder
@@ -62,11 +77,21 @@ def load_clip(
 
 
 @torch.inference_mode()
-def extract(model: nn.Module, video: torch.Tensor, kinds: Sequence[str] = FEATURE_KINDS) -> dict[str, torch.Tensor]:
-    """The features of `kinds`, by name, of clips (B, 3, T, height, width), normalised; shapes above.
+def extract(model: nn.Module, video: torch.Tensor, kinds: Sequence[str] = KINDS) -> dict[str, torch.Tensor]:
+    """Compute features of clips. This puts the model into evaluation mode.
 
-    Puts the model into evaluation mode. `clip` alone takes clips of any length in bounded memory, the other two hold
-    all of the clips' tokens. Raises UserError for a kind that there is not, and for a tower without tokens.
+    `clip` alone takes clips of any length in bounded memory; the other two kinds hold all tokens of the clips.
+
+    Args:
+        model: The model.
+        video: Normalised clips (B, 3, T, height, width).
+        kinds: Names out of KINDS.
+
+    Returns:
+        The features by kind, in the shapes that this file begins with.
+
+    Raises:
+        UserError: There is no such kind, or the tower has no token features.
     """
     unknown = [kind for kind in kinds if kind not in FEATURE_KINDS]
     if unknown or not kinds:
@@ -95,34 +120,40 @@ def _encode(model: nn.Module, video: torch.Tensor) -> torch.Tensor:
 # ---- a list of videos --------------------------------------------------------------------------
 
 
-def extract_features(args: Any) -> dict[int, str]:
-    """Features of every row of `--videos` into shards in `--output-dir`; args: a `FeatureOptions`.
+def extract_features(options: FeatureOptions) -> dict[int, str]:
+    """Write the features of every row of `--videos` into shards in `--output-dir`.
 
-    What an earlier run with the same settings finished is left as it is. Returns the rows that cannot be read, and why.
+    Shards that an earlier run with the same settings finished are left as they are.
+
+    Returns:
+        By the number of a row that cannot be read, what is wrong with it.
+
+    Raises:
+        UserError: A flag or a file is wrong.
     """
-    kinds = [kind for kind in FEATURE_KINDS if kind in (args.features or ["clip"])]
-    if args.dtype == "bf16" and args.format == "npz":
+    kinds = [kind for kind in KINDS if kind in (options.features or ["clip"])]
+    if options.dtype == "bf16" and options.format == "npz":
         raise UserError("--dtype bf16: NumPy has no such type; give --format safetensors, or --dtype fp16")
     for name in ("videos", "checkpoint", "output_dir"):
-        if not getattr(args, name):
+        if not getattr(options, name):
             raise UserError(f"--{name.replace('_', '-')}: not given; see --help")
-    spans = read_video_list(args.videos)
-    device = choose_device(args.device, None, 0)
-    precision = choose_precision(SimpleNamespace(precision=args.precision, use_bf16=False, disable_amp=False), device)
-    model = build_any_as_saved(args, Checkpoint.open(args.checkpoint), args.frames).to(device).eval()
-    frames = args.frames if args.frames is not None else model.config.num_frames
+    spans = read_video_list(options.videos)
+    device = choose_device(options.device, None, 0)
+    precision = precision_named(options.precision, device)
+    model = build_any_as_saved(options, Checkpoint.open(options.checkpoint), options.frames).to(device).eval()
+    frames = options.frames if options.frames is not None else model.config.num_frames
     dataset = SpanDataset(
-        spans, args.root, num_frames=frames, size=model.config.img_size, chunk_length=args.video_chunk_length,
-        layout=args.video_layout, decoder=args.decoder, threads=args.decode_threads,
+        spans, options.root, num_frames=frames, size=model.config.img_size, chunk_length=options.video_chunk_length,
+        layout=options.video_layout, decoder=options.decoder, threads=options.decode_threads,
     )  # fmt: skip
     settings = {
-        "videos": _digest(spans), "clips": len(spans), "root": args.root, "model": model.config.name,
+        "videos": _digest(spans), "clips": len(spans), "root": options.root, "model": model.config.name,
         "weights": fingerprint(model, {}), "frames": frames, "img_size": model.config.img_size, "features": kinds,
-        "norm_style": args.norm_style, "precision": str(precision.dtype), "dtype": args.dtype, "format": args.format,
-        "shard_size": args.shard_size,
+        "norm_style": options.norm_style, "precision": str(precision.dtype), "dtype": options.dtype,
+        "format": options.format, "shard_size": options.shard_size,
     }  # fmt: skip
-    with Shards(args.output_dir, len(spans), settings) as shards:
-        _extract_shards(shards, dataset, model, precision, kinds, args)
+    with Shards(options.output_dir, len(spans), settings) as shards:
+        _extract_shards(shards, dataset, model, precision, kinds, options)
         return dict(sorted(shards.errors.items()))
 
 
@@ -138,7 +169,12 @@ def _batches(rows: range, size: int) -> Iterator[list[int]]:
 
 
 def _extract_shards(
-    shards: Shards, dataset: SpanDataset, model: nn.Module, precision: Precision, kinds: list[str], args: Any
+    shards: Shards,
+    dataset: SpanDataset,
+    model: nn.Module,
+    precision: Precision,
+    kinds: list[str],
+    options: FeatureOptions,
 ) -> None:
     todo = shards.todo()
     total = -(-shards.count // shards.size)
@@ -146,10 +182,10 @@ def _extract_shards(
     if not todo:
         return
     device = next(model.parameters()).device
-    # Batches do not reach from one shard into the next: features do not depend on which are finished.
-    plan = {shard: list(_batches(shards.rows(shard), args.batch_size)) for shard in todo}
+    # Batches do not reach from one shard into the next, so that features do not depend on which shards are finished.
+    plan = {shard: list(_batches(shards.rows(shard), options.batch_size)) for shard in todo}
     loader = build_loader(
-        dataset, [b for batches in plan.values() for b in batches], workers=args.workers, device=device
+        dataset, [b for batches in plan.values() for b in batches], workers=options.workers, device=device
     )
     samples, started = iter(loader), time.perf_counter()
     for done, (shard, batches) in enumerate(plan.items(), 1):
@@ -159,9 +195,9 @@ def _extract_shards(
             batch = read(samples)
             readable = torch.tensor([not error for error in batch["error"]])
             with precision.autocast():
-                found = extract(model, normalize_clip(batch["video"].to(device), args.norm_style), kinds)
+                found = extract(model, normalize_clip(batch["video"].to(device), options.norm_style), kinds)
             for kind, values in found.items():
-                parts[kind].append(values.cpu()[readable].to(STORED[args.dtype]))
+                parts[kind].append(values.cpu()[readable].to(STORED[options.dtype]))
             for row, error in zip(batch["index"].tolist(), batch["error"], strict=True):
                 span = dataset.spans[row]
                 entry = {"row": row, "video": span.video, "start": span.start, "end": span.end, "id": span.id}

@@ -1,7 +1,8 @@
-"""Which process reads which sample when: a function of seed and epoch alone."""
+"""Which process reads which sample when, which depends on seed and epoch alone; batches on their way to the device."""
 
 import contextlib
 import errno
+import logging
 import multiprocessing.queues
 import os
 import re
@@ -19,14 +20,20 @@ from avion.errors import UserError
 
 from . import signals
 
+logger = logging.getLogger(__name__)
+
+# Errors of single clips are logged one by one up to this number; further ones are only counted.
+_SHOWN_ERRORS = 20
+
 
 class TrainBatchSampler(Sampler):
     """Micro-batches of (epoch, index) keys for one process.
 
-    An epoch is one permutation, drawn from (seed, epoch). It is cut into global batches of
-    `batch_size · update_freq · size` samples (what is left over sits out, another part each epoch); of each, process r
-    takes the r-th contiguous share and cuts it into `update_freq` micro-batches. So the samples of an optimizer
-    step depend on the size of the global batch only, not on how many processes or micro-batches make it up.
+    An epoch is one permutation, drawn from (seed, epoch). The permutation is cut into global batches of
+    `batch_size · update_freq · size` samples; the samples that are left over, others in each epoch, are not used.
+    Process r takes share number r of each global batch and cuts it into `update_freq` micro-batches. So the samples
+    of an optimizer step depend only on the size of the global batch, and not on how many processes or micro-batches
+    the global batch consists of.
     """
 
     def __init__(
@@ -51,7 +58,7 @@ class TrainBatchSampler(Sampler):
         self.epoch = self.start_step = 0
 
     def set_position(self, epoch: int, step: int = 0) -> None:
-        """The next iteration yields `epoch` from optimizer step `step` on."""
+        """Let the next iteration yield `epoch` from optimizer step `step` on."""
         self.epoch, self.start_step = epoch, step
 
     def __len__(self) -> int:
@@ -68,10 +75,10 @@ class TrainBatchSampler(Sampler):
 
 
 class EvalBatchSampler(Sampler):
-    """Batches of indices 0 … count-1 for one process: batch number i goes to process i mod size.
+    """Batches of the indices 0 … count-1 for one process: batch number i goes to process i mod size.
 
-    Batches are made up the same way for any number of processes, and all have the same size (the last one
-    repeats its last index), so that a clip's features do not depend on how many processes there are.
+    The batches are the same for any number of processes, and all of them have the same size (the last batch repeats its
+    last index), so that the features of a clip do not depend on the number of processes.
     """
 
     def __init__(self, count: int, batch_size: int, *, rank: int = 0, size: int = 1):
@@ -87,9 +94,9 @@ class EvalBatchSampler(Sampler):
 
 
 class _ErrorsAsSamples(Dataset):
-    """A dataset whose UserErrors come out as {"fatal": message}.
+    """A dataset that returns {"fatal": message} where another dataset raises a UserError.
 
-    A DataLoader would wrap an exception of a worker in that worker's traceback; a message stays one line.
+    A DataLoader would wrap an exception of a worker in the traceback of that worker; a message stays one line.
     """
 
     def __init__(self, dataset: Dataset):
@@ -106,9 +113,9 @@ class _ErrorsAsSamples(Dataset):
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Tensors are stacked, numbers become int64 tensors, everything else stays a list.
+    """Make a batch of samples: tensors are stacked, numbers become int64 tensors, everything else becomes a list.
 
-    If a sample is {"fatal": message}, so is the batch.
+    If a sample is {"fatal": message}, the batch is that too.
     """
     fatal = next((s for s in samples if "fatal" in s), None)
     if fatal is not None:
@@ -196,17 +203,24 @@ class _Loader(DataLoader):
                 raise
 
 
-# A worker that has sent nothing for so long is stuck on a dead file system or decoder.
+# A worker that has sent nothing for this long is stuck on a dead file system or in a decoder.
 LOADER_TIMEOUT_S = 900
 
 
 def build_loader(
     dataset: Dataset, sampler: Sampler | Sequence, *, workers: int, device: torch.device, large_samples: bool = False
 ) -> DataLoader:
-    """A loader over the sampler's batches. Workers live as long as the loader.
+    """A loader of the batches of a sampler. Its workers live as long as the loader.
 
-    large_samples: of hundreds of megabytes; the sampler gives single keys, samples come as they are, and a worker has
-    at most one waiting. A UserError in the dataset arrives as a batch {"fatal": message}; `read` raises it.
+    A UserError in the dataset arrives as a batch {"fatal": message}, and `read` raises it.
+
+    Args:
+        dataset: The samples.
+        sampler: The keys of each batch.
+        workers: Data-loading processes; 0: this process loads the samples.
+        device: The device that the batches are meant for.
+        large_samples: Whether a sample has hundreds of megabytes. Then the sampler gives single keys, samples are not
+            collated, and each worker has at most one sample waiting.
     """
     how = {"batch_sampler": sampler, "collate_fn": _collate_in_worker, "pin_memory": device.type == "cuda"}
     if large_samples:
@@ -215,13 +229,13 @@ def build_loader(
     return _Loader(
         _ErrorsAsSamples(dataset), num_workers=workers, persistent_workers=workers > 0,
         timeout=LOADER_TIMEOUT_S if workers > 0 else 0, worker_init_fn=_begin_worker, **how,
-        # Its own generator: starting an epoch must not advance the one that dropout draws from.
+        # A generator of its own: the start of an epoch must not advance the generator that dropout draws from.
         generator=torch.Generator(),
     )  # fmt: skip
 
 
 def read(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
-    """The next batch; what went wrong in the dataset or its workers is a UserError here."""
+    """The next batch. Raises UserError for what went wrong in the dataset or in its workers."""
     try:
         batch = next(batches)
     except (RuntimeError, OSError) as e:
@@ -240,7 +254,24 @@ def read(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
 
 
 def to_device(batch: dict[str, Any], device: torch.device, norm_style: str) -> dict[str, Any]:
-    """Move tensors without waiting; clips that are still uint8 are normalised there."""
+    """Move the tensors of a batch to the device without waiting; clips that are still uint8 are normalised there."""
     moved = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     moved["video"] = normalize_clip(moved["video"], norm_style)
     return moved
+
+
+class ReplacedClips:
+    """Counts the training clips that could not be read and were replaced by others, and names the first of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def report(self, micro_batches: Sequence[dict[str, Any]]) -> None:
+        """Count the errors of these batches, and log them as long as there are few."""
+        for batch in micro_batches:
+            for error in filter(None, batch["error"]):
+                self.count += 1
+                if self.count <= _SHOWN_ERRORS:
+                    logger.warning("clip replaced by another one: %s", error)
+                if self.count == _SHOWN_ERRORS:
+                    logger.warning("further clips that cannot be read are replaced without a word")

@@ -1,4 +1,4 @@
-"""Files of predictions, for people's own analyses and for EPIC-KITCHENS-100's servers: written whole or not at all."""
+"""Files of predictions, for analyses and for the servers of EPIC-KITCHENS-100. They are written whole or not at all."""
 
 import io
 import json
@@ -12,33 +12,33 @@ from typing import Any
 from avion.errors import UserError
 from avion.files import written_whole
 
-# numpy 2 pickles arrays under a module name that numpy 1 does not have; under the old one both read them.
+# numpy 2 pickles arrays under a module name that numpy 1 does not have. Both read arrays under the old name.
 _NUMPY_2, _NUMPY_1 = b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"
 
 
 def portable_pickle(value: Any) -> bytes:
     """A pickle of plain containers, texts, numbers and numpy arrays that any numpy reads (protocol 3)."""
-    # The name stands once, before the first array's bytes; later arrays refer back to it.
+    # The name is there once, before the bytes of the first array; later arrays refer back to it.
     return pickle.dumps(value, protocol=3).replace(_NUMPY_2, _NUMPY_1, 1)
 
 
 def zipped(name: str, content: bytes) -> bytes:
-    """A zip of one file; the same content gives the same bytes."""
+    """A zip file with one file in it; the same content gives the same bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        entry = zipfile.ZipInfo(name)  # of a fixed date
+        entry = zipfile.ZipInfo(name)  # a file of a fixed date
         entry.external_attr = 0o644 << 16
         archive.writestr(entry, content, zipfile.ZIP_DEFLATED, 6)
     return buffer.getvalue()
 
 
 def action_zip(submission: Mapping[str, Any]) -> bytes:
-    """`avion.evaluation.submission.action_submission`'s content as the server takes it: a zip of test.json."""
+    """What `avion.evaluation.submission.action_submission` returns as the server takes it: test.json in a zip file."""
     return zipped("test.json", json.dumps(submission, separators=(",", ":"), allow_nan=False).encode())
 
 
 def retrieval_zip(submission: Mapping[str, Any]) -> bytes:
-    """`retrieval_submission`'s content as the server takes it: a zip of test.pkl."""
+    """What `retrieval_submission` returns as the server takes it: test.pkl in a zip file."""
     return zipped("test.pkl", portable_pickle(dict(submission)))
 
 
@@ -58,6 +58,6 @@ def check_target(path: str | os.PathLike, flag: str, suffix: str = "") -> None:
 
 
 def write_whole(path: str | os.PathLike, content: bytes, flag: str) -> None:
-    """The content of a file that was asked for by `flag`."""
+    """Write the content of a file that `flag` asked for."""
     with written_whole(path, flag=flag, cure="choose another") as file:
         file.write(content)

@@ -1,9 +1,9 @@
-"""What a program does around its work: the command line, one line for what goes wrong, the exit status.
+"""What every program does around its work: it reads the command line, and it ends with one line and a status.
 
-Importing PyTorch and the packages that build on it takes seconds. Nothing here needs them, and a program imports its
-work when the command line has been understood, so that `--help` and a misspelt flag are answered at once.
+Nothing heavy is imported here, so that `--help` and mistakes in flags are answered at once.
 """
 
+import importlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -12,28 +12,43 @@ from typing import Any
 from avion.errors import USER_ERROR, exit_status
 
 from . import signals
-from .args import parse
+from .args import T, parse
 from .peers import PeerError
 from .signals import STOPPED, Stopped
 
 logger = logging.getLogger(__name__)
 
 
-def run_program(
-    work: Callable[[Any], Any], config: type, argv: Sequence[str] | None, prog: str, doc: str | None
-) -> int:
-    """Parse the command line and do the work.
+def later(function: str, *arguments: str) -> Callable[[Any], Any]:
+    """A function of the options that imports what it needs when it is called.
 
     Args:
-        work: Takes the options. It imports what it needs by itself, as the description of this file says.
-        config: The dataclass of the options.
-        argv: The words of the command line; None: `sys.argv[1:]`.
+        function: "module:name" of a function that takes `arguments` and then the options.
+        arguments: "module:name" each.
+    """
+    return lambda options: _imported(function)(*map(_imported, arguments), options)
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def run_program(
+    body: Callable[[T], Any], options_class: type[T], argv: Sequence[str] | None, prog: str, doc: str | None
+) -> int:
+    """Parse a command line and call `body` with the options.
+
+    Args:
+        body: The work of the program.
+        options_class: The class of the options.
+        argv: The words of the command line (None: `sys.argv[1:]`).
         prog: The name of the program, for `--help` and errors.
-        doc: The description of the program's file, whose first line `--help` shows.
+        doc: The docstring of the file of the program; `--help` shows its first line.
 
     Returns:
-        The exit status: 0; 2 after one line on stderr for a mistake of the user's; 75 where SIGTERM or SIGUSR1 asked
-        the program to stop and the same command would go on.
+        The exit status: 0; 2 after one line on stderr for a mistake of the user; 75 where SIGTERM or SIGUSR1 asked the
+        program to stop, and the same command would go on.
     """
     description = (doc or "").partition("\n")[0]
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
@@ -41,7 +56,7 @@ def run_program(
     def heeding() -> int:
         try:
             with signals.heeded():
-                work(parse(config, argv, prog, description))
+                body(parse(options_class, argv, prog, description))
         except Stopped as e:
             logger.info("%s; leaving with status %d: the same command goes on from there", e, STOPPED)
             return STOPPED
@@ -53,15 +68,3 @@ def run_program(
         return 0
 
     return exit_status(prog, heeding, debug=debug)
-
-
-def run_task(task: str, config: type, argv: Sequence[str] | None, prog: str, doc: str | None) -> int:
-    """Train or evaluate the task of this class name in `avion.engine.tasks`; otherwise as `run_program`."""
-
-    def work(args: Any) -> None:
-        from . import tasks
-        from .run import run
-
-        run(getattr(tasks, task), args)
-
-    return run_program(work, config, argv, prog, doc)

@@ -1,35 +1,63 @@
-"""A run: options in, a trained or evaluated model out. `program` has the command line and the exit status."""
+"""A run of a training task: from options to a trained or evaluated model."""
 
 import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from avion.json_lines import append_json
 from avion.weights import Checkpoint
 
 from . import distributed, sinks, state
+from .args import Options
 from .console import setup_logging
 from .distributed import World
-from .tasks import Task
-from .trainer import Trainer, choose_precision
+from .inputs import ModelInputs
+from .options import DeviceOptions, TrainingOptions
+from .steps import Precision
+from .tasks.base import Task
+from .trainer import Trainer, choose_precision, start_training, train_sampler, wrapped
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T", bound=TrainingOptions)
 
-def run(task_class: type[Task], args: Any) -> dict[str, float]:
-    """Train (or with `--evaluate` evaluate) and return the figures of the last evaluation."""
-    with joined(args, None if args.evaluate else args.output_dir) as world:
-        return _run(task_class, args, world)
+
+def train_or_evaluate(task_class: type[Task[T]], options: T) -> dict[str, float]:
+    """Train the model of a task, or with `--evaluate` evaluate it.
+
+    Returns:
+        The metrics of the last evaluation, on every process.
+
+    Raises:
+        UserError: A flag, a file or the environment is wrong.
+        Stopped: A signal asked the run to stop; the same options go on from where it stands.
+    """
+    with joined(options, None if options.evaluate else options.output_dir) as world:
+        source = state.find_resume(options)
+        # Before anything slow, because a process that was started with other flags would only be noticed much later.
+        world.agree({**shared_flags(options), "checkpoint to go on from": source, "torch": torch.__version__})
+        with world.together("looking for packages"):
+            sinks.check_flags(options)
+        precision, task = _read_data(task_class, options, source, world)
+        world.agree(task.facts())
+        world.stop_if_asked("before the model was built")
+        with world.together("building the model"):
+            torch.manual_seed(options.seed)
+            model = task.build_model().to(world.device)
+        if options.evaluate:
+            return _evaluate(task, model, precision, source)
+        return _train(task, model, precision)
 
 
 @contextlib.contextmanager
-def joined(args: Any, log_dir: str | None) -> Iterator[World]:
-    """The processes of a run, its log open (with a file in `log_dir`, where one is given), until the block is left."""
-    world = distributed.init_world(args)
+def joined(options: DeviceOptions, log_dir: str | None) -> Iterator[World]:
+    """The processes of a run with their log open, until the block is left. `log_dir` is the folder of the log file."""
+    world = distributed.init_world(options)
     try:
         with world.together("opening the log"):
             setup_logging(world, log_dir)
@@ -38,51 +66,44 @@ def joined(args: Any, log_dir: str | None) -> Iterator[World]:
         distributed.shutdown()
 
 
-def _run(task_class: type[Task], args: Any, world: World) -> dict[str, float]:
-    source = state.find_resume(args)
-    # Before anything slow: a process started with other flags would only be noticed much later.
-    world.agree({**shared_flags(args), "checkpoint to go on from": source, "torch": torch.__version__})
-    with world.together("looking for packages"):
-        sinks.check_flags(args)
+def shared_flags(options: Options) -> dict[str, Any]:
+    """All flags that must be the same on all processes, by their names."""
+    own = {"rank", "local_rank", "gpu", "workers", "decode_threads", "debug"}
+    return {"--" + k.replace("_", "-"): v for k, v in options.values().items() if k not in own}
+
+
+def _read_data(task_class: type[Task[T]], options: T, source: str | None, world: World) -> tuple[Precision, Task[T]]:
     with world.together("reading the data"):
-        precision = choose_precision(args, world.device)
-        task = task_class(args, world)
-    world.agree(task.facts())
-    world.stop_if_asked("before the model was built")
-    with world.together("building the model"):
+        precision = choose_precision(options, world.device)
         checkpoint = None if source is None else Checkpoint.open(source)
-        torch.manual_seed(args.seed)
-        model = task.build_model(checkpoint)
-    if args.evaluate:
-        return _evaluate(task, model, args, world, precision, source)
+        return precision, task_class(options, world, checkpoint)
+
+
+def _train(task: Task, model: nn.Module, precision: Precision) -> dict[str, float]:
+    options, world = task.options, task.world
     with world.together("preparing the training"):
-        trainer = Trainer(task, model, args, world, precision)
-        if checkpoint is not None:
-            trainer.restore(checkpoint)
-    trainer.wrap()
+        dataset = task.train_dataset(ModelInputs.of(model.config, options))
+        sampler = train_sampler(len(dataset), options, world)
+        training = start_training(task, model, task.checkpoint, options, world, precision, sampler.steps)
+    wrapped_model = wrapped(model, options, world)
     logger.info(
         "%s: %d clips, %d steps of %d clips per epoch, epochs %d to %d, %s on %s, %d process%s (%s)",
-        model.config.name, trainer.sampler.count, trainer.sampler.steps, trainer.sampler.global_batch,
-        trainer.position.epoch, args.epochs - 1, str(precision.dtype).removeprefix("torch."),
+        model.config.name, sampler.count, sampler.steps, sampler.global_batch,
+        training.position.epoch, options.epochs - 1, str(precision.dtype).removeprefix("torch."),
         world.device.type, world.size, "" if world.size == 1 else "es", world.how,
     )  # fmt: skip
-    with sinks.opened(args, world, trainer.done) as trainer.log:
-        return trainer.fit()
+    with sinks.opened(options, task.saved_flags(model), world, training.position.steps_done(sampler.steps)) as log:
+        return Trainer(task, training, wrapped_model, dataset, sampler, options, world, precision, log).fit()
 
 
-def _evaluate(task: Task, model, args: Any, world: World, precision, source: str | None) -> dict[str, float]:
+def _evaluate(task: Task, model: nn.Module, precision: Precision, source: str | None) -> dict[str, float]:
+    options = task.options
     if source is None:
         logger.info("no checkpoint given (--resume): evaluating the initial weights")
-    figures = task.evaluate(model.to(world.device), precision)
-    if world.is_main:
-        if "output_dir" in args.given:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            append_json(Path(args.output_dir) / "eval_log.txt", {**figures, "checkpoint": source})
-        print(task.table(figures))
-    return figures
-
-
-def shared_flags(args: Any) -> dict[str, Any]:
-    """All flags but those that are a process's own."""
-    own = {"rank", "local_rank", "gpu", "workers", "decode_threads", "debug"}
-    return {"--" + k.replace("_", "-"): v for k, v in vars(args).items() if k not in own and k != "given"}
+    metrics = task.evaluate(model, precision)
+    if task.world.is_main:
+        if options.was_given("output_dir"):
+            Path(options.output_dir).mkdir(parents=True, exist_ok=True)
+            append_json(Path(options.output_dir) / "eval_log.txt", {**metrics, "checkpoint": source})
+        print(task.table(metrics))
+    return metrics

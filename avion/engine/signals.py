@@ -1,7 +1,8 @@
-"""SIGTERM and SIGUSR1: a scheduler asks the run to stop and to be started again.
+"""SIGTERM and SIGUSR1, by which a scheduler asks the run to stop and to be started again.
 
-The handler only takes note; the run looks at `asked()` between two steps, where all processes agree on it
-(`World.most`), and leaves by raising `Stopped`. `run_program` makes exit status 75 of that, EX_TEMPFAIL: "try again".
+The handler only takes note of the signal. The run looks at `asked()` between two steps, where all processes agree on it
+(`World.most`), and leaves by raising `Stopped`. `run_program` turns that into exit status 75, EX_TEMPFAIL ("try
+again").
 """
 
 import contextlib
@@ -14,8 +15,8 @@ from collections.abc import Iterator
 STOPPED = 75
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# Launchers hand on what the scheduler has sent to every process already: what comes within this many seconds of the
-# first signal is the same request. What comes later ends the process at once.
+# Launchers hand on signals that the scheduler has already sent to every process. A signal within this many seconds of
+# the first one is the same request. A later signal ends the process at once.
 ECHO_S = 10.0
 
 _received: int = 0
@@ -23,21 +24,22 @@ _received_at: float = 0.0
 
 
 class Stopped(Exception):
-    """The run leaves because it was asked to; the message says where it stands."""
+    """The run leaves because it was asked to stop; the message says where it stands."""
 
 
 def asked() -> int:
-    """Number of the signal that asks this process to stop; 0 if none did."""
+    """The number of the signal that asked this process to stop; 0 if there was none."""
     return _received
 
 
 def raise_if_asked(where: str) -> None:
-    """Raise Stopped if a signal has arrived: where nothing has to be written, inside a `World.together`."""
+    """Raise Stopped if a signal has arrived, inside `World.together` and where nothing has to be written."""
     if _received:
         raise Stopped(f"{name(_received)} {where}")
 
 
 def name(number: int) -> str:
+    """The name of a signal, such as SIGTERM."""
     return signal.Signals(number).name
 
 
@@ -52,9 +54,9 @@ def _take_note(number: int, frame) -> None:
 
 @contextlib.contextmanager
 def heeded() -> Iterator[None]:
-    """Take note of both signals within the block; the handlers there were come back after it.
+    """Take note of both signals within the block; the earlier handlers come back after it.
 
-    Handlers can be set in the main thread only: elsewhere the block does nothing.
+    Handlers can only be set in the main thread. In another thread this does nothing.
     """
     global _received
     if threading.current_thread() is not threading.main_thread():
@@ -66,14 +68,14 @@ def heeded() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            # None: set by C code, which Python can neither name nor put back.
+            # A handler of None was set by C code; Python can neither name it nor put it back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         _received = 0
 
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Processes that are started within the block are born with both signals blocked (this thread waits with them)."""
+    """Block both signals within the block, in this thread and in the processes that are started within it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
@@ -82,12 +84,12 @@ def held() -> Iterator[None]:
 
 
 def obey_parent_only(worker: int) -> None:
-    """In a data-loading process born within `held`: only its parent's SIGTERM ends it.
+    """Let only the SIGTERM of its parent end a data-loading process that was started within `held`.
 
-    A scheduler signals every process of a job. A worker that died of that would take the run with it before the
-    checkpoint is written; it ends when its parent does. (A DataLoader's `worker_init_fn`.)
+    A scheduler sends its signal to every process of a job. A worker that ended because of it would end the run before
+    the checkpoint is written. Workers end with their parent. This is the `worker_init_fn` of a DataLoader.
     """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS, which no such scheduler runs on
+    if not hasattr(signal, "sigwaitinfo"):  # on macOS, where no such scheduler runs
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return
 

@@ -1,19 +1,18 @@
-"""Where a run's figures go: JSON lines always, TensorBoard and Weights & Biases on request.
+"""Where the metrics of a run go: always into files of JSON lines, on request to TensorBoard and Weights & Biases.
 
     row of                    file          TensorBoard and W&B
     a progress line           steps.txt     train/{key}, alpha/{block}
     an epoch                  log.txt       epoch/{key} of train_{key}, test/{key} of test_{key}
-    an evaluation             eval_log.txt  (its figures are the epoch's test_*)
+    an evaluation             eval_log.txt  (its metrics are the test_* of the epoch)
 
-The x axis is the number of optimizer steps since the beginning of training (`global_step`). Only rank 0 has sinks.
+The x axis is the number of optimizer steps since the beginning of the training (`global_step`). Only rank 0 has sinks.
 """
 
 import contextlib
-import dataclasses
 import importlib
 import logging
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -23,18 +22,19 @@ from avion.files import write_text
 from avion.json_lines import append_json
 
 from .distributed import World
+from .options import RunOptions
 
 logger = logging.getLogger(__name__)
 
 _FILES = PROGRESS, EPOCHS, EVALUATIONS = "steps.txt", "log.txt", "eval_log.txt"
 _WANDB_FLAGS = ("wandb_project", "wandb_name", "wandb_mode")
 _WANDB_ID = "wandb_id.txt"
-# Seconds after which TensorBoard sees a figure at the latest.
+# Seconds after which TensorBoard sees a metric at the latest.
 _FLUSH_S = 30
 
 
 class Sink(Protocol):
-    """Takes scalars by name at a global step. Any exception means that it is broken and not asked again."""
+    """Takes scalars by name at a global step. A sink that raises any exception is broken and not asked again."""
 
     flag: str
 
@@ -44,15 +44,21 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """Event files in {output_dir}/tensorboard. `done`: steps of the run so far; later points there are hidden."""
+    """Event files in {output_dir}/tensorboard.
+
+    Args:
+        options: `--output-dir`.
+        flags: Not used.
+        done: Optimizer steps of the run so far; points of later steps in the folder are hidden.
+    """
 
     flag = "--tensorboard"
 
-    def __init__(self, args: Any, done: int):
+    def __init__(self, options: RunOptions, flags: Mapping[str, Any], done: int):
         _package("tensorboard", self.flag)
         from torch.utils.tensorboard import SummaryWriter  # needs the package
 
-        folder = Path(args.output_dir) / "tensorboard"
+        folder = Path(options.output_dir) / "tensorboard"
         try:
             self._writer = SummaryWriter(folder, purge_step=done + 1, flush_secs=_FLUSH_S)
         except OSError as e:
@@ -67,31 +73,37 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of wandb. Its id stays in {output_dir}/wandb_id.txt, by which a resumed training goes on in it."""
+    """A run of wandb. A resumed training finds the id of the run in {output_dir}/wandb_id.txt and goes on in it.
+
+    Args:
+        options: The flags about wandb, and `--output-dir`.
+        flags: All flags, as the configuration of the run.
+        done: Optimizer steps of the run so far.
+    """
 
     flag = "--wandb"
 
-    def __init__(self, args: Any, done: int):
+    def __init__(self, options: RunOptions, flags: Mapping[str, Any], done: int):
         wandb = _package("wandb", self.flag)
-        logging.getLogger("wandb").propagate = False  # it keeps a log of its own
-        folder = Path(args.output_dir)
+        logging.getLogger("wandb").propagate = False  # wandb keeps a log of its own
+        folder = Path(options.output_dir)
         known = folder / _WANDB_ID
         if done == 0 or not known.exists():
             write_text(known, secrets.token_hex(4))
         try:
             self._run = wandb.init(
-                project=args.wandb_project, name=args.wandb_name or folder.resolve().name, mode=args.wandb_mode,
-                id=known.read_text(encoding="utf-8").strip(), resume="allow", dir=str(folder),
-                config=dataclasses.asdict(args), settings=wandb.Settings(console="off"),
+                project=options.wandb_project, name=options.wandb_name or folder.resolve().name,
+                mode=options.wandb_mode, id=known.read_text(encoding="utf-8").strip(), resume="allow", dir=str(folder),
+                config=dict(flags), settings=wandb.Settings(console="off"),
             )  # fmt: skip
-        except Exception as e:  # the package's own, of many kinds
+        except Exception as e:  # the package has many kinds of errors
             raise UserError(
                 f"--wandb: the run could not be started ({_line(e)}); log in with `wandb login`, or use "
                 "--wandb-mode offline and `wandb sync` later"
             ) from e
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        # Steps that a run went back for are there already; wandb keeps the first figures.
+        # Steps that a resumed run repeats are there already; wandb keeps the first metrics.
         if step >= self._run.step:
             self._run.log(scalars, step=step)
 
@@ -102,18 +114,18 @@ class WeightsAndBiases:
 SINKS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
-def check_flags(args: Any) -> None:
-    """UserError for a sink whose package is missing, and for flags that would have no effect."""
+def check_flags(options: RunOptions) -> None:
+    """Raise UserError for a sink whose package is missing, and for flags that would have no effect."""
     for name in SINKS:
-        if not getattr(args, name):
+        if not getattr(options, name):
             continue
-        if args.evaluate:
+        if options.evaluate:
             raise UserError(
-                f"--{name}: follows a training, and --evaluate trains nothing; its figures go to eval_log.txt"
+                f"--{name}: follows a training, and --evaluate trains nothing; its metrics go to eval_log.txt"
             )
         _package(name, f"--{name}")
-    idle = sorted(set(_WANDB_FLAGS) & args.given)
-    if idle and not args.wandb:
+    idle = sorted(set(_WANDB_FLAGS) & options.given())
+    if idle and not options.wandb:
         raise UserError(f"--{idle[0].replace('_', '-')}: has no effect without --wandb; give both or neither")
 
 
@@ -124,10 +136,12 @@ _PACKAGES = {
 
 
 def _package(name: str, flag: str) -> ModuleType:
-    """An optional package."""
+    """Import an optional package. Raises UserError where it is missing."""
     try:
         module = _PACKAGES[name]()
-        if module.__file__ is None:  # a mere folder of that name in the working directory, such as a sink's own
+        if (
+            module.__file__ is None
+        ):  # a mere folder of that name in the working directory, such as the one that the sink writes
             raise ImportError(f"No module named {name!r}")
     except ImportError as e:
         raise UserError(f"{flag}: {_line(e)}; install it with: pip install {name}") from e
@@ -139,22 +153,22 @@ def _line(error: Exception) -> str:
 
 
 class RunLog:
-    """The figures of a run, on rank 0. Files that cannot be written end the run; other sinks are only given up."""
+    """The metrics of a run, on rank 0. A file that cannot be written ends the run; any other sink is only given up."""
 
     def __init__(self, folder: Path, sinks: Sequence[Sink] = ()):
         self.folder, self.sinks = folder, list(sinks)
         self._failure: UserError | None = None
 
-    def open(self, args: Any, done: int) -> None:
-        """Mend the files of a run that was killed, and open the sinks of the flags."""
+    def open(self, options: RunOptions, flags: Mapping[str, Any], done: int) -> None:
+        """Mend the files of a run that was killed, and open the sinks that the flags ask for."""
         for name in _FILES:
             drop_unfinished_line(self.folder / name)
         for name, sink in SINKS.items():
-            if getattr(args, name):
-                self.sinks.append(sink(args, done))
+            if getattr(options, name):
+                self.sinks.append(sink(options, flags, done))
 
     def progress(self, row: dict[str, Any]) -> None:
-        """A progress line: `global_step`, figures, `alpha` if the model has time gates. Never raises, see `check`."""
+        """Take a progress line: `global_step`, metrics, `alpha` of a model with time gates. `check` raises errors."""
         try:
             self._append(PROGRESS, row)
         except UserError as e:
@@ -164,12 +178,12 @@ class RunLog:
         self._send(row["global_step"], {f"train/{k}": v for k, v in scalars.items()} | alpha)
 
     def check(self) -> None:
-        """Raise what went wrong since: called where all processes can learn of it."""
+        """Raise what went wrong in `progress`. It is called where all processes can learn of the error."""
         if self._failure is not None:
             raise self._failure
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """A line of log.txt: train_* and test_* figures, `epoch`, `global_step`."""
+        """Take a line of log.txt: the metrics train_* and test_*, `epoch` and `global_step`."""
         self.check()
         self._append(EPOCHS, row)
         renamed = {k.replace("train_", "epoch/", 1).replace("test_", "test/", 1): v for k, v in row.items()}
@@ -177,14 +191,16 @@ class RunLog:
         self._send(row["global_step"], scalars)
 
     def evaluation(self, row: dict[str, Any]) -> None:
+        """Take a line of eval_log.txt."""
         self._append(EVALUATIONS, row)
 
     def close(self, failed: bool = False) -> None:
+        """Close all sinks; `failed` says that the run ends with an error."""
         for sink in self.sinks:
             try:
                 sink.close(failed)
-            except Exception as e:  # of a foreign package; the training is over and safe
-                logger.warning("%s could not be closed (%s); its last figures may be missing", sink.flag, _line(e))
+            except Exception as e:  # an error of a foreign package; the training is over and safe
+                logger.warning("%s could not be closed (%s); its last metrics may be missing", sink.flag, _line(e))
         self.sinks = []
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
@@ -198,13 +214,13 @@ class RunLog:
         for sink in list(self.sinks):
             try:
                 sink.write(step, scalars)
-            except Exception as e:  # of a foreign package: days of training are worth more than its curves
-                logger.warning("%s failed (%s) and gets no more figures; the run goes on", sink.flag, _line(e))
+            except Exception as e:  # an error of a foreign package: days of training are worth more than its curves
+                logger.warning("%s failed (%s) and gets no more metrics; the run goes on", sink.flag, _line(e))
                 self.sinks.remove(sink)
 
 
 def drop_unfinished_line(path: Path) -> None:
-    """Cut off what a killed run began to write: the next line would be glued to it."""
+    """Cut off the unfinished last line of a killed run, so that the next line does not become a part of it."""
     try:
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
@@ -219,13 +235,13 @@ def drop_unfinished_line(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def opened(args: Any, world: World, done: int) -> Iterator[RunLog]:
-    """The log of a run that has done so many steps, until the block is left, by an error too."""
-    log = RunLog(Path(args.output_dir))
+def opened(options: RunOptions, flags: Mapping[str, Any], world: World, done: int) -> Iterator[RunLog]:
+    """The log of a run that has done `done` optimizer steps, until the block is left, even by an error."""
+    log = RunLog(Path(options.output_dir))
     try:
         with world.together("opening the sinks"):
             if world.is_main:
-                log.open(args, done)
+                log.open(options, flags, done)
         yield log
     except BaseException:
         log.close(failed=True)

@@ -1,12 +1,13 @@
-"""One optimizer step's worth of gradients, for each kind of loss.
+"""The gradients of one optimizer step, for each kind of loss.
 
-Legend: k micro-batches, b clips in each, E embedding width.
+The trainer hands the micro-batches to an `Objective`. The objective runs the model on them, and its loss on what the
+model returns. k is the number of micro-batches, b the number of clips in each, E the width of the embedding.
 """
 
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,17 +16,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class Precision:
-    """Autocast settings of a run."""
+    """The settings of autocast."""
 
     device_type: str
     dtype: torch.dtype
 
     def autocast(self) -> torch.autocast:
+        """A context in which the model is to be run."""
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
 
 
 class _Generators:
-    """The generators that a forward pass draws from, to run the same pass again."""
+    """The states of the generators that a forward pass draws from, so that the same pass can be run again."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -42,6 +44,7 @@ class _Generators:
             yield
 
 
+Scale = Callable[[torch.Tensor], torch.Tensor]
 LossFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]], dict[str, torch.Tensor]]
 
 
@@ -50,30 +53,33 @@ def contrastive_step(
     micro_batches: Sequence[dict[str, Any]],
     loss_fn: LossFunction,
     precision: Precision,
-    scale: Callable[[torch.Tensor], torch.Tensor],
+    scale: Scale,
 ) -> dict[str, torch.Tensor]:
-    """Leave in `.grad` what one batch of all k·b clips would; memory is that of one micro-batch.
+    """Leave the gradients of one batch of all k·b clips in `.grad`, with the memory of one micro-batch.
 
-    A contrastive loss couples all clips, so gradients of the micro-batches cannot simply be added up. With
-    k > 1: (1) features of all micro-batches without a graph; (2) the loss over all of them and its gradient with
-    respect to the features; (3) each micro-batch again, with a graph and the same random draws, and the
-    features' gradient pushed through it. (Gradient caching: Gao et al., arXiv 2101.06983.)
+    A contrastive loss couples all clips, so the gradients of the micro-batches cannot simply be added up. With k > 1,
+    (1) the features of all micro-batches are computed without a graph; (2) the loss over all of them gives the gradient
+    with respect to the features; (3) each micro-batch is computed again, with a graph and the same random draws, and
+    the gradient of its features is pushed through the graph. (Gradient caching: Gao et al., arXiv 2101.06983.)
 
     Args:
-        model: (video, tokens) -> (video_embed (b, E), text_embed (b, E), logit_scale 0-d), maybe in DDP.
-        loss_fn: (video_embed (k·b, E), text_embed (k·b, E), logit_scale, batch) -> dict with "loss"; `batch` is the
-            micro-batches' own tensors concatenated, without video and tokens.
-        scale: loss scaling before the backward pass (the identity, or a GradScaler's).
+        model: (video, tokens) → (video_embed (b, E), text_embed (b, E), logit_scale 0-d), possibly wrapped in DDP.
+        micro_batches: Each has "video" (b, 3, T, H, W) and "tokens" (b, L).
+        loss_fn: (video_embed (k·b, E), text_embed (k·b, E), logit_scale, batch) → dict with "loss". `batch` has the
+            other tensors of the micro-batches, concatenated.
+        precision: The settings of autocast.
+        scale: The scaling of the loss before the backward pass (the identity, or that of a GradScaler).
 
-    Returns the loss function's figures, detached.
+    Returns:
+        What the loss function returned, detached.
     """
     rest = _concatenate(micro_batches)
     if len(micro_batches) == 1:
         with precision.autocast():
             outputs = model(micro_batches[0]["video"], micro_batches[0]["tokens"])
-        figures = loss_fn(*outputs, rest)
-        scale(figures["loss"]).backward()
-        return {k: v.detach() for k, v in figures.items()}
+        metrics = loss_fn(*outputs, rest)
+        scale(metrics["loss"]).backward()
+        return {k: v.detach() for k, v in metrics.items()}
 
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     device = micro_batches[0]["video"].device
@@ -85,22 +91,22 @@ def contrastive_step(
     video = torch.cat([c[0] for c in cached]).requires_grad_()  # (k·b, E)
     text = torch.cat([c[1] for c in cached]).requires_grad_()  # (k·b, E)
     logit_scale = cached[0][2].detach().requires_grad_()
-    figures = loss_fn(video, text, logit_scale, rest)
-    scale(figures["loss"]).backward()
+    metrics = loss_fn(video, text, logit_scale, rest)
+    scale(metrics["loss"]).backward()
 
     size = micro_batches[0]["video"].shape[0]
-    temperature_grad = torch.zeros_like(logit_scale) if logit_scale.grad is None else logit_scale.grad
+    logit_scale_grad = torch.zeros_like(logit_scale) if logit_scale.grad is None else logit_scale.grad
     for i, batch in enumerate(micro_batches):
         rows, is_last = slice(i * size, (i + 1) * size), i == len(micro_batches) - 1
-        # DDP averages over processes once, in the last micro-batch's backward pass.
+        # DDP averages over the processes once, in the backward pass of the last micro-batch.
         silent = model.no_sync() if bare is not model and not is_last else contextlib.nullcontext()
         with silent:
             with generators[i].replayed(), precision.autocast():
                 v, t, s = model(batch["video"], batch["tokens"])
             surrogate = (v * video.grad[rows]).sum() + (t * text.grad[rows]).sum()
-            # The temperature is one parameter for all micro-batches; it is given its gradient once.
-            (surrogate + s * (temperature_grad if is_last else torch.zeros_like(temperature_grad))).backward()
-    return {k: v.detach() for k, v in figures.items()}
+            # The logit scale is one parameter for all micro-batches, and receives its gradient once.
+            (surrogate + s * (logit_scale_grad if is_last else torch.zeros_like(logit_scale_grad))).backward()
+    return {k: v.detach() for k, v in metrics.items()}
 
 
 def supervised_step(
@@ -108,36 +114,96 @@ def supervised_step(
     micro_batches: Sequence[dict[str, Any]],
     loss_fn: Callable[[torch.Tensor, dict[str, Any]], dict[str, torch.Tensor]],
     precision: Precision,
-    scale: Callable[[torch.Tensor], torch.Tensor],
+    scale: Scale,
 ) -> dict[str, torch.Tensor]:
-    """Leave in `.grad` what one batch of all k·b clips would, for a loss that is a mean over clips.
+    """Leave the gradients of one batch of all k·b clips in `.grad`, for a loss that is a mean over clips.
 
     Args:
-        model: video -> logits (b, classes), maybe in DDP.
-        loss_fn: (logits (b, classes) float32, micro-batch) -> dict with "loss", each a mean over the b clips.
-        scale: as in `contrastive_step`.
+        model: video → logits (b, classes), possibly wrapped in DDP.
+        micro_batches: Each has "video" (b, 3, T, H, W).
+        loss_fn: (logits (b, classes) float32, micro-batch) → dict with "loss"; each value is a mean over the b clips.
+        precision: The settings of autocast.
+        scale: The scaling of the loss before the backward pass (the identity, or that of a GradScaler).
 
-    Returns the figures' means over the micro-batches, detached.
+    Returns:
+        The means over the micro-batches of what the loss function returned, detached.
     """
     count = len(micro_batches)
     totals: dict[str, torch.Tensor] = {}
     for i, batch in enumerate(micro_batches):
         is_last = i == count - 1
-        # DDP averages over processes once, in the last micro-batch's backward pass.
+        # DDP averages over the processes once, in the backward pass of the last micro-batch.
         distributed = isinstance(model, DistributedDataParallel)
         silent = model.no_sync() if distributed and not is_last else contextlib.nullcontext()
         with silent:
             with precision.autocast():
                 logits = model(batch["video"])
-            figures = loss_fn(logits.float(), batch)
-            scale(figures["loss"] / count).backward()
-        for name, value in figures.items():
+            metrics = loss_fn(logits.float(), batch)
+            scale(metrics["loss"] / count).backward()
+        for name, value in metrics.items():
             totals[name] = totals.get(name, 0) + value.detach() / count
     return totals
 
 
 def _concatenate(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The tensors besides video and tokens, over all micro-batches."""
+    """All tensors but video and tokens, concatenated over the micro-batches."""
     first = batches[0]
     keys = [k for k, v in first.items() if isinstance(v, torch.Tensor) and k not in ("video", "tokens")]
     return {k: torch.cat([b[k] for b in batches]) for k in keys}
+
+
+class Objective(Protocol):
+    """What an optimizer step follows: a loss, and what surrounds it."""
+
+    def step(
+        self, model: nn.Module, micro_batches: Sequence[dict[str, Any]], precision: Precision, scale: Scale
+    ) -> dict[str, torch.Tensor]:
+        """Leave the gradients of one optimizer step in `.grad`; return metrics of the step, `loss` among them."""
+
+    def after_step(self, model: nn.Module) -> None:
+        """Bring parameters back into their range after the optimizer step."""
+
+
+@dataclass(frozen=True)
+class Contrastive:
+    """The objective of a two-tower model.
+
+    Attributes:
+        loss_fn: The loss, as `contrastive_step` takes it.
+        log_scale_range: The range of the natural logarithm of the logit scale, where it has one.
+    """
+
+    loss_fn: LossFunction
+    log_scale_range: tuple[float, float] | None = None
+
+    def step(
+        self, model: nn.Module, micro_batches: Sequence[dict[str, Any]], precision: Precision, scale: Scale
+    ) -> dict[str, torch.Tensor]:
+        return contrastive_step(model, micro_batches, self.loss_fn, precision, scale)
+
+    def after_step(self, model: nn.Module) -> None:
+        if self.log_scale_range is not None:
+            with torch.no_grad():
+                model.logit_scale.clamp_(*self.log_scale_range)
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """The objective of a classifier.
+
+    Attributes:
+        loss_fn: The loss, as `supervised_step` takes it.
+        mix: What mixes the clips of a micro-batch, if anything does.
+    """
+
+    loss_fn: Callable[[torch.Tensor, dict[str, Any]], dict[str, torch.Tensor]]
+    mix: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+
+    def step(
+        self, model: nn.Module, micro_batches: Sequence[dict[str, Any]], precision: Precision, scale: Scale
+    ) -> dict[str, torch.Tensor]:
+        mixed = micro_batches if self.mix is None else [self.mix(batch) for batch in micro_batches]
+        return supervised_step(model, mixed, self.loss_fn, precision, scale)
+
+    def after_step(self, model: nn.Module) -> None:
+        """No parameter of a classifier has a range."""

@@ -1,7 +1,8 @@
 """An entry point as a SLURM job, through submitit (an optional package).
 
-submitit starts one process per GPU under srun, where `distributed` finds the others. What happens on a signal is the
-sbatch files' way (`slurm/common.sh`): status 75, requeued, going on from the checkpoint.
+submitit starts one process per GPU under srun, where the processes find each other (`peers`). A signal has the same
+effect as in a job of the sbatch files (`slurm/common.sh`): the processes end with status 75, and the job is requeued
+and resumes from the checkpoint.
 """
 
 import contextlib
@@ -19,8 +20,9 @@ from typing import Any, ClassVar
 from avion.errors import UserError
 from avion.numbers import COUNT, COUNT_OR_OFF, PROCESSES, whole
 
-from .args import flag, parse
+from .args import Options, flag, parse
 from .options import EgoSchemaOptions, FinetuneClassificationOptions, FinetuneRetrievalOptions, PretrainOptions
+from .peers import meeting_variables
 from .signals import STOPPED
 
 ENTRY_POINTS = {
@@ -31,52 +33,55 @@ ENTRY_POINTS = {
 }
 _ROOT = Path(__file__).resolve().parents[2]
 _COMMON = _ROOT / "slurm/common.sh"
-_LOCAL_REQUEUE = 144  # the status by which submitit's local executor starts the processes again
+_LOCAL_REQUEUE = 144  # on this status submitit's local executor starts the processes again
 
 
-@dataclass
-class SubmitOptions:
-    """What a job asks for. AVION's launchers' names, and some more."""
+@dataclass(frozen=True)
+class SubmitOptions(Options):
+    """What a job asks for. The names are those of AVION's launchers, and some more."""
 
     TITLE: ClassVar[str] = "job"
 
-    ngpus: int = flag(8, "GPUs per node; a process for each", whole(0, 1024))
-    nodes: int = flag(1, "nodes", PROCESSES)
+    ngpus: int = flag(8, "GPUs per node; each of them gets a process", whole(0, 1024))
+    nodes: int = flag(1, "number of nodes", PROCESSES)
     tasks_per_node: int = flag(0, "processes per node, on CPUs (--ngpus 0); 0: one per GPU", whole(0, 65536))
     timeout: int = flag(
         1440, "time limit in minutes; a job that reaches it is requeued and goes on", COUNT, metavar="MIN"
     )
     cpus_per_task: int = flag(10, "CPUs per process", PROCESSES)
-    mem: str = flag("", "memory per node, such as 240G; unset: as the cluster has it", metavar="SIZE")
-    partition: str = flag("", "partition")
-    account: str = flag("", "account to charge")
+    mem: str = flag("", "memory per node, such as 240G; unset: the default of the cluster", metavar="SIZE")
+    partition: str = flag("", "partition of the cluster")
+    account: str = flag("", "account that is charged")
     qos: str = flag("", "quality of service")
     constraint: str = flag("", "features that nodes must have")
-    use_volta32: bool = flag(
-        False, "the same as --constraint volta32gb, beside another one", names=["--use_volta32"], off=""
-    )
+    use_volta32: bool = flag(False, "add volta32gb to --constraint", names=["--use_volta32"], off="")
     comment: str = flag("", "comment for the scheduler")
-    dependency: str = flag("", "what to wait for, as sbatch takes it, such as afterok:1234", metavar="KIND:JOB")
+    dependency: str = flag("", "jobs to wait for, in the words of sbatch, such as afterok:1234", metavar="KIND:JOB")
     job_dir: str = flag(
-        "", "where submitit's files and the processes' output go, on a disk that all nodes see [OUTPUT_DIR/slurm]",
+        "", "folder of submitit's files and of the output of the processes, on a disk that all nodes see "
+        "[OUTPUT_DIR/slurm]",
         names=["--job_dir"], metavar="DIR",
     )  # fmt: skip
     signal_delay: int = flag(
         120, "seconds before the time limit at which the checkpoint is asked for", whole(0, 65535), metavar="S"
     )
-    max_requeues: int = flag(50, "how often the job may come back", COUNT_OR_OFF)
-    cluster: str = flag("slurm", "local: processes on this machine, to try it out", choices=["slurm", "local"])
-    dry_run: bool = flag(False, "show what would be submitted", off="")
+    max_requeues: int = flag(50, "how often the job may be requeued", COUNT_OR_OFF)
+    cluster: str = flag(
+        "slurm",
+        "where the job runs; local: in processes on this machine, to try the command out",
+        choices=["slurm", "local"],
+    )
+    dry_run: bool = flag(False, "show what would be submitted, and submit nothing", off="")
 
     @property
     def processes(self) -> int:
-        """Per node."""
+        """Processes per node."""
         return self.tasks_per_node or self.ngpus
 
     def check_job(self) -> None:
-        """UserError for a job without processes, and for one whose checkpoint would be asked for before it starts."""
+        """Raise UserError for a job without processes, and for a job that would be asked to stop before it starts."""
         if self.processes < 1:
-            raise UserError("--ngpus 0: at least 1 is due; without GPUs give --tasks-per-node")
+            raise UserError("--ngpus 0: at least 1 is required; without GPUs give --tasks-per-node")
         if self.cluster == "local" and self.nodes > 1:
             raise UserError(f"--nodes {self.nodes}: --cluster local has only one")
         if self.signal_delay >= 60 * self.timeout:
@@ -84,7 +89,7 @@ class SubmitOptions:
 
 
 class EntryPointJob:
-    """What every process of the job calls: the entry point's `main` in the surroundings that submitit made."""
+    """What every process of the job calls: the `main` of the entry point, in the environment that submitit made."""
 
     def __init__(self, entry_point: str, words: Sequence[str]):
         self.entry_point, self.words = entry_point, list(words)
@@ -92,7 +97,7 @@ class EntryPointJob:
     def __call__(self) -> None:
         local = os.environ.get("SUBMITIT_EXECUTOR") == "local"
         if local:
-            _as_torchrun_would()
+            _set_variables_of_torchrun()
         status = runpy.run_path(str(_ROOT / self.entry_point))["main"](self.words)
         if local and status == STOPPED:
             status = _LOCAL_REQUEUE
@@ -100,30 +105,36 @@ class EntryPointJob:
             sys.exit(status)
 
 
-def _as_torchrun_would() -> None:
-    """The variables by which the processes of submitit's local executor find each other."""
-    from .distributed import meeting_port
-
+def _set_variables_of_torchrun() -> None:
+    """Set the variables by which the processes of submitit's local executor find each other."""
     names = {"RANK": "GLOBALID", "LOCAL_RANK": "LOCALID", "WORLD_SIZE": "NTASKS"}
     os.environ.update({name: os.environ["SUBMITIT_LOCAL_" + source] for name, source in names.items()})
-    port = meeting_port(int(os.environ["SUBMITIT_LOCAL_JOB_ID"]))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(meeting_variables(int(os.environ["SUBMITIT_LOCAL_JOB_ID"])))
 
 
 def submit(entry_point: str, words: Sequence[str], options: SubmitOptions) -> str:
-    """Send `python {entry_point} {words}` to SLURM; the job's id (empty with `dry_run`, which prints it).
+    """Send `python {entry_point} {words}` to SLURM. With `dry_run` the job is only printed.
 
-    entry_point: one of ENTRY_POINTS; words: its flags, which its own parser reads first. Raises UserError for flags
-    that it refuses, for options that cannot be, where submitit is missing, and where SLURM refuses the job.
+    Args:
+        entry_point: One of ENTRY_POINTS.
+        words: The flags of the entry point.
+        options: What the job asks for.
+
+    Returns:
+        The id of the job; empty with `dry_run`.
+
+    Raises:
+        UserError: The parser of the entry point refuses the flags, the options make no sense, submitit is missing, or
+            SLURM refuses the job.
     """
     if Path(entry_point).name not in ENTRY_POINTS:
         raise UserError(f"{entry_point}: no such entry point; there are {', '.join(ENTRY_POINTS)}")
     entry_point = Path(entry_point).name
-    args = parse(ENTRY_POINTS[entry_point], words, entry_point, "")
+    run = parse(ENTRY_POINTS[entry_point], words, entry_point, "")
     options.check_job()
     if not _COMMON.exists():
         raise UserError(f"{_COMMON}: not there; jobs are submitted from a clone of the repository")
-    folder = Path(options.job_dir or Path(args.output_dir) / "slurm").absolute()
+    folder = Path(options.job_dir or Path(run.output_dir) / "slurm").absolute()
     parameters = _parameters(entry_point, options)
     if options.dry_run:
         print(f"python {shlex.join([entry_point, *words])}")
@@ -142,8 +153,9 @@ def submit(entry_point: str, words: Sequence[str], options: SubmitOptions) -> st
 
 @contextlib.contextmanager
 def _environment_of_jobs() -> Iterator[None]:
-    """Variables that a job inherits: where this package is, and the signal by which submitit's local executor
-    announces its time limit (on SLURM sbatch is told in `_parameters`)."""
+    """Set the variables that a job inherits: where this package is, and the signal by which submitit's local executor
+    announces the time limit. For SLURM, `_parameters` sets the signal.
+    """
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
     before = dict(os.environ)
     os.environ.update(SUBMITIT_PREEMPT_SIGNAL="USR1", PYTHONPATH=path)
@@ -155,7 +167,7 @@ def _environment_of_jobs() -> Iterator[None]:
 
 
 def _parameters(entry_point: str, options: SubmitOptions) -> dict[str, Any]:
-    """The options in submitit's words. What is not set is left to the cluster."""
+    """The options under the names of submitit. What is not set is left to the cluster."""
     constraint = "&".join(filter(None, [options.constraint, "volta32gb" if options.use_volta32 else ""]))
     named = {
         "partition": options.partition, "account": options.account, "qos": options.qos, "comment": options.comment,

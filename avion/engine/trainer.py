@@ -1,4 +1,8 @@
-"""The training loop: epochs, optimizer steps, checkpoints, evaluations. What is learnt is the task's business."""
+"""The training loop: epochs, optimizer steps, checkpoints, evaluations.
+
+A batch goes one way: from the loader to the trainer, from the trainer to the objective of the task, and from there
+through the model to the loss.
+"""
 
 import logging
 import math
@@ -10,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
 
 from avion.errors import UserError
 from avion.json_lines import read_json_lines
@@ -20,129 +25,198 @@ from avion.weights import Checkpoint
 from . import signals, state
 from .console import Progress
 from .distributed import World
-from .loader import TrainBatchSampler, build_loader, read, to_device
+from .loader import ReplacedClips, TrainBatchSampler, build_loader, read, to_device
+from .options import DeviceOptions, ModelOptions, OptimOptions, TrainingOptions
 from .sinks import RunLog
 from .steps import Precision
-from .tasks import Task
+from .tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
-# A run whose gradients are not finite so many steps in a row will not recover by itself.
+# A run whose gradients are not finite in this many steps in a row will not recover by itself.
 MAX_SKIPPED_IN_A_ROW = 20
 
 
-def choose_precision(args: Any, device: torch.device) -> Precision:
-    """`--precision`, `--use-bf16` and `--disable-amp` to autocast settings; contradictions are refused."""
+def precision_named(name: str | None, device: torch.device) -> Precision:
+    """The autocast settings of "fp32", "bf16" or "fp16"; None is bf16 on a GPU and fp32 on a CPU."""
+    default = "bf16" if device.type == "cuda" else "fp32"
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return Precision(device.type, dtypes[name or default])
+
+
+def choose_precision(options: DeviceOptions, device: torch.device) -> Precision:
+    """The autocast settings that `--precision`, `--use-bf16` and `--disable-amp` mean.
+
+    Raises:
+        UserError: The flags contradict each other.
+    """
     named = {
-        "--precision " + str(args.precision): args.precision,
-        "--use-bf16": "bf16" if args.use_bf16 else None,
-        "--disable-amp": "fp32" if args.disable_amp else None,
+        f"--precision {options.precision}": options.precision,
+        "--use-bf16": "bf16" if options.use_bf16 else None,
+        "--disable-amp": "fp32" if options.disable_amp else None,
     }
     wanted = {flag: value for flag, value in named.items() if value is not None}
     if len(set(wanted.values())) > 1:
         raise UserError(f"{' and '.join(wanted)} contradict each other; give one of them")
-    name = next(iter(wanted.values()), "bf16" if device.type == "cuda" else "fp32")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-    return Precision(device.type, dtype)
+    return precision_named(next(iter(wanted.values()), None), device)
+
+
+def learning_rate_schedule(task: Task, options: OptimOptions, steps: int) -> np.ndarray:
+    """The learning rate of every optimizer step, (epochs · steps,); `steps` is the number of steps of an epoch."""
+    peak, start, end = task.learning_rates()
+    if options.fix_lr:
+        return constant_scheduler(peak, options.epochs, steps)
+    return cosine_scheduler(
+        peak, end, options.epochs, steps, warmup_epochs=options.warmup_epochs, start_warmup_value=start
+    )
+
+
+def train_sampler(count: int, options: TrainingOptions, world: World) -> TrainBatchSampler:
+    """The sampler of the micro-batches of this process, for a dataset of `count` clips."""
+    return TrainBatchSampler(
+        count, options.batch_size, update_freq=options.update_freq, rank=world.rank, size=world.size,
+        seed=options.seed,
+    )  # fmt: skip
+
+
+def start_training(
+    task: Task,
+    model: nn.Module,
+    checkpoint: Checkpoint | None,
+    options: TrainingOptions,
+    world: World,
+    precision: Precision,
+    steps: int,
+) -> state.Training:
+    """The state that a training starts from.
+
+    Args:
+        task: The task, for the learning rate.
+        model: The model on the device, with its weights.
+        checkpoint: The checkpoint that the training resumes, if there is one.
+        options: The optimizer, and the number of the first epoch.
+        world: The processes of the run.
+        precision: The settings of autocast.
+        steps: Optimizer steps of an epoch.
+
+    Raises:
+        UserError: The checkpoint has the state of another optimizer.
+    """
+    optimizer = build_optimizer(
+        model, options.optimizer, lr=task.learning_rates()[0], weight_decay=options.wd, betas=tuple(options.betas),
+        eps=options.eps, use_zero=options.use_zero and world.size > 1,
+    )  # fmt: skip
+    if options.optimizer == "sgd" and options.was_given("eps"):
+        logger.info("--eps has no effect with --optimizer sgd (nor had it in AVION)")
+    scaler = torch.amp.GradScaler(world.device.type, enabled=precision.dtype is torch.float16)
+    if checkpoint is None:
+        return state.Training(model, optimizer, scaler, state.Position(epoch=options.start_epoch))
+    position = state.restore(checkpoint, options, world, optimizer, scaler)
+    if position.step >= steps:  # the checkpoint is of a run with more steps per epoch than there are now
+        position = state.Position(position.epoch + 1, 0, position.best)
+    logger.info("going on from %s: epoch %d, step %d", checkpoint.path, position.epoch, position.step)
+    return state.Training(model, optimizer, scaler, position)
+
+
+def wrapped(model: nn.Module, options: ModelOptions, world: World) -> nn.Module:
+    """The model as a training step calls it: compiled with `--compile`, and in DDP where there are several processes.
+
+    The weights must be in place. All processes call this function.
+    """
+    model = torch.compile(model) if options.compile else model
+    if world.size == 1:
+        return model
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
 class Trainer:
-    """Trains a task's model from wherever its checkpoint stands to the last epoch."""
+    """Trains the model of a task from where its training stands to the last epoch.
 
-    def __init__(self, task: Task, model: nn.Module, args: Any, world: World, precision: Precision):
-        self.task, self.args, self.world, self.precision = task, args, world, precision
-        self.bare = model.to(world.device)
-        self.output = Path(args.output_dir)
-        dataset = task.train_dataset()
-        self.sampler = TrainBatchSampler(
-            len(dataset), args.batch_size, update_freq=args.update_freq,
-            rank=world.rank, size=world.size, seed=args.seed,
-        )  # fmt: skip
-        self.loader = build_loader(dataset, self.sampler, workers=args.workers, device=world.device)
-        self.schedule = self._schedule()
-        self.optimizer = build_optimizer(
-            self.bare, args.optimizer, lr=task.learning_rates()[0], weight_decay=args.wd, betas=tuple(args.betas),
-            eps=args.eps, use_zero=args.use_zero and world.size > 1,
-        )  # fmt: skip
-        if args.optimizer == "sgd" and "eps" in args.given:
-            logger.info("--eps has no effect with --optimizer sgd (nor had it in AVION)")
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision.dtype is torch.float16)
-        self.position = state.Position(epoch=args.start_epoch)
+    Args:
+        task: Gives the objective and evaluates the model.
+        training: What changes in the course of the training. `training.model` is the model itself.
+        model: The same model as a training step calls it (`wrapped`).
+        dataset: The clips to train on.
+        sampler: Says which clips an optimizer step is made of.
+        options: The options of the run.
+        world: The processes of the run.
+        precision: The settings of autocast.
+        log: Where metrics go.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        training: state.Training,
+        model: nn.Module,
+        dataset: Dataset,
+        sampler: TrainBatchSampler,
+        options: TrainingOptions,
+        world: World,
+        precision: Precision,
+        log: RunLog,
+    ):
+        self.task, self.training, self.model, self.sampler = task, training, model, sampler
+        self.options, self.world, self.precision, self.log = options, world, precision, log
+        self.output = Path(options.output_dir)
+        self.loader = build_loader(dataset, sampler, workers=options.workers, device=world.device)
+        self.schedule = learning_rate_schedule(task, options, sampler.steps)
+        self.replaced = ReplacedClips()
         self._skipped_in_a_row = 0
         self._saved = self.done
-        self.log = RunLog(self.output)
 
-    def _schedule(self) -> np.ndarray:
-        a = self.args
-        peak, start, end = self.task.learning_rates()
-        if a.fix_lr:
-            return constant_scheduler(peak, a.epochs, self.sampler.steps)
-        return cosine_scheduler(
-            peak, end, a.epochs, self.sampler.steps, warmup_epochs=a.warmup_epochs, start_warmup_value=start
-        )
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Optimizer, generators and position from a checkpoint whose weights the model already has."""
-        self.position = state.restore(checkpoint, self.args, self.world, self.optimizer, self.scaler)
-        if self.position.step >= self.sampler.steps:  # written with more steps per epoch than there are now
-            self.position = state.Position(self.position.epoch + 1, 0, self.position.best)
-        self._saved = self.done
-        logger.info("going on from %s: epoch %d, step %d", checkpoint.path, self.position.epoch, self.position.step)
+    @property
+    def position(self) -> state.Position:
+        """Where the training stands."""
+        return self.training.position
 
     @property
     def done(self) -> int:
-        """Optimizer steps since the beginning of training."""
-        return self.position.epoch * self.sampler.steps + self.position.step
-
-    def wrap(self) -> None:
-        """Compile and distribute the model, once its weights are in place."""
-        model = torch.compile(self.bare) if self.args.compile else self.bare
-        if self.world.size > 1:
-            ids = [self.world.device.index] if self.world.device.type == "cuda" else None
-            model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-        self.model = model
+        """Optimizer steps since the beginning of the training."""
+        return self.position.steps_done(self.sampler.steps)
 
     def fit(self) -> dict[str, float]:
-        """Train to the last epoch. Returns the figures of the last evaluation."""
-        figures: dict[str, float] = {}
+        """Train to the last epoch. Returns the metrics of the last evaluation."""
+        metrics: dict[str, float] = {}
         due = self.position.due
         if due is not None and not self.world.broadcast(self.world.is_main and self._is_recorded(due["epoch"])):
-            figures = self._conclude()
-        elif self.position.epoch >= self.args.epochs:
+            metrics = self._conclude()
+        elif self.position.epoch >= self.options.epochs:
             logger.info(
                 "nothing left to train: epoch %d of %d is done; raise --epochs or change --output-dir",
-                self.position.epoch, self.args.epochs,
+                self.position.epoch, self.options.epochs,
             )  # fmt: skip
-        while self.position.epoch < self.args.epochs:
+        while self.position.epoch < self.options.epochs:
             epoch = self.position.epoch
             row = {f"train_{k}": v for k, v in self.train_epoch(epoch).items()}
-            self.position = state.Position(epoch + 1, 0, self.position.best, due={**row, "epoch": epoch})
-            self.save()  # before the evaluation, so that nothing is lost should that fail or be asked to stop
-            figures = self._conclude() or figures
-        return figures
+            self.training.position = state.Position(epoch + 1, 0, self.position.best, due={**row, "epoch": epoch})
+            self.save()  # before the evaluation, so that nothing is lost where the evaluation fails or is asked to stop
+            metrics = self._conclude() or metrics
+        return metrics
 
     def _conclude(self) -> dict[str, float]:
-        """Evaluate the epoch that was trained last, if it is to be evaluated, and write its line of log.txt."""
-        row, figures = dict(self.position.due), {}
+        """Write the line of log.txt of the epoch that was trained last, after its evaluation if there is to be one."""
+        row, metrics = dict(self.position.due), {}
         epoch = row.pop("epoch")
-        if (epoch + 1) % self.args.eval_freq == 0 or epoch + 1 == self.args.epochs:
-            figures = self.evaluate(epoch)
-            row |= {f"test_{k}": v for k, v in figures.items()}
-            if figures[self.task.metric] > self.position.best:
-                self.position.best = figures[self.task.metric]
+        if (epoch + 1) % self.options.eval_freq == 0 or epoch + 1 == self.options.epochs:
+            metrics = self.evaluate(epoch)
+            row |= {f"test_{k}": v for k, v in metrics.items()}
+            if metrics[self.task.metric] > self.position.best:
+                self.position.best = metrics[self.task.metric]
                 self.save(is_best=True)
         self._record(epoch, row)
         self.position.due = None
-        return figures
+        return metrics
 
     def save(self, is_best: bool = False) -> None:
-        state.save_checkpoint(
-            self.args, self.world, self.bare, self.optimizer, self.scaler, self.position, is_best=is_best
-        )
+        """Write a checkpoint. All processes call this method."""
+        flags = self.task.saved_flags(self.training.model)
+        state.save_checkpoint(self.training, self.options, flags, self.world, is_best=is_best)
         self._saved = self.done
 
     def _stop(self, number: int) -> None:
-        """Leave between two steps, with a checkpoint."""
+        """Leave between two steps, after a checkpoint."""
         if self._saved != self.done:
             self.save()
         raise signals.Stopped(
@@ -151,99 +225,106 @@ class Trainer:
         )
 
     def evaluate(self, epoch: int) -> dict[str, float]:
-        """The task's figures, on every process; a line of eval_log.txt and of the log."""
-        figures = self.task.evaluate(self.bare, self.precision)
+        """Evaluate the model and write the metrics to eval_log.txt and the log. Returns them on every process."""
+        metrics = self.task.evaluate(self.training.model, self.precision)
         with self.world.together("writing eval_log.txt"):
             if self.world.is_main:
-                self.log.evaluation({**figures, "epoch": epoch})
-        logger.info("epoch %d evaluation: %s", epoch, self.task.summary(figures))
-        return figures
+                self.log.evaluation({**metrics, "epoch": epoch})
+        logger.info("epoch %d evaluation: %s", epoch, self.task.summary(metrics))
+        return metrics
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        """One epoch, or what is left of it. Returns the means of its figures over steps and processes."""
+        """Train one epoch, or what is left of it. Returns the means of its metrics over steps and processes."""
         self.model.train()
         first = self.position.step
         self.sampler.set_position(epoch, first)
         if first == 0:
-            seed = int(np.random.SeedSequence((self.args.seed, epoch, self.world.rank)).generate_state(1)[0])
-            torch.manual_seed(seed)  # of dropout; data order and augmentation have their own
-            np.random.seed(seed)  # of timm's mixup
+            seed = int(np.random.SeedSequence((self.options.seed, epoch, self.world.rank)).generate_state(1)[0])
+            torch.manual_seed(seed)  # for dropout; data order and augmentation have generators of their own
+            np.random.seed(seed)  # for mixup, which is timm's
         progress = Progress(
-            self.world, epoch=epoch, epochs=self.args.epochs, steps=self.sampler.steps, done=first,
-            print_freq=self.args.print_freq, write=lambda row: self.log.progress(row | self._alpha("")),
+            self.world, epoch=epoch, epochs=self.options.epochs, steps=self.sampler.steps, done=first,
+            print_freq=self.options.print_freq, write=lambda row: self.log.progress(row | self._alpha("")),
         )  # fmt: skip
-        replaced_before = self.task.replaced
+        replaced_before = self.replaced.count
         batches = iter(self.loader)
         for step in range(first, self.sampler.steps):
-            micro_batches, asked = self._next(batches)
+            micro_batches, asked = self._micro_batches(batches)
             if asked:
                 progress.close()
                 self._stop(asked)
             progress.data_ready()
-            figures = self._optimizer_step(micro_batches, self.schedule[epoch * self.sampler.steps + step])
-            progress.step(self.sampler.global_batch, figures)
+            metrics = self.optimizer_step(micro_batches, self.schedule[epoch * self.sampler.steps + step])
+            progress.step(self.sampler.global_batch, metrics)
             self.position.step = step + 1
-            if self.args.save_steps and (step + 1) % self.args.save_steps == 0 and step + 1 < self.sampler.steps:
+            if self.options.save_steps and (step + 1) % self.options.save_steps == 0 and step + 1 < self.sampler.steps:
                 self.save()
         means = progress.close()
-        values = self.world.mean([*means.values(), self.task.replaced - replaced_before])
+        values = self.world.mean([*means.values(), self.replaced.count - replaced_before])
         replaced = round(values.pop() * self.world.size)
         finite = {name: v for name, v in zip(means, values, strict=True) if math.isfinite(v)}
         return finite | {"skipped_steps": means["skipped_steps"], "replaced_clips": replaced}
 
     def _record(self, epoch: int, row: dict[str, float]) -> None:
-        """A line of log.txt."""
+        """Write a line of log.txt."""
         done = {"epoch": epoch, "global_step": (epoch + 1) * self.sampler.steps}
         with self.world.together("writing log.txt"):
             if self.world.is_main:
                 self.log.epoch({**row, **self._alpha("train_"), **done})
 
     def _is_recorded(self, epoch: int) -> bool:
-        """Whether log.txt has this epoch's line."""
+        """Whether log.txt has the line of this epoch."""
         return any(row.get("epoch") == epoch for row in read_json_lines(self.output / "log.txt").objects)
 
     def _alpha(self, prefix: str) -> dict[str, list[float]]:
-        """The time gates of all blocks in their order; nothing for a model without."""
-        gates = time_gates(self.bare)
+        """The time gates of all blocks in their order; nothing for a model without time gates."""
+        gates = time_gates(self.training.model)
         return {f"{prefix}alpha": torch.stack(gates).tolist()} if gates else {}
 
-    def _next(self, batches: Iterator) -> tuple[list[dict[str, Any]], int]:
-        """The micro-batches of one step, on the device, and the signal that asked any process to stop before it (0:
-        none did). An error of any process stops all of them."""
+    def _micro_batches(self, batches: Iterator[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+        """The micro-batches of one step on the device, and the signal that asked any process to stop before the step.
+
+        The signal is 0 if there was none. An error of any process stops all processes.
+        """
         error: Exception | None = None
         micro_batches = []
         try:
             self.log.check()
-            for _ in range(self.args.update_freq):
+            for _ in range(self.options.update_freq):
                 micro_batches.append(read(batches))
         except Exception as e:
             error = e
         asked = self.world.go_on(error, "read its data")
-        self.task.report(micro_batches)
-        return [to_device(b, self.world.device, self.args.norm_style) for b in micro_batches], asked
+        self.replaced.report(micro_batches)
+        return [to_device(b, self.world.device, self.options.norm_style) for b in micro_batches], asked
 
-    def _optimizer_step(self, micro_batches: list[dict[str, Any]], lr: float) -> dict[str, float]:
-        for group in self.optimizer.param_groups:
+    def optimizer_step(self, micro_batches: list[dict[str, Any]], lr: float) -> dict[str, float]:
+        """Change the weights once. Returns the metrics of the step, with the norm of the gradients.
+
+        A step whose gradients are not finite is skipped. Raises UserError after many of them in a row.
+        """
+        optimizer, scaler, objective = self.training.optimizer, self.training.scaler, self.task.objective
+        for group in optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        figures = self.task.step(self.model, micro_batches, self.precision, self.scaler.scale)
-        self.scaler.unscale_(self.optimizer)
-        limit = self.args.grad_clip_norm if self.args.grad_clip_norm is not None else math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.bare.parameters(), limit))
-        # Gradients are the same on all processes, so all of them skip or none does.
+        optimizer.zero_grad(set_to_none=True)
+        metrics = objective.step(self.model, micro_batches, self.precision, scaler.scale)
+        scaler.unscale_(optimizer)
+        limit = self.options.grad_clip_norm if self.options.grad_clip_norm is not None else math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.training.model.parameters(), limit))
+        # The gradients are the same on all processes, so either all of them skip the step or none does.
         if math.isfinite(norm):
             self._skipped_in_a_row = 0
-            self.scaler.step(self.optimizer)
-            self.task.after_step(self.bare)
+            scaler.step(optimizer)
+            objective.after_step(self.training.model)
         else:
             self._skip()
-        self.scaler.update()
-        return {**{k: float(v) for k, v in figures.items()}, "grad_norm": norm, "lr": float(lr)}
+        scaler.update()
+        return {**{k: float(v) for k, v in metrics.items()}, "grad_norm": norm, "lr": float(lr)}
 
     def _skip(self) -> None:
         self._skipped_in_a_row += 1
-        if self.scaler.is_enabled():
-            logger.info("fp16 overflow: step skipped, loss scale %g is lowered", self.scaler.get_scale())
+        if self.training.scaler.is_enabled():
+            logger.info("fp16 overflow: step skipped, loss scale %g is lowered", self.training.scaler.get_scale())
         else:
             logger.warning("gradients are not finite: step skipped (%d in a row)", self._skipped_in_a_row)
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:

@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from avion.engine.distributed import choose_device, detect_launch
+from avion.engine.distributed import choose_device
+from avion.engine.options import DeviceOptions
+from avion.engine.peers import detect_launch
 from avion.engine.state import BEST, LATEST, copy_atomically, save_atomically
 from avion.weights.files import extend_torch_load
 
@@ -36,13 +38,14 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
     Raises UserError for variables of a launcher that do not fit together, and for a GPU that does not exist.
     """
     launched = {"RANK", "WORLD_SIZE"} <= set(os.environ)
-    launch = detect_launch(_with_defaults(args))
+    options = _device_options(args)
+    launch = detect_launch(options)
     device = choose_device("auto", None if launched else getattr(args, "gpu", None), launch.local_rank, launch.own_gpus)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     args.rank, args.world_size, args.gpu = launch.rank, launch.size, device.index
     args.distributed = launched or launch.size > 1
-    args.dist_backend = _with_defaults(args).dist_backend if device.type == "cuda" else "gloo"
+    args.dist_backend = options.dist_backend if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(minutes=30)
     if not args.distributed:
         print("Not using distributed mode")
@@ -57,10 +60,10 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
     dist.barrier()
 
 
-def _with_defaults(args: argparse.Namespace) -> argparse.Namespace:
-    """`args`, and AVION's defaults for those of its flags that a script may not have."""
-    defaults = {"rank": 0, "world_size": 1, "local_rank": 0, "dist_url": "env://", "dist_backend": "nccl"}
-    return argparse.Namespace(**{**defaults, **vars(args)})
+def _device_options(args: argparse.Namespace) -> DeviceOptions:
+    """The flags of `args` about processes, with AVION's defaults for those that a script may not have."""
+    names = ("rank", "world_size", "local_rank", "dist_url", "dist_backend")
+    return DeviceOptions(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
 def is_dist_avail_and_initialized() -> bool:

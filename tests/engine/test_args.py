@@ -1,10 +1,10 @@
-import argparse
+import dataclasses
 import re
 
 import pytest
 import yaml
 
-from avion.engine.args import as_namespace, build_parser, parse
+from avion.engine.args import build_parser, parse
 from avion.engine.options import PretrainOptions
 from avion.errors import UserError
 
@@ -84,7 +84,7 @@ def test_short_and_underscored_spellings_and_several_values():
     args = read("-j", "3", "--local_rank=2", "--betas", "0.8", "0.95", "--train-metadata-aux", "a.pkl", "b.pkl")
     assert (args.workers, args.local_rank, args.betas) == (3, 2, [0.8, 0.95])
     assert args.train_metadata_aux == ["a.pkl", "b.pkl"]
-    assert args.given == {"workers", "local_rank", "betas", "train_metadata_aux"}
+    assert args.given() == {"workers", "local_rank", "betas", "train_metadata_aux"}
 
 
 def test_unknown_flag_names_the_near_ones():
@@ -121,7 +121,7 @@ def test_config_file_sets_flags_and_the_command_line_overrides_it(tmp_path):
     args = read("--lr", "2e-4", "--config", path)
     assert (args.batch_size, args.lr, args.freeze_temperature, args.gather_with_grad) == (7, 2e-4, True, False)
     assert args.betas == [0.5, 0.6] and sorted(args.model_args) == ["act_layer=gelu", "depth=3"]
-    assert {"batch_size", "lr"} <= args.given and "epochs" not in args.given
+    assert args.was_given("batch_size") and args.was_given("lr") and not args.was_given("epochs")
 
 
 @pytest.mark.parametrize(
@@ -179,15 +179,31 @@ def test_missing_config_file(tmp_path):
 
 def test_help_lists_every_flag_in_groups_with_its_default():
     text = build_parser(PretrainOptions, "main_pretrain.py", "").format_help()
-    for name in vars(read()):
-        if name != "given":
-            assert "--" + name.replace("_", "-") in text
+    for name in read().values():
+        assert "--" + name.replace("_", "-") in text
     for group in ("pretraining:", "video:", "model:", "optimisation:", "run:", "device and processes:"):
         assert group in text
     assert "[3e-05]" in text
 
 
-def test_namespace_for_checkpoints_holds_plain_values():
-    namespace = as_namespace(read("--model", "TIMEMAMBA_VITB16"))
-    assert isinstance(namespace, argparse.Namespace) and namespace.model == "TIMEMAMBA_VITB16"
-    assert not hasattr(namespace, "given")
+def test_options_are_frozen():
+    options = read("--lr", "1e-3")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.lr = 1.0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.invented = 1
+
+
+def test_options_know_which_flags_were_given():
+    options = read("--lr", "3e-5", "--model-args", "num_frames=6")
+    assert options.was_given("lr") and not options.was_given("epochs")
+    assert options.was_given("clip_length"), "a flag that --model-args sets"
+    assert dataclasses.replace(options, epochs=7).given() == options.given()
+    with pytest.raises(AttributeError, match="PretrainOptions has no flag learning_rate"):
+        options.was_given("learning_rate")
+
+
+def test_values_are_the_flags_alone():
+    values = read("--model", "TIMEMAMBA_VITB16").values()
+    assert values["model"] == "TIMEMAMBA_VITB16" and values["betas"] == [0.9, 0.999]
+    assert not {name for name in values if "given" in name}

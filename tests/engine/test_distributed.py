@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from avion.engine import distributed, signals
-from avion.engine.distributed import PeerError, World, choose_device, detect_launch, first_host, init_world
+from avion.engine.distributed import World, choose_device, init_world
 from avion.engine.options import PretrainOptions
+from avion.engine.peers import PeerError, detect_launch, first_host
 from avion.errors import UserError
 from tests.processes import free_port, run_processes
 

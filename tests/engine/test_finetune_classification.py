@@ -1,6 +1,7 @@
 """Action recognition from end to end: real files, real processes, files for the server read by another program."""
 
 import argparse
+import dataclasses
 import json
 import pickle
 import zipfile
@@ -13,10 +14,11 @@ import torch
 import main_finetune_classification
 from avion.engine.args import parse
 from avion.engine.distributed import World
+from avion.engine.inputs import ModelInputs
 from avion.engine.options import FinetuneClassificationOptions
-from avion.engine.run import run
+from avion.engine.run import train_or_evaluate
 from avion.engine.steps import Precision
-from avion.engine.tasks import FinetuneClassification
+from avion.engine.tasks.finetune_classification import FinetuneClassification
 from avion.errors import UserError
 from avion.weights import Checkpoint, classifier_from_checkpoint
 from tests.engine.actions import ACTIONS, TINY, VAL, csv_text, pretrained
@@ -34,13 +36,13 @@ def options(words):
 
 
 def train(flags, output, *more):
-    run(FinetuneClassification, options([*flags, "--output-dir", output, *more]))
+    train_or_evaluate(FinetuneClassification, options([*flags, "--output-dir", output, *more]))
     return torch.load(output / "checkpoint.pt", weights_only=False)
 
 
 def evaluate(flags, checkpoint, *more):
     """`--evaluate` in this process: its figures."""
-    return run(FinetuneClassification, options([*flags, "--evaluate", "--resume", checkpoint, *more]))
+    return train_or_evaluate(FinetuneClassification, options([*flags, "--evaluate", "--resume", checkpoint, *more]))
 
 
 def without(flags, *names):
@@ -50,7 +52,7 @@ def without(flags, *names):
 
 
 def _run_all(rank, size, jobs):
-    return [run(FinetuneClassification, options(words)) for words in jobs]
+    return [train_or_evaluate(FinetuneClassification, options(words)) for words in jobs]
 
 
 @pytest.fixture(scope="module")
@@ -194,9 +196,10 @@ class TestViews:
         words = ["--num-clips", "2", "--num-crops", "3", "--pickle-filename", tmp_path / "p.pkl"]
         evaluate(tiny_actions.flags, trained / "checkpoint.pt", *words)
         found = pickle.loads((tmp_path / "p.pkl").read_bytes())["action_output"]
-        task = FinetuneClassification(options([*tiny_actions.flags, "--evaluate", *words]), World())
-        model = task.build_model(Checkpoint.open(trained / "checkpoint.pt")).eval()
-        dataset, expected = task.val_dataset(), []
+        args = options([*tiny_actions.flags, "--evaluate", *words])
+        task = FinetuneClassification(args, World(), Checkpoint.open(trained / "checkpoint.pt"))
+        model = task.build_model().eval()
+        dataset, expected = task.val_dataset(ModelInputs.of(model.config, args)), []
         with torch.no_grad():
             for i in range(len(VAL)):
                 views = dataset[i]["video"].double()
@@ -207,14 +210,15 @@ class TestViews:
 
 
 def test_the_one_frame_control_sees_the_middle_frame_alone(trained, tiny_actions, monkeypatch):
-    words = options([*tiny_actions.flags, "--evaluate", "--num-clips", "2"])
-    task, seen = FinetuneClassification(words, World()), []
-    model = task.build_model(Checkpoint.open(trained / "checkpoint.pt"))
+    args = options([*tiny_actions.flags, "--evaluate", "--num-clips", "2"])
+    task, seen = FinetuneClassification(args, World(), Checkpoint.open(trained / "checkpoint.pt")), []
+    model = task.build_model()
     model.visual.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     figures = task.evaluate(model, Precision("cpu", torch.float32), one_frame=True)
     assert figures["clips"] == 7 and all(video.shape[2] == 4 for video in seen)
     assert all(torch.equal(video, video[:, :, :1].expand_as(video)) for video in seen)
-    middle = task.val_dataset(1)[0]["video"]
+    inputs = dataclasses.replace(ModelInputs.of(model.config, args), num_frames=1)
+    middle = task.val_dataset(inputs)[0]["video"]
     torch.testing.assert_close(seen[0][0, :, :1], middle[0])
 
 
@@ -350,14 +354,12 @@ class TestCheckpoints:
     def test_a_checkpoint_of_more_frames(self, trained, tiny_actions, tmp_path):
         pretrained(tmp_path / "attention.pt", "TIMESFORMER_VITT16", num_frames=2)
         words = without(tiny_actions.flags, "--pretrain-model", "--clip-length")
-        task = FinetuneClassification(
-            options(
-                [*words, "--clip-length", "6", "--pretrain-model", tmp_path / "attention.pt", "--output-dir", tmp_path]
-            ),
-            World(),
+        args = options(
+            [*words, "--clip-length", "6", "--pretrain-model", tmp_path / "attention.pt", "--output-dir", tmp_path]
         )
-        model = task.build_model(None)
-        assert model.visual.temporal_embed.shape == (1, 6, TINY["embed_dim"]) and task.num_frames == 6
+        model = FinetuneClassification(args, World()).build_model()
+        assert model.visual.temporal_embed.shape == (1, 6, TINY["embed_dim"])
+        assert ModelInputs.of(model.config, args).num_frames == 6
         assert model.config.drop_path_rate == 0.1 and model.dropout.p == 0.5
 
     def test_the_loss_without_mixing_is_smoothed_cross_entropy(self, tiny_actions, tmp_path):
@@ -366,8 +368,8 @@ class TestCheckpoints:
         logits, labels = torch.randn(5, 6), torch.tensor([0, 5, 2, 2, 1])
         log_probs = logits.double().log_softmax(1)
         expected = -(0.7 * log_probs[range(5), labels] + 0.3 * log_probs.mean(1)).mean()
-        assert task._loss(logits, {"label": labels})["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+        assert task.loss(logits, {"label": labels})["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
         target = torch.rand(5, 6).softmax(1)
-        soft = task._loss(logits, {"target": target})
+        soft = task.loss(logits, {"target": target})
         assert soft["loss"].item() == pytest.approx(-(target.double() * log_probs).sum(1).mean().item(), rel=1e-5)
         assert soft["acc1"].item() == pytest.approx((logits.argmax(1) == target.argmax(1)).double().mean().item())

@@ -15,15 +15,15 @@ import main_pretrain
 from avion.data.demo import DemoPaths
 from avion.engine import trainer as trainer_module
 from avion.engine.args import parse
-from avion.engine.demo_data import use_demo_dataset
+from avion.engine.demo_data import on_demo_dataset
 from avion.engine.distributed import World
+from avion.engine.inputs import ModelInputs
 from avion.engine.loader import collate
 from avion.engine.options import FinetuneRetrievalOptions
-from avion.engine.run import run
+from avion.engine.run import train_or_evaluate
 from avion.engine.steps import Precision
-from avion.engine.tasks import FinetuneRetrieval
 from avion.engine.tasks import finetune_retrieval as task_module
-from avion.engine.tasks.finetune_retrieval import relevancy_file
+from avion.engine.tasks.finetune_retrieval import FinetuneRetrieval, relevancy_file
 from tests.losses.test_losses import max_margin_by_hand
 from tests.processes import run_processes
 
@@ -51,7 +51,7 @@ def read(*words):
 
 def train(flags, output, *more):
     """Run the job in this process; its checkpoint."""
-    run(FinetuneRetrieval, read(*flags, *more, "--output-dir", str(output)))
+    train_or_evaluate(FinetuneRetrieval, read(*flags, *more, "--output-dir", str(output)))
     return torch.load(output / "checkpoint.pt", weights_only=False)
 
 
@@ -141,7 +141,9 @@ def test_a_pretrained_checkpoint_is_evaluated_zero_shot(how, frames, mir_flags, 
     """At the frames it was trained on, or at those of fine-tuning."""
     seen = []
     original = FinetuneRetrieval.val_dataset
-    monkeypatch.setattr(FinetuneRetrieval, "val_dataset", lambda self: seen.append(self.num_frames) or original(self))
+    monkeypatch.setattr(
+        FinetuneRetrieval, "val_dataset", lambda self, inputs: seen.append(inputs.num_frames) or original(self, inputs)
+    )
     words = [*mir_flags[: mir_flags.index("--clip-length")], "--evaluate", "--workers", "0", "--device", "cpu", *HEADS]
     words += [how, str(FIXTURES / "ID4_checkpoint.pt"), "--output-dir", str(tmp_path)]
     missing = ["--train-metadata", "nowhere.csv"]  # not needed for this
@@ -166,8 +168,9 @@ def test_lavilas_checkpoint_is_measured_by_the_pretraining_job(tiny_data, tmp_pa
 def test_a_step_is_the_loss_by_hand_over_its_pairs(weighted, mir_flags):
     args = read(*mir_flags, *pretrained(), *(["--relevancy-weighting"] if weighted else []))
     task = FinetuneRetrieval(args, World())
-    model = task.build_model(None).train()
-    batch = collate([task.train_dataset()[(3, i)] for i in range(12)])
+    model = task.build_model().train()
+    dataset = task.train_dataset(ModelInputs.of(model.config, args))
+    batch = collate([dataset[(3, i)] for i in range(12)])
     assert set(batch["relevancy"].tolist()) == {0.5, 1.0}
     video, text, _ = model(batch["video"], batch["tokens"])
     expected, video_grad, text_grad = max_margin_by_hand(
@@ -176,7 +179,7 @@ def test_a_step_is_the_loss_by_hand_over_its_pairs(weighted, mir_flags):
     torch.autograd.backward([video, text], [video_grad.float(), text_grad.float()])
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    figures = task.step(model, [batch], FP32, lambda x: x)
+    figures = task.objective.step(model, [batch], FP32, lambda x: x)
     assert float(figures["loss"]) == pytest.approx(expected, rel=1e-5)
     assert grads.keys() == {n for n, p in model.named_parameters() if p.grad is not None}
     for name, parameter in model.named_parameters():
@@ -201,7 +204,7 @@ def test_weighting_changes_what_is_learnt(mir_flags, tmp_path):
 
 
 def _train_here(rank, size, words):
-    return run(FinetuneRetrieval, read(*words))
+    return train_or_evaluate(FinetuneRetrieval, read(*words))
 
 
 CUTS = {
@@ -246,7 +249,7 @@ class Interrupted(Exception):
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(mir_flags, tmp_path, monkeypatch):
     words = [*mir_flags, *pretrained(), "--save-steps", "1", "--epochs", "2", "--drop-path-rate", "0.3"]
     whole = train(words, tmp_path / "whole")
-    original, done = trainer_module.Trainer._optimizer_step, []
+    original, done = trainer_module.Trainer.optimizer_step, []
 
     def step(self, *args):
         if len(done) == 4:
@@ -255,7 +258,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(mir_flags, tmp_path, mo
         return original(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module.Trainer, "_optimizer_step", step)
+        patch.setattr(trainer_module.Trainer, "optimizer_step", step)
         with pytest.raises(Interrupted):
             train(words, tmp_path / "cut")
     torch.rand(5)
@@ -273,7 +276,7 @@ def test_the_demo_dataset_stands_in_for_every_file_that_was_not_given(mir_flags,
     monkeypatch.setattr("avion.engine.demo_data.ensure_demo_dataset", lambda root: DemoPaths(Path(root)))
     given = dict(zip(mir_flags[:8:2], mir_flags[1:8:2], strict=True))
     args = read("--dataset", "demo", "--root", str(paths.root), "--val-metadata", given["--val-metadata"])
-    use_demo_dataset(args, "ek100_videos", **task_module._DEMO_FILES)
+    args = on_demo_dataset(args, "ek100_videos", **task_module.DEMO_FILES)
     assert args.root == str(paths.ek100_videos) and args.val_metadata == given["--val-metadata"]
     assert args.train_metadata == str(paths.train_csv) and args.train_relevancy_path == str(paths.train_relevancy)
     assert args.relevancy_path == str(paths.relevancy)

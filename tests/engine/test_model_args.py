@@ -29,8 +29,8 @@ def test_words_become_values():
 @pytest.mark.parametrize(
     "word, message",
     [
-        ("name=x", "name is no field to change; --model chooses the model"),
-        ("tower=joint", "tower is no field to change"),
+        ("name=x", "name is not a field that can be changed; --model chooses the model"),
+        ("tower=joint", "tower is not a field that can be changed"),
         ("drop_path_rate=abc", "found 'abc', expected a number from 0 to below 1"),
         ("mlp_ratio=.inf", "found '.inf', expected a number above 0, up to 64"),
         ("temperature_init=0", "found '0', expected a number from 1e-06 to 100"),
@@ -80,7 +80,7 @@ def test_a_field_that_is_a_flag_is_that_flag(flag, value, word):
     by_flag, by_word, by_both = read(*VIM[:2], *words), read(*VIM, word), read(*VIM, word, *words)
     name = flag[2:].replace("-", "_")
     for args in (by_flag, by_word, by_both):
-        assert getattr(args, name) == value and name in args.given
+        assert getattr(args, name) == value and args.was_given(name)
         fields = {**sizes(args), "num_frames": args.clip_length, **behaviour(args)}
         assert fields[word.split("=")[0]] == value
 

@@ -15,7 +15,7 @@ import main_egoschema
 import main_finetune_classification
 import main_finetune_retrieval
 import main_pretrain
-from avion.engine.args import ToolParser, build_parser, flag, parse
+from avion.engine.args import ToolParser, build_parser, flag, flag_fields, parse
 from avion.engine.options import (
     EgoSchemaOptions,
     FinetuneClassificationOptions,
@@ -183,7 +183,7 @@ def test_a_number_is_in_the_range_or_one_line(main, action, before, capsys, open
 def test_every_flag_has_a_type_and_a_default_of_it(name):
     config, _ = GENERATED[name]
     hints = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):
+    for field in flag_fields(config).values():
         hint, spec = hints[field.name], field.metadata["flag"]
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         inner = [t for t in (typing.get_args(hint) or (hint,)) if t is not type(None)]
@@ -243,7 +243,7 @@ def test_combinations_and_words_that_cannot_be_meant(words, message, capsys):
     ],
 )  # fmt: skip
 def test_what_is_meant_is_taken(words):
-    assert parse(PretrainOptions, words, "main_pretrain.py", "").given
+    assert parse(PretrainOptions, words, "main_pretrain.py", "").given()
 
 
 def test_classification_without_mixing_and_a_short_run_are_taken():

@@ -1,6 +1,5 @@
 """The main job from end to end: real files, real processes, real interruptions."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -18,9 +17,9 @@ from avion.engine import trainer as trainer_module
 from avion.engine.args import parse
 from avion.engine.distributed import World
 from avion.engine.options import PretrainOptions
-from avion.engine.run import run
-from avion.engine.steps import Precision
-from avion.engine.tasks import Pretrain
+from avion.engine.run import train_or_evaluate
+from avion.engine.steps import Contrastive, Precision
+from avion.engine.tasks.pretrain import Pretrain
 from avion.weights import Checkpoint
 from tests.processes import free_port
 
@@ -34,7 +33,7 @@ def lines(path):
 def train(flags, output, *more):
     """Run the main job in this process; its checkpoint."""
     words = [*flags, "--output-dir", str(output), *more]
-    run(Pretrain, parse(PretrainOptions, words, "main_pretrain.py", ""))
+    train_or_evaluate(Pretrain, parse(PretrainOptions, words, "main_pretrain.py", ""))
     return torch.load(output / "checkpoint.pt", weights_only=False)
 
 
@@ -102,7 +101,7 @@ class Interrupted(Exception):
 
 def interrupt_after(monkeypatch, steps):
     """Make the trainer stop in the middle of its work, as a power cut would."""
-    original, done = trainer_module.Trainer._optimizer_step, []
+    original, done = trainer_module.Trainer.optimizer_step, []
 
     def step(self, *args):
         if len(done) == steps:
@@ -110,7 +109,7 @@ def interrupt_after(monkeypatch, steps):
         done.append(1)
         return original(self, *args)
 
-    monkeypatch.setattr(trainer_module.Trainer, "_optimizer_step", step)
+    monkeypatch.setattr(trainer_module.Trainer, "optimizer_step", step)
 
 
 @pytest.mark.parametrize("steps, save_steps", [(6, 0), (9, 2), (10, 2)], ids=["epoch", "lost a step", "lost nothing"])
@@ -203,8 +202,8 @@ def test_torchrun_trains_and_evaluates_as_one_process_does(processes, batch, mor
     checkpoint = ["--evaluate", "--resume", str(tmp_path / "many" / "checkpoint.pt"), "--eval-batch-size", "2"]
     torchrun([*tiny_flags, *checkpoint], processes, tmp_path / "evaluated")
     args = parse(PretrainOptions, [*tiny_flags, *checkpoint], "", "")
-    task = Pretrain(args, World())
-    figures = task.evaluate(task.build_model(Checkpoint.open(args.resume)), Precision("cpu", torch.float32))
+    task = Pretrain(args, World(), Checkpoint.open(args.resume))
+    figures = task.evaluate(task.build_model(), Precision("cpu", torch.float32))
     recorded = lines(tmp_path / "evaluated" / "eval_log.txt")[0]
     assert {k: recorded[k] for k in figures} == figures
 
@@ -267,32 +266,31 @@ def test_a_broken_clip_is_replaced_in_training_and_left_out_of_the_figures(tiny_
 
 
 def test_gradients_that_are_not_finite_skip_steps_and_then_end_the_run(tiny_flags, tmp_path, monkeypatch, capsys):
-    original = Pretrain.step
+    original = Contrastive.step
 
     def poisoned(self, model, *args):
         figures = original(self, model, *args)
         next(model.parameters()).grad.fill_(float("nan"))
         return figures
 
-    monkeypatch.setattr(Pretrain, "step", poisoned)
+    monkeypatch.setattr(Contrastive, "step", poisoned)
     monkeypatch.setattr(trainer_module, "MAX_SKIPPED_IN_A_ROW", 4)
     assert main_pretrain.main([*tiny_flags, "--output-dir", str(tmp_path)]) == 2
     assert "not finite in 4 steps in a row" in capsys.readouterr().err
 
 
 def test_a_skipped_step_changes_nothing(tiny_flags, tmp_path, monkeypatch):
-    original = Pretrain.step
+    original = Contrastive.step
 
     def poisoned(self, model, *args):
         figures = original(self, model, *args)
         next(model.parameters()).grad.fill_(float("nan"))
         return figures
 
-    monkeypatch.setattr(Pretrain, "step", poisoned)
+    monkeypatch.setattr(Contrastive, "step", poisoned)
     checkpoint = train(tiny_flags, tmp_path, "--epochs", "1")
-    args = dataclasses.replace(parse(PretrainOptions, tiny_flags, "", ""))
-    object.__setattr__(args, "given", frozenset({"model"}))
+    args = parse(PretrainOptions, tiny_flags, "", "")
     torch.manual_seed(0)
-    initial = Pretrain(args, World()).build_model(None).state_dict()
+    initial = Pretrain(args, World()).build_model().state_dict()
     assert_same_weights(checkpoint, {"state_dict": initial}, **EXACT)
     assert lines(tmp_path / "log.txt")[0]["train_skipped_steps"] == 6

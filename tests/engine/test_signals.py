@@ -74,7 +74,7 @@ def _pretrain(rank, size, words, victims=(), how="step"):
         to_me(signal.SIGUSR1)()  # srun forwards it once more
 
     action = {"step": to_me(signal.SIGTERM), "all": signal_step}[how] if rank in victims else None
-    with signalled(trainer_module.Trainer, "_optimizer_step", 4, action):
+    with signalled(trainer_module.Trainer, "optimizer_step", 4, action):
         status = main_pretrain.main(words)
     assert [signal.getsignal(number) for number in ALL] == before
     return status, len(workers)

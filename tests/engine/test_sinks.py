@@ -13,8 +13,9 @@ from avion.engine import sinks
 from avion.engine import trainer as trainer_module
 from avion.engine.args import parse
 from avion.engine.options import PretrainOptions
-from avion.engine.run import run
-from avion.engine.tasks import Pretrain
+from avion.engine.run import train_or_evaluate
+from avion.engine.steps import Contrastive
+from avion.engine.tasks.pretrain import Pretrain
 from avion.errors import UserError
 from tests.engine.wandb_file import read_wandb
 from tests.processes import run_processes
@@ -37,7 +38,7 @@ def lines(path):
 
 def train(flags, output, *more):
     words = [*flags, "--output-dir", str(output), *more]
-    return run(Pretrain, parse(PretrainOptions, words, "main_pretrain.py", ""))
+    return train_or_evaluate(Pretrain, parse(PretrainOptions, words, "main_pretrain.py", ""))
 
 
 def read_tensorboard(folder):
@@ -129,7 +130,7 @@ class Interrupted(Exception):
 
 
 def interrupt_after(monkeypatch, steps, error=Interrupted):
-    original, done = trainer_module.Trainer._optimizer_step, []
+    original, done = trainer_module.Trainer.optimizer_step, []
 
     def step(self, *args):
         if len(done) == steps:
@@ -137,7 +138,7 @@ def interrupt_after(monkeypatch, steps, error=Interrupted):
         done.append(1)
         return original(self, *args)
 
-    monkeypatch.setattr(trainer_module.Trainer, "_optimizer_step", step)
+    monkeypatch.setattr(trainer_module.Trainer, "optimizer_step", step)
 
 
 def test_a_resumed_run_goes_on_at_its_step_in_every_sink(tiny_flags, tmp_path, monkeypatch):
@@ -313,7 +314,7 @@ def _train_in_process(rank, size, words, output, full):
 
 
 def test_steps_that_were_skipped_are_counted_line_by_line(tiny_flags, tmp_path, monkeypatch):
-    original, calls = Pretrain.step, []
+    original, calls = Contrastive.step, []
 
     def poisoned(self, model, *args):
         figures = original(self, model, *args)
@@ -322,7 +323,7 @@ def test_steps_that_were_skipped_are_counted_line_by_line(tiny_flags, tmp_path, 
             next(model.parameters()).grad.fill_(float("nan"))
         return figures
 
-    monkeypatch.setattr(Pretrain, "step", poisoned)
+    monkeypatch.setattr(Contrastive, "step", poisoned)
     train(tiny_flags, tmp_path)
     steps = lines(tmp_path / "steps.txt")
     assert [row["skipped_steps"] for row in steps] == [0, 2, 1, 1, 0, 0]

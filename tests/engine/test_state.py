@@ -1,6 +1,5 @@
 import copy
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,7 +58,7 @@ def test_the_optimizer_of_an_older_pytorch_goes_on(name):
             del group[key]
     twin = copy.deepcopy(model)
     fresh = build_optimizer(twin, name, lr=0.5, weight_decay=0.0)
-    state._restore_optimizer(fresh, saved, "a.pt", SimpleNamespace(optimizer=name))
+    state.restore_optimizer(fresh, saved, "a.pt", name)
     for one, its in ((model, optimizer), (twin, fresh)):
         one.weight.grad, one.bias.grad = torch.full((2, 3), 0.3), torch.full((2,), 0.7)
         its.step()
@@ -67,6 +66,4 @@ def test_the_optimizer_of_an_older_pytorch_goes_on(name):
     torch.testing.assert_close(twin.bias, model.bias)
     other = "adamw" if name == "sgd" else "sgd"
     with pytest.raises(UserError, match=f"a.pt: its optimizer state does not fit --optimizer {other} .it has no"):
-        state._restore_optimizer(
-            build_optimizer(twin, other, lr=0.5, weight_decay=0.0), saved, "a.pt", SimpleNamespace(optimizer=other)
-        )
+        state.restore_optimizer(build_optimizer(twin, other, lr=0.5, weight_decay=0.0), saved, "a.pt", other)

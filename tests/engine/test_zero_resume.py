@@ -7,8 +7,8 @@ import torch
 
 from avion.engine.args import parse
 from avion.engine.options import PretrainOptions
-from avion.engine.run import run
-from avion.engine.tasks import Pretrain
+from avion.engine.run import train_or_evaluate
+from avion.engine.tasks.pretrain import Pretrain
 from avion.engine.trainer import Trainer
 from tests.processes import run_processes
 
@@ -19,7 +19,7 @@ class Interrupted(Exception):
 
 def _train(rank, size, words, output, stop_after):
     """The run, on this process of several; left in the middle of its work after so many steps."""
-    original, done = Trainer._optimizer_step, []
+    original, done = Trainer.optimizer_step, []
 
     def step(self, *args):
         if len(done) == stop_after:
@@ -27,9 +27,11 @@ def _train(rank, size, words, output, stop_after):
         done.append(1)
         return original(self, *args)
 
-    Trainer._optimizer_step = step
+    Trainer.optimizer_step = step
     try:
-        run(Pretrain, parse(PretrainOptions, [*words, "--output-dir", str(output)], "main_pretrain.py", ""))
+        train_or_evaluate(
+            Pretrain, parse(PretrainOptions, [*words, "--output-dir", str(output)], "main_pretrain.py", "")
+        )
     except Interrupted:
         return "interrupted"
     return len(done)

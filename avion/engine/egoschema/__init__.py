@@ -1,8 +1,4 @@
-"""EgoSchema, zero-shot: the option whose text is nearest to the video, for any number of frames.
+"""EgoSchema, zero-shot: the answer is the option whose text is nearest to the video, for any number of frames.
 
-`evaluate` is the run, `results` what it keeps of finished videos, `answers` what it writes and sends in the end.
+`evaluate` has the run, `results` what a run keeps of finished videos, `answers` what a run writes and sends in the end.
 """
-
-from .evaluate import run_egoschema
-
-__all__ = ["run_egoschema"]

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the server's two files for each number of frames, all scores, a table."""
+"""What a run leaves behind: two files for the server for each number of frames, all scores, a table."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ _SHOWN_REPLY = 2000  # characters
 
 
 def choose_answers(questions: Sequence[Question], results: Mapping[str, Scores], count: int) -> Answers:
-    """{q_uid: 0 to 4} from the scores at this number of frames, in the questions' order; without unread videos."""
+    """{q_uid: 0 to 4} from the scores at a number of frames, in the order of the questions, without unread videos."""
     uids = [question.uid for question in questions if count in results.get(question.uid, {})]
     if not uids:
         return {}
@@ -35,16 +35,19 @@ def choose_answers(questions: Sequence[Question], results: Mapping[str, Scores],
     return dict(zip(uids, chosen.tolist(), strict=True))
 
 
-def figures_of(answers: Answers, truth: Mapping[str, int], left_out: frozenset[str]) -> dict[str, float]:
-    """Accuracy over what has a public answer, was answered and is not left out; `unreadable`: public, not answered."""
+def metrics_of(answers: Answers, truth: Mapping[str, int], left_out: frozenset[str]) -> dict[str, float]:
+    """The accuracy over the questions that have a public answer, were answered and are not left out.
+
+    `unreadable` is the number of questions with a public answer that were not answered.
+    """
     judged = [uid for uid in truth if uid not in left_out]
     answered = [uid for uid in judged if uid in answers]
-    figures = accuracy(np.array([answers[u] for u in answered], int), np.array([truth[u] for u in answered], int))
-    return {**figures, "unreadable": len(judged) - len(answered)}
+    metrics = accuracy(np.array([answers[u] for u in answered], int), np.array([truth[u] for u in answered], int))
+    return {**metrics, "unreadable": len(judged) - len(answered)}
 
 
 def write_answers(folder: Path, count: int, answers: Answers) -> tuple[Path, Path]:
-    """`egoschema_{count}.json`, {q_uid: int}, and `.csv`, q_uid,answer. -> their paths"""
+    """Write `egoschema_{count}.json` ({q_uid: int}) and `egoschema_{count}.csv` (q_uid,answer). Returns their paths."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["q_uid", "answer"])
@@ -55,13 +58,15 @@ def write_answers(folder: Path, count: int, answers: Answers) -> tuple[Path, Pat
     return paths
 
 
-def table(figures: Mapping[int, Mapping[str, Any]], answered: Mapping[int, int], total: int) -> str:
-    """Lines of frames, accuracy in percent, its 95 % interval, how many were right and how many answered."""
+def table(metrics: Mapping[int, Mapping[str, Any]], answered: Mapping[int, int], total: int) -> str:
+    """A table with a line per number of frames: the accuracy in percent, its 95 % interval, the numbers of right
+    answers and of answered questions.
+    """
     head = f"{'frames':>6}  {'accuracy':>8}  {'95 % interval':>14}  {'right':>11}  {'answered':>11}"
     lines = [head, "-" * len(head)]
     for count, done in answered.items():
         of_all = f"{done}/{total}"
-        f = figures.get(count)
+        f = metrics.get(count)
         if f is None or not f["total"]:
             lines.append(f"{count:>6}  {'-':>8}  {'-':>14}  {'-':>11}  {of_all:>11}")
             continue
@@ -72,7 +77,7 @@ def table(figures: Mapping[int, Mapping[str, Any]], answered: Mapping[int, int],
 
 
 def submit(url: str, answers: Answers) -> str:
-    """POST the answers as JSON, once; the server's reply. UserError, one line, where that fails."""
+    """POST the answers as JSON, once. Returns the reply of the server; raises UserError where that fails."""
     body = json.dumps(answers).encode()
     request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"}, method="POST")
     try:

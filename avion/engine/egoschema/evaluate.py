@@ -1,12 +1,14 @@
-"""The run: read questions, encode texts once, then videos one by one, each process its own; gather, write, send."""
+"""The run: read the questions, encode the texts once, then the videos one by one, each process other ones; then gather,
+write and send the answers.
+"""
 
+import dataclasses
 import functools
 import json
 import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ from avion.data.video import resolve_decoder
 from avion.engine import encode
 from avion.engine.build import build_as_saved
 from avion.engine.console import duration
-from avion.engine.demo_data import use_demo_dataset
+from avion.engine.demo_data import on_demo_dataset
 from avion.engine.distributed import World
 from avion.engine.loader import build_loader, read
+from avion.engine.options import EgoSchemaOptions
 from avion.engine.run import joined, shared_flags
 from avion.engine.signals import Stopped, name
 from avion.engine.steps import Precision
@@ -33,55 +36,73 @@ from avion.json_lines import append_json
 from avion.models.long_video import default_max_tokens, encode_long_video, memory_bytes
 from avion.weights import Checkpoint
 
-from .answers import choose_answers, figures_of, submit, table, write_answers
+from .answers import choose_answers, metrics_of, submit, table, write_answers
 from .results import ResultLog, Scores, fingerprint, read_results
 from .texts import DEFAULT_PROMPT, OptionTexts, encode_options, parse_prompt, unit
 
 logger = logging.getLogger(__name__)
 
 _FRAMES = 16
-# What marks the scores of a sampling. "prefix" marks those of earlier versions, which repeated the last frame.
+# The mark of the scores of a sampling. Earlier versions, which repeated the last frame, used the mark "prefix".
 _RULES = {"uniform": "uniform", "prefix": "prefix-spread", "prefix-hold": "prefix"}
 
 
-def run_egoschema(args: Any) -> dict[int, dict[str, float]]:
-    """Answer all questions and write the files; the figures by number of frames (empty without `--answers`)."""
-    _check(args)
-    with joined(args, args.output_dir) as world:
-        world.agree({**shared_flags(args), "torch": torch.__version__})
-        run = _Run(args, world)
+def run_egoschema(options: EgoSchemaOptions) -> dict[int, dict[str, float]]:
+    """Answer all questions and write the files.
+
+    Returns:
+        The metrics by number of frames; nothing without `--answers`.
+
+    Raises:
+        UserError: A flag, a file or the environment is wrong.
+        Stopped: A signal asked the run to stop; the same options go on from where it stands.
+    """
+    options = _settled(options)
+    with joined(options, options.output_dir) as world:
+        world.agree({**shared_flags(options), "torch": torch.__version__})
+        run = _Run(options, world)
         results, errors = run.results()
         with world.together("writing the answers"):
-            figures = run.write(results, errors) if world.is_main else {}
-        if args.submit:
+            metrics = run.write(results, errors) if world.is_main else {}
+        if options.submit:
             with world.together("sending the answers"):
                 if world.is_main:
                     run.send(results)
-        return world.broadcast(figures)
+        return world.broadcast(metrics)
 
 
-def _check(args: Any) -> None:
-    """Settle the lists' defaults; refuse flags that cannot be meant."""
-    args.frames = sorted(set(args.frames)) or [_FRAMES]
-    args.prompt = args.prompt or [DEFAULT_PROMPT]
-    for prompt in args.prompt:
+def _settled(options: EgoSchemaOptions) -> EgoSchemaOptions:
+    """The options with the defaults of the lists filled in. Raises UserError for combinations that make no sense."""
+    options = dataclasses.replace(
+        options, frames=sorted(set(options.frames)) or [_FRAMES], prompt=options.prompt or [DEFAULT_PROMPT]
+    )
+    for prompt in options.prompt:
         parse_prompt(prompt)
-    if not args.pretrain_model:
+    if not options.pretrain_model:
         raise UserError("--pretrain-model: not given; name the checkpoint to evaluate (a path or hf:owner/repo/file)")
-    if bool(args.uid_to_ego4d) != bool(args.pretrain_metadata):
+    if bool(options.uid_to_ego4d) != bool(options.pretrain_metadata):
         raise UserError("--uid-to-ego4d and --pretrain-metadata: give both to find common videos, or neither")
-    if args.exclude_overlap and not args.uid_to_ego4d:
+    if options.exclude_overlap and not options.uid_to_ego4d:
         raise UserError("--exclude-overlap: needs --uid-to-ego4d and --pretrain-metadata to know what to leave out")
-    if args.exclude_overlap and not args.answers and args.dataset != "demo":
+    if options.exclude_overlap and not options.answers and options.dataset != "demo":
         raise UserError("--exclude-overlap: leaves questions out of the accuracy, for which --answers is missing")
-    if args.submit and len(args.frames) > 1:
-        raise UserError(f"--submit: sends one set of answers, but --frames asks for {len(args.frames)}; give one")
-    if args.submit and not args.submit_url.startswith(("http://", "https://")):
-        raise UserError(f"--submit-url {args.submit_url}: an address that begins with http:// or https:// is due")
+    if options.submit and len(options.frames) > 1:
+        raise UserError(f"--submit: sends one set of answers, but --frames asks for {len(options.frames)}; give one")
+    if options.submit and not options.submit_url.startswith(("http://", "https://")):
+        raise UserError(
+            f"--submit-url {options.submit_url}: an address that begins with http:// or https:// is required"
+        )
+    return options
 
 
 def find_overlap(questions: Sequence[Question], sources: str, narrations: Sequence[str]) -> frozenset[str]:
-    """The q_uids of questions whose Ego4D video (`sources`: uid_to_ego4d.json) is in the pretraining narrations."""
+    """The q_uids of the questions whose Ego4D video is in the narrations of the pretraining.
+
+    Args:
+        questions: The questions.
+        sources: The path of uid_to_ego4d.json, which names the Ego4D video of each question.
+        narrations: The files of narrations.
+    """
     source_of = read_sources(sources)
     trained_on = set(read_ego4d(*narrations).videos)
     unknown = sum(question.uid not in source_of for question in questions)
@@ -95,54 +116,56 @@ def find_overlap(questions: Sequence[Question], sources: str, narrations: Sequen
 
 
 class _Run:
-    """One evaluation, up to the point where nothing but scores is needed."""
+    """One evaluation: the questions, the model and the videos."""
 
-    def __init__(self, args: Any, world: World):
-        self.args, self.world = args, world
-        self.folder = Path(args.output_dir)
+    def __init__(self, options: EgoSchemaOptions, world: World):
         with world.together("reading the data"):
-            if args.dataset == "demo":
-                use_demo_dataset(args, "egoschema_videos", questions="egoschema_questions", answers="egoschema_answers")
-            self.precision: Precision = choose_precision(args, world.device)
-            self.questions = read_questions(args.questions)
-            self.truth = read_answers(args.answers, self.questions) if args.answers else {}
-            self.decoder = resolve_decoder(args.decoder)
+            if options.dataset == "demo":
+                options = on_demo_dataset(
+                    options, "egoschema_videos", questions="egoschema_questions", answers="egoschema_answers"
+                )
+            self.options, self.world, self.folder = options, world, Path(options.output_dir)
+            self.precision: Precision = choose_precision(options, world.device)
+            self.questions = read_questions(options.questions)
+            self.truth = read_answers(options.answers, self.questions) if options.answers else {}
+            self.decoder = resolve_decoder(options.decoder)
         self.left_out = self._overlap()
         with world.together("building the model"):
-            model = build_as_saved(args, Checkpoint.open(args.pretrain_model), args.frames[0])
-            self.model: nn.Module = model.to(world.device).eval()
+            checkpoint = Checkpoint.open(options.pretrain_model)
+            self.model: nn.Module = build_as_saved(options, checkpoint, options.frames[0]).to(world.device).eval()
             self.config = self.model.config
             self.videos = LongVideos(
-                self.questions, args.root, size=self.config.img_size, sampling=args.sampling, decoder=args.decoder,
-                threads=args.decode_threads,
+                self.questions, options.root, size=self.config.img_size, sampling=options.sampling,
+                decoder=options.decoder, threads=options.decode_threads,
             )  # fmt: skip
-            self.max_tokens = args.max_tokens or default_max_tokens(world.device)
-            mark = fingerprint(self.model, self._settings() | {"sampling": _RULES[args.sampling]})
+            self.max_tokens = options.max_tokens or default_max_tokens(world.device)
+            mark = fingerprint(self.model, self._settings() | {"sampling": _RULES[options.sampling]})
         world.agree({"questions": len(self.questions), "weights and settings": mark})
         world.stop_if_asked("before the first video")
         self.log = ResultLog(self.folder, world.rank, mark)
 
     def _settings(self) -> dict[str, Any]:
-        """What scores depend on besides the weights."""
-        a = self.args
+        """What the scores depend on besides the weights."""
+        options = self.options
         return {
-            "model": asdict(self.config), "sampling": a.sampling, "prompts": a.prompt, "norm_style": a.norm_style,
+            "model": dataclasses.asdict(self.config), "sampling": options.sampling, "prompts": options.prompt,
+            "norm_style": options.norm_style,
             "precision": str(self.precision.dtype), "device": self.world.device.type, "decoder": self.decoder,
-            "root": str(Path(a.root).resolve()),
+            "root": str(Path(options.root).resolve()),
         }  # fmt: skip
 
     def _overlap(self) -> frozenset[str]:
-        """q_uids to leave out of the figures; how many videos are common is reported either way."""
-        args, world = self.args, self.world
+        """The q_uids that are left out of the metrics. The number of common videos is logged in any case."""
+        options, world = self.options, self.world
         common: frozenset[str] = frozenset()
         with world.together("comparing with the pretraining videos"):
-            if args.uid_to_ego4d and world.is_main:
-                common = find_overlap(self.questions, args.uid_to_ego4d, args.pretrain_metadata)
+            if options.uid_to_ego4d and world.is_main:
+                common = find_overlap(self.questions, options.uid_to_ego4d, options.pretrain_metadata)
         common = world.broadcast(common)
-        return common if args.exclude_overlap else frozenset()
+        return common if options.exclude_overlap else frozenset()
 
     def results(self) -> tuple[dict[str, Scores], dict[str, str]]:
-        """Scores and errors by q_uid, on every process: what was there before, and what is computed now."""
+        """The scores and the errors by q_uid, on every process, of earlier runs and of this one."""
         world, done = self.world, {}
         with world.together("reading earlier results"):
             if world.is_main:
@@ -150,14 +173,14 @@ class _Run:
         done = world.broadcast(done)
         todo = []
         for i, question in enumerate(self.questions):
-            missing = tuple(n for n in self.args.frames if n not in done.get(question.uid, {}))
+            missing = tuple(n for n in self.options.frames if n not in done.get(question.uid, {}))
             if missing:
                 todo.append((i, missing))
         before = len(self.questions) - len(todo)
         logger.info(
             "%s: %d questions, %d of them answered before, %s frames (%s), %s on %s, %d process%s (%s)",
-            self.config.name, len(self.questions), before, ", ".join(map(str, self.args.frames)), self.args.sampling,
-            str(self.precision.dtype).removeprefix("torch."), world.device.type, world.size,
+            self.config.name, len(self.questions), before, ", ".join(map(str, self.options.frames)),
+            self.options.sampling, str(self.precision.dtype).removeprefix("torch."), world.device.type, world.size,
             "" if world.size == 1 else "es", world.how,
         )  # fmt: skip
         own, errors = self._answer(todo) if todo else ({}, {})
@@ -167,16 +190,16 @@ class _Run:
                 done.setdefault(uid, {}).update(scores)
         with world.together("reading the videos"):
             if errors and len(errors) == len(self.questions):
-                raise UserError(f"--root {self.args.root}: no video can be read: {encode.describe(errors, 1)}")
+                raise UserError(f"--root {self.options.root}: no video can be read: {encode.describe(errors, 1)}")
         return done, errors
 
     def _answer(self, todo: list[tuple[int, tuple[int, ...]]]) -> tuple[dict[str, Scores], dict[str, str]]:
-        """This process's share of the videos: every size-th of them. All processes go in step, a video at a time."""
+        """Answer the share of this process: every size-th video. All processes go in step, a video at a time."""
         world = self.world
-        texts = encode_options(self.model, self.questions, self.args.prompt, world, self.precision)
+        texts = encode_options(self.model, self.questions, self.options.prompt, world, self.precision)
         self._tell_memory()
         own = todo[world.rank :: world.size]
-        loader = build_loader(self.videos, own, workers=self.args.workers, device=world.device, large_samples=True)
+        loader = build_loader(self.videos, own, workers=self.options.workers, device=world.device, large_samples=True)
         samples = iter(loader)
         results: dict[str, Scores] = {}
         errors: dict[str, str] = {}
@@ -193,7 +216,7 @@ class _Run:
             if asked and done < rounds:
                 left = len(todo) - done * world.size
                 raise Stopped(f"{name(asked)} with {left} videos left; {self.folder} keeps the answers so far")
-            if done % self.args.print_freq == 0 or done == rounds:
+            if done % self.options.print_freq == 0 or done == rounds:
                 pace = (time.perf_counter() - start) / done
                 logger.info(
                     "video %d of %d, %.2f s each, %s left",
@@ -206,12 +229,12 @@ class _Run:
     ) -> None:
         question = self.questions[sample["index"]]
         if sample["error"]:
-            if self.args.strict:
+            if self.options.strict:
                 raise UserError(f"--strict: {sample['error']}")
             logger.warning("video cannot be read: %s", sample["error"])
             errors[question.uid] = sample["error"]
             return
-        options, scores = texts.of(question, self.args.prompt), {}
+        options, scores = texts.of(question, self.options.prompt), {}
         for count, positions in sample["clips"].items():
             with self.precision.autocast():
                 feature = encode_long_video(
@@ -227,22 +250,22 @@ class _Run:
     def _frames(self, frames: torch.Tensor, positions: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Frames [start, stop) of a clip, normalised, (3, stop - start, size, size) on the device."""
         some = frames[positions[start:stop]].to(self.world.device).transpose(0, 1)
-        return normalize_clip(some, self.args.norm_style)
+        return normalize_clip(some, self.options.norm_style)
 
     def _tell_memory(self) -> None:
         autocast = self.precision.dtype is not torch.float32
-        largest = self.args.frames[-1]
+        largest = self.options.frames[-1]
         parts = memory_bytes(self.config, largest, autocast=autocast, max_tokens=self.max_tokens)
         logger.info("memory for %d frames: at most %.1f GB beside the weights", largest, sum(parts.values()) / 1e9)
 
     def write(self, results: dict[str, Scores], errors: dict[str, str]) -> dict[int, dict[str, float]]:
-        """All files, and the table on stdout; the figures by number of frames."""
-        answers = {n: choose_answers(self.questions, results, n) for n in self.args.frames}
-        figures = {n: figures_of(answers[n], self.truth, self.left_out) for n in answers} if self.truth else {}
+        """Write all files, and the table to stdout. Returns the metrics by number of frames."""
+        answers = {n: choose_answers(self.questions, results, n) for n in self.options.frames}
+        metrics = {n: metrics_of(answers[n], self.truth, self.left_out) for n in answers} if self.truth else {}
         for count in answers:
             write_answers(self.folder, count, answers[count])
         report = {
-            "checkpoint": self.args.pretrain_model, "settings": self._settings(), "figures": figures,
+            "checkpoint": self.options.pretrain_model, "settings": self._settings(), "figures": metrics,
             "left_out": sorted(self.left_out), "unreadable": errors,
             "scores": {
                 q.uid: {n: row for n, row in results[q.uid].items() if n in answers}
@@ -250,8 +273,8 @@ class _Run:
             },
         }  # fmt: skip
         write_text(self.folder / "egoschema_scores.json", json.dumps(report, indent=1) + "\n")
-        source = {"sampling": self.args.sampling, "checkpoint": self.args.pretrain_model}
-        for count, row in figures.items():
+        source = {"sampling": self.options.sampling, "checkpoint": self.options.pretrain_model}
+        for count, row in metrics.items():
             append_json(self.folder / "eval_log.txt", {"frames": count, **row, **source})
         if self.truth and self.left_out:
             logger.info("%d questions about pretraining videos are in no accuracy", len(self.left_out))
@@ -260,17 +283,18 @@ class _Run:
                 "%d of %d videos cannot be read; their questions are in no answer file and in no accuracy: %s",
                 len(errors), len(self.questions), encode.describe(errors),
             )  # fmt: skip
-        print(table(figures, {n: len(answers[n]) for n in answers}, len(self.questions)))
-        return figures
+        print(table(metrics, {n: len(answers[n]) for n in answers}, len(self.questions)))
+        return metrics
 
     def send(self, results: dict[str, Scores]) -> None:
-        (count,) = self.args.frames
+        """Send the answers to the server. Raises UserError where a question has no answer."""
+        (count,) = self.options.frames
         answers = choose_answers(self.questions, results, count)
         if len(answers) < len(self.questions):
             raise UserError(
                 f"--submit: nothing was sent, {len(self.questions) - len(answers)} of {len(self.questions)} questions "
                 "have no answer, since their videos cannot be read; the files are written"
             )
-        reply = submit(self.args.submit_url, answers)
-        logger.info("%d answers sent to %s", len(answers), self.args.submit_url)
+        reply = submit(self.options.submit_url, answers)
+        logger.info("%d answers sent to %s", len(answers), self.options.submit_url)
         print(f"the server says: {reply}")

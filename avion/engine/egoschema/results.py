@@ -1,4 +1,4 @@
-"""Scores of finished videos, kept so that a run that was stopped goes on where it was."""
+"""The scores of finished videos, kept so that a run that was stopped goes on where it stood."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ _PATTERN = "egoschema_results.*.jsonl"
 
 
 def fingerprint(model: nn.Module, settings: Mapping[str, Any]) -> str:
-    """Changes with any weight and any of the settings (JSON values): scores of another one are not the same."""
+    """A text that changes with any weight and with any of the settings (JSON values), on which the scores depend."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -32,12 +32,12 @@ def fingerprint(model: nn.Module, settings: Mapping[str, Any]) -> str:
 
 
 def _digest(question: Question) -> str:
-    """So that a question that was changed is answered anew."""
+    """A text that changes with the question, so that a changed question is answered again."""
     return hashlib.sha256("\0".join((question.text, *question.options)).encode()).hexdigest()[:16]
 
 
 class ResultLog:
-    """One process's file of finished videos: a JSON line each, on the disk before the next video is begun."""
+    """The file of the videos that one process has finished: a JSON line each, on disk before the next video begins."""
 
     def __init__(self, folder: Path, rank: int, mark: str):
         self.path, self.mark = folder / f"egoschema_results.{rank}.jsonl", mark
@@ -51,7 +51,7 @@ class ResultLog:
 
 
 def read_results(folder: Path, mark: str, questions: Sequence[Question]) -> dict[str, Scores]:
-    """What runs with this fingerprint, of any number of processes, left in the folder, by q_uid."""
+    """The scores by q_uid that runs with this fingerprint, of any number of processes, left in the folder."""
     digests = {question.uid: _digest(question) for question in questions}
     found: dict[str, Scores] = {}
     damaged = 0

@@ -1,4 +1,4 @@
-"""The options' texts: prompt templates filled in, and each distinct text encoded once."""
+"""The texts of the answer options: templates are filled in, and each distinct text is encoded once."""
 
 import functools
 import logging
@@ -11,20 +11,23 @@ import torch
 from torch import nn
 
 from avion.data.egoschema import Question
-from avion.data.tokenizer import VOCAB_SIZE, tokenize
+from avion.data.tokenizer import tokenize
 from avion.engine import encode
 from avion.engine.distributed import World
+from avion.engine.inputs import warn_of_small_vocabulary
 from avion.engine.steps import Precision
 from avion.errors import UserError
 from avion.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_PROMPT = "Is it '{option}'"  # upstream's
+DEFAULT_PROMPT = "Is it '{option}'"  # the template of Video Mamba Suite
 
 
 def parse_prompt(prompt: str) -> list[tuple[str, str | None]]:
-    """(literal text, field after it) in order; the fields are `option` and `question`, and `option` must be there."""
+    """Split a template into pairs (literal text, field after it). The fields are `option`, which is required, and
+    `question`. Raises UserError for other fields.
+    """
     try:
         parts = list(string.Formatter().parse(prompt))
     except ValueError as e:
@@ -38,7 +41,7 @@ def parse_prompt(prompt: str) -> list[tuple[str, str | None]]:
 
 
 def option_texts(question: Question, prompts: Sequence[str]) -> list[list[str]]:
-    """For each of the five options its text in each prompt; options in lower case."""
+    """For each of the five options, the text of each template. The options are in lower case."""
     texts = []
     for option in question.options:
         values = {"option": option.lower(), "question": question.text, None: ""}
@@ -48,24 +51,30 @@ def option_texts(question: Question, prompts: Sequence[str]) -> list[list[str]]:
 
 @dataclass
 class OptionTexts:
-    """Unit features (n, E) float64 of distinct texts, and where each text's is."""
+    """The features of distinct texts.
+
+    Attributes:
+        features: (n, E) float64, each row of length 1.
+        place: By text, the number of its row.
+    """
 
     features: np.ndarray
     place: dict[str, int]
 
     def of(self, question: Question, prompts: Sequence[str]) -> np.ndarray:
-        """(5, E): the options' features, means over the prompts, of length 1."""
+        """The features of the five options, (5, E): means over the templates, brought to length 1."""
         rows = [[self.place[text] for text in texts] for texts in option_texts(question, prompts)]
         return unit(self.features[rows].mean(axis=1))
 
 
 def unit(x: np.ndarray) -> np.ndarray:
+    """The vectors in the last dimension, brought to length 1; float64."""
     x = x.astype(np.float64)
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def _tokenizer(config: ModelConfig, cut: set[str]) -> Callable[[list[str]], torch.Tensor]:
-    """Tokens as the model takes them; texts that are too long for it are added to `cut`."""
+    """A function of texts that gives the tokens that the model takes. It adds the texts that are too long to `cut`."""
     encode_words = functools.partial(tokenize, context_length=config.context_length, vocab_size=config.vocab_size)
 
     def tokens_of(texts: list[str]) -> torch.Tensor:
@@ -79,16 +88,13 @@ def _tokenizer(config: ModelConfig, cut: set[str]) -> Callable[[list[str]], torc
 def encode_options(
     model: nn.Module, questions: Sequence[Question], prompts: Sequence[str], world: World, precision: Precision
 ) -> OptionTexts:
-    """On every process the features of every distinct text of these questions.
+    """The features of every distinct text of these questions, on every process.
 
-    Of all questions, even where some are answered already: the same batches give the same features.
+    The questions must be all questions, even where some are answered already: only the same batches give the same
+    features.
     """
     config = model.config
-    if config.vocab_size < VOCAB_SIZE:
-        logger.warning(
-            "the model's vocabulary of %d is smaller than the tokenizer's of %d: words share entries",
-            config.vocab_size, VOCAB_SIZE,
-        )  # fmt: skip
+    warn_of_small_vocabulary(config)
     distinct: dict[str, int] = {}
     for question in questions:
         for text in (text for texts in option_texts(question, prompts) for text in texts):

@@ -1,10 +1,18 @@
-"""The flags of the entry points. Names and defaults are AVION's where AVION has the flag."""
+"""The flags of the entry points. A flag that AVION has too has AVION's name and default."""
 
 from .egoschema import EgoSchemaOptions
 from .finetune_classification import FinetuneClassificationOptions
 from .finetune_retrieval import FinetuneRetrievalOptions
 from .pretrain import PretrainOptions
-from .shared import DeviceOptions, ModelOptions, OptimOptions, RunOptions, VideoOptions
+from .shared import (
+    DeviceOptions,
+    ModelOptions,
+    OptimOptions,
+    RunOptions,
+    SavedModelOptions,
+    TrainingOptions,
+    VideoOptions,
+)
 
 __all__ = [
     "DeviceOptions",
@@ -15,5 +23,7 @@ __all__ = [
     "OptimOptions",
     "PretrainOptions",
     "RunOptions",
+    "SavedModelOptions",
+    "TrainingOptions",
     "VideoOptions",
 ]

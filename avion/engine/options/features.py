@@ -7,42 +7,39 @@ from avion.constants import FEATURE_KINDS, SHARD_DTYPES, SHARD_FORMATS
 from avion.engine.args import flag, other_default
 from avion.numbers import COUNT
 
-from .model_args import settle_model_args
-from .shared import FRAMES, DeviceOptions, ModelOptions, RunOptions, VideoOptions
+from .shared import FRAMES, DeviceOptions, RunOptions, SavedModelOptions, VideoOptions
+
+# What a feature is of, how the shards are written, and the number formats in them.
+KINDS = ("clip", "frame", "spatial")
+FORMATS = ("npz", "safetensors")
+DTYPES = ("fp32", "fp16", "bf16")
 
 
-@dataclass
-class FeatureOptions:
-    """`tools/extract_features.py`."""
+@dataclass(frozen=True)
+class FeatureOptions(SavedModelOptions):
+    """The options of `tools/extract_features.py`."""
 
     TITLE: ClassVar[str] = "features"
 
     videos: str = flag(
-        "", "what to extract from: a text file with a line `file` or `file,start,end` (seconds) per video, an Ego4D "
+        "", "list of the videos: a text file with a line `file` or `file,start,end` (seconds) per video, an Ego4D "
         "pickle (.pkl) or an EK-100 CSV", metavar="FILE",
     )  # fmt: skip
     root: str = flag(".", "folder of the videos", metavar="DIR")
-    checkpoint: str = flag("", "any checkpoint: a path or hf:owner/repo/file", metavar="PATH")
-    output_dir: str = flag("", "where shards and index go; finished shards there are left as they are", metavar="DIR")
-    features: list[str] = flag([], "kinds of features [clip]", choices=FEATURE_KINDS)
-    frames: int | None = flag(None, "frames per clip [the checkpoint's]", FRAMES)
-    format: str = flag("npz", "of the shards", choices=SHARD_FORMATS)
-    dtype: str = flag("fp32", "type of the features in the shards; bf16 in safetensors only", choices=SHARD_DTYPES)
+    checkpoint: str = flag("", "checkpoint of the model: a path or hf:owner/repo/file", metavar="PATH")
+    output_dir: str = flag("", "folder of shards and index; finished shards in it are left as they are", metavar="DIR")
+    features: list[str] = flag([], "kinds of features to extract [clip]", choices=KINDS)
+    frames: int | None = flag(None, "frames per clip [as many as the checkpoint has]", FRAMES)
+    format: str = flag("npz", "file format of the shards", choices=FORMATS)
+    dtype: str = flag(
+        "fp32", "number format of the features in the shards; bf16 is in safetensors only", choices=DTYPES
+    )
     shard_size: int = flag(256, "clips per shard", COUNT)
     batch_size: int = flag(16, "clips per forward pass", COUNT)
     workers: int = other_default(RunOptions, "workers", 2, "data-loading processes")
 
-    model: str | None = other_default(
-        ModelOptions, "model", None, "registered model, where the checkpoint does not say"
-    )
-    model_args: list[str] = other_default(ModelOptions, "model_args", [])
-    use_fast_conv1: bool = other_default(ModelOptions, "use_fast_conv1", False)
-    use_flash_attn: bool | None = other_default(ModelOptions, "use_flash_attn", None)
-    scan_backend: str = other_default(ModelOptions, "scan_backend", "auto")
-
-    norm_style: str = other_default(VideoOptions, "norm_style", "openai")
     video_chunk_length: int = other_default(
-        VideoOptions, "video_chunk_length", 15, "length of a video chunk in seconds, of pickles and CSVs"
+        VideoOptions, "video_chunk_length", 15, "length of a video chunk in seconds, for the videos of pickles and CSVs"
     )
     video_layout: str = other_default(VideoOptions, "video_layout", "auto")
     decoder: str = other_default(VideoOptions, "decoder", "auto")
@@ -50,5 +47,3 @@ class FeatureOptions:
     device: str = other_default(DeviceOptions, "device", "auto")
     precision: str | None = other_default(DeviceOptions, "precision", None)
     debug: bool = other_default(RunOptions, "debug", False)
-
-    settle = staticmethod(settle_model_args)

@@ -1,17 +1,18 @@
-"""`--model-args FIELD=VALUE ...`: fields of the model's configuration, read before anything else is.
-
-The functions import the models, and with them PyTorch: the words of the command line have been parsed by then, so
-`--help` does not wait for that import.
-"""
+"""`--model-args FIELD=VALUE ...`: fields of the model's configuration, read before anything else."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
 
 from avion.errors import UserError
 
 if TYPE_CHECKING:
     from avion.models.registry import FieldValue
+
+if TYPE_CHECKING:
+    from avion.engine.args import Options
+
+    from .shared import TrainingOptions
 
 # Flags that are fields of the model's configuration under the same name; num_frames is `--clip-length`.
 _SIZES = ("project_embed_dim", "context_length", "vocab_size")
@@ -22,11 +23,16 @@ _BEHAVIOUR = (
 _RESERVED = {"name": "--model chooses the model", "tower": "a tower is chosen with the model, by --model"}
 
 
-def parse_model_args(words: Sequence[str], model: str | None = None) -> "dict[str, FieldValue]":
-    """["depth=6", "act_layer=quick_gelu"] to {"depth": 6, "act_layer": "quick_gelu"}.
+def parse_model_args(words: Sequence[str], model: str | None = None) -> dict[str, FieldValue]:
+    """Read ["depth=6", "act_layer=quick_gelu"] as {"depth": 6, "act_layer": "quick_gelu"}.
 
-    model: the registered model that they are of, where it is known. Raises UserError, one line, for a field that does
-    not exist, for a value that is not of its type or range, and for two values of one field.
+    Args:
+        words: FIELD=VALUE each.
+        model: The name of the registered model that has the fields, where it is known.
+
+    Raises:
+        UserError: A field does not exist, a value is not of the type or in the range of its field, or a field has two
+            values.
     """
     from avion.models.registry import read_field
 
@@ -37,7 +43,7 @@ def parse_model_args(words: Sequence[str], model: str | None = None) -> "dict[st
         if not equals or not name or not text:
             raise UserError(f"--model-args {word}: expected FIELD=VALUE, for example depth=6")
         if name in _RESERVED:
-            raise UserError(f"--model-args {word}: {name} is no field to change; {_RESERVED[name]}")
+            raise UserError(f"--model-args {word}: {name} is not a field that can be changed; {_RESERVED[name]}")
         try:
             value = read_field(name, text, model)
         except UserError as e:
@@ -48,16 +54,17 @@ def parse_model_args(words: Sequence[str], model: str | None = None) -> "dict[st
     return fields
 
 
-def flag_of(field: str, flags: Any) -> str | None:
-    """The name of the flag that sets a field of the model's configuration too; `flags`: what has the flags' names."""
+def flag_of(field: str, flags: Container[str]) -> str | None:
+    """The name of the flag among `flags` that sets a field of the model's configuration too, if there is one."""
     name = "clip_length" if field == "num_frames" else field
     return name if name in flags else None
 
 
 def settle_model_args(values: dict[str, Any], config: type) -> dict[str, Any]:
-    """The values of flags, with those that `--model-args` sets in the place of flags.
+    """Add the values that `--model-args` sets in the place of flags to the values of the flags.
 
-    UserError where a flag and `--model-args` disagree, and where a registered model (`--model`) cannot have the fields.
+    Raises:
+        UserError: A flag and `--model-args` disagree, or the registered model (`--model`) cannot have the fields.
     """
     from avion.models.registry import model_config
     from avion.ops.selective_scan import check_backend_name
@@ -82,23 +89,23 @@ def settle_model_args(values: dict[str, Any], config: type) -> dict[str, Any]:
     return values
 
 
-def sizes(args: Any) -> dict[str, int]:
-    """The flags that are sizes of the model. Fine-tuning has none: there they are the checkpoint's."""
-    return {name: getattr(args, name) for name in _SIZES if hasattr(args, name)}
+def sizes(options: "Options") -> dict[str, int]:
+    """The flags that are sizes of the model. Fine-tuning has no such flags: the checkpoint sets the sizes."""
+    values = options.values()
+    return {name: values[name] for name in _SIZES if name in values}
 
 
-def behaviour(args: Any) -> "dict[str, FieldValue]":
-    """The other flags that are fields of the model, and what `--model-args` sets beside the flags."""
-    fields = {name: getattr(args, name, None) for name in _BEHAVIOUR}
-    others = parse_model_args(args.model_args, args.model)
+def behaviour(options: "Options") -> dict[str, FieldValue]:
+    """The other flags that are fields of the model, and the fields that only `--model-args` sets."""
+    values = options.values()
+    fields = {name: values.get(name) for name in _BEHAVIOUR}
+    others = parse_model_args(values["model_args"], values["model"])
     return {name: value for name, value in fields.items() if value is not None} | {
-        name: value for name, value in others.items() if flag_of(name, vars(args)) is None
+        name: value for name, value in others.items() if flag_of(name, values) is None
     }
 
 
-def check_model(args: Any) -> None:
-    """UserError where the registered model `--model` cannot have the fields that the flags give it."""
-    from avion.models.registry import check_config, model_config
-
-    fields = {**sizes(args), "num_frames": args.clip_length, **behaviour(args)}
-    check_config(dataclasses.replace(model_config(args.model), **fields))
+def check_model(options: "TrainingOptions") -> None:
+    """Raise UserError where the registered model `--model` cannot have the fields that the flags give it."""
+    fields = {**sizes(options), "num_frames": options.clip_length, **behaviour(options)}
+    dataclasses.replace(model_config(options.model), **fields)

@@ -1,10 +1,10 @@
-"""The flags that entry points share, in groups."""
+"""The groups of flags that the entry points share."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from avion.constants import NORM_STYLES, OPTIMIZERS
-from avion.engine.args import flag
+from avion.constants import NORM_STYLES
+from avion.engine.args import Options, flag, other_default
 from avion.errors import UserError
 from avion.numbers import (
     COUNT,
@@ -28,15 +28,15 @@ LEARNING_RATE = Number(float, 0, 1000, above=True)
 
 
 def check_scale_range(scale_range: list[float]) -> None:
-    """UserError where the smallest area of a random crop is above the largest."""
+    """Raise UserError where the smallest area of a random crop is above the largest."""
     smallest, largest = scale_range
     if smallest > largest:
         raise UserError(f"--scale-range {smallest:g} {largest:g}: the smaller share comes first")
 
 
-@dataclass
-class VideoOptions:
-    """Reading and augmenting clips, the same for every task."""
+@dataclass(frozen=True)
+class VideoOptions(Options):
+    """How clips are read and augmented, the same for every task."""
 
     TITLE: ClassVar[str] = "video"
 
@@ -44,83 +44,200 @@ class VideoOptions:
         15, "length of a video chunk in seconds; -1: whole videos", whole(1, 86400, also=(-1,)), metavar="S"
     )
     video_layout: str = flag(
-        "auto", "chunks as AVION ({video}.mp4/{start}.mp4) or Video Mamba Suite ({video}/{number}.mp4) lay "
-        "them out, or whole videos", choices=["auto", "avion", "vms", "whole"],
+        "auto", "layout of the video folder: chunks as AVION names them ({video}.mp4/{start}.mp4), chunks as Video "
+        "Mamba Suite names them ({video}/{number}.mp4), or whole videos; auto: found out",
+        choices=["auto", "avion", "vms", "whole"],
     )  # fmt: skip
     decoder: str = flag(
-        "auto", "video decoder; auto: PyAV, else decord (docs/data.md says why)", choices=["auto", "decord", "pyav"]
+        "auto",
+        "video decoder; auto: PyAV, or decord without PyAV (docs/data.md says why)",
+        choices=["auto", "decord", "pyav"],
     )
     video_index: str = flag(
-        "auto", "packet index of the videos (tools/index_videos.py), with which a clip is read without its container; "
-        "auto: packets.index in their folder, where there is one; off: none", metavar="FILE",
+        "auto", "packet index of the videos (tools/index_videos.py), with which a clip is read without reading the "
+        "container; auto: packets.index in the folder of the videos, where there is one; off: no index", metavar="FILE",
     )  # fmt: skip
-    decode_threads: int = flag(1, "threads of one decoder; 0: as many as it likes", THREADS)
+    decode_threads: int = flag(1, "threads of one video decoder; 0: the decoder chooses", THREADS)
     clip_length: int = flag(4, "frames per clip", FRAMES)
-    clip_stride: int = flag(16, "frames from one to the next, used with --frame-sampling strided", FRAMES)
+    clip_stride: int = flag(
+        16,
+        "distance between the frames of a clip, in frames of the video; only --frame-sampling strided uses it",
+        FRAMES,
+    )
     frame_sampling: str = flag(
-        "uniform", "uniform: one frame from each of clip-length equal segments (AVION's way); strided: every "
-        "clip-stride-th frame around the middle of the clip", choices=["uniform", "strided"],
+        "uniform", "which frames of a clip are read; uniform: one frame from each of --clip-length equal segments, as "
+        "AVION does; strided: every --clip-stride-th frame around the middle of the clip",
+        choices=["uniform", "strided"],
     )  # fmt: skip
     norm_style: str = flag(
-        "openai", "pixel mean and std: CLIP's; AVION's and LaViLa's with the mistyped red mean "
-        "(openai_legacy, for their released checkpoints only); ImageNet's (timm)", choices=list(NORM_STYLES),
+        "openai", "mean and standard deviation that pixels are normalised with; openai: those of CLIP; openai_legacy: "
+        "those of AVION and LaViLa with the mistyped mean of red, for their released checkpoints only; timm: those of "
+        "ImageNet", choices=list(NORM_STYLES),
     )  # fmt: skip
     fused_decode_crop: bool = flag(
-        False, "cut, resize and convert to uint8 RGB in one pass in the worker, normalise on the device: less time, "
-        "memory and copying, same crops",
+        False, "crop, resize and convert clips to uint8 RGB in one pass in the data-loading process, and normalise "
+        "them on the device: less time, memory and copying, the same crops",
     )  # fmt: skip
-    strict_data: bool = flag(False, "stop at the first clip that cannot be read instead of replacing and reporting it")
+    strict_data: bool = flag(
+        False, "stop at the first clip that cannot be read, instead of replacing and reporting the clip"
+    )
 
 
-@dataclass
-class ModelOptions:
+@dataclass(frozen=True)
+class ModelOptions(Options):
+    """The model and how it computes."""
+
     TITLE: ClassVar[str] = "model"
 
-    model: str = flag("CLIP_VITB16", "registered model; `python -m avion.models` lists them", metavar="NAME")
+    model: str = flag(
+        "CLIP_VITB16", "name of a registered model; `python -m avion.models` lists the names", metavar="NAME"
+    )
     model_args: list[str] = flag(
-        [], "fields of the model's configuration to change, e.g. depth=6 embed_dim=384", metavar="FIELD=VALUE"
+        [], "fields of the model's configuration to change, for example depth=6 embed_dim=384", metavar="FIELD=VALUE"
     )
-    grad_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
-    use_fast_conv1: bool = flag(False, "patch embedding as one matrix product", off="--disable-fast-conv1")
+    grad_checkpointing: bool = flag(False, "recompute activations in the backward pass, which saves memory")
+    use_fast_conv1: bool = flag(False, "compute the patch embedding as one matrix product", off="--disable-fast-conv1")
     use_flash_attn: bool | None = flag(
-        None, "fused attention kernels only; unset: PyTorch chooses", off="--disable-flash-attn"
+        None, "use fused attention kernels only; unset: PyTorch chooses the kernels", off="--disable-flash-attn"
     )
-    patch_dropout: float = flag(0.0, "fraction of patches left out in training, the same in every frame", SHARE_BELOW_1)
-    drop_path_rate: float = flag(0.0, "stochastic depth, rising linearly to this rate in the last block", SHARE_BELOW_1)
-    scan_backend: str = flag("auto", "selective-scan backend of the Mamba models", metavar="NAME")
-    compile: bool = flag(False, "torch.compile the model")
-    resume: str = flag("", "checkpoint to go on from, or to evaluate: a path or hf:owner/repo/file", metavar="PATH")
+    patch_dropout: float = flag(
+        0.0, "share of the patches that training leaves out, the same patches in every frame", SHARE_BELOW_1
+    )
+    drop_path_rate: float = flag(
+        0.0, "rate of stochastic depth in the last block; it rises linearly from 0 in the first block", SHARE_BELOW_1
+    )
+    scan_backend: str = flag(
+        "auto", "backend of the selective scan of Mamba models; auto: the fastest one that is there", metavar="NAME"
+    )
+    compile: bool = flag(False, "compile the model with torch.compile")
+    resume: str = flag(
+        "", "checkpoint to resume training from, or to evaluate: a path or hf:owner/repo/file", metavar="PATH"
+    )
 
     settle = staticmethod(settle_model_args)
 
 
-@dataclass
-class OptimOptions:
+@dataclass(frozen=True)
+class OptimOptions(Options):
+    """The optimizer and the schedule of the learning rate."""
+
     TITLE: ClassVar[str] = "optimisation"
 
-    epochs: int = flag(5, "epochs to train", COUNT)
+    epochs: int = flag(5, "number of epochs", COUNT)
     start_epoch: int = flag(
-        0, "number of the first epoch; a resumed checkpoint's own number takes precedence", COUNT_OR_OFF
+        0,
+        "number of the first epoch, counted from 0; the number in a resumed checkpoint takes precedence",
+        COUNT_OR_OFF,
     )
     warmup_epochs: int = flag(1, "epochs of linear warm-up, at most --epochs", COUNT_OR_OFF)
     batch_size: int = flag(16, "clips per process and micro-batch", COUNT)
-    update_freq: int = flag(1, "micro-batches per optimizer step; gradients are those of the whole batch", COUNT)
+    update_freq: int = flag(1, "micro-batches per optimizer step; the gradients are those of the whole batch", COUNT)
     optimizer: str = flag("adamw", "optimizer", choices=list(OPTIMIZERS))
     lr: float = flag(3e-5, "peak learning rate", LEARNING_RATE)
     lr_start: float = flag(1e-6, "learning rate at the start of the warm-up, at most --lr", Number(float, 0, 1000))
-    lr_end: float = flag(1e-5, "learning rate that the cosine falls to, at most --lr", Number(float, 0, 1000))
+    lr_end: float = flag(1e-5, "learning rate at the end of the cosine schedule, at most --lr", Number(float, 0, 1000))
     fix_lr: bool = flag(False, "constant learning rate, without warm-up or decay")
     wd: float = flag(0.01, "weight decay", Number(float, 0, 100))
-    betas: list[float] = flag([0.9, 0.999], "AdamW's betas; the first is SGD's momentum", SHARE_BELOW_1)
-    eps: float = flag(1e-8, "AdamW's epsilon; SGD has none", Number(float, 1e-30, 1))
+    betas: list[float] = flag([0.9, 0.999], "betas of AdamW; the first one is the momentum of SGD", SHARE_BELOW_1)
+    eps: float = flag(1e-8, "epsilon of AdamW; SGD does not use it", Number(float, 1e-30, 1))
     grad_clip_norm: float | None = flag(
-        None, "largest gradient norm; larger ones are scaled down", Number(float, 0, 1e9, above=True)
+        None,
+        "largest norm of the gradients; gradients of a larger norm are scaled down",
+        Number(float, 0, 1e9, above=True),
     )
-    use_zero: bool = flag(False, "shard the optimizer's state over the processes (ZeRO stage 1)")
+    use_zero: bool = flag(False, "shard the state of the optimizer over the processes (ZeRO stage 1)")
+
+
+@dataclass(frozen=True)
+class RunOptions(Options):
+    """Checkpoints, logs, evaluations, data-loading processes."""
+
+    TITLE: ClassVar[str] = "run"
+
+    output_dir: str = flag(
+        "./", "folder of checkpoints and logs; training resumes from a checkpoint.pt in it", metavar="DIR"
+    )
+    evaluate: bool = flag(False, "evaluate without training", off="")
+    eval_freq: int = flag(1, "epochs between evaluations; the last epoch is always evaluated", COUNT)
+    eval_batch_size: int = flag(0, "clips per forward pass in evaluation; 0: as many as --batch-size", COUNT_OR_OFF)
+    save_steps: int = flag(
+        0,
+        "optimizer steps between checkpoints within an epoch; 0: only at the end of an epoch",
+        whole(0, 1_000_000_000),
+    )
+    print_freq: int = flag(10, "optimizer steps between progress lines", whole(1, 1_000_000_000))
+    tensorboard: bool = flag(False, "write metrics to TensorBoard too, in {output-dir}/tensorboard (docs/logging.md)")
+    wandb: bool = flag(False, "send metrics to Weights & Biases too")
+    wandb_project: str = flag("avion-timemamba", "project of the run at Weights & Biases", metavar="NAME")
+    wandb_name: str | None = flag(
+        None, "name of the run at Weights & Biases [the name of --output-dir]", metavar="NAME"
+    )
+    wandb_mode: str = flag(
+        "online",
+        "how metrics go to Weights & Biases; offline: into {output-dir}/wandb, for `wandb sync`",
+        choices=["online", "offline"],
+    )
+    workers: int = flag(
+        8,
+        "data-loading processes per training process; 0: the training process loads the data itself",
+        WORKERS,
+        names=["-j"],
+    )
+    seed: int = flag(0, "seed of initialisation, data order and augmentation", SEED)
+    debug: bool = flag(False, "show the traceback of every error", off="")
+
+
+@dataclass(frozen=True)
+class DeviceOptions(Options):
+    """The device, the precision and the processes."""
+
+    TITLE: ClassVar[str] = "device and processes"
+
+    device: str = flag(
+        "auto", "device to compute on; auto: a GPU (cuda) where there is one", choices=["auto", "cpu", "cuda"]
+    )
+    precision: str | None = flag(
+        None, "number format of autocast [bf16 on GPUs, fp32 on CPUs]", choices=["fp32", "bf16", "fp16"]
+    )
+    use_bf16: bool = flag(False, "the same as --precision bf16", off="")
+    disable_amp: bool = flag(False, "the same as --precision fp32", off="")
+    gpu: int | None = flag(
+        None,
+        "GPU of this process, counted from 0 among the visible ones [the number of the process on its machine]",
+        RANK,
+    )
+    world_size: int = flag(1, "number of processes, where neither torchrun nor srun started them", PROCESSES)
+    rank: int = flag(0, "number of this process, below --world-size, where neither torchrun nor srun started it", RANK)
+    local_rank: int = flag(
+        0, "number of this process on its machine, where neither torchrun nor srun started it", RANK,
+        names=["--local_rank"],
+    )  # fmt: skip
+    dist_url: str = flag(
+        "env://",
+        "where processes meet that neither torchrun nor srun started: env:// or tcp://host:port",
+        metavar="URL",
+    )
+    dist_backend: str = flag(
+        "nccl", "backend of the process group on GPUs; on CPUs it is gloo", choices=["nccl", "gloo"]
+    )
+    dist_timeout: float = flag(
+        30.0, "minutes after which a process that waits for the others gives up", Number(float, 0, 43200, above=True)
+    )
 
     def check(self) -> None:
-        """UserError for schedules that cannot be meant. An evaluation (`--evaluate`) has no schedule."""
-        if getattr(self, "evaluate", False):
+        """Raise UserError for an address without a port."""
+        host, colon, port = self.dist_url.removeprefix("tcp://").rpartition(":")
+        if self.dist_url.startswith("tcp://") and not (host and colon and port.isdecimal() and int(port) in PORT):
+            raise UserError(f"--dist-url {self.dist_url}: expected tcp://host:port, with a port {PORT.range}")
+
+
+@dataclass(frozen=True)
+class TrainingOptions(VideoOptions, ModelOptions, OptimOptions, RunOptions, DeviceOptions):
+    """All groups that an entry point with a training has."""
+
+    def check(self) -> None:
+        """Raise UserError for schedules that make no sense. An evaluation (`--evaluate`) has no schedule."""
+        if self.evaluate:
             return
         if self.start_epoch >= self.epochs:
             raise UserError(
@@ -129,7 +246,7 @@ class OptimOptions:
             )
         if self.fix_lr:
             return
-        if "warmup_epochs" in self.given and self.warmup_epochs > self.epochs:
+        if self.was_given("warmup_epochs") and self.warmup_epochs > self.epochs:
             raise UserError(f"--warmup-epochs {self.warmup_epochs}: --epochs {self.epochs} end before the warm-up does")
         if self.lr_end > self.lr:
             raise UserError(f"--lr-end {self.lr_end:g}: is above --lr {self.lr:g}, from which the cosine falls to it")
@@ -137,50 +254,19 @@ class OptimOptions:
             raise UserError(f"--lr-start {self.lr_start:g}: is above --lr {self.lr:g}, to which the warm-up rises")
 
 
-@dataclass
-class RunOptions:
-    TITLE: ClassVar[str] = "run"
+@dataclass(frozen=True)
+class SavedModelOptions(Options):
+    """A model that is used as its checkpoint describes it, without training."""
 
-    output_dir: str = flag("./", "where checkpoints and logs go; a checkpoint.pt there is resumed", metavar="DIR")
-    evaluate: bool = flag(False, "evaluate only", off="")
-    eval_freq: int = flag(1, "epochs between evaluations; the last epoch is always evaluated", COUNT)
-    eval_batch_size: int = flag(0, "clips per forward pass in evaluation; 0: as --batch-size", COUNT_OR_OFF)
-    save_steps: int = flag(
-        0, "optimizer steps between checkpoints within an epoch; 0: at its end only", whole(0, 1_000_000_000)
+    TITLE: ClassVar[str] = "model"
+
+    model: str | None = other_default(
+        ModelOptions, "model", None, "name of a registered model, where the checkpoint does not say which model it is"
     )
-    print_freq: int = flag(10, "optimizer steps between progress lines", whole(1, 1_000_000_000))
-    tensorboard: bool = flag(False, "figures to TensorBoard too, in {output-dir}/tensorboard (docs/logging.md)")
-    wandb: bool = flag(False, "figures to Weights & Biases too")
-    wandb_project: str = flag("avion-timemamba", "its project", metavar="NAME")
-    wandb_name: str | None = flag(None, "its name of the run [the name of --output-dir]", metavar="NAME")
-    wandb_mode: str = flag(
-        "online", "offline: into {output-dir}/wandb, for `wandb sync`", choices=["online", "offline"]
-    )
-    workers: int = flag(8, "data-loading processes per training process; 0: none of their own", WORKERS, names=["-j"])
-    seed: int = flag(0, "seed of initialisation, data order and augmentation", SEED)
-    debug: bool = flag(False, "show the traceback of every error", off="")
+    model_args: list[str] = other_default(ModelOptions, "model_args", [])
+    use_fast_conv1: bool = other_default(ModelOptions, "use_fast_conv1", False)
+    use_flash_attn: bool | None = other_default(ModelOptions, "use_flash_attn", None)
+    scan_backend: str = other_default(ModelOptions, "scan_backend", "auto")
+    norm_style: str = other_default(VideoOptions, "norm_style", "openai")
 
-
-@dataclass
-class DeviceOptions:
-    TITLE: ClassVar[str] = "device and processes"
-
-    device: str = flag("auto", "auto: cuda where there is one", choices=["auto", "cpu", "cuda"])
-    precision: str | None = flag(None, "autocast type [bf16 on GPUs, fp32 on CPUs]", choices=["fp32", "bf16", "fp16"])
-    use_bf16: bool = flag(False, "the same as --precision bf16", off="")
-    disable_amp: bool = flag(False, "the same as --precision fp32", off="")
-    gpu: int | None = flag(None, "GPU of this process, counted from 0 among those it sees [that of its number]", RANK)
-    world_size: int = flag(1, "processes, where neither torchrun nor srun says so", PROCESSES)
-    rank: int = flag(0, "number of this process, likewise; below --world-size", RANK)
-    local_rank: int = flag(0, "number of this process on its machine, likewise", RANK, names=["--local_rank"])
-    dist_url: str = flag("env://", "where processes meet, likewise: env:// or tcp://host:port", metavar="URL")
-    dist_backend: str = flag("nccl", "process-group backend on GPUs; gloo on CPUs", choices=["nccl", "gloo"])
-    dist_timeout: float = flag(
-        30.0, "minutes after which a process that waits for the others gives up", Number(float, 0, 43200, above=True)
-    )
-
-    def check(self) -> None:
-        """UserError for an address without a port."""
-        host, colon, port = self.dist_url.removeprefix("tcp://").rpartition(":")
-        if self.dist_url.startswith("tcp://") and not (host and colon and port.isdecimal() and int(port) in PORT):
-            raise UserError(f"--dist-url {self.dist_url}: expected tcp://host:port, with a port {PORT.range}")
+    settle = staticmethod(settle_model_args)

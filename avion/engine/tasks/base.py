@@ -1,105 +1,93 @@
-"""What differs between the tasks: data, model, loss, figures. The trainer serves all of them."""
+"""What differs between the tasks: data, model, objective, metrics. The trainer serves all of them."""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-import torch
 from torch import nn
 from torch.utils.data import Dataset
 
 from avion.data.video import VideoStore, is_remote
 from avion.engine import encode
-from avion.engine.build import build_model
 from avion.engine.distributed import World
-from avion.engine.steps import Precision
+from avion.engine.inputs import ModelInputs
+from avion.engine.options import TrainingOptions
+from avion.engine.steps import Objective, Precision
 from avion.errors import UserError
 from avion.weights import Checkpoint
 
 logger = logging.getLogger(__name__)
 
-# Errors of single clips are logged one by one up to here, then only counted.
-_SHOWN_ERRORS = 20
+T = TypeVar("T", bound=TrainingOptions)
 
 
-class Task:
-    """One entry point's data, model, loss and figures.
+class Task(Generic[T]):
+    """The data, the model, the objective and the metrics of one entry point.
 
-    `metric` names the figure that decides which model is best (higher is better).
+    Attributes:
+        metric: The name of the metric that decides which model is best; a higher value is better.
+        options: The options of the run. `--dataset demo` has the paths of the demo dataset.
+        world: The processes of the run.
+        checkpoint: The checkpoint that the run resumes or evaluates, if there is one.
+        objective: What an optimizer step follows.
     """
 
     metric: str
+    objective: Objective
 
-    def __init__(self, args: Any, world: World):
-        self.args, self.world = args, world
-        self.replaced = 0
+    def __init__(self, options: T, world: World, checkpoint: Checkpoint | None = None):
+        self.options, self.world, self.checkpoint = options, world, checkpoint
 
-    def build_model(self, checkpoint: Checkpoint | None) -> nn.Module:
-        """The model with the weights of a checkpoint, or with those it is trained from."""
-        return build_model(self.args, checkpoint)
-
-    def facts(self) -> dict[str, Any]:
-        """What all processes must have in common."""
+    def build_model(self) -> nn.Module:
+        """The model on the CPU, with the weights of the checkpoint or with those that training starts from."""
         raise NotImplementedError
 
-    def train_dataset(self) -> Dataset:
+    def facts(self) -> dict[str, Any]:
+        """What must be the same on all processes, by name."""
+        raise NotImplementedError
+
+    def train_dataset(self, inputs: ModelInputs) -> Dataset:
+        """The clips to train on, in the sizes that the model takes."""
         raise NotImplementedError
 
     def learning_rates(self) -> tuple[float, float, float]:
-        """The schedule's peak, its start and its end; the flags' unless a task scales them."""
-        return self.args.lr, self.args.lr_start, self.args.lr_end
+        """The learning rates at the peak, the start and the end of the schedule."""
+        return self.options.lr, self.options.lr_start, self.options.lr_end
 
-    def step(
-        self, model: nn.Module, micro_batches: list[dict[str, Any]], precision: Precision, scale: Callable
-    ) -> dict[str, torch.Tensor]:
-        """Leave the gradients of one optimizer step in `.grad`; return its figures, `loss` among them."""
-        raise NotImplementedError
-
-    def after_step(self, model: nn.Module) -> None:
-        """Keep parameters in their range."""
+    def saved_flags(self, model: nn.Module) -> dict[str, Any]:
+        """The flags as the checkpoints of this run store them."""
+        return self.options.values()
 
     def evaluate(self, model: nn.Module, precision: Precision) -> dict[str, float]:
-        """Figures of the evaluation data, the same on all processes."""
+        """The metrics on the evaluation data, the same on all processes."""
         raise NotImplementedError
 
-    def summary(self, figures: dict[str, float]) -> str:
-        """The figures on one line."""
+    def summary(self, metrics: dict[str, float]) -> str:
+        """The metrics on one line."""
         raise NotImplementedError
 
-    def table(self, figures: dict[str, float]) -> str:
-        """The figures as a table."""
+    def table(self, metrics: dict[str, float]) -> str:
+        """The metrics as a table."""
         raise NotImplementedError
-
-    def report(self, micro_batches: list[dict[str, Any]]) -> None:
-        """Name the clips that could not be read and were replaced by others."""
-        for batch in micro_batches:
-            for error in filter(None, batch["error"]):
-                self.replaced += 1
-                if self.replaced <= _SHOWN_ERRORS:
-                    logger.warning("clip replaced by another one: %s", error)
-                if self.replaced == _SHOWN_ERRORS:
-                    logger.warning("further clips that cannot be read are replaced without a word")
 
     def store(self, root: str, flag: str) -> VideoStore:
-        """The videos below a folder that was given as `flag`, read as the flags say."""
+        """The videos in the folder `root`, which was given as `flag`, read as the options say."""
         if not is_remote(root) and not Path(root).is_dir():
             raise UserError(f"{flag} {root}: no such folder; give the folder that the videos are in")
-        a = self.args
         return VideoStore(
             root,
-            chunk_length=a.video_chunk_length,
-            layout=a.video_layout,
-            decoder=a.decoder,
-            threads=a.decode_threads,
-            index={"auto": "auto", "off": None}.get(a.video_index, a.video_index),
+            chunk_length=self.options.video_chunk_length,
+            layout=self.options.video_layout,
+            decoder=self.options.decoder,
+            threads=self.options.decode_threads,
+            index={"auto": "auto", "off": None}.get(self.options.video_index, self.options.video_index),
         )
 
     def leave_out_unreadable(self, features: encode.Features, root_flag: str, root: str) -> None:
-        """Say how many clips an evaluation is without; UserError if none could be read."""
+        """Log how many clips an evaluation leaves out; raise UserError if no clip can be read."""
         if features.errors:
             logger.warning(
-                "%d of %d clips cannot be read and are left out of the figures: %s",
+                "%d of %d clips cannot be read and are left out of the metrics: %s",
                 len(features.errors), len(features.values), encode.describe(features.errors),
             )  # fmt: skip
         if len(features.readable) == 0:

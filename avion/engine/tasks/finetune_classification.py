@@ -1,8 +1,10 @@
-"""Fine-tuning for action recognition: one head over all actions; verbs and nouns by summing their actions."""
+"""Fine-tuning for action recognition: one head over all actions. The probability of a verb or a noun is the sum over
+its actions.
+"""
 
+import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,9 +29,11 @@ from avion.data.transforms import CropsTransform, TrainTransform
 from avion.engine import encode, predictions
 from avion.engine.build import build_classifier
 from avion.engine.console import table
-from avion.engine.demo_data import use_demo_dataset
+from avion.engine.demo_data import on_demo_dataset
 from avion.engine.distributed import World
-from avion.engine.steps import Precision, supervised_step
+from avion.engine.inputs import ModelInputs
+from avion.engine.options import FinetuneClassificationOptions
+from avion.engine.steps import Precision, Supervised
 from avion.errors import UserError
 from avion.evaluation.ek100_cls import KINDS, action_marginals, action_metrics
 from avion.evaluation.submission import SLS, action_submission
@@ -39,86 +43,96 @@ from .base import Task
 
 logger = logging.getLogger(__name__)
 
-# AVION's and the paper's learning rates are those of a global batch of so many clips.
+# The learning rates of AVION and of the paper are for a global batch of this many clips.
 _BASE_BATCH = 128
 
 
-class FinetuneClassification(Task):
-    """A video tower with one head; accuracies of actions, verbs and nouns, averaged over several views of a clip."""
+class FinetuneClassification(Task[FinetuneClassificationOptions]):
+    """A video tower with one head, judged by the accuracies of actions, verbs and nouns.
+
+    The probabilities of a clip are means over several views of the clip.
+    """
 
     metric = "action_top1"
 
-    def __init__(self, args: Any, world: World):
-        if args.dataset == "demo":
-            use_demo_dataset(
-                args, "ek100_videos", train_metadata="action_train_csv", val_metadata="action_validation_csv",
+    def __init__(self, options: FinetuneClassificationOptions, world: World, checkpoint: Checkpoint | None = None):
+        if options.dataset == "demo":
+            options = on_demo_dataset(
+                options, "ek100_videos", train_metadata="action_train_csv", val_metadata="action_validation_csv",
                 tail_verbs="tail_verbs", tail_nouns="tail_nouns", unseen_participants="unseen_participants",
             )  # fmt: skip
-        super().__init__(args, world)
-        if world.is_main and args.pickle_filename is not None:
-            predictions.check_target(args.pickle_filename, "--pickle-filename")
-        if world.is_main and args.submission is not None:
-            predictions.check_target(args.submission, "--submission", ".zip")
-        if args.frame_sampling == "uniform" and "clip_stride" in args.given:
+        super().__init__(options, world, checkpoint)
+        if world.is_main and options.pickle_filename is not None:
+            predictions.check_target(options.pickle_filename, "--pickle-filename")
+        if world.is_main and options.submission is not None:
+            predictions.check_target(options.submission, "--submission", ".zip")
+        if options.frame_sampling == "uniform" and options.was_given("clip_stride"):
             logger.info("--clip-stride has no effect with --frame-sampling uniform (nor had it in AVION)")
-        if args.use_multi_epochs_loader:
+        if options.use_multi_epochs_loader:
             logger.info("--use-multi-epochs-loader: workers live as long as the run with or without it")
-        self.clips = read_ek100_actions(args.val_metadata)
+        self.clips = read_ek100_actions(options.val_metadata)
         self.subsets = self._subsets()
-        self.actions: tuple[str, ...] | None = None
         self.train_clips = None
-        if not args.evaluate:
-            _labelled(self.clips, args.val_metadata)
-            self.train_clips = _labelled(read_ek100_actions(args.train_metadata), args.train_metadata)
-            self.actions = self._actions_of_annotations()
+        if not options.evaluate:
+            _labelled(self.clips, options.val_metadata)
+            self.train_clips = _labelled(read_ek100_actions(options.train_metadata), options.train_metadata)
+        self.actions = self._settled_actions()
+        source = "annotations" if checkpoint is None else checkpoint.path
+        self.columns = split_actions(self.actions, f"{source}: list of actions")
+        self.mixup = self._mixup()
+        self.objective = Supervised(self.loss, self.mixed if self.mixup is not None else None)
+        if not options.evaluate:
             peak, start, end = self.learning_rates()
             logger.info(
                 "learning rates x global batch %d / %d: %g (--lr %g), from %g, to %g",
-                self._global_batch, _BASE_BATCH, peak, args.lr, start, end,
+                self._global_batch, _BASE_BATCH, peak, options.lr, start, end,
             )  # fmt: skip
 
     # ---- actions and model -------------------------------------------------------------------
 
     def _actions_of_annotations(self) -> tuple[str, ...]:
-        """The list of actions of the annotations; what `--num-classes` says about it must be so."""
-        a = self.args
-        known = {a.val_metadata: self.clips}
+        """The list of actions of the annotations. `--num-classes`, where it was given, must be its length."""
+        options = self.options
+        known = {options.val_metadata: self.clips}
         if self.train_clips is not None:
-            known[a.train_metadata] = self.train_clips
-        paths = a.action_metadata or [a.train_metadata, a.val_metadata]
+            known[options.train_metadata] = self.train_clips
+        paths = options.action_metadata or [options.train_metadata, options.val_metadata]
         tables = [_labelled(known.get(p) or read_ek100_actions(p), p) for p in paths]
         actions = action_list(*tables)
-        if "num_classes" in a.given and a.num_classes != len(actions):
+        if options.was_given("num_classes") and options.num_classes != len(actions):
             raise UserError(
-                f"--num-classes {a.num_classes}: {' and '.join(map(str, paths))} hold {len(actions)} actions; leave "
-                "the flag out, or give the annotations that belong to it"
+                f"--num-classes {options.num_classes}: {' and '.join(map(str, paths))} hold {len(actions)} actions; "
+                "leave the flag out, or give the annotations that belong to it"
             )
         return actions
 
-    def _settle_actions(self, checkpoint: Checkpoint | None) -> None:
-        """The list that scores follow: a checkpoint's own, which the annotations of a training run must agree with."""
+    def _settled_actions(self) -> tuple[str, ...]:
+        """The list of actions that the scores follow.
+
+        It is the list of the checkpoint, with which the annotations of a training must agree; the list of the
+        annotations where there is no checkpoint or no list in it.
+        """
+        options, checkpoint = self.options, self.checkpoint
         if checkpoint is None:
-            self.actions = self.actions or self._actions_of_annotations()
-            return
+            return self._actions_of_annotations()
         head, source = checkpoint.head, checkpoint.path
-        if self.actions is None and self.args.action_metadata:
-            self.actions = self._actions_of_annotations()
-        if "num_classes" in self.args.given and self.args.num_classes != head.num_classes:
-            raise UserError(f"--num-classes {self.args.num_classes}: {source} has a head of {head.num_classes} classes")
+        needed = not options.evaluate or options.action_metadata or head.actions is None
+        actions = self._actions_of_annotations() if needed else None
+        if options.was_given("num_classes") and options.num_classes != head.num_classes:
+            raise UserError(f"--num-classes {options.num_classes}: {source} has a head of {head.num_classes} classes")
         if head.actions is None:
-            self.actions = self.actions or self._actions_of_annotations()
-            if len(self.actions) != head.num_classes:
+            if len(actions) != head.num_classes:
                 raise UserError(
                     f"{source}: has a head of {head.num_classes} classes and no list of them, the annotations hold "
-                    f"{len(self.actions)} actions; give the --train-metadata and --val-metadata it was trained with"
+                    f"{len(actions)} actions; give the --train-metadata and --val-metadata it was trained with"
                 )
-        elif self.actions not in (None, head.actions):
+            return actions
+        if actions not in (None, head.actions):
             raise UserError(
                 f"{source}: its list of {len(head.actions)} actions is not that of the annotations "
-                f"({len(self.actions)} actions); give the annotations it was trained with"
+                f"({len(actions)} actions); give the annotations it was trained with"
             )
-        else:
-            self.actions = head.actions
+        return head.actions
 
     def facts(self) -> dict[str, Any]:
         facts = {"evaluation clips": len(self.clips)}
@@ -127,169 +141,180 @@ class FinetuneClassification(Task):
             facts |= {"training clips": len(self.train_clips), "actions": f"{len(self.actions)}, {digest}"}
         return facts
 
-    def build_model(self, checkpoint: Checkpoint | None) -> nn.Module:
-        a = self.args
-        self._settle_actions(checkpoint)
-        self.columns = split_actions(
-            self.actions, f"{checkpoint.path if checkpoint else 'annotations'}: list of actions"
-        )
+    def build_model(self) -> nn.Module:
         if self.clips.verb_class is not None and (unknown := int((action_numbers(self.actions, self.clips) < 0).sum())):
             logger.warning(
                 "%d of %d clips to evaluate are of actions that are not in the list: counted as wrong",
                 unknown, len(self.clips),
             )  # fmt: skip
-        model = build_classifier(a, checkpoint, self.actions)
-        a.model, a.num_classes = model.config.name, len(self.actions)  # of which model this run's checkpoints are
-        self.img_size = model.config.img_size
-        self.num_frames = a.clip_length if "clip_length" in a.given else model.config.num_frames
-        self.mixup = None if a.evaluate else self._mixup()
-        return model
+        return build_classifier(self.options, self.checkpoint, self.actions)
+
+    def saved_flags(self, model: nn.Module) -> dict[str, Any]:
+        return {**super().saved_flags(model), "model": model.config.name, "num_classes": len(self.actions)}
 
     def _mixup(self) -> VideoMixup | None:
-        a = self.args
-        if not (a.mixup or a.cutmix or a.cutmix_minmax):
+        options = self.options
+        if options.evaluate or not (options.mixup or options.cutmix or options.cutmix_minmax):
             return None
         return VideoMixup(
-            len(self.actions), mixup=a.mixup, cutmix=a.cutmix, cutmix_minmax=tuple(a.cutmix_minmax) or None,
-            prob=a.mixup_prob, switch_prob=a.mixup_switch_prob, mode=a.mixup_mode, smoothing=a.smoothing,
+            len(self.actions), mixup=options.mixup, cutmix=options.cutmix,
+            cutmix_minmax=tuple(options.cutmix_minmax) or None, prob=options.mixup_prob,
+            switch_prob=options.mixup_switch_prob, mode=options.mixup_mode, smoothing=options.smoothing,
         )  # fmt: skip
 
     # ---- training ----------------------------------------------------------------------------
 
     @property
     def _global_batch(self) -> int:
-        return self.args.batch_size * self.args.update_freq * self.world.size
+        return self.options.batch_size * self.options.update_freq * self.world.size
 
     def learning_rates(self) -> tuple[float, float, float]:
         peak, start, end = (rate * self._global_batch / _BASE_BATCH for rate in super().learning_rates())
         return peak, start, end
 
-    def train_dataset(self) -> Dataset:
-        a = self.args
+    def train_dataset(self, inputs: ModelInputs) -> Dataset:
+        options = self.options
         clips = ClipDataset(
-            self.train_clips, self.store(a.root, "--root"), num_frames=self.num_frames,
+            self.train_clips, self.store(options.root, "--root"), num_frames=inputs.num_frames,
             transform=TrainTransform(
-                self.img_size, scale=tuple(a.scale_range), norm_style=a.norm_style, fused=a.fused_decode_crop
+                inputs.img_size, scale=tuple(options.scale_range), norm_style=options.norm_style,
+                fused=options.fused_decode_crop,
             ),
-            tokenizer=None, train=True, seed=a.seed, sampling=a.frame_sampling, stride=a.clip_stride,
-            max_replacements=0 if a.strict_data else 10,
+            tokenizer=None, train=True, seed=options.seed, sampling=options.frame_sampling, stride=options.clip_stride,
+            max_replacements=0 if options.strict_data else 10,
         )  # fmt: skip
         return LabelledClips(clips, action_numbers(self.actions, self.train_clips))
 
-    def step(self, model, micro_batches, precision, scale: Callable) -> dict[str, torch.Tensor]:
-        mixed = [self._mixed(batch) for batch in micro_batches]
-        return supervised_step(model, mixed, self._loss, precision, scale)
-
-    def _mixed(self, batch: dict[str, Any]) -> dict[str, Any]:
-        if self.mixup is None:
-            return batch
+    def mixed(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch after mixup and cutmix: `video` is mixed, `target` (b, classes) has the weights of the classes."""
         video, target = self.mixup(batch["video"], batch["label"])
         return {**batch, "video": video, "target": target}
 
-    def _loss(self, logits: torch.Tensor, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """logits (b, classes) float32. `acc1`: the best class is the right one, or that of most weight in a mixture."""
+    def loss(self, logits: torch.Tensor, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The cross-entropy of a batch and its top-1 accuracy.
+
+        Args:
+            logits: (b, classes) float32.
+            batch: `label` (b,) int64, and `target` (b, classes) where clips are mixed.
+
+        Returns:
+            `loss` and `acc1`, 0-d. A mixed clip counts as right where its best class is the class of most weight.
+        """
         if "target" in batch:
             loss, right = F.cross_entropy(logits, batch["target"]), batch["target"].argmax(dim=1)
         else:
-            loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.args.smoothing)
+            loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.options.smoothing)
             right = batch["label"]
         return {"loss": loss, "acc1": (logits.argmax(dim=1) == right).float().mean()}
 
     # ---- evaluation --------------------------------------------------------------------------
 
     def _subsets(self) -> dict[str, np.ndarray]:
-        """The official subsets that lists were given for, as `action_metrics` takes them."""
-        a = self.args
+        """The official subsets of classes and clips whose lists were given, as `action_metrics` takes them."""
+        options = self.options
         given = {}
-        if a.tail_verbs is not None:
-            given["tail_verbs"] = read_tail_classes(a.tail_verbs, "verb")
-        if a.tail_nouns is not None:
-            given["tail_nouns"] = read_tail_classes(a.tail_nouns, "noun")
-        if a.unseen_participants is not None:
-            given["unseen"] = read_participants(a.unseen_participants, self.clips)
+        if options.tail_verbs is not None:
+            given["tail_verbs"] = read_tail_classes(options.tail_verbs, "verb")
+        if options.tail_nouns is not None:
+            given["tail_nouns"] = read_tail_classes(options.tail_nouns, "noun")
+        if options.unseen_participants is not None:
+            given["unseen"] = read_participants(options.unseen_participants, self.clips)
         return given
 
-    def val_dataset(self, num_frames: int | None = None) -> ClipViews:
-        """All views of the evaluation clips, in the order of their CSV; of `num_frames` if not the model's."""
-        a = self.args
+    def val_dataset(self, inputs: ModelInputs) -> ClipViews:
+        """All views of the evaluation clips, in the order of their CSV."""
+        options = self.options
         return ClipViews(
-            self.clips, self.store(a.root, "--root"), num_frames=num_frames or self.num_frames, num_clips=a.num_clips,
+            self.clips, self.store(options.root, "--root"), num_frames=inputs.num_frames,
+            num_clips=options.num_clips,
             transform=CropsTransform(
-                self.img_size, a.num_crops, norm_style=a.norm_style, fused=a.fused_decode_crop
+                inputs.img_size, options.num_crops, norm_style=options.norm_style, fused=options.fused_decode_crop
             ),
-            sampling=a.frame_sampling, stride=a.clip_stride,
+            sampling=options.frame_sampling, stride=options.clip_stride,
         )  # fmt: skip
 
     def evaluate(self, model: nn.Module, precision: Precision, *, one_frame: bool = False) -> dict[str, float]:
-        """one_frame: each view is its middle frame over and over, a control that cannot see motion."""
-        dataset, prepare = self.val_dataset(1 if one_frame else None), None
+        """The accuracies on the evaluation clips.
+
+        Args:
+            model: The classifier, on the device.
+            precision: The settings of autocast.
+            one_frame: Whether each view is its middle frame over and over, a control that cannot see motion.
+        """
+        inputs, prepare = ModelInputs.of(model.config, self.options), None
+        dataset = self.val_dataset(dataclasses.replace(inputs, num_frames=1) if one_frame else inputs)
         if one_frame:
-            prepare = lambda video: video.expand(-1, -1, -1, self.num_frames, -1, -1)  # noqa: E731  (B, V, 3, T, H, W)
+
+            def prepare(video: torch.Tensor) -> torch.Tensor:  # (B, V, 3, T, H, W)
+                return video.expand(-1, -1, -1, inputs.num_frames, -1, -1)
+
         scores = encode.encode_clips(
-            _MeanOverViews(model), dataset, self.world, precision, prepare=prepare, **encode.settings(self.args)
+            _MeanOverViews(model), dataset, self.world, precision, prepare=prepare, **encode.settings(self.options)
         )
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         with self.world.together("computing the accuracies"):
-            self.leave_out_unreadable(scores, "--root", self.args.root)
+            self.leave_out_unreadable(scores, "--root", self.options.root)
             if self.world.is_main:
                 self._write(scores)
-                figures = self._figures(scores)
-        return self.world.broadcast(figures)
+                metrics = self._metrics(scores)
+        return self.world.broadcast(metrics)
 
-    def _figures(self, scores: encode.Features) -> dict[str, float]:
-        figures = {"clips": len(scores.readable), "unreadable": len(scores.errors)}
+    def _metrics(self, scores: encode.Features) -> dict[str, float]:
+        metrics = {"clips": len(scores.readable), "unreadable": len(scores.errors)}
         if self.clips.verb_class is None:
-            return figures
+            return metrics
         rows = scores.readable
         subsets = dict(self.subsets)
         if "unseen" in subsets:
             subsets["unseen"] = subsets["unseen"][rows]
         probs, verbs, nouns = scores.values[rows], self.clips.verb_class[rows], self.clips.noun_class[rows]
-        return figures | action_metrics(probs, self.columns, verbs, nouns, **subsets)
+        return metrics | action_metrics(probs, self.columns, verbs, nouns, **subsets)
 
     def _write(self, scores: encode.Features) -> None:
-        """The files of predictions that were asked for. A clip that cannot be read gets the same score for all
-        actions: the server wants every clip."""
-        a = self.args
-        if a.pickle_filename is None and a.submission is None:
+        """Write the files of predictions that were asked for.
+
+        A clip that cannot be read gets the same score for all actions, because the server wants every clip.
+        """
+        options = self.options
+        if options.pickle_filename is None and options.submission is None:
             return
         probs, ids = scores.values.copy(), list(self.clips.narration_ids)
         probs[list(scores.errors)] = 1 / probs.shape[1]
         verbs, nouns = action_marginals(probs, self.columns)
-        if a.pickle_filename is not None:
+        if options.pickle_filename is not None:
             content = {
                 "narration_id": np.array(ids), "verb_output": verbs, "noun_output": nouns, "action_output": probs,
                 "actions": list(self.actions), "verb_class": self.clips.verb_class,
                 "noun_class": self.clips.noun_class, "errors": {ids[i]: e for i, e in scores.errors.items()},
             }  # fmt: skip
-            predictions.write_whole(a.pickle_filename, predictions.portable_pickle(content), "--pickle-filename")
-            logger.info("predictions of %d clips written to %s", len(ids), a.pickle_filename)
-        if a.submission is not None:
-            content = action_submission(ids, verbs, nouns, {name: getattr(a, name) for name in SLS})
-            predictions.write_whole(a.submission, predictions.action_zip(content), "--submission")
-            logger.info("submission of %d clips written to %s", len(ids), a.submission)
+            predictions.write_whole(options.pickle_filename, predictions.portable_pickle(content), "--pickle-filename")
+            logger.info("predictions of %d clips written to %s", len(ids), options.pickle_filename)
+        if options.submission is not None:
+            content = action_submission(ids, verbs, nouns, {name: getattr(options, name) for name in SLS})
+            predictions.write_whole(options.submission, predictions.action_zip(content), "--submission")
+            logger.info("submission of %d clips written to %s", len(ids), options.submission)
 
-    def summary(self, figures: dict[str, float]) -> str:
-        left_out = f", {figures['unreadable']} clips unreadable" if figures["unreadable"] else ""
-        if "action_top1" not in figures:
-            return f"predictions for {figures['clips']} clips without labels{left_out}"
-        top1, top5 = ("/".join(f"{100 * figures[f'{k}_top{n}']:.2f}" for k in KINDS) for n in (1, 5))
-        return f"verb/noun/action top-1 {top1}, top-5 {top5} on {figures['clips']} clips{left_out}"
+    def summary(self, metrics: dict[str, float]) -> str:
+        left_out = f", {metrics['unreadable']} clips unreadable" if metrics["unreadable"] else ""
+        if "action_top1" not in metrics:
+            return f"predictions for {metrics['clips']} clips without labels{left_out}"
+        top1, top5 = ("/".join(f"{100 * metrics[f'{k}_top{n}']:.2f}" for k in KINDS) for n in (1, 5))
+        return f"verb/noun/action top-1 {top1}, top-5 {top5} on {metrics['clips']} clips{left_out}"
 
-    def table(self, figures: dict[str, float]) -> str:
-        left_out = f" ({figures['unreadable']} could not be read)" if figures["unreadable"] else ""
-        if "action_top1" not in figures:
-            return f"{figures['clips']} clips{left_out} without labels: no figures"
+    def table(self, metrics: dict[str, float]) -> str:
+        left_out = f" ({metrics['unreadable']} could not be read)" if metrics["unreadable"] else ""
+        if "action_top1" not in metrics:
+            return f"{metrics['clips']} clips{left_out} without labels: no metrics"
         columns = {"top-1": "top1", "top-5": "top5", "class mean": "mean_class"}
-        rows = {kind: {label: figures[f"{kind}_{name}"] for label, name in columns.items()} for kind in KINDS}
-        parts = [table(f"{figures['clips']} clips{left_out}", rows)]
+        rows = {kind: {label: metrics[f"{kind}_{name}"] for label, name in columns.items()} for kind in KINDS}
+        parts = [table(f"{metrics['clips']} clips{left_out}", rows)]
         for subset, count in (("tail", "tail_{}_clips"), ("unseen", "unseen_clips")):
             rows = {
-                f"{kind} ({figures[count.format(kind)]} clips)": {
-                    f"top-{n}": figures[f"{subset}_{kind}_top{n}"] for n in (1, 5)
+                f"{kind} ({metrics[count.format(kind)]} clips)": {
+                    f"top-{n}": metrics[f"{subset}_{kind}_top{n}"] for n in (1, 5)
                 }
                 for kind in KINDS
-                if f"{subset}_{kind}_top1" in figures
+                if f"{subset}_{kind}_top1" in metrics
             }
             if rows:
                 parts.append(table({"tail": "tail classes", "unseen": "unseen participants"}[subset], rows))
@@ -297,14 +322,14 @@ class FinetuneClassification(Task):
 
 
 class _MeanOverViews(nn.Module):
-    """Action probabilities averaged over a clip's views, in the shape in which `encode_clips` asks for features."""
+    """Action probabilities, averaged over the views of a clip, which `encode_clips` takes for features."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def encode_image(self, views: torch.Tensor) -> torch.Tensor:
-        """(B, V, 3, T, H, W) → (B, classes) float32. One view at a time, for its memory."""
+        """(B, V, 3, T, H, W) → (B, classes) float32. The views are computed one at a time, to save memory."""
         probs = [self.model(video).float().softmax(dim=1) for video in views.unbind(1)]
         return torch.stack(probs).mean(dim=0)
 

@@ -1,4 +1,4 @@
-"""Fine-tuning for multi-instance retrieval: a max-margin loss on clips and the sentences relevant to them."""
+"""Fine-tuning for multi-instance retrieval: a max-margin loss on clips and the sentences that are relevant to them."""
 
 import logging
 from pathlib import Path
@@ -12,9 +12,11 @@ from avion.data.ek100 import check_ids_differ, load_relevancy, read_ek100_retrie
 from avion.data.retrieval_dataset import ClipsWithPositives
 from avion.data.transforms import TrainTransform
 from avion.engine.build import build_finetuned
-from avion.engine.demo_data import use_demo_dataset
+from avion.engine.demo_data import on_demo_dataset
 from avion.engine.distributed import World
-from avion.engine.steps import contrastive_step
+from avion.engine.inputs import ModelInputs, warn_of_small_vocabulary
+from avion.engine.options import FinetuneRetrievalOptions
+from avion.engine.steps import Contrastive
 from avion.errors import UserError
 from avion.losses import MaxMarginRankingLoss
 from avion.weights import Checkpoint
@@ -23,47 +25,50 @@ from .mir import RetrievalTask
 
 logger = logging.getLogger(__name__)
 
-_DEMO_FILES = {
+DEMO_FILES = {
     "train_metadata": "train_csv", "train_relevancy_path": "train_relevancy",
     "val_metadata": "val_csv", "relevancy_path": "relevancy",
 }  # fmt: skip
 _TRAIN_RELEVANCY = "caption_relevancy_EPIC_100_retrieval_train.pkl"
 
 
-class FinetuneRetrieval(RetrievalTask):
-    """Each clip of the train split with one of its relevant sentences, drawn anew in every epoch."""
+class FinetuneRetrieval(RetrievalTask[FinetuneRetrievalOptions]):
+    """Trains on the clips of the train split, each with a relevant sentence that is drawn anew in every epoch."""
 
-    def __init__(self, args: Any, world: World):
-        if args.dataset == "demo":
-            use_demo_dataset(args, "ek100_videos", **_DEMO_FILES)
+    def __init__(self, options: FinetuneRetrievalOptions, world: World, checkpoint: Checkpoint | None = None):
+        if options.dataset == "demo":
+            options = on_demo_dataset(options, "ek100_videos", **DEMO_FILES)
         super().__init__(
-            args, world, root=args.root, root_flag="--root", clips=args.val_metadata,
-            relevancy=relevancy_file(args.relevancy_path, "test"),
+            options, world, checkpoint, root=options.root, root_flag="--root", clips=options.val_metadata,
+            relevancy=relevancy_file(options.relevancy_path, "test"), similarity_file=options.similarity_filename,
         )  # fmt: skip
-        self.loss = MaxMarginRankingLoss(
-            args.margin, local_loss=args.local_loss, gather_with_grad=args.gather_with_grad, rank=world.rank,
-            world_size=world.size, weighted=args.relevancy_weighting,
+        loss = MaxMarginRankingLoss(
+            options.margin, local_loss=options.local_loss, gather_with_grad=options.gather_with_grad, rank=world.rank,
+            world_size=world.size, weighted=options.relevancy_weighting,
         )  # fmt: skip
-        if args.use_multi_epochs_loader:
+        self.objective = Contrastive(
+            lambda video, text, _, batch: loss(video, text, batch["relevancy"] if options.relevancy_weighting else None)
+        )
+        if options.use_multi_epochs_loader:
             logger.info("--use-multi-epochs-loader: workers live as long as the run with or without it")
-        self.pairs = None if args.evaluate else self._read_pairs()
+        self.pairs = None if options.evaluate else self._read_pairs()
 
     def _read_pairs(self) -> ClipsWithPositives:
-        a = self.args
-        clips = read_ek100_retrieval(a.train_metadata)
-        check_ids_differ(clips.narration_ids, f"annotations {a.train_metadata}")
-        sentences = sentence_texts(clips, sentence_path(a.train_metadata))
-        path = a.train_relevancy_path or relevancy_file(a.relevancy_path, "train")
+        options = self.options
+        clips = read_ek100_retrieval(options.train_metadata)
+        check_ids_differ(clips.narration_ids, f"annotations {options.train_metadata}")
+        sentences = sentence_texts(clips, sentence_path(options.train_metadata))
+        path = options.train_relevancy_path or relevancy_file(options.relevancy_path, "train")
         relevancy = load_relevancy(path, len(clips), len(sentences))
-        pairs = ClipsWithPositives(clips, sentences, relevancy, a.relevancy_threshold)
+        pairs = ClipsWithPositives(clips, sentences, relevancy, options.relevancy_threshold)
         if len(pairs) == 0:
             raise UserError(
-                f"relevancy {path}: no clip of {a.train_metadata} has a sentence of relevancy above "
-                f"{a.relevancy_threshold:g}; lower --relevancy-threshold or give the train split's file"
+                f"relevancy {path}: no clip of {options.train_metadata} has a sentence of relevancy above "
+                f"{options.relevancy_threshold:g}; lower --relevancy-threshold or give the train split's file"
             )
         logger.info(
             "%d training clips with %.1f sentences of relevancy above %g each; %d without any are skipped",
-            len(pairs), pairs.positives / len(pairs), a.relevancy_threshold, pairs.skipped,
+            len(pairs), pairs.positives / len(pairs), options.relevancy_threshold, pairs.skipped,
         )  # fmt: skip
         return pairs
 
@@ -72,35 +77,34 @@ class FinetuneRetrieval(RetrievalTask):
             return super().facts()
         return {"training clips": len(self.pairs), "positives": self.pairs.positives, **super().facts()}
 
-    def build_model(self, checkpoint: Checkpoint | None) -> nn.Module:
-        model = build_finetuned(self.args, checkpoint)
-        model.logit_scale.requires_grad_(False)  # the loss knows no temperature
-        self.args.model = model.config.name  # of which model the checkpoints of this run are
-        return self.fit_inputs(model)
+    def build_model(self) -> nn.Module:
+        model = build_finetuned(self.options, self.options.pretrain_model, self.checkpoint)
+        model.logit_scale.requires_grad_(False)  # the loss has no temperature
+        warn_of_small_vocabulary(model.config)
+        return model
 
-    def train_dataset(self) -> Dataset:
-        a = self.args
+    def saved_flags(self, model: nn.Module) -> dict[str, Any]:
+        return {**super().saved_flags(model), "model": model.config.name}
+
+    def train_dataset(self, inputs: ModelInputs) -> Dataset:
+        options = self.options
         return ClipDataset(
-            self.pairs, self.store(a.root, "--root"), num_frames=self.num_frames,
+            self.pairs, self.store(options.root, "--root"), num_frames=inputs.num_frames,
             transform=TrainTransform(
-                self.img_size, scale=tuple(a.scale_range), norm_style=a.norm_style, fused=a.fused_decode_crop
+                inputs.img_size, scale=tuple(options.scale_range), norm_style=options.norm_style,
+                fused=options.fused_decode_crop,
             ),
-            tokenizer=self.tokenizer, train=True, seed=a.seed, sampling=a.frame_sampling, stride=a.clip_stride,
-            max_replacements=0 if a.strict_data else 10, captions=self.pairs.draw,
+            tokenizer=inputs.tokens, train=True, seed=options.seed, sampling=options.frame_sampling,
+            stride=options.clip_stride, max_replacements=0 if options.strict_data else 10, captions=self.pairs.draw,
         )  # fmt: skip
-
-    def step(self, model, micro_batches, precision, scale):
-        def loss(video, text, _temperature, batch):
-            return self.loss(video, text, batch["relevancy"] if self.args.relevancy_weighting else None)
-
-        return contrastive_step(model, micro_batches, loss, precision, scale)
 
 
 def relevancy_file(path: str, split: str) -> str:
-    """The relevancy file of "train" or "test" that `--relevancy-path` means.
+    """The relevancy file of the split "train" or "test" that `--relevancy-path` means.
 
-    `{}` in it stands for the split. Without, it is the test split's, and the train split's lies beside it: the same
-    name with train for (the last) test, or the name of EPIC-KITCHENS' own file.
+    `{}` in the path stands for the split. A path without `{}` is the file of the test split. The file of the train
+    split is then in the same folder: under the same name with "train" in the place of the last "test", or, where the
+    name has no "test", under the name that EPIC-KITCHENS gives it.
     """
     if "{}" in path or split == "test":
         return path.replace("{}", split)

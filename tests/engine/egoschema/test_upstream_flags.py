@@ -42,7 +42,7 @@ def test_upstreams_command_leads_to_one_that_runs(data, answered, tmp_path, monk
     )  # fmt: skip
     assert flags == "--dataset-val egoschema and --evaluate-task egoschema"
     args = parse(EgoSchemaOptions, words, "main_egoschema.py", "")
-    assert args.given == {
+    assert args.given() == {
         "pretrain_model", "frames", "root", "questions", "model", "output_dir", "use_flash_attn", "use_fast_conv1",
         "workers", "device",
     }  # fmt: skip
