@@ -8,7 +8,6 @@ Examples:
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from avion.engine.options import EgoSchemaOptions
 from avion.engine.program import later, run_program

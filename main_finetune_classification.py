@@ -20,9 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     body = later(
         "avion.engine.run:train_or_evaluate", "avion.engine.tasks.finetune_classification:FinetuneClassification"
     )
-    return run_program(
-        body, FinetuneClassificationOptions, argv, "main_finetune_classification.py", __doc__
-    )
+    return run_program(body, FinetuneClassificationOptions, argv, "main_finetune_classification.py", __doc__)
 
 
 if __name__ == "__main__":

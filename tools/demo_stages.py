@@ -4,6 +4,7 @@ It is a file of its own because PyTorch and matplotlib take seconds to import, a
 for them.
 """
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,8 @@ from avion.engine import encode
 from avion.engine.args import parse
 from avion.engine.console import duration, setup_logging, table
 from avion.engine.distributed import World
-from avion.engine.egoschema import run_egoschema
+from avion.engine.egoschema.evaluate import run_egoschema
+from avion.engine.inputs import ModelInputs
 from avion.engine.options import (
     EgoSchemaOptions,
     FinetuneClassificationOptions,
@@ -29,7 +31,9 @@ from avion.engine.options import (
     PretrainOptions,
 )
 from avion.engine.steps import Precision
-from avion.engine.tasks import FinetuneClassification, FinetuneRetrieval, Pretrain
+from avion.engine.tasks.finetune_classification import FinetuneClassification
+from avion.engine.tasks.finetune_retrieval import FinetuneRetrieval
+from avion.engine.tasks.pretrain import Pretrain
 from avion.evaluation.egoschema import OPTIONS
 from avion.evaluation.reversed_pairs import pair_accuracy
 from avion.json_lines import read_json_lines
@@ -88,9 +92,9 @@ class Demo:
 def evaluated(task_class: type, options: type, words: list[str], checkpoint: Path | None) -> tuple:
     """A task in evaluation, and the model of a checkpoint (None: the one that training starts from)."""
     args = parse(options, [*words, "--evaluate"], "demo", "")
-    task = task_class(args, World())
+    task = task_class(args, World(), None if checkpoint is None else Checkpoint.open(checkpoint))
     torch.manual_seed(args.seed)
-    return task, task.build_model(None if checkpoint is None else Checkpoint.open(checkpoint))
+    return task, task.build_model()
 
 
 def reversed_pairs(task: Pretrain, model: torch.nn.Module, pairs: list[dict], *, one_frame: bool = False) -> float:
@@ -100,13 +104,13 @@ def reversed_pairs(task: Pretrain, model: torch.nn.Module, pairs: list[dict], *,
     """
     order = {narration: i for i, narration in enumerate(task.clips.narration_ids)}
     rows = [order[p["narration_id"]] for p in pairs]
-    dataset, prepare = task.val_dataset(), None
+    inputs, prepare = ModelInputs.of(model.config, task.options), None
+    dataset = task.val_dataset(dataclasses.replace(inputs, num_frames=1) if one_frame else inputs)
     if one_frame:
-        dataset, frames = task.val_dataset(num_frames=1), dataset.num_frames
-        prepare = lambda video: video.expand(-1, -1, frames, -1, -1)  # noqa: E731  (B, 3, 1, H, W) to T frames
-    clips = encode.encode_clips(model, dataset, World(), FP32, prepare=prepare, **encode.settings(task.args))
+        prepare = lambda video: video.expand(-1, -1, inputs.num_frames, -1, -1)  # noqa: E731  (B, 3, 1, H, W) to T
+    clips = encode.encode_clips(model, dataset, World(), FP32, prepare=prepare, **encode.settings(task.options))
     texts = [
-        encode.encode_texts(model, [p[key] for p in pairs], task.tokenizer, World(), FP32)
+        encode.encode_texts(model, [p[key] for p in pairs], inputs.tokens, World(), FP32)
         for key in ("text", "partner_text")
     ]
     return pair_accuracy(clips.values[rows], texts[0].values, texts[1].values)["pair_acc"]

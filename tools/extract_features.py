@@ -25,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     errors: dict[int, str] = {}
 
     def body(options: FeatureOptions) -> None:
+        from avion.engine.console import setup_logging
+        from avion.engine.distributed import World
+        from avion.engine.features import extract_features
+
         setup_logging(World())
         errors.update(extract_features(options))
         for row, error in errors.items():

@@ -25,11 +25,9 @@ from avion.errors import UserError
 from avion.files import PARTIAL, append_lines, partial_file, write_text
 from avion.json_lines import read_json_lines
 
-from .options.features import DTYPES
-
 logger = logging.getLogger(__name__)
 
-STORED = dict(zip(DTYPES, (torch.float32, torch.float16, torch.bfloat16), strict=True))
+STORED = dict(zip(SHARD_DTYPES, (torch.float32, torch.float16, torch.bfloat16), strict=True))
 
 
 class Shards:

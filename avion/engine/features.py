@@ -30,7 +30,7 @@ from .distributed import choose_device
 from .egoschema.results import fingerprint
 from .feature_shards import STORED, Shards
 from .loader import build_loader, read
-from .options.features import KINDS, FeatureOptions
+from .options.features import FeatureOptions
 from .steps import Precision
 from .trainer import precision_named
 
@@ -77,7 +77,7 @@ def load_clip(
 
 
 @torch.inference_mode()
-def extract(model: nn.Module, video: torch.Tensor, kinds: Sequence[str] = KINDS) -> dict[str, torch.Tensor]:
+def extract(model: nn.Module, video: torch.Tensor, kinds: Sequence[str] = FEATURE_KINDS) -> dict[str, torch.Tensor]:
     """Compute features of clips. This puts the model into evaluation mode.
 
     `clip` alone takes clips of any length in bounded memory; the other two kinds hold all tokens of the clips.
@@ -85,7 +85,7 @@ def extract(model: nn.Module, video: torch.Tensor, kinds: Sequence[str] = KINDS)
     Args:
         model: The model.
         video: Normalised clips (B, 3, T, height, width).
-        kinds: Names out of KINDS.
+        kinds: Names out of FEATURE_KINDS.
 
     Returns:
         The features by kind, in the shapes that this file begins with.
@@ -131,7 +131,7 @@ def extract_features(options: FeatureOptions) -> dict[int, str]:
     Raises:
         UserError: A flag or a file is wrong.
     """
-    kinds = [kind for kind in KINDS if kind in (options.features or ["clip"])]
+    kinds = [kind for kind in FEATURE_KINDS if kind in (options.features or ["clip"])]
     if options.dtype == "bf16" and options.format == "npz":
         raise UserError("--dtype bf16: NumPy has no such type; give --format safetensors, or --dtype fp16")
     for name in ("videos", "checkpoint", "output_dir"):

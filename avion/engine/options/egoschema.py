@@ -34,7 +34,7 @@ class EgoSchemaOptions(SavedModelOptions, DeviceOptions):
     sampling: str = flag(
         "uniform", "which frames of a video are read; uniform: the middles of equal segments; prefix: the first "
         "frames, or as uniform in a shorter video; prefix-hold: the first frames, then the last frame again and again",
-        choices=list(SAMPLINGS),
+        choices=list(VIDEO_SAMPLINGS),
     )  # fmt: skip
     prompt: list[str] = flag(
         [], "templates of the text of an answer option [Is it '{option}']; {option} is the option in lower case, "

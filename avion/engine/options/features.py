@@ -9,11 +9,6 @@ from avion.numbers import COUNT
 
 from .shared import FRAMES, DeviceOptions, RunOptions, SavedModelOptions, VideoOptions
 
-# What a feature is of, how the shards are written, and the number formats in them.
-KINDS = ("clip", "frame", "spatial")
-FORMATS = ("npz", "safetensors")
-DTYPES = ("fp32", "fp16", "bf16")
-
 
 @dataclass(frozen=True)
 class FeatureOptions(SavedModelOptions):
@@ -28,11 +23,11 @@ class FeatureOptions(SavedModelOptions):
     root: str = flag(".", "folder of the videos", metavar="DIR")
     checkpoint: str = flag("", "checkpoint of the model: a path or hf:owner/repo/file", metavar="PATH")
     output_dir: str = flag("", "folder of shards and index; finished shards in it are left as they are", metavar="DIR")
-    features: list[str] = flag([], "kinds of features to extract [clip]", choices=KINDS)
+    features: list[str] = flag([], "kinds of features to extract [clip]", choices=FEATURE_KINDS)
     frames: int | None = flag(None, "frames per clip [as many as the checkpoint has]", FRAMES)
-    format: str = flag("npz", "file format of the shards", choices=FORMATS)
+    format: str = flag("npz", "file format of the shards", choices=SHARD_FORMATS)
     dtype: str = flag(
-        "fp32", "number format of the features in the shards; bf16 is in safetensors only", choices=DTYPES
+        "fp32", "number format of the features in the shards; bf16 is in safetensors only", choices=SHARD_DTYPES
     )
     shard_size: int = flag(256, "clips per shard", COUNT)
     batch_size: int = flag(16, "clips per forward pass", COUNT)

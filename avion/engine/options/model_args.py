@@ -1,4 +1,8 @@
-"""`--model-args FIELD=VALUE ...`: fields of the model's configuration, read before anything else."""
+"""`--model-args FIELD=VALUE ...`: fields of the model's configuration, read before anything else.
+
+The functions import the models, and with them PyTorch, when they are called. The words of the command line have been
+parsed by then, so that `--help` does not wait for the import.
+"""
 
 import dataclasses
 from collections.abc import Container, Sequence
@@ -7,10 +11,8 @@ from typing import TYPE_CHECKING, Any
 from avion.errors import UserError
 
 if TYPE_CHECKING:
-    from avion.models.registry import FieldValue
-
-if TYPE_CHECKING:
     from avion.engine.args import Options
+    from avion.models.registry import FieldValue
 
     from .shared import TrainingOptions
 
@@ -23,7 +25,7 @@ _BEHAVIOUR = (
 _RESERVED = {"name": "--model chooses the model", "tower": "a tower is chosen with the model, by --model"}
 
 
-def parse_model_args(words: Sequence[str], model: str | None = None) -> dict[str, FieldValue]:
+def parse_model_args(words: Sequence[str], model: str | None = None) -> "dict[str, FieldValue]":
     """Read ["depth=6", "act_layer=quick_gelu"] as {"depth": 6, "act_layer": "quick_gelu"}.
 
     Args:
@@ -95,7 +97,7 @@ def sizes(options: "Options") -> dict[str, int]:
     return {name: values[name] for name in _SIZES if name in values}
 
 
-def behaviour(options: "Options") -> dict[str, FieldValue]:
+def behaviour(options: "Options") -> "dict[str, FieldValue]":
     """The other flags that are fields of the model, and the fields that only `--model-args` sets."""
     values = options.values()
     fields = {name: values.get(name) for name in _BEHAVIOUR}
@@ -107,5 +109,7 @@ def behaviour(options: "Options") -> dict[str, FieldValue]:
 
 def check_model(options: "TrainingOptions") -> None:
     """Raise UserError where the registered model `--model` cannot have the fields that the flags give it."""
+    from avion.models.registry import check_config, model_config
+
     fields = {**sizes(options), "num_frames": options.clip_length, **behaviour(options)}
-    dataclasses.replace(model_config(options.model), **fields)
+    check_config(dataclasses.replace(model_config(options.model), **fields))

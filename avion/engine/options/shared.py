@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from avion.constants import NORM_STYLES
+from avion.constants import NORM_STYLES, OPTIMIZERS
 from avion.engine.args import Options, flag, other_default
 from avion.errors import UserError
 from avion.numbers import (
