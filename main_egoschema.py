@@ -10,13 +10,19 @@ import sys
 from collections.abc import Sequence
 
 from avion.engine.options import EgoSchemaOptions
-from avion.engine.program import later, run_program
+from avion.engine.program import run_program
+
+
+def run(options: EgoSchemaOptions) -> None:
+    """Answer the questions with these options."""
+    from avion.engine.egoschema.evaluate import run_egoschema
+
+    run_egoschema(options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
-    body = later("avion.engine.egoschema.evaluate:run_egoschema")
-    return run_program(body, EgoSchemaOptions, argv, "main_egoschema.py", __doc__)
+    return run_program(run, EgoSchemaOptions, argv, "main_egoschema.py", __doc__)
 
 
 if __name__ == "__main__":

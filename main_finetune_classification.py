@@ -12,15 +12,20 @@ import sys
 from collections.abc import Sequence
 
 from avion.engine.options import FinetuneClassificationOptions
-from avion.engine.program import later, run_program
+from avion.engine.program import run_program
+
+
+def run(options: FinetuneClassificationOptions) -> None:
+    """Train or evaluate with these options."""
+    from avion.engine.run import train_or_evaluate
+    from avion.engine.tasks.finetune_classification import FinetuneClassification
+
+    train_or_evaluate(FinetuneClassification, options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
-    body = later(
-        "avion.engine.run:train_or_evaluate", "avion.engine.tasks.finetune_classification:FinetuneClassification"
-    )
-    return run_program(body, FinetuneClassificationOptions, argv, "main_finetune_classification.py", __doc__)
+    return run_program(run, FinetuneClassificationOptions, argv, "main_finetune_classification.py", __doc__)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,20 @@ import sys
 from collections.abc import Sequence
 
 from avion.engine.options import FinetuneRetrievalOptions
-from avion.engine.program import later, run_program
+from avion.engine.program import run_program
+
+
+def run(options: FinetuneRetrievalOptions) -> None:
+    """Train or evaluate with these options."""
+    from avion.engine.run import train_or_evaluate
+    from avion.engine.tasks.finetune_retrieval import FinetuneRetrieval
+
+    train_or_evaluate(FinetuneRetrieval, options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
-    body = later("avion.engine.run:train_or_evaluate", "avion.engine.tasks.finetune_retrieval:FinetuneRetrieval")
-    return run_program(body, FinetuneRetrievalOptions, argv, "main_finetune_retrieval.py", __doc__)
+    return run_program(run, FinetuneRetrievalOptions, argv, "main_finetune_retrieval.py", __doc__)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,20 @@ import sys
 from collections.abc import Sequence
 
 from avion.engine.options import PretrainOptions
-from avion.engine.program import later, run_program
+from avion.engine.program import run_program
+
+
+def run(options: PretrainOptions) -> None:
+    """Train or evaluate with these options."""
+    from avion.engine.run import train_or_evaluate
+    from avion.engine.tasks.pretrain import Pretrain
+
+    train_or_evaluate(Pretrain, options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
-    body = later("avion.engine.run:train_or_evaluate", "avion.engine.tasks.pretrain:Pretrain")
-    return run_program(body, PretrainOptions, argv, "main_pretrain.py", __doc__)
+    return run_program(run, PretrainOptions, argv, "main_pretrain.py", __doc__)
 
 
 if __name__ == "__main__":

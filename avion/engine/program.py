@@ -3,7 +3,6 @@
 Nothing heavy is imported here, so that `--help` and mistakes in flags are answered at once.
 """
 
-import importlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -19,28 +18,13 @@ from .signals import STOPPED, Stopped
 logger = logging.getLogger(__name__)
 
 
-def later(function: str, *arguments: str) -> Callable[[Any], Any]:
-    """A function of the options that imports what it needs when it is called.
-
-    Args:
-        function: "module:name" of a function that takes `arguments` and then the options.
-        arguments: "module:name" each.
-    """
-    return lambda options: _imported(function)(*map(_imported, arguments), options)
-
-
-def _imported(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
 def run_program(
     body: Callable[[T], Any], options_class: type[T], argv: Sequence[str] | None, prog: str, doc: str | None
 ) -> int:
     """Parse a command line and call `body` with the options.
 
     Args:
-        body: The work of the program.
+        body: The work of the program. It imports what it needs when it is called.
         options_class: The class of the options.
         argv: The words of the command line (None: `sys.argv[1:]`).
         prog: The name of the program, for `--help` and errors.
