@@ -262,7 +262,7 @@ class TestPredictions:
         words += ["--val-metadata", str(tiny_actions.root / "test.csv"), "--submission", str(tmp_path / "t.zip")]
         words += ["--pickle-filename", str(tmp_path / "t.pkl")]
         assert evaluate(words, trained / "checkpoint.pt") == {"clips": 7, "unreadable": 0}
-        assert "without labels: no figures" in capsys.readouterr().out
+        assert "without labels: no metrics" in capsys.readouterr().out
         content = read_pickle_elsewhere(tmp_path / "t.pkl")
         assert content["verb_class"] is None and content["narration_id"][0] == "P01_01_t0"
         with zipfile.ZipFile(tmp_path / "t.zip") as archive:

@@ -233,7 +233,7 @@ class Fragile:
     flag = "--tensorboard"
     log = []
 
-    def __init__(self, args, done):
+    def __init__(self, options, flags, done):
         self.log.append(("opened", done))
 
     def write(self, step, scalars):
@@ -258,7 +258,7 @@ def test_a_sink_that_fails_is_given_up_and_the_run_goes_on(fragile, tiny_flags, 
     assert fragile.log == [("opened", 0), ("write", 2), ("write", 4)]
     assert len(lines(tmp_path / "steps.txt")) == 6 and len(lines(tmp_path / "log.txt")) == 2
     log = (tmp_path / "train.log").read_text()
-    assert log.count("--tensorboard failed (no route to host) and gets no more figures; the run goes on") == 1
+    assert log.count("--tensorboard failed (no route to host) and gets no more metrics; the run goes on") == 1
 
 
 @pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt, SystemExit])
@@ -272,7 +272,7 @@ def test_sinks_are_closed_when_a_run_ends_by_an_error(error, fragile, tiny_flags
 
 def test_sinks_that_are_open_are_closed_when_another_cannot_be_opened(fragile, tiny_flags, tmp_path, monkeypatch):
     class Refusing:
-        def __init__(self, args, done):
+        def __init__(self, options, flags, done):
             raise UserError("--wandb: no")
 
     monkeypatch.setitem(sinks.SINKS, "wandb", Refusing)

@@ -118,7 +118,7 @@ def test_dry_run_of_every_entry_point(entry_point, launch, tmp_path):
         (["main_pretrain.py", "--", "--modle", "X"], "main_pretrain.py: unknown flag --modle: did you mean --model"),
         (["main_pretrain.py", "--", "--config", "none.yaml"], "none.yaml: cannot be read"),
         (["main_pretrain.py", "--gpus", "8"], "unknown flag --gpus: did you mean --ngpus"),
-        (["main_pretrain.py", "--ngpus", "0"], "--ngpus 0: at least 1 is due; without GPUs give --tasks-per-node"),
+        (["main_pretrain.py", "--ngpus", "0"], "--ngpus 0: at least 1 is required; without GPUs give --tasks-per-node"),
         (["main_pretrain.py", "--nodes", "0"], "--nodes: found '0', expected a whole number from 1"),
         (["main_pretrain.py", "--nodes", "2", "--cluster", "local"], "--cluster local has only one"),
         (["main.py"], "main.py: no such entry point; there are main_pretrain.py"),
