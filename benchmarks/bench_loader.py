@@ -170,18 +170,19 @@ def spans_of(clips: int, frames: int, seconds: float, length: float = CHUNK_S) -
     return [(f"video{i % VIDEOS}", float(rng.uniform(0, length - seconds)), seconds, frames, i) for i in range(clips)]
 
 
-def processes(load: Callable, count: int, seconds: float) -> float:
-    """Clips a second of so many processes together."""
+def processes(load: Callable, count: int, seconds: float) -> tuple[float, float]:
+    """Of so many processes together: clips a second, and clips a second of CPU time on `count` cores (which other
+    programs on the machine do not change)."""
     context = multiprocessing.get_context("fork")
     results = context.Queue()
 
     def work() -> None:
         torch.set_num_threads(1)
-        spans, done, start = spans_of(64, 4, 1.0), 0, time.monotonic()
+        spans, done, start, began = spans_of(64, 4, 1.0), 0, time.monotonic(), time.process_time()
         while time.monotonic() - start < seconds:
             load(*spans[done % len(spans)])
             done += 1
-        results.put(done / (time.monotonic() - start))
+        results.put((done / (time.monotonic() - start), done / (time.process_time() - began)))
 
     running = [context.Process(target=work) for _ in range(count)]
     for process in running:
@@ -189,7 +190,7 @@ def processes(load: Callable, count: int, seconds: float) -> float:
     rates = [results.get() for _ in running]
     for process in running:
         process.join()
-    return sum(rates)
+    return sum(rate for rate, _ in rates), sum(rate for _, rate in rates)
 
 
 def join_chunks(chunks: list[Path], target: Path, seconds: int) -> None:
@@ -303,8 +304,9 @@ def main() -> None:
             for side, value in result.items():
                 print(f"  {side:34s} {value:7.1f} CPU ms per clip   x {base / value:.2f}", flush=True)
         load = sides["ours, prepared"]
-        one, two = (processes(load, count, 4.0) for count in (1, 2))
+        (one, one_cpu), (two, two_cpu) = (processes(load, count, 4.0) for count in (1, 2))
         print(f"clips per second: {one:.0f} with one process, {two:.0f} with two (x {two / one:.2f})")
+        print(f"clips per second of CPU time: {one_cpu:.0f} and {two_cpu:.0f} (x {two_cpu / one_cpu:.2f})")
         ratio = an_hour(prepared, folder / "hour", args.crop, args.clips, args.rounds)
         print(f"a clip of a whole video of an hour takes x {ratio:.2f} of one of a chunk")
         shutil.rmtree(folder / "hour")

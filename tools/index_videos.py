@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
         made = index_videos(args.root, args.files or None, index=args.index, workers=args.workers, progress=progress)
     for name, reason in sorted(made.plain.items())[:_LISTED]:
+        name = name.encode("utf-8", "backslashreplace").decode()  # file names may be of other encodings
         print(f"without index  {name}: {reason}")
     if len(made.plain) > _LISTED:
         print(f"without index  ... and {len(made.plain) - _LISTED} more")

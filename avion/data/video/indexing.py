@@ -78,6 +78,8 @@ def index_videos(
     if not storage.is_dir(storage.root):
         raise UserError(f"video root {root}: no such folder")
     names = sorted(_video_files(storage)) if paths is None else sorted({_below(storage, p) for p in paths})
+    if not names:
+        raise UserError(f"video root {root}: holds no videos ({', '.join(VIDEO_EXTENSIONS)})")
     if storage.remote and index is None:
         with _brought_back(storage) as target:
             made = _build(storage, names, paths is None, target, workers, progress)
@@ -211,11 +213,25 @@ def _index_below(storage: Storage, name: str) -> Entry:
     return dataclasses.replace(entry, size=facts.size, stamp=facts.stamp)
 
 
-def _video_files(storage: Storage, below: str = "") -> Iterator[str]:
-    for name, is_folder in storage.entries(storage.join(storage.root, below) if below else storage.root):
+def _video_files(storage: Storage, below: str = "", above: tuple[str, ...] = ()) -> Iterator[str]:
+    """The paths of all videos below the root, or below its folder `below`. Links to folders are followed, but never
+    back to one of the folders `above`. A folder that cannot be listed is handed on as if it were a video: it is then
+    told among the files without an index."""
+    folder = storage.join(storage.root, below) if below else storage.root
+    real = folder if storage.remote else os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        entries = storage.entries(folder)
+    except OSError as error:
+        if not below:
+            raise UserError(f"video root {folder}: cannot be listed ({error.strerror})") from error
+        yield below
+        return
+    for name, is_folder in entries:
         path = f"{below}/{name}" if below else name
         if is_folder:
-            yield from _video_files(storage, path)
+            yield from _video_files(storage, path, (*above, real))
         elif os.path.splitext(name)[1].lower() in VIDEO_EXTENSIONS:
             yield path
 

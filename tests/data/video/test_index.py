@@ -372,6 +372,30 @@ index_videos({str(dataset)!r}, index={str(target)!r}, progress=progress)
         with pytest.raises(UserError, match="no such folder"):
             index_videos(tmp_path / "gone")
 
+    def test_links_folders_without_permission_and_odd_names(self, dataset, tmp_path, monkeypatch):
+        (dataset / "loop").symlink_to(dataset)
+        elsewhere = write_video(tmp_path / "elsewhere/0.mp4", 20, fps=10).parent
+        (dataset / "linked.mp4").symlink_to(elsewhere)
+        write_video(dataset / "closed.mp4/0.mp4", 20, fps=10)
+        os.rename(dataset / "a.mp4/0.mp4", os.fsencode(dataset) + b"/a.mp4/\xff.mp4")
+        real = os.scandir
+
+        def refusing(folder="."):
+            if str(folder).endswith("closed.mp4"):
+                raise PermissionError(13, "Permission denied", str(folder))
+            return real(folder)
+
+        monkeypatch.setattr(os, "scandir", refusing)
+        made = index_videos(dataset)
+        assert made.files == 6 and list(made.plain) == ["closed.mp4"]
+        index = PacketIndex(dataset / INDEX_NAME)
+        assert index.find("linked.mp4/0.mp4") is not None and index.find(os.fsdecode(b"a.mp4/\xff.mp4")) is not None
+
+    def test_a_root_without_videos(self, tmp_path):
+        (tmp_path / "notes.txt").write_text("no video")
+        with pytest.raises(UserError, match="holds no videos"):
+            index_videos(tmp_path)
+
     def test_packets_that_decode_to_other_pictures_are_not_indexed(self, dataset, monkeypatch):
         monkeypatch.setattr(indexing_module, "_reads_the_same", lambda *a: False)
         (dataset / INDEX_NAME).unlink()
