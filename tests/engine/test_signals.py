@@ -19,6 +19,7 @@ import main_pretrain
 from avion.engine import encode, signals
 from avion.engine import trainer as trainer_module
 from avion.engine.egoschema import evaluate
+from avion.engine.tasks import Pretrain
 from tests.engine.egoschema.case import UIDS, read_outputs, write_egoschema
 from tests.processes import run_processes
 
@@ -138,7 +139,7 @@ def test_an_evaluation_that_was_stopped_is_made_up_for(size, tiny_flags, tmp_pat
 
 def test_a_signal_before_the_first_step_writes_nothing(tiny_flags, tmp_path):
     words = [*tiny_flags, "--output-dir", str(tmp_path)]
-    with signalled(main_pretrain.Pretrain, "__init__", 1, to_me(signal.SIGUSR1)):
+    with signalled(Pretrain, "__init__", 1, to_me(signal.SIGUSR1)):
         assert main_pretrain.main(words) == 75
     assert {p.name for p in tmp_path.iterdir()} == {"train.log"}
     assert "SIGUSR1 before the model was built" in (tmp_path / "train.log").read_text()
