@@ -19,7 +19,7 @@ import main_pretrain
 from avion.engine import encode, signals
 from avion.engine import trainer as trainer_module
 from avion.engine.egoschema import evaluate
-from avion.engine.tasks import Pretrain
+from avion.engine.tasks.pretrain import Pretrain
 from tests.engine.egoschema.case import UIDS, read_outputs, write_egoschema
 from tests.processes import run_processes
 
