@@ -152,9 +152,7 @@ def job_options(args: argparse.Namespace, words: Sequence[str]) -> SubmitOptions
     """What --submit is told about the jobs; UserError for words that nobody knows."""
     if args.submit:
         options = parse(SubmitOptions, words, NAME, "")
-        if args.device == "cpu":
-            options.ngpus = 0
-        return options
+        return dataclasses.replace(options, ngpus=0) if args.device == "cpu" else options
     if words:
         raise UserError(f"unknown flag {words[0]}: see --help; flags of the entry points stand after `--`")
     return None

@@ -13,9 +13,11 @@ import main_pretrain
 from avion.engine.args import parse
 from avion.engine.distributed import World
 from avion.engine.features import extract_features
+from avion.engine.inputs import ModelInputs
 from avion.engine.options import FinetuneRetrievalOptions, PretrainOptions
 from avion.engine.options.features import FeatureOptions
-from avion.engine.tasks import FinetuneRetrieval, Pretrain
+from avion.engine.tasks.finetune_retrieval import FinetuneRetrieval
+from avion.engine.tasks.pretrain import Pretrain
 from avion.errors import UserError
 from avion.models import load_checkpoint, model_from_checkpoint
 from avion.weights import Checkpoint, classifier_from_checkpoint
@@ -63,9 +65,11 @@ def test_pretraining(bare, tiny_flags, tmp_path, capsys, caplog):
     assert str(bare) in told(main_pretrain.main, words, capsys)
     with caplog.at_level(logging.INFO):
         words = [str(word) for word in [*words, "--clip-length", "3"]]
-        task = Pretrain(parse(PretrainOptions, words, "main_pretrain.py", ""), World())
-        task.build_model(Checkpoint.open(bare))
-    assert task.num_frames == 3 and f"{UNSAID}, the model is built for 3" in caplog.text
+        options = parse(PretrainOptions, words, "main_pretrain.py", "")
+        model = Pretrain(options, World(), Checkpoint.open(bare)).build_model()
+    assert (
+        ModelInputs.of(model.config, options).num_frames == 3 and f"{UNSAID}, the model is built for 3" in caplog.text
+    )
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--pretrain-model"])
@@ -74,9 +78,12 @@ def test_retrieval(bare, mir_flags, tmp_path, capsys, caplog, flag):
     told(main_finetune_retrieval.main, words, capsys)
     with caplog.at_level(logging.INFO):
         words = [str(word) for word in [*words, "--clip-length", "3"]]
-        task = FinetuneRetrieval(parse(FinetuneRetrievalOptions, words, "", ""), World())
-        task.build_model(Checkpoint.open(bare) if flag == "--resume" else None)
-    assert task.num_frames == 3 and f"{UNSAID}, the model is built for 3" in caplog.text
+        options = parse(FinetuneRetrievalOptions, words, "", "")
+        checkpoint = Checkpoint.open(bare) if flag == "--resume" else None
+        model = FinetuneRetrieval(options, World(), checkpoint).build_model()
+    assert (
+        ModelInputs.of(model.config, options).num_frames == 3 and f"{UNSAID}, the model is built for 3" in caplog.text
+    )
 
 
 def test_training_from_it_has_its_own_number(bare, mir_flags, caplog):
@@ -84,7 +91,7 @@ def test_training_from_it_has_its_own_number(bare, mir_flags, caplog):
     words = [str(w) for w in [*without_clip_length(mir_flags), *MODEL, *SIZES, "--pretrain-model", bare]]
     task = FinetuneRetrieval(parse(FinetuneRetrievalOptions, words, "", ""), World())
     with caplog.at_level(logging.INFO):
-        model = task.build_model(None)
+        model = task.build_model()
     assert model.config.num_frames == 16 and f"{UNSAID}, the model is built for 16" in caplog.text
 
 
