@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -120,6 +121,13 @@ class VideoStore:
         stems = [stem for stem, extension in map(os.path.splitext, names) if extension.lower() in VIDEO_EXTENSIONS]
         return max((int(stem) // unit for stem in stems if stem.isdigit()), default=None)
 
+    def length_of(self, video: str) -> float:
+        """Seconds from the beginning of a video to the end of its last frame. VideoError if it cannot be read."""
+        last = self.last_chunk(video)
+        with self._open_first(video, last or 0) as reader:
+            before = last * self.chunk_length if self.chunked and last else 0
+            return before + reader.seconds_of(reader.num_frames)
+
     def _chunk_path(self, video: str, chunk: int) -> str:
         return self._there(self._path(self._name(video), chunk))
 
@@ -185,10 +193,11 @@ class VideoStore:
     ) -> ClipFrames:
         """Read `num_frames` frames of the seconds [start, end) of a video.
 
-        sampling: "uniform" over the span, or "strided", `stride` frames apart. rng: None for the fixed frames of
-        evaluation, a Generator for training's jitter. views: so many times `num_frames`, one view after the other,
-        fixed frames only: `uniform` view v takes the middle of the v-th of `views` equal parts of each segment,
-        `strided` view v has its window in the middle of the v-th part of the room that there is.
+        An infinite end is that of the video. sampling: "uniform" over the span, or "strided", `stride` frames apart.
+        rng: None for the fixed frames of evaluation, a Generator for training's jitter. views: so many times
+        `num_frames`, one view after the other, fixed frames only: `uniform` view v takes the middle of the v-th of
+        `views` equal parts of each segment, `strided` view v has its window in the middle of the v-th part of the room
+        that there is.
         scaling: (height, width) of the upright pictures -> what to cut out of each and the size to bring it to, in one
         pass with the conversion from the codec's colours. It is called once, after rng has drawn the frames.
         A span of fewer than `num_frames` frames is widened to that many. The frame rate is the file's; where frames are
@@ -196,6 +205,7 @@ class VideoStore:
         show its last frame and are counted. Raises VideoError for a missing, damaged or cut-short file, and for a clip
         that starts more than a second after the video's end.
         """
+        end = self.length_of(video) if end == math.inf else end
         first_chunk = self.chunk_index(start)
         once = None if scaling is None else _OneScaling(scaling)
         with self._open_first(video, first_chunk) as reader:
@@ -341,7 +351,7 @@ class VideoStore:
         scaling: _OneScaling | None,
     ) -> tuple[np.ndarray, int]:
         """places: as in `_Moments`, possibly past the chunk's end -> frames, number clamped."""
-        ids = _frames_at(reader, places, fps)
+        ids = _frames_at(reader, places, fps, self._begin_of(reader))
         late = int((ids >= reader.num_frames).sum())
         if late:
             path = self.chunk_path(video, chunk)
@@ -358,17 +368,24 @@ class VideoStore:
         scaling.path = reader.path
         return reader.get_scaled(ids, scaling), late
 
+    def _begin_of(self, reader: VideoReader) -> float:
+        """How many seconds after a chunk's begin its first frame begins, where its container says so.
+
+        A frame that is shown across the cut lies in the chunk before. More than a second is another way of counting.
+        """
+        return reader.begin if self.chunked and 0.0 <= reader.begin < TOLERANCE_S else 0.0
+
     def _is_short(self, reader: VideoReader) -> bool:
         return reader.seconds_of(reader.num_frames) < self.chunk_length - TOLERANCE_S
 
 
-def _frames_at(reader: VideoReader, places: np.ndarray, fps: float | None) -> np.ndarray:
-    """The numbers of a file's frames at these places (see `_Moments`). -> (n,) int64"""
+def _frames_at(reader: VideoReader, places: np.ndarray, fps: float | None, begin: float) -> np.ndarray:
+    """The numbers of a file's frames at these places (see `_Moments`). begin: of the first frame. -> (n,) int64"""
     if fps is not None and reader.constant_rate:
         return places.astype(np.int64)
     # A frame of a constant rate is looked for in the middle of its time: rounded times may lie just after a tick.
     seconds = places if fps is None else (places + 0.5) / fps
-    return np.array([reader.frame_at(float(s)) for s in seconds], dtype=np.int64)
+    return np.array([reader.frame_at(float(s) - begin) for s in seconds], dtype=np.int64)
 
 
 class _OneScaling:
