@@ -40,7 +40,7 @@ def gated_bidirectional_scan(forward: ScanInputs, backward: ScanInputs, z: Tenso
     u, states = forward.u, forward.A.shape[1]
     name = resolve_backend(backend, z.device, float64=float64, like=u, states=states)
     if name == "triton":
-        from .triton import gated_scan_triton  # only where there is a GPU for it
+        from .triton_backend import gated_scan_triton  # only where there is a GPU for it
 
         return gated_scan_triton(forward, backward, z)
     if name == "torch":
