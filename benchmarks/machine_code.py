@@ -1,7 +1,7 @@
 """The machine code that Triton makes for a GPU which need not be there: compiled, disassembled and counted.
 
-`launches` runs a function that launches kernels, on tensors of the device "meta", and compiles what it launches, exactly
-as a GPU would get it (what Triton specialises on, such as alignments and strides of 1, included).
+`launches` runs a function that launches kernels, on tensors of the device "meta", and compiles what it launches as a
+GPU would get it: what Triton specialises on, such as alignments and strides of 1, included.
 """
 
 import re
@@ -45,7 +45,7 @@ class Loop(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A kernel as it was launched: its name, the constants it was compiled for, programs, warps of each, and its code."""
+    """A kernel as it was launched: its name and constants, how many programs of how many warps, and its code."""
 
     kernel: str
     constants: dict[str, Any]
@@ -129,7 +129,14 @@ def _launch(kernel: str, constants: dict, programs: int, compiled: Any) -> Launc
     resources = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
     loops = find_loops(instructions, labels)
     return Launch(
-        kernel, constants, programs, compiled.metadata.num_warps, resources["REG"], resources["STACK"], instructions, loops
+        kernel,
+        constants,
+        programs,
+        compiled.metadata.num_warps,
+        resources["REG"],
+        resources["STACK"],
+        instructions,
+        loops,
     )
 
 

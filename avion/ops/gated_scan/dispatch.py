@@ -1,27 +1,14 @@
 """`gated_bidirectional_scan` and the choice of its backend, which goes with the scan's."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from avion.ops.selective_scan import resolve_backend, selective_scan
 from avion.ops.selective_scan.dispatch import check_shapes
+from avion.ops.selective_scan.inputs import ScanInputs
 
 from .torch_backend import gated_scan_torch
-
-
-class ScanInputs(NamedTuple):
-    """One direction's inputs; the package's docstring has the shapes. The steps are softplus(delta + delta_bias)."""
-
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor
-    delta_bias: Tensor
 
 
 def gated_bidirectional_scan(forward: ScanInputs, backward: ScanInputs, z: Tensor, *, backend: str = "auto") -> Tensor:

@@ -17,7 +17,6 @@ from avion.ops.tuning import tuned
 
 from .autograd import differentiable
 
-
 _AHEAD, _BEHIND = Time(), Time(reverse=True)
 
 

@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 class ScanInputs(NamedTuple):
-    """One direction's tensors; the package's docstring has the shapes and the maths.
+    """One direction's tensors: u, delta (R, T, D), A (D, N), B, C (R, T, N), D and delta_bias (D,).
 
-    A field of the kernels' own arguments is called the same: they take the record itself, prepared for them.
+    The package's docstring has the maths. The Triton kernels take such a record too, prepared for them.
     """
 
     u: Tensor

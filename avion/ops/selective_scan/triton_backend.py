@@ -1,4 +1,4 @@
-"""The `triton` backend: kernels for GPUs (`triton_forward.py, triton_backward.py`), also run by Triton's interpreter for tests.
+"""The `triton` backend: kernels for GPUs, which tests run in Triton's interpreter.
 
 Forward is one program per row and block of channels, or per part of a row where rows are few and long. Backward is a
 fixed number of programs per block of channels, each taking every so-many-th row (or part): so that its sums over rows

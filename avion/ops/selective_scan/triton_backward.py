@@ -104,8 +104,8 @@ def group_states(
 def group_gradients(
     carry, sum_A, A, before, B, C, target, strides, pitch, sizes, drives, dys, by_drives, by_sizes, ys, left, in_d,
     FIRST: tl.constexpr, COUNT: tl.constexpr, CHANNELS: tl.constexpr, N: tl.constexpr, STACK: tl.constexpr,
-    BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr, SIGN: tl.constexpr, GATE: tl.constexpr, IS_FIRST: tl.constexpr,
-    WORDS: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr, SIGN: tl.constexpr, GATE: tl.constexpr,
+    IS_FIRST: tl.constexpr, WORDS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """The states FIRST … FIRST + COUNT - 1 of a chunk, and their adjoint from the last step back to the first. Stores
     dB and dC. Returns the adjoint of the state before the chunk, dA so far, and per step the sums over states so far:
@@ -147,8 +147,8 @@ def chunk_gradients(
     dy, u, delta, B, C, z, du, d_delta, dz, target, before, pitch, strides, carry, sum_A, sum_D, sum_bias,
     A, skip, shift, left, in_d,
     CHANNELS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STACK: tl.constexpr, BLOCK_D: tl.constexpr,
-    CHUNK: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr,
-    IS_FIRST: tl.constexpr, WORDS: tl.constexpr, EXACT: tl.constexpr,
+    CHUNK: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
+    ADD: tl.constexpr, GATE: tl.constexpr, IS_FIRST: tl.constexpr, WORDS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """A chunk's steps, from the last back to the first: the adjoint of the state before it, and the sums with the
     chunk's shares. Pointers are to the first step; `before`: to the state before it, `pitch` between states."""
@@ -168,8 +168,8 @@ def chunk_gradients(
                 own_carry, own_A = own_carry + (carry[n],), own_A + (sum_A[n],)
         own_carry, own_A, by_drives, by_sizes, ys = group_gradients(
             own_carry, own_A, A, before, B, C, target, strides, pitch, sizes, drives, dys, by_drives, by_sizes, ys,
-            left, in_d, FIRST, GROUP if FIRST + GROUP <= K else K - FIRST, CHANNELS, N, STACK, BLOCK_D, CHUNK, LANES, SIGN,
-            GATE, IS_FIRST, WORDS, EXACT)  # fmt: skip
+            left, in_d, FIRST, GROUP if FIRST + GROUP <= K else K - FIRST, CHANNELS, N, STACK, BLOCK_D, CHUNK, LANES,
+            SIGN, GATE, IS_FIRST, WORDS, EXACT)  # fmt: skip
         new_carry, new_A = new_carry + own_carry, new_A + own_A
     for j in tl.static_range(CHUNK):
         mask, k = where_both(j < left, in_d), SIGN * j * CHANNELS

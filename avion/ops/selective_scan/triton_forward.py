@@ -35,7 +35,8 @@ from .triton_pieces import (
 def forward_chunk(
     state, u, delta, B, C, z, out, strides, a, skip, shift, left, in_d,
     CHANNELS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STACK: tl.constexpr, CHUNK: tl.constexpr,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr, IS_FIRST: tl.constexpr, WORDS: tl.constexpr, EXACT: tl.constexpr,
+    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr, IS_FIRST: tl.constexpr,
+    WORDS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """The state after a chunk, whose steps' outputs are stored. Pointers are to its first step; `left`: steps until the
     end; IS_FIRST: nothing came before, so that the first step needs no decay."""
@@ -63,8 +64,8 @@ def forward_chunk(
 @triton.jit
 def forward_kernel(
     x, z_base, strides, y, entering, carried, items, steps, part_steps, programs,
-    CHANNELS: tl.constexpr, N: tl.constexpr, STACK: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr,
+    CHANNELS: tl.constexpr, N: tl.constexpr, STACK: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
+    SEGMENT: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr,
     ONE_CHUNK: tl.constexpr, KEEP: tl.constexpr, PARTED: tl.constexpr, WORDS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """y (R, T, D) contiguous; with KEEP also `entering` (R, segments - 1, N, D), the state before each later segment of
@@ -84,7 +85,9 @@ def forward_kernel(
         state = zeros(K, BLOCK_D, STACK)
         if PARTED:
             slot = row * (tl.cdiv(steps, part_steps) - 1) + part - 1
-            state = load_states(carried + slot * N * CHANNELS + d, CHANNELS, where_both(part > 0, in_d), 0, K, N, STACK, False)
+            state = load_states(
+                carried + slot * N * CHANNELS + d, CHANNELS, where_both(part > 0, in_d), 0, K, N, STACK, False
+            )
         if ONE_CHUNK:
             t = time_of(0, steps, REVERSE)
             forward_chunk(
@@ -166,7 +169,8 @@ def part_kernel(
         state, sizes = part_chunk(
             state, sizes, v + t * v_strides[1], delta + t * delta_strides[1], W + t * W_strides[1],
             z + t * z_strides[1], v_strides[1], delta_strides[1], W_strides[1], z_strides[1], W_strides[2],
-            a, shift, end - start - walked, in_d, N, K, STACK, CHUNK, SIGN, SOFTPLUS, GATE, ADJOINT, WORDS, EXACT)  # fmt: skip
+            a, shift, end - start - walked, in_d,
+            N, K, STACK, CHUNK, SIGN, SOFTPLUS, GATE, ADJOINT, WORDS, EXACT)  # fmt: skip
     store_states(carried + item * N * CHANNELS + d, CHANNELS, state, in_d, K, N, STACK, EXACT)
     tl.store(total + item * CHANNELS + d, sizes, mask=in_d)
 

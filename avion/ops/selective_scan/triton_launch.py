@@ -77,13 +77,15 @@ def forward_plans_for(shape: tuple[int, ...], processors: int) -> list[Plan]:
     """For a GPU with so many multiprocessors."""
     rows, steps, channels = shape
     # Four channels to a thread share the conversions of B and C; fewer leave more programs, and registers.
+    blocks = (128, 64, 32)
+    if rows * channels < 128 * _WARPS_TO_KEEP_BUSY * processors:
+        blocks = blocks[::-1]
     plans = []
     for parts in _parts(shape, processors):
-        for block in (128, 64, 32):
+        for block in blocks:
             programs = max(1, min(rows * parts, _FORWARD_PROGRAMS * processors // triton.cdiv(channels, block)))
             plans.append(Plan(block, 4 if steps > 2 else 2, 0, parts, programs))
-    few = rows * channels < 128 * _WARPS_TO_KEEP_BUSY * processors
-    return plans[::-1] if few else plans
+    return plans
 
 
 def backward_plans(u: Tensor, states: int) -> list[Plan]:

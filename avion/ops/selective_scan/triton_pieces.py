@@ -143,21 +143,21 @@ def store_states(
 
 
 @triton.jit
-def _unpacked(word, KIND: tl.constexpr):
+def _unpacked(word, kind: tl.constexpr):
     """The numbers of 64 bits, in float32. A bfloat16 is the upper half of a float32: one instruction each."""
     values = ()
     for half in tl.static_range(2):
         bits = (word >> (32 * half)).to(tl.int32)
-        if KIND == tl.float32:
+        if kind == tl.float32:
             values = values + (bits.to(tl.float32, bitcast=True),)
-        elif KIND == tl.bfloat16:
+        elif kind == tl.bfloat16:
             lower, upper = bits << 16, bits & -65536
             values = values + (lower.to(tl.float32, bitcast=True), upper.to(tl.float32, bitcast=True))
         else:
             lower, upper = bits.to(tl.int16), (bits >> 16).to(tl.int16)
             values = values + (
-                lower.to(KIND, bitcast=True).to(tl.float32),
-                upper.to(KIND, bitcast=True).to(tl.float32),
+                lower.to(kind, bitcast=True).to(tl.float32),
+                upper.to(kind, bitcast=True).to(tl.float32),
             )
     return values
 
