@@ -224,8 +224,7 @@ def backward_kernel(
     row, or a part of one.
 
     Per segment of time, last one first: the state before each chunk goes to `scratch` (programs · blocks, SEGMENT /
-    CHUNK, N, BLOCK_D), which stays in the second-level cache; then chunk by chunk from the end the states are
-    recomputed in registers and the adjoint is walked the other way. A single chunk needs no scratch.
+    CHUNK, N, BLOCK_D); then chunk by chunk from the end the gradients follow. A single chunk needs no scratch.
 
     du, d_delta, dz (R, T, D) contiguous. Partial sums, for the caller to add up: dC and dB side by side, `by_state`
     (blocks, R, T, 2 · N); dA (programs, N, D), dD and d_bias (programs, D). dz is added to with ADD.
@@ -277,9 +276,8 @@ def backward_kernel(
                     carry, sum_A, sum_D, sum_bias, A, skip, shift, steps - start - c * CHUNK, in_d,
                     CHANNELS, N, K, STACK, BLOCK_D, CHUNK, GROUP, LANES, SOFTPLUS, REVERSE, ADD, GATE, ONE_CHUNK,
                     WORDS, EXACT)  # fmt: skip
-    # In 32 bits, which these small tensors need no more than: nothing of it is kept in registers over the loop.
-    d = channels_of(tl.program_id(0) % blocks, BLOCK_D, STACK)
-    p = tl.program_id(0) // blocks
+    # In 32 bits, which are enough for these tensors: nothing of it is kept in registers over the loop.
+    d, p = channels_of(tl.program_id(0) % blocks, BLOCK_D, STACK), tl.program_id(0) // blocks
     store_states(dA + p * N * CHANNELS + d, CHANNELS, sum_A, in_d, K, N, STACK, EXACT)
     store(dD + p * CHANNELS + d, sum_D, in_d, EXACT)
     store(d_bias + p * CHANNELS + d, sum_bias, in_d, EXACT)
