@@ -35,10 +35,15 @@ from avion.ops.selective_scan.inputs import ScanInputs
 from benchmarks.machine_code import CLASSES, Launch, count_by_class, launches
 from benchmarks.measure import markdown_table
 
-# Rows and steps at D = 768, N = 16, bf16: training in time at B = 64, long rows of time (which `bench_scan.py` times),
-# a single one, and 7 steps, which no chunk divides.
-SHAPES = {"training": (12544, 4), "long": (196, 1024), "few": (1, 8192), "ragged": (300, 7)}
-D, N, RANK = 768, 16, 48
+# Rows, steps, channels and states, in bf16. Training in time at B = 64, long rows of time (`bench_scan.py` times them),
+# a single long one, and sizes that fill no block, chunk or word.
+SHAPES = {
+    "training": (12544, 4, 768, 16),
+    "long": (196, 1024, 768, 16),
+    "few": (1, 8192, 768, 16),
+    "ragged": (300, 7, 100, 6),
+}
+RANK = 48  # of the step size: columns that lie beside B and C
 FLOOR = {"forward_kernel": 4, "backward_kernel": 12}
 SCHEDULERS, MUFU_CYCLES = 4, 8  # of a multiprocessor; of one warp's MUFU on one scheduler's share of the units
 
@@ -62,21 +67,22 @@ def half(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 
 
-def scan_inputs(rows: int, steps: int) -> ScanInputs:
+def scan_inputs(rows: int, steps: int, channels: int, states: int) -> ScanInputs:
     """As the mixer makes them: B and C are columns of one product."""
-    product = half(rows, steps, RANK + 2 * N)
-    A, D_ = torch.empty(D, N, device="meta"), torch.empty(D, device="meta")
-    B, C = product[..., RANK : RANK + N], product[..., RANK + N :]
-    return ScanInputs(half(rows, steps, D), half(rows, steps, D), A, B, C, D_, D_)
+    product = half(rows, steps, RANK + 2 * states)
+    A, D = torch.empty(channels, states, device="meta"), torch.empty(channels, device="meta")
+    B, C = product[..., RANK : RANK + states], product[..., RANK + states :]
+    return ScanInputs(half(rows, steps, channels), half(rows, steps, channels), A, B, C, D, D)
 
 
 def scan_work(case: str, processors: int, guess_only: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
     """(case, plan, work) of the directions, forward and backward."""
-    rows, steps = SHAPES[case]
-    p, z, y = scan_inputs(rows, steps), half(rows, steps, 2 * D)[..., D:], half(rows, steps, D)
-    kept = torch.empty(scan.kept_shape(p.u, N, keep=True), device="meta")
-    forward = scan.forward_plans_for((rows, steps, D), processors)
-    backward = scan.backward_plans_for((rows, steps, D), N, processors)
+    rows, steps, channels, states = SHAPES[case]
+    p = scan_inputs(*SHAPES[case])
+    z, y = half(rows, steps, 2 * channels)[..., channels:], half(rows, steps, channels)
+    kept = torch.empty(scan.kept_shape(p.u, states, keep=True), device="meta")
+    forward = scan.forward_plans_for((rows, steps, channels), processors)
+    backward = scan.backward_plans_for((rows, steps, channels), states, processors)
     # Only in training's shape both: the code of the second direction, which has the gate to do, is the longer one.
     for second in (False, True) if case == "training" else (True,):
         time, name = scan.Time(reverse=second), f"{case}, {'second' if second else 'first'} direction"
@@ -96,17 +102,17 @@ def _describe(plan: scan.Plan) -> str:
 
 def conv_work() -> Iterator[tuple[str, str, Callable[[], object]]]:
     """Both directions of the convolution in one launch."""
-    rows, steps = SHAPES["training"]
-    x, weight, bias = half(rows, steps, 2 * D)[..., :D], torch.empty(D, 4, device="meta"), torch.empty(D, device="meta")
-    both = [weight, weight], [bias, bias]
+    rows, steps, channels, _ = SHAPES["training"]
+    weight, bias = torch.empty(channels, 4, device="meta"), torch.empty(channels, device="meta")
+    x, both = half(rows, steps, 2 * channels)[..., :channels], ([weight, weight], [bias, bias])
     yield "convolution", "", lambda: conv._forward(x, *both, 1)
-    yield "convolution", "", lambda: conv._backward([half(rows, steps, D)] * 2, x, *both, 1)
+    yield "convolution", "", lambda: conv._backward([half(rows, steps, channels)] * 2, x, *both, 1)
 
 
 def count(case: str, plan: str, launch: Launch, processors: int, clock: float) -> Count:
     """A launch's numbers. `clock` in GHz."""
     constants = launch.constants
-    rows, steps = SHAPES[case.split(",")[0]] if "convolution" not in case else SHAPES["training"]
+    rows, steps, channels, _ = SHAPES["training" if case == "convolution" else case.split(",")[0]]
     states = constants.get("N", 1)
     chunk = constants.get("CHUNK", constants.get("BLOCK_T", 1))
     per_thread = constants.get("BLOCK_D", constants.get("BLOCK", 32)) / (32 * launch.warps)
@@ -122,7 +128,7 @@ def count(case: str, plan: str, launch: Launch, processors: int, clock: float) -
         numbers.update({k: v / (chunk * per_thread) for k, v in count_by_class(launch.own(None)).items()})
         once = 0
     total = sum(numbers.values())
-    warps = rows * steps * D * states / 32
+    warps = rows * steps * channels * states / 32
     milliseconds = warps / (processors * SCHEDULERS * clock * 1e6)
     floor = None
     if launch.kernel in FLOOR and "convolution" not in case:
@@ -174,7 +180,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    setting = f"sm_90, D = {D}, N = {N}, bf16, {args.multiprocessors} multiprocessors at {args.clock} GHz"
+    shapes = ", ".join(f"{name}: R × T × D × N = {' × '.join(map(str, SHAPES[name]))}" for name in SHAPES)
+    setting = f"sm_90, bf16; {shapes}; {args.multiprocessors} multiprocessors at {args.clock} GHz"
     text = f"# Instructions per step, state and channel of a thread\n\n{setting}\n\n{as_table(found)}\n"
     print(text)
     if args.output is not None:
