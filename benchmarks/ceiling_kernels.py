@@ -34,7 +34,9 @@ def issue_rates(device: str, rounds: int, toy: bool, medians: Callable) -> tuple
     programs, steps, lanes = (2, 2, 32) if toy else (132 * 64, 512, 128)
     x = torch.rand(programs * _CHAINS * lanes, device=device)
     work = {
-        name: lambda kernel=kernel: kernel[(programs,)](x, steps, CHAINS=_CHAINS, LANES=lanes, num_warps=lanes // 32)
+        name: lambda kernel=kernel: kernel[(programs,)](
+            x, steps, CHAINS=_CHAINS, LANES=lanes, num_warps=lanes // 32, enable_fp_fusion=True
+        )
         for name, kernel in (("multiply-adds", multiply_add_kernel), ("exponentials", exponential_kernel))
     }
     found = medians(work, rounds, device)

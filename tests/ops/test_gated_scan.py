@@ -123,6 +123,31 @@ def test_half_precision(half, tolerance, backend):
     assert_equal(case, backend, tolerance)
 
 
+# As a GPU runs them, a state to a tensor and 32 threads: training's plan, one with a ragged chunk, block and group, and
+# one with several segments in two parts.
+@pytest.mark.parametrize(
+    ("plan", "shape", "dtype", "tolerance"),
+    [
+        ((64, 4, 4, 1, 2), (3, 4, 128, 16), torch.bfloat16, 2e-2),
+        ((64, 4, 4, 1, 2), (2, 4, 64, 16), torch.float32, 2e-5),
+        ((128, 2, 8, 1, 1), (1, 3, 70, 12), torch.float16, 4e-3),
+        ((32, 4, 4, 2, 2), (1, 37, 3, 3), torch.float32, 2e-5),
+    ],
+)
+def test_plans_for_gpus(plan, shape, dtype, tolerance, monkeypatch):
+    pytest.importorskip("triton")
+    from avion.ops.selective_scan import triton_launch
+
+    monkeypatch.setattr(triton_launch, "forward_plans", lambda u, states: [triton_launch.Plan(*plan)])
+    monkeypatch.setattr(triton_launch, "backward_plans", lambda u, states: [triton_launch.Plan(*plan)])
+    case = Case(*shape, dtype=dtype)
+    rows, steps, channels, states = shape
+    weights = torch.randn(rows, steps, 2 * states + 4, device=DEVICE).to(dtype)  # B and C as x_proj hands them out
+    for name, start in (("B", 4), ("C", 4 + states)):
+        case.ahead = case.ahead._replace(**{name: weights[..., start : start + states].requires_grad_()})
+    assert_equal(case, "triton", tolerance)
+
+
 def test_two_runs_agree_bit_for_bit(backend):
     case = Case(1, 66, 3, 4)
     first, second = case.run(backend), case.run(backend)

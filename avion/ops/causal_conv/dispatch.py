@@ -27,7 +27,7 @@ def causal_conv_silu(
     if name == "mamba_ssm" and weight.shape[1] in _TAPS and len(x) > 0:
         return causal_conv_silu_mamba_ssm(x, weight, bias, reverse)
     if name == "triton" and weight.shape[1] in _TAPS:
-        from .triton import causal_conv_silu_triton  # only where there is a GPU for it
+        from .triton_backend import causal_conv_silu_triton  # only where there is a GPU for it
 
         return causal_conv_silu_triton(x, weight, bias, reverse)
     return causal_conv_silu_torch(x, weight, bias, reverse)
@@ -42,7 +42,7 @@ def causal_conv_silu_both(
     float64 = torch.float64 in {t.dtype for t in (x, *forward, *backward)}
     name, taps = resolve_backend(backend, x.device, float64=float64), forward[0].shape[1]
     if name == "triton" and taps in _TAPS and backward[0].shape[1] == taps:
-        from .triton import causal_conv_silu_both_triton  # only where there is a GPU for it
+        from .triton_backend import causal_conv_silu_both_triton  # only where there is a GPU for it
 
         return causal_conv_silu_both_triton(x, forward, backward)
     if name in ("torch", "reference"):

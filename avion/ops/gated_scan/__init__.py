@@ -7,6 +7,8 @@ A (D, N), B, C (R, T, N), D, delta_bias (D,). z is (R, T, D), and so is the outp
 scan's; one without a kernel for the whole of it runs two scans and plain operators.
 """
 
-from .dispatch import ScanInputs, gated_bidirectional_scan
+from avion.ops.selective_scan.inputs import ScanInputs
+
+from .dispatch import gated_bidirectional_scan
 
 __all__ = ["ScanInputs", "gated_bidirectional_scan"]

@@ -1,27 +1,14 @@
 """`gated_bidirectional_scan` and the choice of its backend, which goes with the scan's."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from avion.ops.selective_scan import resolve_backend, selective_scan
 from avion.ops.selective_scan.dispatch import check_shapes
+from avion.ops.selective_scan.inputs import ScanInputs
 
 from .torch_backend import gated_scan_torch
-
-
-class ScanInputs(NamedTuple):
-    """One direction's inputs; the package's docstring has the shapes. The steps are softplus(delta + delta_bias)."""
-
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor
-    delta_bias: Tensor
 
 
 def gated_bidirectional_scan(forward: ScanInputs, backward: ScanInputs, z: Tensor, *, backend: str = "auto") -> Tensor:
@@ -40,7 +27,7 @@ def gated_bidirectional_scan(forward: ScanInputs, backward: ScanInputs, z: Tenso
     u, states = forward.u, forward.A.shape[1]
     name = resolve_backend(backend, z.device, float64=float64, like=u, states=states)
     if name == "triton":
-        from .triton import gated_scan_triton  # only where there is a GPU for it
+        from .triton_backend import gated_scan_triton  # only where there is a GPU for it
 
         return gated_scan_triton(forward, backward, z)
     if name == "torch":

@@ -54,7 +54,9 @@ def _triton_unavailable(device: torch.device) -> str | None:
 
 
 def _run_triton(*arguments) -> torch.Tensor:
-    from .triton import selective_scan_triton  # only where there is a GPU for it: triton takes a while to import
+    from .triton_backend import (
+        selective_scan_triton,
+    )  # only where there is a GPU for it: triton takes a while to import
 
     return selective_scan_triton(*arguments)
 

@@ -1,4 +1,4 @@
-"""The `triton` backend: kernels for GPUs (`triton_kernels.py`), also run by Triton's interpreter for tests.
+"""The `triton` backend: kernels for GPUs, which tests run in Triton's interpreter.
 
 Forward is one program per row and block of channels, or per part of a row where rows are few and long. Backward is a
 fixed number of programs per block of channels, each taking every so-many-th row (or part): so that its sums over rows
@@ -12,7 +12,8 @@ from torch import Tensor
 from avion.ops.tuning import tuned
 
 from .autograd import differentiable
-from .triton_launch import Direction, backward, backward_plans, forward, forward_plans, kept_shape
+from .inputs import ScanInputs
+from .triton_launch import Time, backward, backward_plans, forward, forward_plans, kept_shape
 
 
 @torch.library.custom_op("avion::selective_scan_triton", mutates_args=())
@@ -29,13 +30,13 @@ def _scan(
     keep_states: bool,
 ) -> tuple[Tensor, Tensor]:
     """y (R, T, D), and the states (R, segments - 1, N, D) that enter the later segments of time."""
-    p = Direction(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
+    p, time = ScanInputs(u, delta, A, B, C, D, delta_bias), Time(delta_softplus, reverse)
 
     def run(plan):
         y = torch.empty_like(u, memory_format=torch.contiguous_format)
-        return y, forward(p, plan, y, keep_states)
+        return y, forward(p, plan, y, keep_states, time)
 
-    return tuned("scan", u, A.shape[1], forward_plans(u), run)
+    return tuned("scan", u, A.shape[1], forward_plans(u, A.shape[1]), run)
 
 
 @_scan.register_fake
@@ -59,9 +60,9 @@ def _scan_backward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, delta, A, B, C, D and delta_bias (of shape (0,) where there is none)."""
-    p = Direction(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
+    p, time = ScanInputs(u, delta, A, B, C, D, delta_bias), Time(delta_softplus, reverse)
     plans = backward_plans(u, A.shape[1])
-    return tuned("scan backward", u, A.shape[1], plans, lambda plan: backward(p, plan, dy, entering))
+    return tuned("scan backward", u, A.shape[1], plans, lambda plan: backward(p, plan, dy, entering, time))
 
 
 selective_scan_triton = differentiable(_scan, _scan_backward)

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from avion.ops.selective_scan import triton_launch as launch
-from avion.ops.selective_scan.triton_launch import Direction, Gate, Plan
+from avion.ops.selective_scan.inputs import ScanInputs
+from avion.ops.selective_scan.triton_launch import Gate, Plan, Time
 from avion.ops.tuning import tuned
 
 from .autograd import differentiable
 
-
-def _directions(ahead: Sequence[Tensor], behind: Sequence[Tensor]) -> tuple[Direction, Direction]:
-    return Direction(*ahead), Direction(*behind, reverse=True)
+_AHEAD, _BEHIND = Time(), Time(reverse=True)
 
 
 @torch.library.custom_op("avion::gated_scan_triton", mutates_args=())
@@ -26,15 +25,15 @@ def _gated_scan(
     ahead: Sequence[Tensor], behind: Sequence[Tensor], z: Tensor, keep_states: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output (R, T, D), and the states (R, segments - 1, N, D) that enter each direction's later segments."""
-    first, second = _directions(ahead, behind)
+    first, second = ScanInputs(*ahead), ScanInputs(*behind)
     u, states = first.u, first.A.shape[1]
 
     def run(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
         out = torch.empty_like(u, memory_format=torch.contiguous_format)
-        kept = launch.forward(first, plan, out, keep_states)
-        return out, kept, launch.forward(second, plan, out, keep_states, Gate(z, add=True))
+        kept = launch.forward(first, plan, out, keep_states, _AHEAD)
+        return out, kept, launch.forward(second, plan, out, keep_states, _BEHIND, Gate(z, add=True))
 
-    return tuned("gated scan", u, states, launch.forward_plans(u), run)
+    return tuned("gated scan", u, states, launch.forward_plans(u, states), run)
 
 
 @_gated_scan.register_fake
@@ -49,13 +48,13 @@ def _gated_scan_backward(
     d_out: Tensor, ahead: Sequence[Tensor], behind: Sequence[Tensor], z: Tensor, kept: Sequence[Tensor]
 ) -> list[Tensor]:
     """Gradients of the tensors of `ahead`, of those of `behind`, and of z."""
-    first, second = _directions(ahead, behind)
+    first, second = ScanInputs(*ahead), ScanInputs(*behind)
     u, states = first.u, first.A.shape[1]
 
     def run(plan: Plan) -> list[Tensor]:
         dz = torch.empty_like(z, memory_format=torch.contiguous_format)
-        by_first = launch.backward(first, plan, d_out, kept[0], Gate(z, add=False), dz)
-        return [*by_first, *launch.backward(second, plan, d_out, kept[1], Gate(z, add=True), dz), dz]
+        by_first = launch.backward(first, plan, d_out, kept[0], _AHEAD, Gate(z, add=False), dz)
+        return [*by_first, *launch.backward(second, plan, d_out, kept[1], _BEHIND, Gate(z, add=True), dz), dz]
 
     return tuned("gated scan backward", u, states, launch.backward_plans(u, states), run)
 
