@@ -13,17 +13,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
+from avion.engine import trainer as trainer_module
 from avion.engine.args import parse
+from avion.engine.build import build_model
 from avion.engine.distributed import World
+from avion.engine.inputs import ModelInputs
 from avion.engine.options import PretrainOptions
-from avion.engine.steps import contrastive_step
+from avion.engine.sinks import RunLog
+from avion.engine.state import Position
+from avion.engine.steps import Contrastive
 from avion.engine.tasks.base import Task
-from avion.engine.trainer import Trainer, choose_precision
+from avion.engine.trainer import Trainer, choose_precision, start_training, train_sampler, wrapped
 from avion.losses import ClipLoss
-from avion.optim import build_optimizer
 from avion.weights import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,24 +76,37 @@ class _Clips(Dataset):
 
 
 class DemoClips(Task):
-    """Pretraining without videos; remembers the loss of every step."""
+    """Pretraining without videos."""
 
     metric = "loss"
 
-    def __init__(self, args: Any, world: World):
-        super().__init__(args, world)
-        self.loss = ClipLoss(local_loss=args.local_loss, gather_with_grad=args.gather_with_grad)
-        self.losses: list[float] = []
+    def __init__(self, options: PretrainOptions, world: World, checkpoint: Checkpoint | None = None):
+        super().__init__(options, world, checkpoint)
+        loss = ClipLoss(local_loss=options.local_loss, gather_with_grad=options.gather_with_grad)
+        self.objective = Contrastive(lambda video, text, logit_scale, _: loss(video, text, logit_scale))
 
-    def train_dataset(self) -> Dataset:
+    def build_model(self) -> nn.Module:
+        return build_model(self.options, self.checkpoint)
+
+    def train_dataset(self, inputs: ModelInputs) -> Dataset:
         return _Clips()
 
-    def step(self, model, micro_batches, precision, scale):
-        figures = contrastive_step(
-            model, micro_batches, lambda video, text, scale, _: self.loss(video, text, scale), precision, scale
-        )
-        self.losses.append(float(figures["loss"]))
-        return figures
+
+class _Recorder(Trainer):
+    """Keeps the loss of every step."""
+
+    losses: list[float]
+
+    def optimizer_step(self, micro_batches, lr):
+        metrics = super().optimizer_step(micro_batches, lr)
+        self.losses.append(float(metrics["loss"]))
+        return metrics
+
+    def train_until(self, epochs: int) -> None:
+        while self.position.epoch < epochs:
+            epoch = self.position.epoch
+            self.train_epoch(epoch)
+            self.training.position = Position(epoch + 1)
 
 
 def losses(mode: str, device: str, folder: Path) -> list[float]:
@@ -96,15 +114,15 @@ def losses(mode: str, device: str, folder: Path) -> list[float]:
     words, zero = MODES[mode].words, MODES[mode].zero
     folder.mkdir(parents=True, exist_ok=True)
     with _group_of_one(device, folder) if zero else contextlib.nullcontext():
-        trainer, task = _trainer(words, device, folder, zero)
+        trainer = _trainer(words, device, folder, zero)
         if not zero:
-            _train(trainer, EPOCHS)
-            return task.losses
-        _train(trainer, 1)
+            trainer.train_until(EPOCHS)
+            return trainer.losses
+        trainer.train_until(1)
         trainer.save()
-        again, other = _trainer(words, device, folder, zero, Checkpoint.open(folder / "checkpoint.pt"))
-        _train(again, EPOCHS)
-        return task.losses + other.losses
+        again = _trainer(words, device, folder, zero, Checkpoint.open(folder / "checkpoint.pt"))
+        again.train_until(EPOCHS)
+        return trainer.losses + again.losses
 
 
 def far_off(mode: str, found: list[float], of_cpu: list[float]) -> str | None:
@@ -122,31 +140,36 @@ def far_off(mode: str, found: list[float], of_cpu: list[float]) -> str | None:
 
 def _trainer(
     words: tuple[str, ...], device: str, folder: Path, zero: bool, checkpoint: Checkpoint | None = None
-) -> tuple[Trainer, DemoClips]:
+) -> _Recorder:
     flags = [
         "--config", str(ROOT / "recipes" / "demo_pretrain.yaml"), "--batch-size", str(BATCH), "--epochs", str(EPOCHS),
         "--workers", "0", "--output-dir", str(folder), "--lr", "5e-4", *words,
     ]  # fmt: skip
-    args = parse(PretrainOptions, flags, "main_pretrain.py", "")
+    options = parse(PretrainOptions, flags, "main_pretrain.py", "")
     world = World(device=device)
-    task = DemoClips(args, world)
-    torch.manual_seed(args.seed)
-    model = task.build_model(checkpoint)
-    trainer = Trainer(task, model, args, world, choose_precision(args, world.device))
-    trainer.wrap()
-    if zero:
-        trainer.optimizer = build_optimizer(trainer.bare, "adamw", lr=args.lr, weight_decay=args.wd, use_zero=True)
-        trainer.model = DistributedDataParallel(trainer.bare)
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
-    return trainer, task
+    task = DemoClips(options, world, checkpoint)
+    torch.manual_seed(options.seed)
+    model = task.build_model().to(world.device)
+    dataset, precision = _Clips(), choose_precision(options, world.device)
+    sampler = train_sampler(len(dataset), options, world)
+    # By itself a run of one process has neither ZeRO nor DistributedDataParallel.
+    patched = _with_zero if zero else contextlib.nullcontext
+    with patched():
+        training = start_training(task, model, checkpoint, options, world, precision, sampler.steps)
+    step_model = DistributedDataParallel(model) if zero else wrapped(model, options, world)
+    trainer = _Recorder(task, training, step_model, dataset, sampler, options, world, precision, RunLog(folder))
+    trainer.losses = []
+    return trainer
 
 
-def _train(trainer: Trainer, until: int) -> None:
-    while trainer.position.epoch < until:
-        epoch = trainer.position.epoch
-        trainer.train_epoch(epoch)
-        trainer.position = type(trainer.position)(epoch + 1)
+@contextlib.contextmanager
+def _with_zero() -> Iterator[None]:
+    build = trainer_module.build_optimizer
+    trainer_module.build_optimizer = lambda *args, **options: build(*args, **{**options, "use_zero": True})
+    try:
+        yield
+    finally:
+        trainer_module.build_optimizer = build
 
 
 @contextlib.contextmanager
