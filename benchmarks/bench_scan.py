@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from avion.ops.gated_scan import ScanInputs, gated_bidirectional_scan
 from avion.ops.selective_scan import available_backends
 from benchmarks import scan_on_cpu
-from benchmarks.measure import Ceilings, markdown_table, measure_ceilings, medians, report, where, write_json
+from benchmarks.measure import Ceilings, markdown_table, measure_ceilings, medians, report, where
 
 SHAPES = ((12544, 4), (12544, 16), (12544, 64), (196, 256), (196, 1024), (196, 8192), (64, 784), (64, 3136))
 TOY_SHAPES = ((6, 4), (2, 40))
@@ -172,7 +172,12 @@ def a_shape(text: str) -> tuple[int, int]:
     return rows, steps
 
 
-def main(argv: list[str] | None = None) -> int:
+def table(records: list[dict]) -> str:
+    columns = ["R × T", "what", "backend", "median ms", "mamba-ssm's time / this", "this / floor", "peak MB"]
+    return markdown_table(columns, [table_row(record) for record in records])
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help="21; of toys 1")
     parser.add_argument("--dim", type=int, help="768; of toys 4")
@@ -181,33 +186,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backends", nargs="*", help="all that can run, the reference aside")
     parser.add_argument("--shapes", nargs="*", type=a_shape, metavar="RxT", help="in place of those above")
     parser.add_argument("--output", help="a Markdown file to write the table to")
-    parser.add_argument("--json", help="a JSON file for the numbers, written after every shape")
     parser.add_argument("--toy", action="store_true", help="tiny shapes on the CPU, in Triton's interpreter")
     args = parser.parse_args(argv)
     args.rounds, args.dim = args.rounds or (1 if args.toy else 21), args.dim or (4 if args.toy else 768)
-    if args.toy:
-        args.device = "cpu"
-    elif not torch.cuda.is_available():
+    args.device = "cpu" if args.toy else args.device
+    args.shapes = args.shapes or (TOY_SHAPES if args.toy else SHAPES)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    if not args.toy and not torch.cuda.is_available():
         print("no GPU here: the CPU's backends at the CPU's sizes\n", flush=True)
         scan_on_cpu.main([])
         return 0
     torch.manual_seed(0)
     args.backends = args.backends or [b for b in available_backends(args.device) if b != "reference"]
     ceilings = measure_ceilings(args.device, toy=args.toy)
-    records = []
-    for shape in args.shapes or (TOY_SHAPES if args.toy else SHAPES):
-        records += measure(shape, args, ceilings)
-        if args.json:  # after every shape: whoever stops us still has the others
-            write_json(args.json, {"where": where(args.device), "ceilings": ceilings._asdict(), "records": records})
+    records = [record for shape in args.shapes for record in measure(shape, args, ceilings)]
     all_right = all(map(is_right, records))
-    columns = ["R × T", "what", "backend", "median ms", "mamba-ssm's time / this", "this / floor", "peak MB"]
     setting = f"D = {args.dim}, N = {args.states}, bf16, both directions and the gate; measured ceilings: {ceilings}"
     verdict = f"Within {TOLERANCE} of the float64 reference: {'all' if all_right else 'NOT ALL; see the lines above'}."
-    report(
-        "The gated bidirectional scan",
-        [where(args.device), setting, verdict, markdown_table(columns, [table_row(r) for r in records])],
-        args.output,
-    )
+    report("The gated bidirectional scan", [where(args.device), setting, verdict, table(records)], args.output)
     return 0 if all_right else 1
 
 

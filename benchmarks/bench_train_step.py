@@ -28,7 +28,7 @@ from avion.models import create_model
 from avion.models.vim import BiMambaMixer
 from avion.ops.selective_scan import available_backends
 from avion.optim import build_optimizer
-from benchmarks.measure import markdown_table, measure_ceilings, medians, report, where, write_json
+from benchmarks.measure import markdown_table, measure_ceilings, medians, report, where
 
 MODELS = {
     "ID4": "TIMESFORMER_VITB16",
@@ -164,23 +164,8 @@ def table_row(record: dict) -> list[str]:
     ]  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, help="64; of toys 2")
-    parser.add_argument("--frames", type=int, default=4)
-    parser.add_argument("--rounds", type=int, help="11; of toys 1")
-    parser.add_argument("--rows", nargs="*", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--backends", nargs="*", help="scan backends; all that can run, the reference aside")
-    parser.add_argument("--grad-checkpointing", action="store_true")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", help="a Markdown file to write the table to")
-    parser.add_argument("--json", help="a JSON file for the numbers")
-    parser.add_argument("--toy", action="store_true", help="tiny models on the CPU, in Triton's interpreter")
-    args = parser.parse_args(argv)
-    args.clips, args.rounds = args.clips or (2 if args.toy else 64), args.rounds or (1 if args.toy else 11)
-    if args.toy:
-        args.device = "cpu"
-    args.backends = args.backends or [b for b in available_backends(args.device) if b != "reference"]
+def measure(args: argparse.Namespace) -> tuple[list[dict], str]:
+    """The records of all configurations, and what was measured, in a line."""
     batch = random_batch(args)
     steps, records = build_all(args, batch)
     found = medians(
@@ -190,9 +175,15 @@ def main(argv: list[str] | None = None) -> int:
     matmul = measure_ceilings(args.device, toy=args.toy).matmul if args.toy or args.device != "cpu" else None
     flops = {name: step.flops_per_clip(batch) for name, step in steps.items()}
     complete(records, found, flops, matmul, args.clips)
-    if args.json:
-        about = {"clips": args.clips, "frames": args.frames, "grad_checkpointing": args.grad_checkpointing}
-        write_json(args.json, {"where": where(args.device), **about, "records": records})
+    setting = (
+        f"{args.clips} clips of {args.frames} frames, bf16 autocast, AdamW"
+        f"{', activation checkpointing' if args.grad_checkpointing else ''}; "
+        f"bf16 matrix products {'were not measured' if matmul is None else f'reach {matmul / 1e12:.1f} TFLOP/s here'}"
+    )
+    return records, setting
+
+
+def table(records: list[dict]) -> str:
     columns = [
         "row, scan backend",
         "median ms",
@@ -202,16 +193,32 @@ def main(argv: list[str] | None = None) -> int:
         "peak GB",
         "MFU, %",
     ]
-    setting = (
-        f"{args.clips} clips of {args.frames} frames, bf16 autocast, AdamW"
-        f"{', activation checkpointing' if args.grad_checkpointing else ''}; "
-        f"bf16 matrix products {'were not measured' if matmul is None else f'reach {matmul / 1e12:.1f} TFLOP/s here'}"
-    )
-    report(
-        "A training step",
-        [where(args.device), setting, markdown_table(columns, [table_row(r) for r in records])],
-        args.output,
-    )
+    return markdown_table(columns, [table_row(record) for record in records])
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, help="64; of toys 2")
+    parser.add_argument("--frames", type=int, default=4)
+    parser.add_argument("--rounds", type=int, help="11; of toys 1")
+    parser.add_argument("--rows", nargs="*", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--backends", nargs="*", help="scan backends; all that can run, the reference aside")
+    parser.add_argument("--grad-checkpointing", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", help="a Markdown file to write the table to")
+    parser.add_argument("--toy", action="store_true", help="tiny models on the CPU, in Triton's interpreter")
+    args = parser.parse_args(argv)
+    args.clips, args.rounds = args.clips or (2 if args.toy else 64), args.rounds or (1 if args.toy else 11)
+    if args.toy:
+        args.device = "cpu"
+    args.backends = args.backends or [b for b in available_backends(args.device) if b != "reference"]
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    records, setting = measure(args)
+    report("A training step", [where(args.device), setting, table(records)], args.output)
     return 0
 
 

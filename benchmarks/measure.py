@@ -2,8 +2,6 @@
 when they were made."""
 
 import datetime
-import json
-import os
 import statistics
 import subprocess
 import time
@@ -114,12 +112,3 @@ def report(title: str, parts: list[str], output: str | None) -> None:
         path = Path(output)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-
-
-def write_json(path: str | Path, content: object) -> None:
-    """Whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    draft.replace(path)
