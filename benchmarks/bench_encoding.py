@@ -1,0 +1,322 @@
+"""Bytes against reading time: what x264's settings cost where clips are read at random.
+
+    python benchmarks/bench_encoding.py [--videos FILE ...] [--plot docs/images/encoding.png]
+
+Every setting encodes the same pictures, 288 pixels high. Clips of 4 frames of 1 s, 16 of 1 s and 16 of 3 s are then
+read from the files: positioned reads of the packets that are needed, a bare decoder, cropping and scaling to 224 x 224.
+Printed are the bytes relative to x264's default (CRF 23, preset medium), the CPU time per clip, and how many times
+faster that is than AVION's way (decord, crops of floats) on x264's default. The PSNR of the pictures is that of luma
+against what the encoder was given, so that no setting is ahead because it shows less.
+
+--videos: real files to take the pictures from. Without, a hand-held camera looks at photographs that scikit-image
+ships (where it is installed, else at drawn pictures with the spectrum of natural ones): it pans, zooms, turns and
+shakes, something moves in front of it, exposure and sensor noise are added.
+"""
+
+import argparse
+import dataclasses
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from avion.data.video.container import Demuxed, open_container
+from avion.data.video.decode import bare_context, pictures
+from avion.data.video.picture import Converter, Scaling
+from avion.data.video.prepare_encode import Encoder, Encoding
+from avion.data.video.sampling import uniform_frame_ids
+from benchmarks.bench_loader import avions_way, smooth_noise
+
+CASES = ((4, 1.0), (16, 1.0), (16, 3.0))  # frames, seconds
+CROP = 224
+SETTINGS = {
+    "all keyframes": Encoding(gop=1, bframes=0),
+    "GOP 16, no B": Encoding(gop=16, bframes=0),
+    "GOP 8, no B": Encoding(gop=8, bframes=0),
+    "GOP 4, no B": Encoding(gop=4, bframes=0),
+    "GOP 8, 3 B": Encoding(gop=8),
+    "GOP 8, 3 B, CABAC": Encoding(gop=8, cabac=True),
+    "GOP 8, 3 B, 3 refs, CABAC": Encoding(gop=8, refs=3, cabac=True),
+    "GOP 8, 3 B, no deblocking": Encoding(gop=8, deblock=False),
+    "GOP 13, 3 B": Encoding(gop=13),
+    "GOP 9, 3 B": Encoding(gop=9),
+    "GOP 9, 3 B, no deblocking": Encoding(gop=9, deblock=False),
+    "GOP 5, 3 B": Encoding(gop=5),
+    "GOP 8, 6 B": Encoding(gop=8, bframes=6),
+    "GOP 8, 6 B, no deblocking": Encoding(gop=8, bframes=6, deblock=False),
+    "GOP 12, 5 B": Encoding(gop=12, bframes=5),
+    "GOP 16, 7 B": Encoding(gop=16, bframes=7),
+}
+
+
+class Default(Encoding):
+    """x264 as FFmpeg calls it when nothing is asked for."""
+
+    def options(self) -> dict[str, str]:
+        return {}
+
+
+def photographs(height: int, width: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Pictures of at least twice the frame's size, uint8 RGB."""
+    try:
+        import skimage
+    except ImportError:
+        scenes = []
+        for _ in range(3):
+            scene = np.stack([smooth_noise(2 * height, 2 * width, rng) * 15 for _ in range(3)], axis=-1)
+            scene += 128 + 40 * smooth_noise(2 * height, 2 * width, rng)[:, :, None]
+            scenes.append(np.clip(scene, 0, 255).astype(np.uint8))
+        return scenes
+    folder = Path(skimage.__file__).parent / "data"
+    names = ("motorcycle_left.png", "astronaut.png", "coffee.png")
+    return [np.asarray(Image.open(folder / name).convert("RGB")) for name in names]
+
+
+def walk(steps: int, pull: float, push: float, rng: np.random.Generator) -> np.ndarray:
+    """A smooth random walk around 0. (steps,)"""
+    place, speed, places = 0.0, 0.0, []
+    for _ in range(steps):
+        speed += rng.normal(0, push) - 0.05 * speed - pull * place
+        place += speed
+        places.append(place)
+    return np.array(places)
+
+
+def hand_held(
+    scene: np.ndarray, other: np.ndarray, frames: int, height: int, width: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """A hand-held camera in front of `scene`, past which a piece of `other` moves. -> (height, width, 3) uint8 each"""
+    picture = Image.fromarray(scene)
+    view = min(picture.height / height, picture.width / width)  # scene pixels per pixel, at most
+    piece = Image.fromarray(other).resize((width // 3, height // 2)).convert("RGBA")
+    x, y = (walk(frames, 0.002, push, rng) for push in (1.2, 0.8))
+    zoom, turn = walk(frames, 0.003, 0.004, rng), walk(frames, 0.01, 0.002, rng)
+    left, top = walk(frames, 0.004, 1.5, rng), walk(frames, 0.004, 1.0, rng)
+    light = 1 + np.clip(walk(frames, 0.01, 0.002, rng), -0.3, 0.3)
+    for i in range(frames):
+        scale = view * float(np.clip(0.6 + zoom[i], 0.3, 0.95))
+        c, s = scale * np.cos(turn[i]), scale * np.sin(turn[i])
+        middle = picture.width / 2 + x[i] * scale, picture.height / 2 + y[i] * scale
+        shift = middle[0] - c * width / 2 + s * height / 2, middle[1] - s * width / 2 - c * height / 2
+        frame = picture.transform(
+            (width, height), Image.Transform.AFFINE, (c, -s, shift[0], s, c, shift[1]), Image.Resampling.BICUBIC
+        )
+        frame.paste(piece, (int(width / 3 + left[i]), int(height / 3 + top[i])))
+        pixels = np.asarray(frame, dtype=np.float32) * light[i]
+        noise = rng.normal(0, 1, pixels.shape).astype(np.float32) * (1.0 + 0.012 * pixels)  # shot noise
+        yield np.clip(pixels + noise, 0, 255).astype(np.uint8)
+
+
+def real_frames(path: str, height: int, most: int) -> Iterator[np.ndarray]:
+    with av.open(path) as container:
+        for i, frame in enumerate(container.decode(video=0)):
+            if i == most:
+                return
+            width = 2 * round(frame.width * height / frame.height / 2)
+            yield frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
+
+
+def material(files: list[str], height: int, width: int, frames: int) -> list[tuple[str, Fraction, list]]:
+    """(name, frames per second, pictures in yuv420p) of every video"""
+    sources = []
+    if files:
+        for file in files:
+            with av.open(file) as container:
+                rate = container.streams.video[0].average_rate
+            sources.append((Path(file).name, rate, real_frames(file, height, frames)))
+    else:
+        rng = np.random.default_rng(0)
+        scenes = photographs(height, width, rng)
+        for i, scene in enumerate(scenes):
+            shots = hand_held(scene, scenes[i - 1], frames, height, width, np.random.default_rng(i))
+            sources.append((f"hand-held {i}", Fraction(30), shots))
+    return [
+        (name, rate, [av.VideoFrame.from_ndarray(p, format="rgb24").reformat(format="yuv420p") for p in shots])
+        for name, rate, shots in sources
+    ]
+
+
+def luma(picture) -> np.ndarray:
+    plane = picture.planes[0]
+    rows = np.frombuffer(plane, dtype=np.uint8).reshape(-1, plane.line_size)
+    return rows[: picture.height, : picture.width].astype(np.float32)
+
+
+def write(path: Path, shots: list, rate: Fraction, encoding: Encoding) -> float:
+    """Encode. -> mean squared error of luma"""
+    ticks = rate.numerator
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encoder = Encoder(str(path), (shots[0].height, shots[0].width), ticks, rate, encoding)
+    for i, shot in enumerate(shots):
+        copy = shot.reformat(format="yuv420p")
+        encoder.add(copy, i * rate.denominator, rate.denominator)
+    encoder.close()
+    with av.open(str(path)) as container:
+        errors = [
+            float(np.mean((luma(a) - luma(b)) ** 2)) for a, b in zip(container.decode(video=0), shots, strict=True)
+        ]
+    return statistics.mean(errors)
+
+
+class Indexed:
+    """A file whose packets are known beforehand: where each lies, and which ones a frame needs."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+        with open_container(self.path) as container:
+            demuxed = Demuxed(container, self.path)
+            self.table, self.config = demuxed.table, demuxed.table.configs[0]
+            self.where = demuxed.file_positions
+        self.converter = Converter(self.table.coded_size, 0)
+        self._context = bare_context(self.table.codec, self.config, self.table.coded_size)
+
+    def context(self, _config: int):
+        return self._context
+
+    def packets(self, positions) -> Iterator:
+        for position in positions:
+            offset, size = self.where[position]
+            packet = av.Packet(os.pread(self._handle, size, offset))
+            packet.pts = packet.dts = position
+            yield packet
+
+    def read(self, ids: np.ndarray, scaling: Scaling) -> np.ndarray:
+        unique, inverse = np.unique(ids, return_inverse=True)
+        self._handle = os.open(self.path, os.O_RDONLY)
+        try:
+            found = {i: self.converter.scaled(p, scaling) for i, p in pictures(self.table, unique.tolist(), self)}
+        finally:
+            os.close(self._handle)
+        return np.stack([found[int(i)] for i in unique[inverse]], axis=1)
+
+
+def read_times(files: list[Path], clips: int) -> list[float]:
+    """CPU ms per clip of each case, the least of three rounds."""
+    opened = [Indexed(path) for path in files]
+    found = []
+    for frames, seconds in CASES:
+        rounds = []
+        for _ in range(3):
+            rng = np.random.default_rng(1)
+            begin = time.process_time()
+            for i in range(clips):
+                file = opened[i % len(opened)]
+                fps, count = file.table.fps, file.table.num_frames
+                first = int(rng.uniform(0, max(count - seconds * fps, 1)))
+                last = min(first + round(seconds * fps), count)
+                height, width = file.table.coded_size
+                share = rng.uniform(0.5, 1.0) ** 0.5
+                box = (2, 2, int(height * share) - 2, int(min(height * 4 / 3, width) * share) - 2)
+                file.read(uniform_frame_ids(first, last, frames, rng), Scaling(box, (CROP, CROP)))
+            rounds.append(1000 * (time.process_time() - begin) / clips)
+        found.append(min(rounds))
+    return found
+
+
+def avions_times(root: Path, names: list[str], lengths: list[float], clips: int) -> list[float]:
+    load, found = avions_way(root, CROP), []
+    for frames, seconds in CASES:
+        rounds = []
+        for _ in range(2):
+            rng = np.random.default_rng(1)
+            begin = time.process_time()
+            for i in range(clips):
+                start = float(rng.uniform(0, max(lengths[i % len(names)] - seconds, 0)))
+                load(names[i % len(names)], start, seconds, frames, i)
+            rounds.append(1000 * (time.process_time() - begin) / clips)
+        found.append(min(rounds))
+    return found
+
+
+def plot(rows: dict[str, tuple], default: str, path: str) -> None:
+    """A panel per case: bytes against milliseconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 3, figsize=(13, 4.4), sharey=True)
+    for k, (panel, (frames, seconds)) in enumerate(zip(panels, CASES, strict=True)):
+        for name, (size, _, times) in rows.items():
+            chosen = name == default
+            panel.plot(times[k], size, "o", color="tab:red" if chosen else "tab:blue")
+            panel.annotate(
+                name, (times[k], size), xytext=(4, 3), textcoords="offset points", fontsize=7,
+                weight="bold" if chosen else "normal",
+            )  # fmt: skip
+        panel.set_title(f"{frames} frames of {seconds:g} s")
+        panel.set_xlabel("CPU ms per clip")
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("bytes, relative to x264's default")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def measure(videos: list, encoding: Encoding, root: Path, clips: int) -> tuple[int, float, list[float], list[str]]:
+    """-> bytes, PSNR of luma in dB, CPU ms per clip of each case, names"""
+    names, errors = [], []
+    for i, (_, rate, shots) in enumerate(videos):
+        names.append(f"video{i}")
+        errors.append(write(root / f"video{i}.mp4" / "0.mp4", shots, rate, encoding))
+    files = [root / f"{name}.mp4" / "0.mp4" for name in names]
+    psnr = statistics.mean(10 * np.log10(255**2 / e) for e in errors)
+    return sum(f.stat().st_size for f in files), psnr, read_times(files, clips), names
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos", nargs="*", default=[], metavar="FILE")
+    parser.add_argument("--height", type=int, default=288)
+    parser.add_argument("--width", type=int, default=512, help="of the drawn pictures; that of real ones is their own")
+    parser.add_argument("--frames", type=int, default=450, help="of each video, at most")
+    parser.add_argument("--clips", type=int, default=30)
+    parser.add_argument("--crf", type=float, help="of all settings but x264's default; else their own")
+    parser.add_argument("--only", nargs="*", help="settings to measure, by name")
+    parser.add_argument("--plot", metavar="FILE.png")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    videos = material(args.videos, args.height, args.width, args.frames)
+    chosen = Encoding()
+    rows: dict[str, tuple] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        base, psnr, times, names = measure(videos, Default(), Path(folder) / "default", args.clips)
+        lengths = [len(shots) / float(rate) for _, rate, shots in videos]
+        avion = avions_times(Path(folder) / "default", names, lengths, args.clips)
+        head = "  ".join(f"{frames} of {seconds:g} s" + 6 * " " for frames, seconds in CASES)
+        print(f"{'':28s} bytes   PSNR   CPU ms per clip, AVION's time over it:  {head}")
+        print(f"{'AVION, x264 default':28s} {1:5.2f}  {psnr:5.2f}   " + "  ".join(f"{t:6.1f}  x  1.0" for t in avion))
+        rows["x264's default"] = (1.0, psnr, times)
+        _print("x264's default", rows["x264's default"], avion)
+        for name, encoding in SETTINGS.items():
+            if args.only and name not in args.only:
+                continue
+            if args.crf is not None:
+                encoding = dataclasses.replace(encoding, crf=args.crf)
+            size, psnr, times, _ = measure(videos, encoding, Path(folder) / name.replace(" ", ""), args.clips)
+            rows[name] = (size / base, psnr, times)
+            _print(name, rows[name], avion)
+    if args.plot:
+        plot(rows, next((n for n, e in SETTINGS.items() if e == chosen), ""), args.plot)
+
+
+def _print(name: str, row: tuple, avion: list[float]) -> None:
+    size, psnr, times = row
+    cells = "  ".join(f"{t:6.1f}  x {a / t:4.1f}" for t, a in zip(times, avion, strict=True))
+    print(f"{name:28s} {size:5.2f}  {psnr:5.2f}   {cells}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
