@@ -1,0 +1,157 @@
+"""Raw videos in, videos out that training reads quickly.
+
+    python tools/prepare_videos.py raw/ videos/
+    python tools/prepare_videos.py EPIC-KITCHENS/ EK100_288p_15sec/ --dataset ek100
+    python tools/prepare_videos.py full_scale/ videos_288p_15sec/ --dataset ego4d --shard $SLURM_ARRAY_TASK_ID/64
+
+The shorter side becomes --short-side pixels (smaller pictures keep their size), rotation is applied, sound is dropped,
+every frame keeps its time. Each result is compared with its source; what cannot be prepared is listed with the reason,
+and the rest goes on. The same command goes on where a run was stopped. docs/data.md says more.
+Exit status: 0 all videos are prepared, 1 some failed, 2 nothing could be done.
+"""
+
+import argparse
+import dataclasses
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from avion.data.video.layout import LAYOUTS
+from avion.data.video.prepare import Report, prepare_videos
+from avion.data.video.prepare_encode import PRESETS, Encoding
+from avion.data.video.prepare_plan import DATASETS, Settings, parse_shard
+from avion.errors import UserError, exit_status
+
+_QUIET_EVERY_S = 30.0  # between lines of progress that go to a file
+
+
+def build_parser() -> argparse.ArgumentParser:
+    summary, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    plain = Encoding()
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="folder of raw videos, or one file")
+    add("target", metavar="TARGET", help="folder to fill")
+    add("--dataset", default="folder", choices=DATASETS, help="how the files are named (folder: as in SOURCE)")
+    add("--layout", default="", choices=LAYOUTS, help="avion: {video}.mp4/{start}.mp4; vms: {video}/{number}.mp4; "
+        "whole: {video}.mp4 [avion for ego4d and ek100, else whole]")  # fmt: skip
+    add("--chunk-length", type=int, default=15, metavar="S", help="seconds per chunk (15)")
+    add("--short-side", type=int, default=288, metavar="PIXELS", help="of the pictures, even (288)")
+    add("-j", "--processes", type=int, default=0, metavar="N", help="videos at a time [cores / threads]")
+    add("--threads", type=int, default=0, metavar="N", help="of each decoder and encoder [cores / processes]")
+    add("--shard", default="0/1", metavar="I/N", help="only every N-th video, from the I-th on, counted from 0")
+    add("--retry", action="store_true", help="try videos again that failed before")
+    encoding = parser.add_argument_group("encoding", "the default was measured: docs/data.md")
+    add = encoding.add_argument
+    add("--crf", type=float, default=plain.crf, help=f"x264's quality, lower is better ({plain.crf:g})")
+    add("--gop", type=int, default=plain.gop, metavar="N", help=f"frames from keyframe to keyframe ({plain.gop})")
+    add("--bframes", type=int, default=plain.bframes, metavar="N",
+        help=f"frames between two anchors, which no other frame refers to ({plain.bframes})")  # fmt: skip
+    add("--refs", type=int, default=plain.refs, metavar="N", help=f"anchors that a frame may refer to ({plain.refs})")
+    add("--cabac", action=argparse.BooleanOptionalAction, default=plain.cabac, help="smaller, slower to read")
+    add("--deblock", action=argparse.BooleanOptionalAction, default=plain.deblock, help="smooth block edges")
+    add("--preset", default=plain.preset, choices=PRESETS, metavar="NAME", help=f"x264's effort ({plain.preset})")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+class Progress:
+    """A bar with the time that is left; where the output is no terminal, a line now and then."""
+
+    def __init__(self):
+        self._bar: tqdm | None = None
+        self._begin = self._told = time.monotonic()
+
+    def __call__(self, done: int, total: int, words: str) -> None:
+        if words:
+            self.close()
+            print(words, file=sys.stderr, flush=True)
+        elif sys.stderr.isatty():
+            self._bar = self._bar or tqdm(total=total, unit="B", unit_scale=True, desc="raw video", smoothing=0.05)
+            self._bar.update(done - self._bar.n)
+        elif time.monotonic() - self._told > _QUIET_EVERY_S and done:
+            self._told = time.monotonic()
+            left = (self._told - self._begin) * (total - done) / done
+            print(f"{100 * done / total:.1f} % of {_bytes(total)}, {_time(left)} left", file=sys.stderr, flush=True)
+
+    def failed(self, path: str, reason: str) -> None:
+        tqdm.write(f"failed: {path}: {reason}", file=sys.stderr)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
+def _time(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+def tell(report: Report, target: str, settings: Settings) -> None:
+    """The closing lines."""
+    sums = report.totals
+    print(
+        f"{sums.videos} videos, {_time(sums.seconds)} of {sums.frames} frames: {_bytes(sums.source_bytes)} of raw video "
+        f"became {_bytes(sums.bytes)} in {sums.files} files; {report.prepared} of them prepared now, in "
+        f"{_time(report.seconds)} ({_time(sums.cpu_seconds)} of CPU time for all)"
+    )
+    if sums.failed:
+        print(f"{len(sums.failed)} failed; mend them and add --retry:")
+        for name, reason in sums.failed.items():
+            print(f"  {name}: {reason}")
+    if report.index is not None:
+        chunks = f" --video-chunk-length {settings.chunk_length}" if settings.chunked else ""
+        print(f"manifest: {Path(target) / 'manifest.jsonl'}; index: {report.index.path}, {report.index.files} files")
+        print(f"train with --root {target} --video-layout {settings.layout}{chunks}")
+    else:
+        print("the manifest and the index are written when the other shards are done (or by the same command again)")
+
+
+def run(args: argparse.Namespace) -> int:
+    for flag in ("processes", "threads"):
+        if getattr(args, flag) < 0:
+            raise UserError(f"--{flag} {getattr(args, flag)}: must be at least 1, or 0 to share out the cores")
+    encoding = Encoding(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Encoding)})
+    settings = Settings(args.dataset, args.layout, args.chunk_length, args.short_side, encoding)
+    signal.signal(signal.SIGTERM, _interrupt)
+    progress = Progress()
+    try:
+        report = prepare_videos(
+            args.source, args.target, settings, processes=args.processes, threads=args.threads,
+            shard=parse_shard(args.shard), retry=args.retry, progress=progress, failed=progress.failed,
+        )  # fmt: skip
+    finally:
+        progress.close()
+    tell(report, args.target, settings)
+    return 1 if report.totals.failed else 0
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    return exit_status("tools/prepare_videos.py", lambda: run(args), debug=args.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
