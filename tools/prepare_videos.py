@@ -109,8 +109,8 @@ def tell(report: Report, target: str, settings: Settings) -> None:
     """The closing lines."""
     sums = report.totals
     print(
-        f"{sums.videos} videos, {_time(sums.seconds)} of {sums.frames} frames: {_bytes(sums.source_bytes)} of raw video "
-        f"became {_bytes(sums.bytes)} in {sums.files} files; {report.prepared} of them prepared now, in "
+        f"{sums.videos} videos, {_time(sums.seconds)} of {sums.frames} frames: {_bytes(sums.source_bytes)} of raw "
+        f"video became {_bytes(sums.bytes)} in {sums.files} files; {report.prepared} of them prepared now, in "
         f"{_time(report.seconds)} ({_time(sums.cpu_seconds)} of CPU time for all)"
     )
     if sums.failed:

@@ -79,7 +79,12 @@ def test_variable_rates_keep_every_frame_at_its_time(tmp_path, suffix):
 def test_a_frame_at_the_cut_begins_the_next_chunk(tmp_path):
     raw = write_times(tmp_path / "a.mp4", [0, 900, 999, 1000, 1001, 1999, 2000, 5000], Fraction(1, 1000))
     settings, result = prepare(raw, tmp_path / "out", layout="avion", chunk_length=1)
-    assert [(name, frames) for name, frames, _ in result["files"]] == [("0.mp4", 3), ("1.mp4", 3), ("2.mp4", 1), ("5.mp4", 1)]
+    assert [(name, frames) for name, frames, _ in result["files"]] == [
+        ("0.mp4", 3),
+        ("1.mp4", 3),
+        ("2.mp4", 1),
+        ("5.mp4", 1),
+    ]
     assert any("2 chunks without a frame" in note for note in result["notes"])
     codes = [code for _, code in shown_in_chunks(tmp_path / "out", result, settings)]
     assert codes == list(range(8))
@@ -120,7 +125,8 @@ def test_the_store_reads_the_same_frames_before_and_after(tmp_path):
     ("size", "side", "due"),
     [
         ((1080, 1920), 288, (288, 512)), ((1920, 1080), 288, (512, 288)), ((1080, 1440), 288, (288, 384)),
-        ((256, 456), 288, (256, 456)), ((75, 101), 288, (74, 100)), ((1, 1), 288, (2, 2)), ((720, 1279), 288, (288, 512)),
+        ((256, 456), 288, (256, 456)), ((75, 101), 288, (74, 100)), ((1, 1), 288, (2, 2)),
+        ((720, 1279), 288, (288, 512)),
         ((480, 853), 320, (320, 568)), ((289, 289), 288, (288, 288)),
     ],
 )  # fmt: skip
@@ -169,7 +175,9 @@ COLOURS = [(200, 40, 40), (40, 180, 60), (30, 60, 210), (235, 235, 235), (16, 16
 def patches(height=96, width=144):
     picture = np.zeros((height, width, 3), np.uint8)
     for i, colour in enumerate(COLOURS):
-        picture[(i // 3) * height // 2 : (i // 3 + 1) * height // 2, (i % 3) * width // 3 : (i % 3 + 1) * width // 3] = colour
+        picture[
+            (i // 3) * height // 2 : (i // 3 + 1) * height // 2, (i % 3) * width // 3 : (i % 3 + 1) * width // 3
+        ] = colour
     return picture
 
 

@@ -1,7 +1,7 @@
-"""From a folder of raw videos to a folder that is quick to read: in parallel, resumable, each video whole or not there.
+"""From a folder of raw videos to one that is quick to read: in parallel, resumable, each video whole or not there.
 
-A video is written below `{target}/.prepare/partial`, compared with its source, noted in a journal, and then moved to its
-place by one rename. A run that is killed at any moment has lost the videos that it was at; what a run finds that is
+A video is written below `{target}/.prepare/partial`, compared with its source, noted in a journal, and then moved to
+its place by one rename. A run that is killed at any moment has lost the videos that it was at; what a run finds that is
 noted and not yet moved, it moves.
 """
 

@@ -26,12 +26,12 @@ class Encoding:
     better. preset: x264's effort.
     """
 
-    gop: int = 8
+    gop: int = 13
     bframes: int = 3
     refs: int = 1
     cabac: bool = False
-    deblock: bool = True
-    crf: float = 23.0
+    deblock: bool = False
+    crf: float = 22.0
     preset: str = "medium"
 
     def __post_init__(self):
@@ -49,7 +49,7 @@ class Encoding:
         settings = {
             "keyint": self.gop, "min-keyint": 1, "scenecut": 0, "bframes": self.bframes, "b-adapt": 0,
             "b-pyramid": "none", "open-gop": 0, "ref": self.refs, "cabac": int(self.cabac), "weightp": 0, "weightb": 0,
-            "mbtree": int(self.gop > 16), "rc-lookahead": max(self.gop, self.bframes + 1, 10),
+            "mbtree": int(self.gop > 1), "rc-lookahead": 40,
         }  # fmt: skip
         if not self.deblock:
             settings["no-deblock"] = 1

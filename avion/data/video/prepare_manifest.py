@@ -53,7 +53,9 @@ class State:
         except OSError as error:
             raise UserError(f"TARGET {target}: cannot be written ({error.strerror}); give another folder") from error
         if self._lock is None:
-            raise UserError(f"TARGET {target}: another process is preparing this part of it; wait for it, or use --shard")
+            raise UserError(
+                f"TARGET {target}: another process is preparing this part of it; wait for it, or use --shard"
+            )
         try:
             _check_settings(self.folder / "settings.json", settings)
         except BaseException:

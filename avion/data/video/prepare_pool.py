@@ -139,7 +139,7 @@ def _work(pipe: Connection, settings: Settings, folder: Path, threads: int, pare
             return  # the parent is gone
         except MemoryError:
             answer = "failed", "there was not memory enough"
-        except Exception as error:  # noqa: BLE001  whatever a strange file brings about, the other videos go on
+        except Exception as error:  # whatever a strange file brings about, the other videos go on
             answer = "failed", f"{type(error).__name__}: {one_line(error)}"
         pipe.send(answer)
 

@@ -1,4 +1,4 @@
-"""A raw video, decoded once from beginning to end: upright pictures of the target's size, each with its display time."""
+"""A raw video, decoded once from beginning to end: upright pictures of the target's size, with their display times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is what was written what was asked for? Each picture is compared while it is encoded, and each file when it is closed.
+"""Is what was written what was asked for? Pictures are compared while they are encoded, files when they are closed.
 
 Three independent questions. (1) The packets that x264 made are decoded at once, and every picture is compared with the
 one that the encoder was given. (2) Some pictures are compared with the raw frame as any reader would show it, which
