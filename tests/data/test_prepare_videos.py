@@ -171,7 +171,7 @@ def test_files_of_others_are_left_alone(tmp_path):
 def test_a_target_has_one_way_of_preparing(tmp_path):
     write_video(tmp_path / "raw" / "a.mp4", 10)
     run(tmp_path / "raw", tmp_path / "out")
-    with pytest.raises(UserError, match=r"was begun with crf 22.0 \(not 30\)"):
+    with pytest.raises(UserError, match=r"was begun with crf 23.0 \(not 30\)"):
         run(tmp_path / "raw", tmp_path / "out", settings=Settings(encoding=Encoding(crf=30)))
     run(tmp_path / "raw", tmp_path / "out", settings=Settings(chunk_length=30))  # of no meaning for whole videos
 

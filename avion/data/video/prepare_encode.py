@@ -31,7 +31,7 @@ class Encoding:
     refs: int = 1
     cabac: bool = False
     deblock: bool = False
-    crf: float = 22.0
+    crf: float = 23.0
     preset: str = "medium"
 
     def __post_init__(self):
