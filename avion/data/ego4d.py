@@ -25,14 +25,15 @@ def read_ego4d(path: str | os.PathLike, *aux: str | os.PathLike) -> NarrationTab
     builder = TableBuilder()
     for file in (path, *aux):
         before = len(builder)
-        _add_rows(builder, file)
+        add_ego4d(builder, file)
         logger.info("%s: %d narrations", file, len(builder) - before)
     if builder.report():
         logger.warning("Ego4D narrations, mended of %d: %s", len(builder), builder.report())
     return checked_not_empty(builder.build(), str(path))
 
 
-def _add_rows(builder: TableBuilder, path: str | os.PathLike) -> None:
+def add_ego4d(builder: TableBuilder, path: str | os.PathLike) -> None:
+    """Append the rows of one pickle. Raises UserError as `read_ego4d` does."""
     rows = load_pickle(path, "narrations")
     if not isinstance(rows, (list, tuple)):
         raise UserError(f"narrations {path}: a list of rows is due, the pickle holds a {type(rows).__name__}")

@@ -23,7 +23,7 @@ _MAX_NAME = 200  # bytes; file systems allow 255, of which extensions take some
 @dataclass(frozen=True)
 class Narration:
     """One clip: seconds [start, end) of a video (its path below the video root, without extension) and what is
-    said about it, in one or several wordings."""
+    said about it, in one or several wordings. An infinite end is that of the video."""
 
     video: str
     start: float
@@ -93,6 +93,18 @@ class NarrationTable(Sequence):
             narration_id=None if self.narration_ids is None else self.narration_ids[i],
         )
 
+    def where(self, rows: np.ndarray) -> NarrationTable:
+        """The rows for which `rows` (n,) bool is True, in order."""
+        (kept,) = np.nonzero(rows)
+        used, video = np.unique(self.video[kept], return_inverse=True)
+        texts = [self[int(i)].texts for i in kept]
+        return NarrationTable(
+            [self.videos[v] for v in used], video.astype(np.int32).reshape(-1), self.start[kept], self.end[kept],
+            StringColumn.of([text for row in texts for text in row]),
+            np.cumsum([len(row) for row in texts], dtype=np.int64),
+            None if self.narration_ids is None else StringColumn.of([self.narration_ids[int(i)] for i in kept]),
+        )  # fmt: skip
+
     def __iter__(self) -> Iterator[Narration]:
         return (self[i] for i in range(len(self)))
 
@@ -121,10 +133,12 @@ class TableBuilder:
         return len(self._video)
 
     def add(self, video: object, start: object, end: object, texts: object, narration_id: str | None = None) -> None:
+        """end: seconds; None: the clip goes on to the end of its video."""
         number = self._number_of.get(video) if type(video) is str else None
         if number is None:
             number = self._number_of[_checked_video(video)] = len(self._number_of)
-        start, end = _checked_seconds("start", start), _checked_seconds("end", end)
+        start = _checked_seconds("start", start)
+        end = math.inf if end is None else _checked_seconds("end", end)
         wordings = self._checked_texts(texts)
         if start < 0.0:
             start = 0.0
