@@ -1,8 +1,8 @@
 """Captions of one's own: a CSV, JSON Lines, JSON or Parquet file of clips and what is seen in them.
 
 Columns `video`, `start`, `end`, `caption`, or other names that are given. `video` is the path below the video root,
-with or without extension. Times are seconds or H:MM:SS; without a start a clip begins with its video, without an end it goes
-on to the end. Several captions of one clip are several rows, or a list.
+with or without extension. Times are seconds or H:MM:SS; without a start a clip begins with its video, without an end it
+goes on to the end. Several captions of one clip are several rows, or a list.
 """
 
 from __future__ import annotations
@@ -172,8 +172,9 @@ def _parquet(path: str | os.PathLike, columns: Columns) -> Iterator[tuple[str, d
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            there = [c for c in (columns.video, columns.start, columns.end, columns.caption) if c in file.schema_arrow.names]
-            there = there or file.schema_arrow.names[:10]  # for the message
+            names = file.schema_arrow.names
+            there = [c for c in (columns.video, columns.start, columns.end, columns.caption) if c in names]
+            there = there or names[:10]  # for the message
             number = 0
             for batch in file.iter_batches(_PARQUET_ROWS, columns=there):
                 for row in batch.to_pylist():

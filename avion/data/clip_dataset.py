@@ -31,7 +31,8 @@ class ClipDataset(Dataset):
         replaced_by  int, the row that was read instead; -1 if the row itself was read
         clamped      int, the number of frames (of T) after the video's end, which repeat the last frame
 
-    All random numbers come from (seed, epoch, index): a sample does not depend on workers, order or other samples.
+    A row that an epoch takes more than once has the keys (epoch, index, 1), (epoch, index, 2), ... from the second time
+    on. All random numbers come from seed and key: a sample does not depend on workers, order or other samples.
     Training jitters the frames, draws one of the wordings, and replaces a clip that cannot be read, with its text, by
     another clip. Evaluation takes the middle frames and the first wording, and gives zeros for a clip that cannot be
     read; code that computes metrics must leave out samples with an `error`.
@@ -81,11 +82,11 @@ class ClipDataset(Dataset):
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+    def __getitem__(self, key: int | tuple[int, ...]) -> dict[str, Any]:
+        epoch, index, *copy = key if isinstance(key, tuple) else (0, key)
         if not 0 <= index < len(self.table):
             raise IndexError(f"sample {index} of {len(self.table)}")
-        rng = np.random.default_rng((self.seed, epoch, index))
+        rng = np.random.default_rng((self.seed, epoch, index, *copy))
         sample = self._training_sample(index, rng) if self.train else self._evaluation_sample(index, rng)
         return {"index": int(index), **sample}
 

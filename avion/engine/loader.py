@@ -8,13 +8,14 @@ import os
 import re
 import resource
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from avion.data.mixture import drawn_rows, rows_per_epoch
 from avion.data.transforms import normalize_clip
 from avion.errors import UserError
 
@@ -34,6 +35,10 @@ class TrainBatchSampler(Sampler):
     Process r takes share number r of each global batch and cuts it into `update_freq` micro-batches. So the samples
     of an optimizer step depend only on the size of the global batch, and not on how many processes or micro-batches
     the global batch consists of.
+
+    Args:
+        sources: (rows, weight) of the parts of a mixture. An epoch has the rows that `drawn_rows` takes. A row that
+            an epoch takes again has the key (epoch, index, how often the epoch took the row before).
     """
 
     def __init__(
@@ -45,15 +50,17 @@ class TrainBatchSampler(Sampler):
         rank: int = 0,
         size: int = 1,
         seed: int = 0,
+        sources: Sequence[tuple[int, float]] | None = None,
     ):
         self.global_batch = batch_size * update_freq * size
+        count = count if sources is None else rows_per_epoch(sources)
         if count < self.global_batch:
             raise UserError(
                 f"--batch-size {batch_size}: a global batch of {self.global_batch} clips ({size} processes x "
                 f"{batch_size} clips x update-freq {update_freq}) is larger than the dataset of {count}; lower it"
             )
         self.count, self.batch_size, self.update_freq = count, batch_size, update_freq
-        self.rank, self.seed = rank, seed
+        self.rank, self.seed, self.sources = rank, seed, sources
         self.steps = count // self.global_batch
         self.epoch = self.start_step = 0
 
@@ -64,14 +71,23 @@ class TrainBatchSampler(Sampler):
     def __len__(self) -> int:
         return (self.steps - self.start_step) * self.update_freq
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
+        keys = self._keys()
         share = self.batch_size * self.update_freq
         for step in range(self.start_step, self.steps):
             first = step * self.global_batch + self.rank * share
             for micro in range(self.update_freq):
                 begin = first + micro * self.batch_size
-                yield [(self.epoch, int(i)) for i in order[begin : begin + self.batch_size]]
+                yield [keys(int(i)) for i in order[begin : begin + self.batch_size]]
+
+    def _keys(self) -> Callable[[int], tuple[int, ...]]:
+        """From a place in the epoch to the key of its sample."""
+        epoch = self.epoch
+        if self.sources is None:
+            return lambda place: (epoch, place)
+        rows, copies = drawn_rows(self.sources, self.seed, epoch)
+        return lambda place: (epoch, int(rows[place]), *([int(copies[place])] if copies[place] else []))
 
 
 class EvalBatchSampler(Sampler):

@@ -83,7 +83,7 @@ def _train(task: Task, model: nn.Module, precision: Precision) -> dict[str, floa
     options, world = task.options, task.world
     with world.together("preparing the training"):
         dataset = task.train_dataset(ModelInputs.of(model.config, options))
-        sampler = train_sampler(len(dataset), options, world)
+        sampler = train_sampler(dataset, options, world)
         training = start_training(task, model, task.checkpoint, options, world, precision, sampler.steps)
     wrapped_model = wrapped(model, options, world)
     logger.info(

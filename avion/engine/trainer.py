@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
+from avion.data.mixture import Mixture
 from avion.errors import UserError
 from avion.json_lines import read_json_lines
 from avion.models.utils import time_gates
@@ -71,11 +72,11 @@ def learning_rate_schedule(task: Task, options: OptimOptions, steps: int) -> np.
     )
 
 
-def train_sampler(count: int, options: TrainingOptions, world: World) -> TrainBatchSampler:
-    """The sampler of the micro-batches of this process, for a dataset of `count` clips."""
+def train_sampler(dataset: Dataset, options: TrainingOptions, world: World) -> TrainBatchSampler:
+    """The sampler of the micro-batches of this process."""
     return TrainBatchSampler(
-        count, options.batch_size, update_freq=options.update_freq, rank=world.rank, size=world.size,
-        seed=options.seed,
+        len(dataset), options.batch_size, update_freq=options.update_freq, rank=world.rank, size=world.size,
+        seed=options.seed, sources=dataset.sources if isinstance(dataset, Mixture) else None,
     )  # fmt: skip
 
 
@@ -199,7 +200,8 @@ class Trainer:
         """Write the line of log.txt of the epoch that was trained last, after its evaluation if there is to be one."""
         row, metrics = dict(self.position.due), {}
         epoch = row.pop("epoch")
-        if (epoch + 1) % self.options.eval_freq == 0 or epoch + 1 == self.options.epochs:
+        due = (epoch + 1) % self.options.eval_freq == 0 or epoch + 1 == self.options.epochs
+        if due and self.task.metric is not None:
             metrics = self.evaluate(epoch)
             row |= {f"test_{k}": v for k, v in metrics.items()}
             if metrics[self.task.metric] > self.position.best:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -120,6 +121,13 @@ class VideoStore:
         stems = [stem for stem, extension in map(os.path.splitext, names) if extension.lower() in VIDEO_EXTENSIONS]
         return max((int(stem) // unit for stem in stems if stem.isdigit()), default=None)
 
+    def length_of(self, video: str) -> float:
+        """Seconds from the beginning of a video to the end of its last frame. VideoError if it cannot be read."""
+        last = self.last_chunk(video)
+        with self._open_first(video, last or 0) as reader:
+            before = last * self.chunk_length if self.chunked and last else 0
+            return before + reader.seconds_of(reader.num_frames)
+
     def _chunk_path(self, video: str, chunk: int) -> str:
         return self._there(self._path(self._name(video), chunk))
 
@@ -185,10 +193,11 @@ class VideoStore:
     ) -> ClipFrames:
         """Read `num_frames` frames of the seconds [start, end) of a video.
 
-        sampling: "uniform" over the span, or "strided", `stride` frames apart. rng: None for the fixed frames of
-        evaluation, a Generator for training's jitter. views: so many times `num_frames`, one view after the other,
-        fixed frames only: `uniform` view v takes the middle of the v-th of `views` equal parts of each segment,
-        `strided` view v has its window in the middle of the v-th part of the room that there is.
+        An infinite end is that of the video. sampling: "uniform" over the span, or "strided", `stride` frames apart.
+        rng: None for the fixed frames of evaluation, a Generator for training's jitter. views: so many times
+        `num_frames`, one view after the other, fixed frames only: `uniform` view v takes the middle of the v-th of
+        `views` equal parts of each segment, `strided` view v has its window in the middle of the v-th part of the room
+        that there is.
         scaling: (height, width) of the upright pictures -> what to cut out of each and the size to bring it to, in one
         pass with the conversion from the codec's colours. It is called once, after rng has drawn the frames.
         A span of fewer than `num_frames` frames is widened to that many. The frame rate is the file's; where frames are
@@ -196,6 +205,7 @@ class VideoStore:
         show its last frame and are counted. Raises VideoError for a missing, damaged or cut-short file, and for a clip
         that starts more than a second after the video's end.
         """
+        end = self.length_of(video) if end == math.inf else end
         first_chunk = self.chunk_index(start)
         once = None if scaling is None else _OneScaling(scaling)
         with self._open_first(video, first_chunk) as reader:

@@ -9,6 +9,7 @@ from avion.numbers import SHARE_ABOVE_0, SHARE_BELOW_1, Number
 from .model_args import check_model
 from .shared import (
     EK100_ANNOTATIONS,
+    CaptionOptions,
     ModelOptions,
     OptimOptions,
     RunOptions,
@@ -19,7 +20,7 @@ from .shared import (
 
 
 @dataclass(frozen=True)
-class FinetuneRetrievalOptions(TrainingOptions):
+class FinetuneRetrievalOptions(CaptionOptions, TrainingOptions):
     """The options of `main_finetune_retrieval.py`."""
 
     TITLE: ClassVar[str] = "retrieval fine-tuning"
@@ -28,12 +29,12 @@ class FinetuneRetrievalOptions(TrainingOptions):
     root: str = flag("datasets/EK100/EK100_256p_15sec/", "folder of the videos of both splits", metavar="DIR")
     train_metadata: str = flag(
         f"{EK100_ANNOTATIONS}/EPIC_100_retrieval_train.csv",
-        "clips to train on; their sentences are in ..._sentence.csv beside this file",
-        metavar="FILE",
+        "clips to train on: a CSV of EPIC-KITCHENS-100, with the sentences in ..._sentence.csv beside this file, or "
+        "captions (docs/data.md)", metavar="FILE",
     )  # fmt: skip
     val_metadata: str = flag(
         f"{EK100_ANNOTATIONS}/EPIC_100_retrieval_test.csv",
-        "clips to evaluate on; their sentences are in ..._sentence.csv beside this file", metavar="FILE",
+        "clips to evaluate on, in a file of one of the same kinds; none: no evaluation", metavar="FILE",
     )  # fmt: skip
     relevancy_path: str = flag(
         f"{EK100_ANNOTATIONS}/relevancy/caption_relevancy_EPIC_100_retrieval_test.pkl",

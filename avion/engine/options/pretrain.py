@@ -11,11 +11,11 @@ from avion.numbers import SHARE_ABOVE_0, whole
 
 from .egoschema import EgoSchemaOptions
 from .model_args import check_model
-from .shared import EK100_ANNOTATIONS, TrainingOptions, check_scale_range
+from .shared import EK100_ANNOTATIONS, CaptionOptions, TrainingOptions, check_scale_range
 
 
 @dataclass(frozen=True)
-class PretrainOptions(TrainingOptions):
+class PretrainOptions(CaptionOptions, TrainingOptions):
     """The options of `main_pretrain.py`."""
 
     TITLE: ClassVar[str] = "pretraining"
@@ -23,11 +23,22 @@ class PretrainOptions(TrainingOptions):
     dataset: str = flag("ego4d", "training data; demo: the embedded demo dataset", choices=["ego4d", "demo"])
     root: str = flag("datasets/Ego4D/videos_320px_15sec/", "folder of the training videos", metavar="DIR")
     root_val: str = flag("datasets/EK100/EK100_320p_15sec/", "folder of the evaluation videos", metavar="DIR")
-    train_metadata: str = flag("datasets/Ego4D/ego4d_train.pkl", "narrations of the training videos", metavar="FILE")
+    train_metadata: str = flag(
+        "datasets/Ego4D/ego4d_train.pkl", "narrations of the training videos: a pickle of Ego4D, or captions in a "
+        ".csv, .jsonl, .json or .parquet file (docs/data.md)", metavar="FILE",
+    )  # fmt: skip
     train_metadata_aux: list[str] = flag(
-        [], "files of more narrations, such as those of LaViLa's narrator", metavar="FILE"
-    )
-    val_metadata: str = flag(f"{EK100_ANNOTATIONS}/EPIC_100_retrieval_test.csv", "clips to evaluate on", metavar="FILE")
+        [], "files of more narrations or captions, such as those of LaViLa's narrator; the number behind a colon says "
+        "how often an epoch takes each clip (1)", metavar="FILE[:WEIGHT]",
+    )  # fmt: skip
+    root_aux: list[str] = flag(
+        [], "folders of the videos of the first, second, ... file of --train-metadata-aux; -: the folder of --root",
+        metavar="DIR",
+    )  # fmt: skip
+    val_metadata: str = flag(
+        f"{EK100_ANNOTATIONS}/EPIC_100_retrieval_test.csv", "clips to evaluate on: a CSV of EPIC-KITCHENS-100, or "
+        "captions, of which recall is measured; none: no evaluation", metavar="FILE",
+    )  # fmt: skip
     relevancy_path: str = flag(
         f"{EK100_ANNOTATIONS}/relevancy/caption_relevancy_EPIC_100_retrieval_test.pkl",
         "relevancies of the clips to evaluate on",

@@ -84,6 +84,29 @@ class VideoOptions(Options):
 
 
 @dataclass(frozen=True)
+class CaptionOptions(Options):
+    """Clips and captions of one's own in the place of a dataset's annotations."""
+
+    TITLE: ClassVar[str] = "captions of one's own"
+
+    caption_columns: list[str] = flag(
+        [], "names of the columns of caption files, where they are not video, start, end and caption, such as "
+        "video=clip_id caption=sentence", metavar="FIELD=COLUMN",
+    )  # fmt: skip
+    val_fraction: float = flag(
+        0.0, "share of the videos of --train-metadata that are held out; their recall is the evaluation, in place of "
+        "--val-metadata", SHARE_BELOW_1,
+    )  # fmt: skip
+
+    def check(self) -> None:
+        """Raise UserError where two evaluations are asked for, or the evaluation of nothing."""
+        if self.val_fraction and self.was_given("val_metadata"):
+            raise UserError("--val-fraction and --val-metadata: both say what to evaluate on; give one of them")
+        if self.evaluate and self.val_metadata == "none" and not self.val_fraction:
+            raise UserError("--evaluate: there is nothing to evaluate on with --val-metadata none; give a file")
+
+
+@dataclass(frozen=True)
 class ModelOptions(Options):
     """The model and how it computes."""
 

@@ -25,14 +25,15 @@ class Task(Generic[T]):
     """The data, the model, the objective and the metrics of one entry point.
 
     Attributes:
-        metric: The name of the metric that decides which model is best; a higher value is better.
+        metric: The name of the metric that decides which model is best; a higher value is better. None: nothing is
+            evaluated.
         options: The options of the run. `--dataset demo` has the paths of the demo dataset.
         world: The processes of the run.
         checkpoint: The checkpoint that the run resumes or evaluates, if there is one.
         objective: What an optimizer step follows.
     """
 
-    metric: str
+    metric: str | None
     objective: Objective
 
     def __init__(self, options: T, world: World, checkpoint: Checkpoint | None = None):

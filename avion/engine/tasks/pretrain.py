@@ -1,12 +1,13 @@
-"""Pretraining: CLIP's loss on narrated clips; the evaluation is zero-shot retrieval."""
+"""Pretraining: CLIP's loss on clips with narrations or captions; the evaluation is retrieval."""
 
 from typing import Any
 
 from torch import nn
 from torch.utils.data import Dataset
 
+from avion.data.captions import Columns
 from avion.data.clip_dataset import ClipDataset
-from avion.data.ego4d import read_ego4d
+from avion.data.mixture import Mixture
 from avion.data.transforms import TrainTransform
 from avion.engine.build import build_model
 from avion.engine.demo_data import on_demo_dataset
@@ -17,14 +18,17 @@ from avion.engine.steps import Contrastive
 from avion.losses import ClipLoss
 from avion.weights import Checkpoint
 
+from .evaluations import CaptionEvaluation, Evaluation, evaluation_of
 from .mir import RetrievalTask
+from .sources import Source, hold_out, read_sources
 
 # Natural logarithms of 1 and 100, between which CLIP keeps its logit scale.
 _LOG_SCALE_RANGE = (0.0, 4.6052)
+_SEED_STEP = 1_000_003  # between the seeds of sources: rows of the same number are not augmented alike
 
 
 class Pretrain(RetrievalTask[PretrainOptions]):
-    """CLIP-style pretraining on narrated clips, with zero-shot multi-instance retrieval as its evaluation."""
+    """CLIP-style pretraining on clips with narrations or captions, with retrieval as its evaluation."""
 
     def __init__(self, options: PretrainOptions, world: World, checkpoint: Checkpoint | None = None):
         if options.dataset == "demo":
@@ -32,10 +36,8 @@ class Pretrain(RetrievalTask[PretrainOptions]):
                 options, "train_videos", train_metadata="train_pickle", root_val="val_videos", val_metadata="val_csv",
                 relevancy_path="relevancy",
             )  # fmt: skip
-        super().__init__(
-            options, world, checkpoint, root=options.root_val, root_flag="--root-val", clips=options.val_metadata,
-            relevancy=options.relevancy_path, similarity_file=options.similarity_filename,
-        )  # fmt: skip
+        self.sources, evaluation = _read(options)
+        super().__init__(options, world, checkpoint, evaluation=evaluation, similarity_file=options.similarity_filename)
         loss = ClipLoss(
             local_loss=options.local_loss, gather_with_grad=options.gather_with_grad, cache_labels=True,
             rank=world.rank, world_size=world.size,
@@ -43,10 +45,9 @@ class Pretrain(RetrievalTask[PretrainOptions]):
         self.objective = Contrastive(
             lambda video, text, logit_scale, _: loss(video, text, logit_scale), log_scale_range=_LOG_SCALE_RANGE
         )
-        self.narrations = None if options.evaluate else read_ego4d(options.train_metadata, *options.train_metadata_aux)
 
     def facts(self) -> dict[str, Any]:
-        return {"narrations": None if self.narrations is None else len(self.narrations), **super().facts()}
+        return {"narrations": [len(source.table) for source in self.sources], **super().facts()}
 
     def build_model(self) -> nn.Module:
         model = build_model(self.options, self.checkpoint)
@@ -54,13 +55,28 @@ class Pretrain(RetrievalTask[PretrainOptions]):
         return model
 
     def train_dataset(self, inputs: ModelInputs) -> Dataset:
+        seed = self.options.seed
+        parts = [self._part(source, inputs, seed + _SEED_STEP * k) for k, source in enumerate(self.sources)]
+        return parts[0] if len(parts) == 1 else Mixture(parts, [source.weight for source in self.sources])
+
+    def _part(self, source: Source, inputs: ModelInputs, seed: int) -> ClipDataset:
         options = self.options
         return ClipDataset(
-            self.narrations, self.store(options.root, "--root"), num_frames=inputs.num_frames,
+            source.table, self.store(source.root, source.flag), num_frames=inputs.num_frames,
             transform=TrainTransform(
                 inputs.img_size, scale=tuple(options.scale_range), norm_style=options.norm_style,
                 fused=options.fused_decode_crop,
             ),
-            tokenizer=inputs.tokens, train=True, seed=options.seed, sampling=options.frame_sampling,
+            tokenizer=inputs.tokens, train=True, seed=seed, sampling=options.frame_sampling,
             stride=options.clip_stride, max_replacements=0 if options.strict_data else 10,
         )  # fmt: skip
+
+
+def _read(options: PretrainOptions) -> tuple[list[Source], Evaluation]:
+    """What to train on (nothing with `--evaluate`), and what to evaluate on."""
+    if options.val_fraction:
+        sources, held_out = hold_out(read_sources(options), options.val_fraction)
+        return [] if options.evaluate else sources, CaptionEvaluation(options.root, "--root", held_out)
+    columns = Columns.parse(options.caption_columns)
+    evaluation = evaluation_of(options.val_metadata, options.root_val, "--root-val", options.relevancy_path, columns)
+    return [] if options.evaluate else read_sources(options), evaluation

@@ -1,0 +1,76 @@
+"""Several sources of clips in one epoch, each as often as its weight says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+
+class Mixture(Dataset):
+    """Datasets one after the other, with the weights that a sampler draws from them by.
+
+    `dataset[(epoch, index)]` is a sample of the part that `index` falls into, with that index. sources: (rows, weight)
+    of each part; see `drawn_rows`.
+    """
+
+    def __init__(self, parts: Sequence[Dataset], weights: Sequence[float]):
+        assert len(parts) == len(weights) > 0
+        self.parts = list(parts)
+        self.sources = [(len(part), weight) for part, weight in zip(parts, weights, strict=True)]
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
+        epoch, index, *copy = key
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        first = int(self._ends[part - 1]) if part > 0 else 0
+        sample = self.parts[part][(epoch, index - first, *copy)]
+        replaced = sample["replaced_by"]
+        return {**sample, "index": index, "replaced_by": replaced if replaced < 0 else replaced + first}
+
+
+def rows_per_epoch(sources: Sequence[tuple[int, float]]) -> int:
+    """How many samples an epoch has. sources: (rows, weight) of each."""
+    return sum(_share(rows, weight) for rows, weight in sources)
+
+
+def drawn_rows(sources: Sequence[tuple[int, float]], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows an epoch takes: (n,) numbers, counted through all sources, and (n,) how often the row came before in
+    the same epoch.
+
+    A source of n rows and weight w gives round(w · n) of them. Its epochs go on through one permutation of its rows
+    after the other, so that with a weight of 0.5 two epochs together take each row once.
+    """
+    rows, copies, first = [], [], 0
+    for number, (count, weight) in enumerate(sources):
+        share = _share(count, weight)
+        places = np.arange(epoch * share, (epoch + 1) * share)
+        cycles = places // count
+        taken = np.empty(share, dtype=np.int64)
+        for cycle in np.unique(cycles):
+            order = np.random.default_rng((seed, number, int(cycle))).permutation(count)
+            taken[cycles == cycle] = order[places[cycles == cycle] % count]
+        rows.append(taken + first)
+        copies.append(_copies(taken))
+        first += count
+    return np.concatenate(rows), np.concatenate(copies)
+
+
+def _share(rows: int, weight: float) -> int:
+    return max(round(weight * rows), 1)
+
+
+def _copies(taken: np.ndarray) -> np.ndarray:
+    """How often each value came before. (n,) -> (n,)"""
+    order = np.argsort(taken, kind="stable")
+    values = taken[order]
+    starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])
+    position = np.arange(len(values)) - np.repeat(starts, np.diff(np.r_[starts, len(values)]))
+    copies = np.empty(len(taken), dtype=np.int64)
+    copies[order] = position
+    return copies

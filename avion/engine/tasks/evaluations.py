@@ -1,0 +1,182 @@
+"""What a two-tower model is judged by: EPIC-KITCHENS-100's retrieval, one's own captions, or nothing."""
+
+import csv
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from avion.data.captions import Columns, is_caption_file, read_narrations
+from avion.data.ek100 import check_ids_differ, load_relevancy, read_ek100_retrieval, sentence_path, sentence_texts
+from avion.data.narrations import NarrationTable
+from avion.engine import encode, predictions
+from avion.engine.console import table
+from avion.engine.inputs import ModelInputs
+from avion.engine.steps import Precision
+from avion.errors import UserError
+from avion.evaluation.ek100_mir import retrieval_metrics
+from avion.evaluation.recall import LEVELS, recall_metrics
+
+logger = logging.getLogger(__name__)
+
+_EK100_COLUMN = "narration_id"
+
+
+class Evaluation:
+    """Clips, texts, and the metrics of their similarities.
+
+    metric: the one that decides which model is best (higher is better); None where nothing is evaluated. clips: the
+    evaluation clips. texts: the texts that they are compared with. root, flag: the videos' folder, and the flag that
+    names it in errors.
+    """
+
+    metric: str | None = None
+    clips: NarrationTable
+    texts: list[str]
+
+    def __init__(self, root: str, flag: str):
+        self.root, self.flag = root, flag
+
+    def facts(self) -> dict[str, Any]:
+        """What all processes must have in common."""
+        return {"evaluation clips": len(self.clips), "sentences": len(self.texts)}
+
+    def metrics(self, similarity: np.ndarray, readable: np.ndarray) -> dict[str, float]:
+        """similarity: (clips, texts), in [0, 1]. readable: numbers of the clips that could be read."""
+        raise NotImplementedError
+
+    def summary(self, metrics: dict[str, float]) -> str:
+        raise NotImplementedError
+
+    def table(self, metrics: dict[str, float]) -> str:
+        raise NotImplementedError
+
+    def run(self, task: Any, model: nn.Module, precision: Precision) -> dict[str, float]:
+        """The metrics, the same on all processes. task: the RetrievalTask whose model this is."""
+        world, inputs = task.world, ModelInputs.of(model.config, task.options)
+        clips = encode.encode_clips(model, task.val_dataset(inputs), world, precision, **encode.settings(task.options))
+        texts = encode.encode_texts(model, self.texts, inputs.tokens, world, precision)
+        metrics: dict[str, float] = {}
+        with world.together("computing the retrieval metrics"):
+            task.leave_out_unreadable(clips, self.flag, self.root)
+            if world.is_main:
+                similarity = (encode.cosine(clips.values, texts.values) + 1) / 2  # 0.5 for what cannot be read
+                _write(task.similarity_file, similarity)
+                metrics = self.metrics(similarity, clips.readable)
+                metrics |= {"clips": len(clips.readable), "unreadable": len(clips.errors)}
+        return world.broadcast(metrics)
+
+
+class Ek100Evaluation(Evaluation):
+    """mAP and nDCG of a retrieval split. clips: its CSV, with the sentences' CSV beside it. relevancy: its pickle."""
+
+    metric = "avg_map"
+
+    def __init__(self, root: str, flag: str, clips: str, relevancy: str):
+        super().__init__(root, flag)
+        self.clips = read_ek100_retrieval(clips)
+        check_ids_differ(self.clips.narration_ids, f"annotations {clips}")
+        self.texts = sentence_texts(self.clips, sentence_path(clips))
+        self.relevancy = load_relevancy(relevancy, len(self.clips), len(self.texts))
+
+    def metrics(self, similarity, readable):
+        return retrieval_metrics(similarity[readable], self.relevancy[readable])
+
+    def summary(self, metrics):
+        def row(kind: str) -> str:
+            return "/".join(f"{100 * metrics[f'{side}_{kind}']:.2f}" for side in ("vis", "txt", "avg"))
+
+        return f"V2T/T2V/avg mAP {row('map')}, nDCG {row('ndcg')} on {_count(metrics, ', ', ' clips unreadable')}"
+
+    def table(self, metrics):
+        rows = {
+            name: {label: metrics[f"{side}_{kind}"] for label, side in (("V2T", "vis"), ("T2V", "txt"), ("Avg", "avg"))}
+            for name, kind in (("mAP", "map"), ("nDCG", "ndcg"))
+        }
+        return table(_count(metrics, " (", " could not be read)"), rows)
+
+
+class CaptionEvaluation(Evaluation):
+    """Recall at 1, 5 and 10 and the ranks of clips among their captions."""
+
+    metric = "avg_recall"
+
+    def __init__(self, root: str, flag: str, clips: NarrationTable):
+        super().__init__(root, flag)
+        self.clips = clips
+        rows = [clips[i].texts for i in range(len(clips))]
+        self.texts = [text for row in rows for text in row]
+        self.clip_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])  # (texts,)
+
+    def metrics(self, similarity, readable):
+        number = np.full(len(self.clips), -1)
+        number[readable] = np.arange(len(readable))
+        clip_of = number[self.clip_of]  # a clip that could not be read takes its texts with it
+        return recall_metrics(similarity[readable][:, clip_of >= 0], clip_of[clip_of >= 0])
+
+    def summary(self, metrics):
+        def row(side: str) -> str:
+            return "/".join(f"{100 * metrics[f'{side}_r{level}']:.2f}" for level in LEVELS)
+
+        ranks = "/".join(f"{metrics[f'{side}_median_rank']:g}" for side in ("vis", "txt"))
+        count = _count(metrics, ", ", " clips unreadable")
+        return f"R@1/5/10 V2T {row('vis')}, T2V {row('txt')}, median rank V2T/T2V {ranks} on {count}"
+
+    def table(self, metrics):
+        sides = (("V2T", "vis"), ("T2V", "txt"))
+        shares = {label: {f"R@{k}": metrics[f"{side}_r{k}"] for k in LEVELS} for label, side in sides}
+        ranks = {label: {k: metrics[f"{side}_{k}_rank"] for k in ("median", "mean")} for label, side in sides}
+        title = _count(metrics, " (", " could not be read)")
+        return f"{table(title, shares)}\n{table('rank', ranks, scale=1.0)}"
+
+
+class NoEvaluation(Evaluation):
+    """Training without validation."""
+
+    def __init__(self):
+        super().__init__("", "")
+
+    def facts(self):
+        return {"evaluation clips": 0}
+
+
+def is_ek100_file(path: str) -> bool:
+    """Whether a file is a CSV of EPIC-KITCHENS-100, by its header. One that cannot be read is, unless its name says
+    otherwise: the error is then told by whoever reads it."""
+    if Path(path).suffix.lower() != ".csv":
+        return False
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return _EK100_COLUMN in next(csv.reader(file), [])
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return True
+
+
+def evaluation_of(path: str, root: str, flag: str, relevancy: str, columns: Columns) -> Evaluation:
+    """The evaluation that a file stands for; "none" for none."""
+    if path == "none":
+        return NoEvaluation()
+    if is_ek100_file(path):
+        return Ek100Evaluation(root, flag, path, relevancy)
+    if not is_caption_file(path) and Path(path).suffix.lower() not in (".pkl", ".pickle"):
+        raise UserError(
+            f"--val-metadata {path}: is neither a CSV of EPIC-KITCHENS-100 nor captions (.csv, .jsonl, .json, "
+            ".parquet, .pkl); none for no validation"
+        )
+    return CaptionEvaluation(root, flag, read_narrations([path], columns))
+
+
+def _count(metrics: dict[str, float], before: str, after: str) -> str:
+    left_out = f"{before}{metrics['unreadable']}{after}" if metrics["unreadable"] else ""
+    return f"{metrics['clips']} clips{left_out}"
+
+
+def _write(path: str | None, similarity: np.ndarray) -> None:
+    if path is not None:
+        content = io.BytesIO()
+        np.save(content, similarity)
+        predictions.write_whole(path, content.getvalue(), "--similarity-filename")
+        logger.info("similarities of %d clips and %d sentences written to %s", *similarity.shape, path)
