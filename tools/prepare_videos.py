@@ -26,16 +26,16 @@ from avion.data.video.layout import LAYOUTS
 from avion.data.video.prepare import Report, prepare_videos
 from avion.data.video.prepare_encode import PRESETS, Encoding
 from avion.data.video.prepare_plan import DATASETS, Settings, parse_shard
-from avion.errors import UserError, exit_status
+from avion.engine.args import ToolParser
+from avion.errors import exit_status
+from avion.numbers import WORKERS, Number, whole
 
 _QUIET_EVERY_S = 30.0  # between lines of progress that go to a file
 
 
 def build_parser() -> argparse.ArgumentParser:
     summary, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
     plain = Encoding()
     add = parser.add_argument
     add("source", metavar="SOURCE", help="folder of raw videos, or one file")
@@ -43,19 +43,22 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dataset", default="folder", choices=DATASETS, help="how the files are named (folder: as in SOURCE)")
     add("--layout", default="", choices=LAYOUTS, help="avion: {video}.mp4/{start}.mp4; vms: {video}/{number}.mp4; "
         "whole: {video}.mp4 [avion for ego4d and ek100, else whole]")  # fmt: skip
-    add("--chunk-length", type=int, default=15, metavar="S", help="seconds per chunk (15)")
-    add("--short-side", type=int, default=288, metavar="PIXELS", help="of the pictures, even (288)")
-    add("-j", "--processes", type=int, default=0, metavar="N", help="videos at a time [cores / threads]")
-    add("--threads", type=int, default=0, metavar="N", help="of each decoder and encoder [cores / processes]")
+    add("--chunk-length", type=whole(1, 86400), default=15, metavar="S", help="seconds per chunk (15)")
+    add("--short-side", type=whole(16, 4320), default=288, metavar="PIXELS", help="of the pictures, even (288)")
+    add("-j", "--processes", type=WORKERS, default=0, metavar="N", help="videos at a time [cores / threads]")
+    add("--threads", type=whole(0, 1024), default=0, metavar="N",
+        help="of each decoder and encoder [cores / processes]")  # fmt: skip
     add("--shard", default="0/1", metavar="I/N", help="only every N-th video, from the I-th on, counted from 0")
     add("--retry", action="store_true", help="try videos again that failed before")
     encoding = parser.add_argument_group("encoding", "the default was measured: docs/data.md")
     add = encoding.add_argument
-    add("--crf", type=float, default=plain.crf, help=f"x264's quality, lower is better ({plain.crf:g})")
-    add("--gop", type=int, default=plain.gop, metavar="N", help=f"frames from keyframe to keyframe ({plain.gop})")
-    add("--bframes", type=int, default=plain.bframes, metavar="N",
+    add("--crf", type=Number(float, 0, 51), default=plain.crf, help=f"x264's quality, lower is better ({plain.crf:g})")
+    add("--gop", type=whole(1, 1000), default=plain.gop, metavar="N",
+        help=f"frames from keyframe to keyframe ({plain.gop})")  # fmt: skip
+    add("--bframes", type=whole(0, 16), default=plain.bframes, metavar="N",
         help=f"frames between two anchors, which no other frame refers to ({plain.bframes})")  # fmt: skip
-    add("--refs", type=int, default=plain.refs, metavar="N", help=f"anchors that a frame may refer to ({plain.refs})")
+    add("--refs", type=whole(1, 16), default=plain.refs, metavar="N",
+        help=f"anchors that a frame may refer to ({plain.refs})")  # fmt: skip
     add("--cabac", action=argparse.BooleanOptionalAction, default=plain.cabac, help="smaller, slower to read")
     add("--deblock", action=argparse.BooleanOptionalAction, default=plain.deblock, help="smooth block edges")
     add("--preset", default=plain.preset, choices=PRESETS, metavar="NAME", help=f"x264's effort ({plain.preset})")
@@ -126,9 +129,6 @@ def tell(report: Report, target: str, settings: Settings) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for flag in ("processes", "threads"):
-        if getattr(args, flag) < 0:
-            raise UserError(f"--{flag} {getattr(args, flag)}: must be at least 1, or 0 to share out the cores")
     encoding = Encoding(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Encoding)})
     settings = Settings(args.dataset, args.layout, args.chunk_length, args.short_side, encoding)
     signal.signal(signal.SIGTERM, _interrupt)
