@@ -24,7 +24,7 @@ from avion.errors import UserError
 from tests.videos import barcode_frame, read_barcode, write_video
 from tools import prepare_videos as tool
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def run(source, target, *, settings=None, **options):
