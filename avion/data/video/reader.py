@@ -28,12 +28,14 @@ _SCALED_AT_ONCE = 32  # frames
 
 class VideoReader:
     """An open video: `path`, `num_frames`, `fps` (average frames per second), `height` and `width` (pixels, upright),
-    `constant_rate` (frame i is shown from i / fps on)."""
+    `constant_rate` (frame i is shown from i / fps on), `begin` (the time in seconds that the container gives the first
+    frame; everywhere else times are counted from there)."""
 
     path: str
     num_frames: int
     fps: float
     constant_rate: bool = True
+    begin: float = 0.0
     _size: tuple[int, int] | None = None  # known from the first frame on: only there a rotation is stated
 
     @property
@@ -139,6 +141,7 @@ class TableReader(VideoReader):
 
         self.table, self.path = table, table.path
         self.num_frames, self.fps, self.constant_rate = table.num_frames, table.fps, table.constant_rate
+        self.begin = int(table.pts[table.display[0]]) * table.tick
         self._converter = Converter(table.coded_size, table.orientation)
 
     def frame_at(self, seconds: float) -> int:

@@ -351,7 +351,7 @@ class VideoStore:
         scaling: _OneScaling | None,
     ) -> tuple[np.ndarray, int]:
         """places: as in `_Moments`, possibly past the chunk's end -> frames, number clamped."""
-        ids = _frames_at(reader, places, fps)
+        ids = _frames_at(reader, places, fps, self._begin_of(reader))
         late = int((ids >= reader.num_frames).sum())
         if late:
             path = self.chunk_path(video, chunk)
@@ -368,17 +368,24 @@ class VideoStore:
         scaling.path = reader.path
         return reader.get_scaled(ids, scaling), late
 
+    def _begin_of(self, reader: VideoReader) -> float:
+        """How many seconds after a chunk's begin its first frame begins, where its container says so.
+
+        A frame that is shown across the cut lies in the chunk before. More than a second is another way of counting.
+        """
+        return reader.begin if self.chunked and 0.0 <= reader.begin < TOLERANCE_S else 0.0
+
     def _is_short(self, reader: VideoReader) -> bool:
         return reader.seconds_of(reader.num_frames) < self.chunk_length - TOLERANCE_S
 
 
-def _frames_at(reader: VideoReader, places: np.ndarray, fps: float | None) -> np.ndarray:
-    """The numbers of a file's frames at these places (see `_Moments`). -> (n,) int64"""
+def _frames_at(reader: VideoReader, places: np.ndarray, fps: float | None, begin: float) -> np.ndarray:
+    """The numbers of a file's frames at these places (see `_Moments`). begin: of the first frame. -> (n,) int64"""
     if fps is not None and reader.constant_rate:
         return places.astype(np.int64)
     # A frame of a constant rate is looked for in the middle of its time: rounded times may lie just after a tick.
     seconds = places if fps is None else (places + 0.5) / fps
-    return np.array([reader.frame_at(float(s)) for s in seconds], dtype=np.int64)
+    return np.array([reader.frame_at(float(s) - begin) for s in seconds], dtype=np.int64)
 
 
 class _OneScaling:
