@@ -20,8 +20,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from avion.data.ego4d import read_ego4d
-from avion.data.ek100 import read_ek100_retrieval
+from avion.data.captions import Columns, read_narrations
+from avion.data.ek100 import is_ek100_file, read_ek100_retrieval
 from avion.data.narrations import NarrationTable
 from avion.data.video import LAYOUTS, TOLERANCE_S, VideoError, VideoStore, open_video
 from avion.engine.args import ToolParser
@@ -49,13 +49,28 @@ class Finding:
     detail: str
 
 
-def read_annotations(paths: Sequence[str]) -> NarrationTable:
-    """One EPIC-KITCHENS CSV, or one or several Ego4D pickles."""
-    if any(path.endswith(".csv") for path in paths):
-        if len(paths) > 1:
-            raise UserError(f"{paths[1]}: only pickles can be given several at a time")
-        return read_ek100_retrieval(paths[0])
-    return read_ego4d(*paths)
+def read_annotations(paths: Sequence[str], columns: Sequence[str] = ()) -> NarrationTable:
+    """One EPIC-KITCHENS CSV, or one or several Ego4D pickles and files of captions."""
+    ek100 = [path for path in paths if is_ek100_file(path)]
+    if ek100 and len(paths) > 1:
+        raise UserError(f"{ek100[0]}: a CSV of EPIC-KITCHENS-100 is given alone")
+    return read_ek100_retrieval(ek100[0]) if ek100 else read_narrations(paths, Columns.parse(columns))
+
+
+def with_ends(table: NarrationTable, store: VideoStore) -> NarrationTable:
+    """The clips that go on to the end of their video get its time; their start, where the video cannot be read."""
+
+    @functools.cache
+    def length(video: int) -> float:
+        try:
+            return store.length_of(table.videos[video])
+        except VideoError:
+            return 0.0
+
+    (open_ends,) = np.nonzero(np.isinf(table.end))
+    for i in open_ends:
+        table.end[i] = max(length(int(table.video[i])), table.start[i])
+    return table
 
 
 def chunks_needed(table: NarrationTable, store: VideoStore) -> Iterator[tuple[str, int, float, int]]:
@@ -135,7 +150,12 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("annotations", nargs="+", help="annotation files: Ego4D pickles, or one EPIC-KITCHENS-100 CSV")
+    parser.add_argument(
+        "annotations", nargs="+", help="annotation files: Ego4D pickles and captions, or one EPIC-KITCHENS-100 CSV"
+    )
+    parser.add_argument(
+        "--caption-columns", nargs="*", default=[], metavar="FIELD=COLUMN", help="of captions, e.g. video=clip_id"
+    )
     parser.add_argument("--root", required=True, help="folder that holds the videos")
     parser.add_argument(
         "--video-chunk-length",
@@ -157,8 +177,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    table = read_annotations(args.annotations)
+    table = read_annotations(args.annotations, args.caption_columns)
     store = VideoStore(args.root, chunk_length=args.video_chunk_length, layout=args.video_layout, decoder=args.decoder)
+    table = with_ends(table, store)
     needs, known = needs_of(table, store)
     print(f"{len(table)} clips of {len(table.videos)} videos need {len(needs) + len(known)} files ({store.pattern})")
     counts: dict[str, int] = {}

@@ -18,29 +18,27 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.data.video import INDEX_NAME, index_videos
-from avion.errors import UserError, exit_status
+from avion.engine.args import ToolParser
+from avion.errors import exit_status
+from avion.numbers import WORKERS
 
 _LISTED = 20  # files that are named; the others are counted
 
 
 def build_parser() -> argparse.ArgumentParser:
     summary, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", help="folder that holds the videos")
     parser.add_argument("files", nargs="*", help="videos to index, below the folder; by default all videos")
     parser.add_argument("--index", metavar="FILE", help=f"the index file (ROOT/{INDEX_NAME})")
     parser.add_argument(
-        "-j", "--workers", type=int, default=0, metavar="N", help="number of processes; 0: index in this process"
+        "-j", "--workers", type=WORKERS, default=0, metavar="N", help="number of processes; 0: index in this process"
     )
     parser.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.workers < 0:
-        raise UserError(f"--workers {args.workers}: must not be negative")
     with tqdm(unit="file", disable=None, dynamic_ncols=True) as bar:
 
         def progress(done: int, total: int) -> None:

@@ -192,6 +192,18 @@ def csv_rows(path: str | os.PathLike, required: tuple[str, ...]) -> Iterator[tup
         raise UserError(f"{name}: is not a CSV in UTF-8 ({error})") from None
 
 
+def is_ek100_file(path: str | os.PathLike) -> bool:
+    """Whether a file is a CSV of EPIC-KITCHENS-100, by its header. One that cannot be read is, unless its name says
+    otherwise: the error is then told by whoever reads it."""
+    if Path(path).suffix.lower() != ".csv":
+        return False
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return _CLIP_COLUMNS[0] in next(csv.reader(file), [])
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return True
+
+
 def check_ids_differ(ids: Sequence[str], name: str) -> None:
     """UserError where two rows have one narration_id: sentences and relevancies are found by it. name: of the file."""
     if len(set(ids)) != len(ids):

@@ -52,7 +52,7 @@ def prepare_video(
             place.mkdir()
         video = RawVideo(raw.path, settings.short_side, threads)
         with contextlib.closing(video):
-            files = _write(video, settings, place, threads, report)
+            files = _write(video, raw.name, settings, place, threads, report)
             _sync(place)
             facts = _facts(raw, video)
     except BaseException as error:
@@ -80,7 +80,7 @@ def _facts(raw: Raw, video: RawVideo) -> dict:
     }  # fmt: skip
 
 
-def _write(video: RawVideo, settings: Settings, place: Path, threads: int, report: Callable) -> list[dict]:
+def _write(video: RawVideo, name: str, settings: Settings, place: Path, threads: int, report: Callable) -> list[dict]:
     files: list[dict] = []
     part: _Part | None = None
     done = 0
@@ -91,7 +91,7 @@ def _write(video: RawVideo, settings: Settings, place: Path, threads: int, repor
                 if part is not None:
                     files.append(part.finish())
                 part = None
-                part = _Part(video, settings, place, chunk, threads)
+                part = _Part(video, name, settings, place, chunk, threads)
             part.add(shot)
             done += 1
             if done % _REPORT_EVERY == 0:
@@ -110,12 +110,13 @@ def _write(video: RawVideo, settings: Settings, place: Path, threads: int, repor
 class _Part:
     """A file being written: a chunk, or the whole video."""
 
-    def __init__(self, video: RawVideo, settings: Settings, place: Path, chunk: int, threads: int):
+    def __init__(self, video: RawVideo, name: str, settings: Settings, place: Path, chunk: int, threads: int):
         self.chunk, self._ticks = chunk, video.ticks
         self._start = chunk * settings.chunk_length * video.ticks if settings.chunked else 0
         self._end = self._start + settings.chunk_length * video.ticks if settings.chunked else None
         self._usual = round(video.ticks / video.rate)
-        self.path = place / settings.chunk_name(chunk) if settings.chunked else place
+        self._name = settings.chunk_name(chunk) if settings.chunked else os.path.basename(settings.target(name))
+        self.path = place / self._name if settings.chunked else place
         self._check = StreamCheck(str(self.path), video.size)
         with _of_target(self.path):
             self._encoder = Encoder(
@@ -141,7 +142,7 @@ class _Part:
             _sync(self.path)
         self._check.check_file(str(self.path), self._ticks)
         return {
-            "name": self.path.name, "chunk": self.chunk, "frames": len(self._check.times),
+            "name": self._name, "chunk": self.chunk, "frames": len(self._check.times),
             "bytes": self.path.stat().st_size, "quality": quality,
         }  # fmt: skip
 

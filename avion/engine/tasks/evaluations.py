@@ -1,6 +1,5 @@
 """What a two-tower model is judged by: EPIC-KITCHENS-100's retrieval, one's own captions, or nothing."""
 
-import csv
 import io
 import logging
 from pathlib import Path
@@ -10,7 +9,14 @@ import numpy as np
 from torch import nn
 
 from avion.data.captions import Columns, is_caption_file, read_narrations
-from avion.data.ek100 import check_ids_differ, load_relevancy, read_ek100_retrieval, sentence_path, sentence_texts
+from avion.data.ek100 import (
+    check_ids_differ,
+    is_ek100_file,
+    load_relevancy,
+    read_ek100_retrieval,
+    sentence_path,
+    sentence_texts,
+)
 from avion.data.narrations import NarrationTable
 from avion.engine import encode, predictions
 from avion.engine.console import table
@@ -21,8 +27,6 @@ from avion.evaluation.ek100_mir import retrieval_metrics
 from avion.evaluation.recall import LEVELS, recall_metrics
 
 logger = logging.getLogger(__name__)
-
-_EK100_COLUMN = "narration_id"
 
 
 class Evaluation:
@@ -141,18 +145,6 @@ class NoEvaluation(Evaluation):
 
     def facts(self):
         return {"evaluation clips": 0}
-
-
-def is_ek100_file(path: str) -> bool:
-    """Whether a file is a CSV of EPIC-KITCHENS-100, by its header. One that cannot be read is, unless its name says
-    otherwise: the error is then told by whoever reads it."""
-    if Path(path).suffix.lower() != ".csv":
-        return False
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return _EK100_COLUMN in next(csv.reader(file), [])
-    except (OSError, UnicodeDecodeError, csv.Error):
-        return True
 
 
 def evaluation_of(path: str, root: str, flag: str, relevancy: str, columns: Columns) -> Evaluation:
