@@ -162,8 +162,8 @@ def test_retrieval_fine_tuning_on_captions(own, tmp_path, capsys):
     [
         (["--val-fraction", "0.2", "--val-metadata", "x.csv"], "--val-fraction and --val-metadata"),
         (["--evaluate", "--val-metadata", "none"], "there is nothing to evaluate on"),
-        (["--val-metadata", "x.txt"], "--val-metadata x.txt: is neither"),
-        (["--val-metadata", "x.jsonl"], "captions x.jsonl: no such file"),
+        (["--val-metadata", "there.txt"], "--val-metadata there.txt: is neither"),
+        (["--val-metadata", "x.jsonl"], "--val-metadata x.jsonl: no such file"),
         (["--val-fraction", "0.999"], "cannot be shared out"),
         (["--train-metadata-aux", "x.csv:often"], "the weight behind the colon"),
         (["--train-metadata-aux", "x.csv:-1"], "the weight behind the colon"),
@@ -174,6 +174,7 @@ def test_retrieval_fine_tuning_on_captions(own, tmp_path, capsys):
 )
 def test_mistakes_cost_one_line(own, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.txt").write_text("x")
     if "--val-metadata" not in flags and "--val-fraction" not in flags:
         flags = [*flags, "--val-metadata", "none"]
     assert pretrain(own, tmp_path / "out", *flags, "--epochs", "1") == 2

@@ -153,6 +153,8 @@ def evaluation_of(path: str, root: str, flag: str, relevancy: str, columns: Colu
         return NoEvaluation()
     if is_ek100_file(path):
         return Ek100Evaluation(root, flag, path, relevancy)
+    if not Path(path).exists():
+        raise UserError(f"--val-metadata {path}: no such file; none for no validation")
     if not is_caption_file(path) and Path(path).suffix.lower() not in (".pkl", ".pickle"):
         raise UserError(
             f"--val-metadata {path}: is neither a CSV of EPIC-KITCHENS-100 nor captions (.csv, .jsonl, .json, "
