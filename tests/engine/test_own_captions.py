@@ -15,8 +15,8 @@ import main_pretrain
 from avion.engine.args import parse
 from avion.engine.distributed import World
 from avion.engine.options import PretrainOptions
-from avion.engine.tasks import Pretrain
 from avion.engine.tasks.evaluations import CaptionEvaluation
+from avion.engine.tasks.pretrain import Pretrain
 from avion.engine.tasks.sources import parse_weighted
 from avion.errors import UserError
 from tests.videos import barcode_frame, write_video
