@@ -6,7 +6,7 @@ Every setting encodes the same pictures, 288 pixels high. Clips of 4 frames of 1
 read from the files: positioned reads of the packets that are needed, a bare decoder, cropping and scaling to 224 x 224.
 Printed are the bytes relative to x264's default (CRF 23, preset medium), the CPU time per clip, and how many times
 faster that is than AVION's way (decord, crops of floats) on x264's default. The PSNR of the pictures is that of luma
-against what the encoder was given, so that no setting is ahead because it shows less.
+against what the encoder was given, so that no setting is ahead because it shows less. Both ways of reading alternate.
 
 --videos: real files to take the pictures from. Without, a hand-held camera looks at photographs that scikit-image
 ships (where it is installed, else at drawn pictures with the spectrum of natural ones): it pans, zooms, turns and
@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -36,22 +37,21 @@ from benchmarks.bench_loader import avions_way, our_way, smooth_noise
 
 CASES = ((4, 1.0), (16, 1.0), (16, 3.0))  # frames, seconds
 CROP = 224
+DEFAULT = "x264's default"
 SETTINGS = {
-    "all keyframes": Encoding(gop=1, bframes=0, deblock=True),
+    "keyframes only": Encoding(gop=1, bframes=0, deblock=True),
     "GOP 16, no B": Encoding(gop=16, bframes=0, deblock=True),
-    "GOP 8, no B": Encoding(gop=8, bframes=0, deblock=True),
     "GOP 8, 3 B, 3 refs, CABAC": Encoding(gop=8, refs=3, cabac=True, deblock=True),
     "GOP 8, 3 B, CABAC": Encoding(gop=8, cabac=True, deblock=True),
     "GOP 8, 3 B, CAVLC": Encoding(gop=8, deblock=True),
-    "GOP 8, 3 B, no deblocking": Encoding(gop=8),
-    "GOP 5, 3 B, no deblocking": Encoding(gop=5),
-    "GOP 9, 3 B, no deblocking": Encoding(gop=9),
-    "GOP 13, 3 B, no deblocking": Encoding(gop=13),
-    "GOP 21, 3 B, no deblocking": Encoding(gop=21),
+    "GOP 8, 3 B, no deblocking": Encoding(gop=8, bframes=3),
+    "GOP 9, 3 B, no deblocking": Encoding(gop=9, bframes=3),
+    "GOP 13, 3 B, no deblocking": Encoding(gop=13, bframes=3),
+    "GOP 21, 3 B, no deblocking": Encoding(gop=21, bframes=3),
     "GOP 13, 5 B, no deblocking": Encoding(gop=13, bframes=5),
     "GOP 17, 7 B, no deblocking": Encoding(gop=17, bframes=7),
-    "GOP 13, 3 B, no deblocking, CRF 26": Encoding(gop=13, crf=26),
-    "GOP 13, 3 B, no deblocking, CRF 20": Encoding(gop=13, crf=20),
+    "GOP 17, 7 B, no deblocking, CRF 22": Encoding(gop=17, bframes=7, crf=22),
+    "GOP 17, 7 B, no deblocking, CRF 25": Encoding(gop=17, bframes=7, crf=25),
 }
 
 
@@ -164,61 +164,66 @@ def write(path: Path, shots: list, rate: Fraction, encoding: Encoding) -> float:
     return statistics.mean(errors)
 
 
-def clip_times(load: Callable, lengths: list[float], clips: int, rounds: int) -> list[float]:
-    """CPU ms per clip of each case, the least of the rounds."""
+def clip_times(loads: list[Callable], lengths: list[float], clips: int, rounds: int) -> list[list[float]]:
+    """CPU ms per clip of each way of loading (inner list) and each case; the least of the rounds, which alternate."""
     found = []
     for frames, seconds in CASES:
-        times = []
+        times: list[list[float]] = [[] for _ in loads]
         for _ in range(rounds + 1):  # the first is a warm-up
-            rng = np.random.default_rng(1)
-            begin = time.process_time()
-            for i in range(clips):
-                start = float(rng.uniform(0, max(lengths[i % len(lengths)] - seconds, 0)))
-                load(f"video{i % len(lengths)}", start, seconds, frames, i)
-            times.append(1000 * (time.process_time() - begin) / clips)
-        found.append(min(times[1:]))
+            for load, own in zip(loads, times, strict=True):
+                rng = np.random.default_rng(1)
+                begin = time.process_time()
+                for i in range(clips):
+                    start = float(rng.uniform(0, max(lengths[i % len(lengths)] - seconds, 0)))
+                    load(f"video{i % len(lengths)}", start, seconds, frames, i)
+                own.append(1000 * (time.process_time() - begin) / clips)
+        found.append([min(own[1:]) for own in times])
     return found
 
 
-def plot(rows: dict[str, tuple], default: str, path: str) -> None:
+class Row(NamedTuple):
+    """size: bytes. psnr: of luma, in dB. ours, avion: CPU ms per clip of each case, measured in turn."""
+
+    size: int
+    psnr: float
+    ours: list[float]
+    avion: list[float]
+
+
+def measure(videos: list, encoding: Encoding, root: Path, base: Path, clips: int, rounds: int) -> Row:
+    """base: the folder of x264's defaults, which AVION's way reads."""
+    errors = []
+    for i, (_, rate, shots) in enumerate(videos):
+        errors.append(write(root / f"video{i}.mp4" / "0.mp4", shots, rate, encoding))
+    index_videos(root)
+    loads = [our_way(root, CROP, "pyav", fused=True), avions_way(base, CROP)]
+    lengths = [len(shots) / float(rate) for _, rate, shots in videos]
+    times = clip_times(loads, lengths, clips, rounds)
+    psnr = statistics.mean(10 * np.log10(255**2 / e) for e in errors)
+    return Row(sum(f.stat().st_size for f in root.rglob("0.mp4")), psnr, *map(list, zip(*times, strict=True)))
+
+
+def plot(rows: dict[str, Row], default: str, path: str) -> None:
     """A panel per case: bytes against milliseconds."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 3, figsize=(13, 4.4), sharey=True)
+    figure, panels = pyplot.subplots(1, len(CASES), figsize=(14, 5), sharey=True)
+    numbers = {name: i for i, name in enumerate(rows)}
     for k, (panel, (frames, seconds)) in enumerate(zip(panels, CASES, strict=True)):
-        for name, (size, _, times) in rows.items():
-            chosen = name == default
-            panel.plot(times[k], size, "o", color="tab:red" if chosen else "tab:blue")
-            panel.annotate(
-                name, (times[k], size), xytext=(4, 3), textcoords="offset points", fontsize=7,
-                weight="bold" if chosen else "normal",
-            )  # fmt: skip
-        panel.set_title(f"{frames} frames of {seconds:g} s")
-        panel.set_xlabel("CPU ms per clip")
-        panel.set_xscale("log")
-        panel.set_yscale("log")
-        panel.grid(alpha=0.3)
+        for name, row in rows.items():
+            colour = "tab:red" if name == default else "tab:gray" if name == DEFAULT else "tab:blue"
+            at = row.ours[k], row.size / rows[DEFAULT].size
+            panel.plot(*at, "o", color=colour, label=f"{numbers[name]}  {name}")
+            panel.annotate(str(numbers[name]), at, xytext=(4, 3), textcoords="offset points", fontsize=9, color=colour)
+        panel.set(title=f"{frames} frames of {seconds:g} s", xlabel="CPU ms per clip", xscale="log")
+        panel.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("bytes, relative to x264's default")
+    panels[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
-def measure(videos: list, encoding: Encoding, root: Path, clips: int) -> tuple[int, float, list[float]]:
-    """-> bytes, PSNR of luma in dB, CPU ms per clip of each case"""
-    errors = []
-    for i, (_, rate, shots) in enumerate(videos):
-        errors.append(write(root / f"video{i}.mp4" / "0.mp4", shots, rate, encoding))
-    index_videos(root)
-    load = our_way(root, CROP, "pyav", fused=True)
-    psnr = statistics.mean(10 * np.log10(255**2 / e) for e in errors)
-    return sum(f.stat().st_size for f in root.rglob("0.mp4")), psnr, clip_times(load, lengths_of(videos), clips, 3)
-
-
-def lengths_of(videos: list) -> list[float]:
-    return [len(shots) / float(rate) for _, rate, shots in videos]
+    figure.savefig(path, dpi=100)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -228,6 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=512, help="of the drawn pictures; that of real ones is their own")
     parser.add_argument("--frames", type=int, default=450, help="of each video, at most")
     parser.add_argument("--clips", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--crf", type=float, help="of all settings but x264's default; else their own")
     parser.add_argument("--only", nargs="*", help="settings to measure, by name")
     parser.add_argument("--plot", metavar="FILE.png")
@@ -235,31 +241,19 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     videos = material(args.videos, args.height, args.width, args.frames)
     chosen = Encoding()
-    rows: dict[str, tuple] = {}
+    rows: dict[str, Row] = {}
+    settings = {DEFAULT: Default(), **{k: v for k, v in SETTINGS.items() if not args.only or k in args.only}}
+    print(f"| setting | bytes | PSNR, dB | {' | '.join(f'{n} of {s:g} s' for n, s in CASES)} |\n|-|-|-|-|-|-|")
     with tempfile.TemporaryDirectory() as folder:
-        base, psnr, times = measure(videos, Default(), Path(folder) / "default", args.clips)
-        avion = clip_times(avions_way(Path(folder) / "default", CROP), lengths_of(videos), args.clips, 2)
-        head = "  ".join(f"{frames} of {seconds:g} s" + 6 * " " for frames, seconds in CASES)
-        print(f"{'':36s} bytes   PSNR   CPU ms per clip, AVION's time over it:  {head}")
-        print(f"{'AVION, x264 default':36s} {1:5.2f}  {psnr:5.2f}   " + "  ".join(f"{t:6.1f}  x  1.0" for t in avion))
-        rows["x264's default"] = (1.0, psnr, times)
-        _print("x264's default", rows["x264's default"], avion)
-        for name, encoding in SETTINGS.items():
-            if args.only and name not in args.only:
-                continue
-            if args.crf is not None:
+        base = Path(folder) / "0"
+        for i, (name, encoding) in enumerate(settings.items()):
+            if args.crf is not None and name != DEFAULT:
                 encoding = dataclasses.replace(encoding, crf=args.crf)
-            size, psnr, times = measure(videos, encoding, Path(folder) / name.replace(" ", ""), args.clips)
-            rows[name] = (size / base, psnr, times)
-            _print(name, rows[name], avion)
+            rows[name] = row = measure(videos, encoding, Path(folder) / str(i), base, args.clips, args.rounds)
+            cells = " | ".join(f"{t:.1f} ms, × {a / t:.1f}" for t, a in zip(row.ours, row.avion, strict=True))
+            print(f"| {name} | {row.size / rows[DEFAULT].size:.2f} | {row.psnr:.2f} | {cells} |", flush=True)
     if args.plot:
         plot(rows, next((n for n, e in SETTINGS.items() if e == chosen), ""), args.plot)
-
-
-def _print(name: str, row: tuple, avion: list[float]) -> None:
-    size, psnr, times = row
-    cells = "  ".join(f"{t:6.1f}  x {a / t:4.1f}" for t, a in zip(times, avion, strict=True))
-    print(f"{name:36s} {size:5.2f}  {psnr:5.2f}   {cells}", flush=True)
 
 
 if __name__ == "__main__":

@@ -130,8 +130,11 @@ def _files(source: Path, target: Path) -> Iterator[Path]:
     def failed(error: OSError):
         raise UserError(f"SOURCE {error.filename}: cannot be listed ({error.strerror})")
 
+    seen = {os.path.realpath(source), os.path.realpath(target)}  # links may lead back to a folder above
     for folder, folders, names in os.walk(source, onerror=failed, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(".") and os.path.abspath(Path(folder, f)) != str(target)]
+        places = {f: os.path.realpath(os.path.join(folder, f)) for f in folders if not f.startswith(".")}
+        folders[:] = sorted(f for f, place in places.items() if place not in seen)
+        seen.update(places[f] for f in folders)
         yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 

@@ -13,6 +13,7 @@ from .decode import bare_context
 from .errors import VideoError, one_line
 from .picture import Converter, orientation_of, upright, upright_size
 from .prepare_encode import Colours
+from .reader import check_file
 
 # Transfer functions whose values are far from what a display of standard range shows: PQ and HLG.
 _HDR_TRANSFERS = (16, 18)
@@ -57,6 +58,7 @@ class RawVideo:
 
     def __init__(self, path: str, short_side: int, threads: int = 1):
         self.path, self._threads = path, threads
+        check_file(path)
         self._container = open_container(path)
         try:
             self._open(short_side)
