@@ -121,7 +121,7 @@ def test_two_files_of_one_name_and_the_target_inside_the_source(tmp_path):
 
 def test_a_second_run_does_nothing_and_retry_tries_again(raw, tmp_path):
     source = tmp_path / "raw"
-    shutil.copytree(raw, source, symlinks=True)
+    shutil.copytree(raw, source, ignore=shutil.ignore_patterns("back"))
     target = tmp_path / "out"
     first = run(source, target)
     before = {name: (target / name).stat().st_mtime_ns for name in visible_files(target) if name.endswith(".mp4")}
