@@ -151,7 +151,7 @@ def _trainer(
     torch.manual_seed(options.seed)
     model = task.build_model().to(world.device)
     dataset, precision = _Clips(), choose_precision(options, world.device)
-    sampler = train_sampler(len(dataset), options, world)
+    sampler = train_sampler(dataset, options, world)
     # By itself a run of one process has neither ZeRO nor DistributedDataParallel.
     patched = _with_zero if zero else contextlib.nullcontext
     with patched():

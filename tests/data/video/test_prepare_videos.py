@@ -370,3 +370,22 @@ def test_the_manifest_is_ordered_and_says_nothing_about_the_run(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
     assert [line["video"] for line in lines] == ["a", "b"] and not {"partial", "state", "at"} & set(lines[1])
     assert (totals.videos, totals.bytes, totals.failed) == (1, 5, {"a": "cut"})
+
+
+def test_the_batch_file_gives_each_job_its_shard(raw, tmp_path):
+    """srun is a stand-in that runs what it is given."""
+    (tmp_path / "srun").write_text('#!/bin/bash\nexec "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    command = ["bash", str(ROOT / "slurm" / "prepare.sbatch"), str(raw), str(tmp_path / "out"), "-j", "1"]
+    for task in ("4", "5"):
+        environment = {
+            **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable,
+            "SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "2",
+        }  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode in (0, 1), done.stderr
+    assert visible_files(tmp_path / "out") == ["a.mp4", "manifest.jsonl", "more/b.mp4", "more/c.mp4", "packets.index"]
+    journals = {p.name for p in (tmp_path / "out" / ".prepare").glob("journal-*")}
+    assert journals == {"journal-0-of-2.jsonl", "journal-1-of-2.jsonl"}
+    outside = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert outside.returncode == 2 and "submit this with sbatch" in outside.stderr
