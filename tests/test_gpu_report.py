@@ -66,7 +66,10 @@ def test_without_a_gpu_it_says_so_in_a_line(tmp_path):
     assert "PyTorch sees no GPU here; --dry-run tries the report on a CPU" in line
 
 
-@pytest.mark.parametrize("words, told", [(["--minutes", "0"], "--minutes 0"), (["--sections", "scna"], "'scna'")])
+@pytest.mark.parametrize(
+    "words, told",
+    [(["--minutes", "0"], "--minutes 0"), (["--minutes", "nan"], "--minutes nan"), (["--sections", "scna"], "'scna'")],
+)
 def test_bad_flags_are_refused(words, told, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         gpu_report.main(["--output", str(tmp_path), *words])
