@@ -181,7 +181,7 @@ def run_all(args: argparse.Namespace, report: Report) -> int:
     waiting = [plan for plan in PLANS if not args.sections or plan.name in args.sections or plan.name == "device"]
     peer = gpu_peer.Build(args.output / "peer", folder / "peer-build.txt", env) if args.build_peer else None
     with peer or contextlib.nullcontext():
-        while waiting or (peer and peer.is_running()):
+        while waiting or (peer and peer.is_pending()):
             if peer and (line := peer.news()):
                 report.notes.append(line)
                 if peer.is_built:
@@ -207,7 +207,7 @@ def run_all(args: argparse.Namespace, report: Report) -> int:
                 return 2
             if plan.name == "device" and peer:
                 peer.begin(found["data"])
-        if peer and peer.is_running():
+        if peer and peer.is_pending():
             report.notes.append("mamba-ssm was still being built when time ran out.")
     for plan in waiting:
         report.add(plan, {"status": "not run", "line": "time was up", "markdown": "", "data": {}}, 0)
