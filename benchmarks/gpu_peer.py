@@ -103,8 +103,9 @@ class Build:
         inside = Path(home) / "bin" / "nvcc" if home else Path("/usr/local/cuda/bin/nvcc")
         return str(inside) if inside.exists() else shutil.which("nvcc")
 
-    def is_running(self) -> bool:
-        return self._process is not None and not self._line and self._process.poll() is None
+    def is_pending(self) -> bool:
+        """Whether it still runs, or has ended and `news` was not asked."""
+        return self._process is not None or bool(self._line)
 
     def news(self) -> str:
         """What became of it, once."""

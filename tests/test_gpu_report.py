@@ -66,7 +66,10 @@ def test_without_a_gpu_it_says_so_in_a_line(tmp_path):
     assert "PyTorch sees no GPU here; --dry-run tries the report on a CPU" in line
 
 
-@pytest.mark.parametrize("words, told", [(["--minutes", "0"], "--minutes 0"), (["--sections", "scna"], "'scna'")])
+@pytest.mark.parametrize(
+    "words, told",
+    [(["--minutes", "0"], "--minutes 0"), (["--minutes", "nan"], "--minutes nan"), (["--sections", "scna"], "'scna'")],
+)
 def test_bad_flags_are_refused(words, told, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         gpu_report.main(["--output", str(tmp_path), *words])
@@ -277,7 +280,7 @@ def test_without_nvcc_or_an_index_the_report_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_peer.Build, "_nvcc", lambda self: None)
     with gpu_peer.Build(tmp_path / "peer", tmp_path / "log", dict(os.environ)) as build:
         build.begin({"capability": [9, 0]})
-        assert build.news() == "mamba-ssm is not built: nvcc was not found (set CUDA_HOME)." and not build.is_running()
+        assert build.news() == "mamba-ssm is not built: nvcc was not found (set CUDA_HOME)." and not build.is_pending()
     monkeypatch.setattr(gpu_peer.Build, "_nvcc", lambda self: "/usr/bin/true")
     with gpu_peer.Build(tmp_path / "peer", tmp_path / "log", {**os.environ, "PIP_NO_INDEX": "1"}) as build:
         build.begin({"capability": [9, 0]})
@@ -288,6 +291,30 @@ def test_without_nvcc_or_an_index_the_report_goes_on(tmp_path, monkeypatch):
     assert build.news() == ""
     wrapped = (tmp_path / "peer" / "bin" / "nvcc").read_text()
     assert "'/usr/bin/true'" in wrapped and "'90'" in wrapped
+
+
+def test_once_the_peer_is_built_it_is_measured_before_what_is_left(tmp_path, monkeypatch):
+    order, paths = [], []
+
+    def section(plan, folder, seconds, env, dry_run):
+        order.append(plan.name)
+        paths.append(env.get("PYTHONPATH", ""))
+        return {"status": "ok", "line": "", "markdown": "", "data": {"capability": [9, 0]}}
+
+    def news(build):
+        if len(order) < 2 or build.is_built:
+            return ""
+        build.is_built = True
+        return "built."
+
+    monkeypatch.setattr(gpu_report, "run_section", section)
+    monkeypatch.setattr(gpu_peer.Build, "begin", lambda self, device: None)
+    monkeypatch.setattr(gpu_peer.Build, "news", news)
+    words = ["--output", str(tmp_path), "--dry-run", "--build-peer", "--sections", "scan", "step"]
+    assert gpu_report.main(words) == 0
+    assert order == ["device", "scan", "peer", "step"]
+    assert str(tmp_path / "peer") not in paths[1] and paths[2].startswith(str(tmp_path / "peer"))
+    assert "built." in (tmp_path / "report.md").read_text()
 
 
 def test_a_build_that_is_not_done_in_time_is_stopped(tmp_path, monkeypatch):
@@ -304,5 +331,5 @@ def test_a_build_that_is_not_done_in_time_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_peer.Build, "_nvcc", lambda self: "/usr/bin/true")
     with gpu_peer.Build(tmp_path / "peer", tmp_path / "log", dict(os.environ)) as build:
         build.begin({"capability": [9, 0]})
-        assert build.is_running() and build.news() == ""
+        assert build.is_pending() and build.news() == ""
     assert started[0].poll() is not None

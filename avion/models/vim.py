@@ -71,7 +71,7 @@ class BiMambaMixer(nn.Module):
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         xz = self.in_proj(h)  # (R, T, 2I)
         forward, backward = self._direction(reverse=False), self._direction(reverse=True)
-        if runs_whole(xz, self.scan_backend):
+        if runs_whole(xz, self.scan_backend) and _is_plain(self.x_proj) and _is_plain(self.x_proj_b):
             return self.out_proj(mixer_of_whole_rows(xz, forward.weights(), backward.weights()))  # (R, T, D)
         x, z = xz.chunk(2, dim=-1)  # (R, T, I) each
         u = causal_conv_silu_both(x, forward.taps(), backward.taps(), backend=self.scan_backend)  # (R, T, I) each
@@ -143,6 +143,11 @@ class ScanCarry(NamedTuple):
 
     x: torch.Tensor
     state: torch.Tensor
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether calling the module is a product with its weight and nothing else: no adapter, no hook."""
+    return type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
 
 
 def _decay_rates(A_log: torch.Tensor) -> torch.Tensor:

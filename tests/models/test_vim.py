@@ -194,3 +194,24 @@ def test_initial_values():
 def test_unknown_scan_backend_is_refused_at_once():
     with pytest.raises(UserError, match=r"'refrence' does not exist: did you mean reference\?"):
         BiMambaMixer(8, scan_backend="refrence")
+
+
+def test_an_adapter_or_a_hook_on_x_proj_is_not_passed_by():
+    """The operator for short rows on a CPU takes x_proj's weight; a module that does more has to be called."""
+    mixer = random_mixer(6)
+    h = torch.randn(2, 4, 6, dtype=torch.float64)
+    plain = mixer(h)
+    seen = []
+    handle = mixer.x_proj_b.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    torch.testing.assert_close(mixer(h), plain, rtol=1e-11, atol=1e-11)
+    assert len(seen) == 1
+    handle.remove()
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, u):
+            return super().forward(u) + 1
+
+    adapted = Adapted(mixer.x_proj.in_features, mixer.x_proj.out_features, bias=False).double()
+    adapted.load_state_dict(mixer.x_proj.state_dict())
+    mixer.x_proj = adapted
+    assert not torch.allclose(mixer(h), plain)

@@ -146,6 +146,12 @@ def test_the_operator_keeps_torch_librarys_rules():
     torch.library.opcheck(torch.ops.avion.mixer_whole_rows.default, (list(ahead), list(behind), xz, True))
 
 
+@pytest.mark.parametrize("steps", [0, 33])
+def test_rows_of_other_lengths_are_refused(steps):
+    with pytest.raises(ValueError, match=f"T must be 1 to 32, got {steps}"):
+        mixer_of_whole_rows(*random_case(2, steps, 3, 4))
+
+
 def test_what_it_is_made_for():
     xz = torch.zeros(2, 32, 8)
     assert runs_whole(xz, "auto") and runs_whole(xz, "torch") and runs_whole(xz.double(), "auto")

@@ -287,5 +287,10 @@ def mixer_of_whole_rows(xz: Tensor, forward: MixerWeights, backward: MixerWeight
 
     Returns:
         (R, T, I) in xz's dtype; gradients flow to xz and every parameter.
+
+    Raises:
+        ValueError: T is 0, or more than 32.
     """
+    if not 1 <= xz.shape[1] <= MAX_STEPS:
+        raise ValueError(f"mixer_of_whole_rows: T must be 1 to {MAX_STEPS}, got {xz.shape[1]}")
     return _run(forward, backward, xz)
