@@ -129,7 +129,7 @@ def backward_kernel(
 
 
 # Multiply-adds are fused: rounded once instead of twice, and one instruction instead of two.
-_OPTIONS = {"enable_fp_fusion": True}
+_OPTIONS: dict = {"enable_fp_fusion": True}
 
 
 def _blocks(x: Tensor) -> tuple[int, int]:
