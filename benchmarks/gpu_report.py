@@ -6,7 +6,7 @@
 
 Sections come in the order of their worth: the device; the kernels against float64; the scan, a training step and the
 demo's pretraining at the paper's shapes; long sequences; the tests. Each is a process group of its own with a limit of
-its own, and DIR/report.md and DIR/report.json are written anew after each, so that a run that is cut off has told what
+its own, and both files in DIR are written anew after each, so that a run that is cut off has told what
 it knew. What is missing on the machine is a line. `auto` takes the backend that is found to be the fastest from then on
 (`avion/ops/choices.py`), tuned plans are kept in the same cache and copied to DIR/plans.
 
