@@ -17,6 +17,7 @@ from .triton_pieces import (
     load_states,
     load_weights,
     next_states,
+    piece,
     sigmoid,
     span,
     stack_of,
@@ -33,7 +34,7 @@ from .triton_pieces import (
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@piece
 def step_values(
     dy, u, delta, z, strides, shift, left, in_d,
     CHUNK: tl.constexpr, SIGN: tl.constexpr, SOFTPLUS: tl.constexpr, GATE: tl.constexpr, EXACT: tl.constexpr,
@@ -58,7 +59,7 @@ def step_values(
     return sizes, drives, slopes, dys, by_zs
 
 
-@triton.jit
+@piece
 def store_by_state(
     by_C, by_B, target, alive, FIRST: tl.constexpr, COUNT: tl.constexpr, N: tl.constexpr, STACK: tl.constexpr,
     BLOCK_D: tl.constexpr, LANES: tl.constexpr, EXACT: tl.constexpr,
@@ -86,7 +87,7 @@ def store_by_state(
             tl.store(place + (FIRST + own), values[k], mask=where_both(alive, own < COUNT))
 
 
-@triton.jit
+@piece
 def group_states(
     state, B, B_t, B_n, sizes, drives, a, left,
     FIRST: tl.constexpr, COUNT: tl.constexpr, N: tl.constexpr, STACK: tl.constexpr, CHUNK: tl.constexpr,
@@ -100,7 +101,7 @@ def group_states(
     return states
 
 
-@triton.jit
+@piece
 def group_gradients(
     carry, sum_A, A, before, B, C, target, strides, pitch, sizes, drives, dys, by_drives, by_sizes, ys, left, in_d,
     FIRST: tl.constexpr, COUNT: tl.constexpr, CHANNELS: tl.constexpr, N: tl.constexpr, STACK: tl.constexpr,
@@ -142,7 +143,7 @@ def group_gradients(
     return carry, sum_A, all_drives, all_sizes, all_ys
 
 
-@triton.jit
+@piece
 def chunk_gradients(
     dy, u, delta, B, C, z, du, d_delta, dz, target, before, pitch, strides, carry, sum_A, sum_D, sum_bias,
     A, skip, shift, left, in_d,
@@ -187,7 +188,7 @@ def chunk_gradients(
     return new_carry, new_A, sum_D, sum_bias
 
 
-@triton.jit
+@piece
 def store_chunk_states(
     scratch, pitch, state, u, delta, B, strides, A, shift, start, chunks, steps, in_d,
     CHANNELS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STACK: tl.constexpr, CHUNK: tl.constexpr,

@@ -19,6 +19,7 @@ from .triton_pieces import (
     load_states,
     load_weights,
     next_states,
+    piece,
     sigmoid,
     span,
     step_size,
@@ -31,7 +32,7 @@ from .triton_pieces import (
 )
 
 
-@triton.jit
+@piece
 def forward_chunk(
     state, u, delta, B, C, z, out, strides, a, skip, shift, left, in_d,
     CHANNELS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STACK: tl.constexpr, CHUNK: tl.constexpr,
@@ -107,7 +108,7 @@ def forward_kernel(
                     CHANNELS, N, K, STACK, CHUNK, SOFTPLUS, REVERSE, ADD, GATE, False, WORDS, EXACT)  # fmt: skip
 
 
-@triton.jit
+@piece
 def part_chunk(
     state, sizes, v, delta, W, z, v_t, delta_t, W_t, z_t, W_n, a, shift, left, in_d,
     N: tl.constexpr, K: tl.constexpr, STACK: tl.constexpr, CHUNK: tl.constexpr, SIGN: tl.constexpr,

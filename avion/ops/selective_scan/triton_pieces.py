@@ -14,13 +14,21 @@ last chunk steps past the end are dead: they load zeros, and nothing of them is 
 steps and no channels past the last one, and no load is masked.
 """
 
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+def piece(function: Callable) -> Callable:
+    """A function that kernels call: compiled with them. In the interpreter it stays a Python function, since a call of
+    a jit function takes 0.3 ms there."""
+    return function if triton.knobs.runtime.interpret else triton.jit(function)
+
+
+@piece
 def softplus(x):
     """log(1 + exp(x)), within 3e-7 of it in relative terms, also where exp(x) is tiny.
 
@@ -37,21 +45,21 @@ def softplus(x):
     return (p * e + 1.0) * e + tl.maximum(x, 0.0)
 
 
-@triton.jit
+@piece
 def sigmoid(x):
     """1 / (1 + exp(-x)). The reciprocal square root is one instruction, a division would be ten."""
     root = tl.rsqrt(1.0 + tl.exp2(x * -_LOG2_E))
     return root * root
 
 
-@triton.jit
+@piece
 def time_of(i, steps, REVERSE: tl.constexpr):
     """Of step i: its t, 64 bits wide since offsets can be beyond 2^31. Within a chunk they are few steps from there."""
     i = tl.full((), 0, tl.int64) + i
     return steps - 1 - i if REVERSE else i
 
 
-@triton.jit
+@piece
 def span(item, steps, part_steps, PARTED: tl.constexpr):
     """Row, part, the part's first step and its end, of a (row, part)."""
     item = tl.full((), 0, tl.int64) + item
@@ -64,20 +72,20 @@ def span(item, steps, part_steps, PARTED: tl.constexpr):
         return item, nothing, nothing, nothing + steps
 
 
-@triton.jit
+@piece
 def where_both(condition, mask):
     """A scalar condition and a mask. (The interpreter's `&` does not give a mask.)"""
     return tl.where(condition, mask, False)
 
 
-@triton.jit
+@piece
 def channels_of(block, BLOCK_D: tl.constexpr, STACK: tl.constexpr):
     """The channels of a block, of the shape that a value per channel has."""
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     return d if STACK == 1 else d[None, :]
 
 
-@triton.jit
+@piece
 def load(pointer, mask, EXACT: tl.constexpr):
     """In float32; zeros where the mask is not set, as that of a dead step or of no channel. EXACT: it is set."""
     if EXACT:
@@ -86,7 +94,7 @@ def load(pointer, mask, EXACT: tl.constexpr):
         return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@piece
 def store(pointer, value, mask, EXACT: tl.constexpr):
     if EXACT:
         tl.store(pointer, value.to(pointer.dtype.element_ty))
@@ -94,7 +102,7 @@ def store(pointer, value, mask, EXACT: tl.constexpr):
         tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@piece
 def zeros(COUNT: tl.constexpr, SIZE: tl.constexpr, STACK: tl.constexpr):
     """Of COUNT states."""
     values = ()
@@ -103,14 +111,14 @@ def zeros(COUNT: tl.constexpr, SIZE: tl.constexpr, STACK: tl.constexpr):
     return values
 
 
-@triton.jit
+@piece
 def stack_of(k, N: tl.constexpr, STACK: tl.constexpr):
     """The numbers of the states in a stack, (STACK, 1), and which of them there are."""
     n = k * STACK + tl.arange(0, STACK)[:, None]
     return n, n < N
 
 
-@triton.jit
+@piece
 def load_states(
     pointer, pitch, mask, FIRST: tl.constexpr, COUNT: tl.constexpr, N: tl.constexpr, STACK: tl.constexpr,
     EXACT: tl.constexpr,
@@ -128,7 +136,7 @@ def load_states(
     return values
 
 
-@triton.jit
+@piece
 def store_states(
     pointer, pitch, values, mask, COUNT: tl.constexpr, N: tl.constexpr, STACK: tl.constexpr, EXACT: tl.constexpr
 ):  # fmt: skip
@@ -142,7 +150,7 @@ def store_states(
             tl.store(pointer + k * pitch, values[k], mask=mask)
 
 
-@triton.jit
+@piece
 def _unpacked(word, kind: tl.constexpr):
     """The numbers of 64 bits, in float32. A bfloat16 is the upper half of a float32: one instruction each."""
     values = ()
@@ -162,7 +170,7 @@ def _unpacked(word, kind: tl.constexpr):
     return values
 
 
-@triton.jit
+@piece
 def load_weights(
     pointer, stride, alive, FIRST: tl.constexpr, COUNT: tl.constexpr, N: tl.constexpr, STACK: tl.constexpr,
     WORDS: tl.constexpr, EXACT: tl.constexpr,
@@ -193,13 +201,13 @@ def load_weights(
     return values
 
 
-@triton.jit
+@piece
 def sum_over_stack(x, STACK: tl.constexpr):
     """The sum over the states of a stack."""
     return x if STACK == 1 else tl.sum(x, axis=0, keep_dims=True)
 
 
-@triton.jit
+@piece
 def _exchange(values, lane, COUNT: tl.constexpr, MASK: tl.constexpr, AXIS: tl.constexpr):
     """Adds up the values of lanes that differ in bit MASK: each lane of a pair gives away one half of the values and
     keeps the sums of the other half. A single value both of them keep."""
@@ -215,7 +223,7 @@ def _exchange(values, lane, COUNT: tl.constexpr, MASK: tl.constexpr, AXIS: tl.co
     return sums
 
 
-@triton.jit
+@piece
 def sum_over_lanes(values, COUNT: tl.constexpr, LANES: tl.constexpr, STACK: tl.constexpr):
     """COUNT tensors, each summed over its LANES last elements; COUNT and LANES powers of two, LANES at most 32.
 
@@ -232,7 +240,7 @@ def sum_over_lanes(values, COUNT: tl.constexpr, LANES: tl.constexpr, STACK: tl.c
     return values
 
 
-@triton.jit
+@piece
 def fold(x, LANES: tl.constexpr, BLOCK_D: tl.constexpr, STACK: tl.constexpr):
     """BLOCK_D last elements → LANES: the sum over the channels of a thread."""
     if BLOCK_D == LANES:
@@ -243,7 +251,7 @@ def fold(x, LANES: tl.constexpr, BLOCK_D: tl.constexpr, STACK: tl.constexpr):
         return tl.sum(tl.reshape(x, (STACK, LANES, BLOCK_D // LANES)), axis=2)
 
 
-@triton.jit
+@piece
 def next_states(state, size, drive, a, b, COUNT: tl.constexpr, IS_FIRST: tl.constexpr):
     """exp(ΔA) · state + B · Δu for COUNT states. IS_FIRST: nothing came before."""
     new = ()
@@ -255,7 +263,7 @@ def next_states(state, size, drive, a, b, COUNT: tl.constexpr, IS_FIRST: tl.cons
     return new
 
 
-@triton.jit
+@piece
 def step_size(delta, shift, mask, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr):
     """Δ before and after the softplus."""
     raw = load(delta, mask, EXACT) + shift
