@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
-from avion.data.ego4d import read_ego4d
+from avion.data.captions import read_narrations
 from avion.data.ek100 import load_relevancy, read_ek100_retrieval, read_sentences, sentence_path
 from avion.data.ek100_actions import read_ek100_actions
 from avion.data.narrations import Narration
@@ -230,7 +230,7 @@ def _read(dataset: str, metadata: str | os.PathLike) -> tuple[Sequence[Narration
     if dataset not in _DATASETS:
         raise UserError(f"dataset: {dataset!r} is not one of {', '.join(_DATASETS)}")
     if dataset != "ek100_cls":
-        return (read_ego4d if dataset == "ego4d" else read_ek100_retrieval)(metadata), None
+        return read_narrations([metadata]) if dataset == "ego4d" else read_ek100_retrieval(metadata), None
     table = read_ek100_actions(metadata)
     if table.verb_class is None:
         raise UserError(f"annotations {metadata}: the columns 'verb_class' and 'noun_class' are missing")

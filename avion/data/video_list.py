@@ -2,6 +2,7 @@
 
 Ego4D pickle    (.pkl) narrations, read by ego4d.py; videos as in a `VideoStore`
 EK-100 CSV      with a column narration_id, read by ek100.py; videos as in a `VideoStore`
+captions        (.jsonl, .json, .parquet, or a CSV with columns video and caption), read by captions.py; likewise
 anything else   a line per video: `file` or `file,start,end` (seconds), files relative to the root; a header
                 "video" or "video,start,end" and lines that begin with # are skipped
 """
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from avion.data.ego4d import read_ego4d
+from avion.data.captions import TO_THE_END, is_caption_file, read_narrations
 from avion.data.ek100 import read_ek100_retrieval
 from avion.data.narrations import NarrationTable
 from avion.data.transforms import EvalTransform
@@ -52,18 +53,20 @@ class VideoList(Sequence):
 
     def __getitem__(self, i: int) -> Span:
         row = self._rows[i]
-        return row if isinstance(row, Span) else Span(row.video, row.start, row.end, row.narration_id)
+        if isinstance(row, Span):
+            return row
+        return Span(row.video, row.start, None if row.end == TO_THE_END else row.end, row.narration_id)
 
 
 def read_video_list(path: str | os.PathLike) -> VideoList:
-    """Read a list of one of the three kinds.
+    """Read a list of one of these kinds.
 
     Raises:
         UserError: The list does not have the described form. The message has one line with file and line.
     """
     path = Path(path)
-    if path.suffix in (".pkl", ".pickle"):
-        return VideoList(read_ego4d(path))
+    if path.suffix in (".pkl", ".pickle") or (is_caption_file(path) and path.suffix.lower() != ".csv"):
+        return VideoList(read_narrations([path]))
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
@@ -76,6 +79,8 @@ def read_video_list(path: str | os.PathLike) -> VideoList:
         raise UserError(f"video list {path}: is neither a pickle (.pkl) nor text in UTF-8 ({error})") from None
     if rows and "narration_id" in rows[0][1]:
         return VideoList(read_ek100_retrieval(path))
+    if rows and {"video", "caption"} <= set(rows[0][1]):
+        return VideoList(read_narrations([path]))
     if rows and rows[0][1] in (["video"], ["video", "start", "end"]):
         rows = rows[1:]
     rows = [(line, row) for line, row in rows if any(row) and not row[0].startswith("#")]
@@ -183,5 +188,7 @@ class SpanDataset(Dataset):
         )  # fmt: skip
 
     def _from_store(self, span: Span) -> torch.Tensor:
-        clip = self.store.read_clip(span.video, span.start, span.end, self.num_frames)
+        clip = self.store.read_clip(
+            span.video, span.start, TO_THE_END if span.end is None else span.end, self.num_frames
+        )
         return self.transform(clip.frames, None)

@@ -64,6 +64,14 @@ def test_ego4d_pickles_and_ek100_tables_go_through_their_readers(written):
     assert spans.in_store and list(spans) == [Span("P01/P01_01", 1.0, 64.5, "P01_01_0")]
 
 
+def test_captions_go_through_their_reader(written):
+    spans = read_video_list(written("video,caption,start\na.mp4,one,2\nb,two,\n", "c.csv"))
+    assert spans.in_store and list(spans) == [Span("a", 2.0, None), Span("b", 0.0, None)]
+    assert list(read_video_list(written('{"video": "a", "caption": "x", "end": 3}\n', "c.jsonl"))) == [
+        Span("a", 0.0, 3.0)
+    ]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -306,3 +306,19 @@ class TestEdges:
 
     def test_a_start_before_zero(self, chunked):
         assert barcodes(VideoStore(chunked.avion).read_clip("abc", -2.0, 1.0, 2)) == [2, 7]
+
+
+@pytest.mark.parametrize("layout", ["whole", "avion", "vms"])
+def test_a_clip_to_the_end_of_its_video(tmp_path, layout):
+    if layout == "whole":
+        write_video(tmp_path / "v.mp4", 100, fps=30)
+    for chunk, frames in enumerate((30, 30, 30, 10) if layout != "whole" else ()):
+        name = f"v.mp4/{chunk}.mp4" if layout == "avion" else f"v/{chunk:04d}.mp4"
+        write_video(tmp_path / name, frames, first=30 * chunk, fps=30)
+    store = VideoStore(tmp_path, layout=layout, chunk_length=1)
+    assert store.length_of("v") == pytest.approx(100 / 30)
+    clip = store.read_clip("v", 0.0, float("inf"), 10)
+    assert [read_barcode(f) for f in clip.frames] == list(range(5, 100, 10)) and clip.clamped == 0
+    assert [read_barcode(f) for f in store.read_clip("v", 3.0, float("inf"), 2).frames] == [92, 97]
+    with pytest.raises(VideoError, match="no such file"):
+        store.length_of("w")

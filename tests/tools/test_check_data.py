@@ -168,3 +168,17 @@ def test_what_the_system_refuses_has_a_status_of_its_own(tool, capsys, root, ann
         f"unreadable  {root}/b.mp4/0.mp4  (1 clips): cannot be opened (Permission denied)",
         "1 unreadable",
     ]
+
+
+def test_captions(tool, capsys, root, tmp_path):
+    """A clip to the end of its video needs all chunks up to there; other columns are named."""
+    (tmp_path / "c.csv").write_text("clip,caption,start,end\na.mp4,one,,\na,two,1,2\nb,three,3,\nd,four,,\n")
+    words = ["--caption-columns", "video=clip"]
+    status, lines, _ = check(tool, capsys, str(tmp_path / "c.csv"), root, *words)
+    assert status == 1 and lines[0].startswith("4 clips of 3 videos need 5 files")
+    assert [line.split()[0] for line in lines[1:-1]] == ["missing"] and "d.mp4" in lines[1]
+    (root / "a.mp4/15.mp4").unlink()
+    status, lines, _ = check(tool, capsys, str(tmp_path / "c.csv"), root, *words)
+    assert status == 1 and any(line.startswith("missing") and "15.mp4" in line for line in lines)
+    status, _, error = check(tool, capsys, str(tmp_path / "c.csv"), root)
+    assert status == 2 and "the column 'video' is missing" in error and error.count("\n") == 1

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from avion.data.ego4d import read_ego4d
+from avion.data.captions import read_narrations
 from avion.data.egoschema import LongVideos, Question, read_answers, read_questions, read_sources
 from avion.data.transforms import normalize_clip
 from avion.data.video import resolve_decoder
@@ -104,7 +104,7 @@ def find_overlap(questions: Sequence[Question], sources: str, narrations: Sequen
         narrations: The files of narrations.
     """
     source_of = read_sources(sources)
-    trained_on = set(read_ego4d(*narrations).videos)
+    trained_on = set(read_narrations(narrations).videos)
     unknown = sum(question.uid not in source_of for question in questions)
     common = frozenset(q.uid for q in questions if source_of.get(q.uid) in trained_on)
     videos = {source_of[uid] for uid in common}
