@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from avion.errors import UserError
+from avion.files import write_text
 from benchmarks import gpu_peer
 from benchmarks.gpu_verdicts import verdicts
 
@@ -87,8 +89,8 @@ class Report:
             "started": self.started, "dry_run": self.dry_run, "notes": self.notes, "sections": self.sections,
             "verdicts": [verdict._asdict() for verdict in verdicts(self.sections)],
         }  # fmt: skip
-        _write(self.folder / "report.json", json.dumps(content, indent=1))
-        _write(self.folder / "report.md", self._markdown())
+        write_text(self.folder / "report.json", json.dumps(content, indent=1), cure="change --output")
+        write_text(self.folder / "report.md", self._markdown(), cure="change --output")
 
     def _markdown(self) -> str:
         title = "GPU report (a dry run on a CPU at toy sizes: its times say nothing)" if self.dry_run else "GPU report"
@@ -104,12 +106,6 @@ class Report:
 
     def is_good(self) -> bool:
         return all(section["status"] == "ok" for section in self.sections)
-
-
-def _write(path: Path, text: str) -> None:
-    draft = path.with_name(f"{path.name}.part")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
 
 
 # ---- running a section -------------------------------------------------------------------------------------
@@ -240,6 +236,9 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, _interrupt)
     try:
         return run_all(args, report)
+    except UserError as e:
+        print(f"gpu_report.py: {e}", file=sys.stderr)
+        return 2
     except OSError as e:
         print(f"gpu_report.py: {e.filename or args.output}: {e.strerror or e}; free space", file=sys.stderr)
         return 2

@@ -176,7 +176,7 @@ def _follow(section: Section, records: list[dict], args: argparse.Namespace) -> 
     name = torch.cuda.get_device_name() if section.device == "cuda" else "CPU, dry run"
     try:
         where = choices.store(name, found)
-    except OSError as e:
+    except (OSError, UserError) as e:
         return {}, f"auto's choice could not be saved: {e}"
     listed = "; ".join(f"{choice.backend} at {key}" for key, choice in found.items())
     return {key: choice.backend for key, choice in found.items()}, f"auto takes {listed} from now on ({where})"

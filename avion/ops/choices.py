@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from avion.files import write_text
+
 from .tuning import cache_file
 
 
@@ -42,15 +44,14 @@ def fastest(device: torch.device, steps: int, channels: int, states: int, dtype:
 def store(device: str, choices: Mapping[str, Choice]) -> str:
     """Adds the choices, by shape class, to the file for GPUs of the name `device`; returns the file's path.
 
-    Raises OSError where it cannot be written.
+    Raises OSError or UserError where it cannot be written.
     """
     path = cache_file("backends", device)
     _stored.cache_clear()
     merged = {**_stored(device), **choices}
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps({key: choice._asdict() for key, choice in merged.items()}, indent=1), encoding="utf-8")
-    draft.replace(path)
+    text = json.dumps({key: choice._asdict() for key, choice in merged.items()}, indent=1)
+    write_text(path, text, cure="set XDG_CACHE_HOME")
     _stored.cache_clear()
     return str(path)
 

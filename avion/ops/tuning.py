@@ -18,6 +18,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from avion.errors import UserError
+from avion.files import write_text
+
 _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 _ROUNDS = 7
@@ -97,10 +100,10 @@ def _stored(device: str) -> dict[str, list]:
 def _store(device: str, key: str, plan: list) -> None:
     """Adds a choice to the file. Where several processes do, the last one wins: what is lost is measured again."""
     path = cache_file("plans", device)
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps({**_stored(device), key: plan}, indent=0), encoding="utf-8")
-        draft.replace(path)
+        write_text(path, json.dumps({**_stored(device), key: plan}, indent=0), cure="set XDG_CACHE_HOME")
     except OSError as e:
         _log.warning("%s cannot be written (%s): kernels will be measured again in the next run", path, e.strerror)
+    except UserError as e:
+        _log.warning("%s: kernels will be measured again in the next run", e)
