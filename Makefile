@@ -10,7 +10,7 @@ STRICT := 'avion/models/*.py' 'avion/evaluation/*.py'
 # The number of processes that share the tests; each process uses one thread.
 TEST_WORKERS ?= auto
 
-.PHONY: demo demo-short tables-demo tables-demo-short test test-slurm lint format bench clean help
+.PHONY: demo demo-short tables-demo tables-demo-short test test-slurm test-endurance test-endurance-short lint format bench clean help
 export PYTHON
 
 demo: $(STAMP)  ## train, evaluate and plot on the embedded demo dataset: 8 minutes
@@ -33,6 +33,12 @@ test: $(STAMP)  ## run all tests but those of test-slurm
 test-slurm: $(STAMP)  ## test the launchers on a SLURM of one node (needs root and SLURM's packages)
 	$(PYTHON_IN) -m pytest tests/slurm
 
+test-endurance: $(STAMP)  ## hurt runs many times, and count what held: about an hour
+	$(PYTHON_IN) -m tests.endurance
+
+test-endurance-short: $(STAMP)  ## the same with few tries: some minutes
+	$(PYTHON_IN) -m tests.endurance --short
+
 lint: $(STAMP)  ## check style, likely mistakes and format with ruff, types with pyrefly
 	$(PYTHON_IN) -m ruff check .
 	$(PYTHON_IN) -m ruff format --check .
@@ -51,7 +57,7 @@ clean:  ## remove caches and builds, not .venv, datasets or runs
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-21s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP):
 	tools/setup_env.sh $@

@@ -10,7 +10,7 @@ import torch
 import main_finetune_classification
 import main_finetune_retrieval
 import main_pretrain
-from tests.engine.conftest import CHUNK_S, CHUNKS
+from tests.engine.tiny import CHUNK_S, CHUNKS
 
 VIDEOS = ("P01_01", "P02_07")
 
