@@ -109,7 +109,9 @@ def check_reproduce(words: list[str]) -> None:
 
 
 def load(script: str) -> ModuleType:
-    """A file of the repository, or the package behind `python -m`."""
+    """What a file of the repository runs, or the package behind `python -m`."""
+    if script.startswith("tools/") and (ROOT / script).is_file():
+        return importlib.import_module(f"avion.commands.{Path(script).stem}")
     if not script.endswith(".py"):
         return importlib.import_module(f"{script}.__main__")
     spec = importlib.util.spec_from_file_location("page_" + re.sub(r"\W", "_", script), ROOT / script)

@@ -48,6 +48,9 @@ def test_every_room_was_read():
         ("avion.models.clip", "from avion.weights import Checkpoint", "avion.weights.Checkpoint"),
         ("avion.weights.zoo", "from avion.engine import state", "avion.engine.state"),
         ("tools.demo", "import benchmarks.bench", "benchmarks.bench"),
+        ("tools.demo", "from avion.engine.args import ToolParser", "avion.engine.args.ToolParser"),
+        ("avion.engine.trainer", "from avion.commands import pretrain", "avion.commands.pretrain"),
+        ("avion.commands.demo", "import main_pretrain", "main_pretrain"),
     ],
 )
 def test_a_wrong_import_is_seen(module, statement, imported):
@@ -63,8 +66,9 @@ def test_a_wrong_import_is_seen(module, statement, imported):
         ("avion.ops.selective_scan.torch_backend", "import torch\nfrom ...errors import UserError"),
         ("avion.engine.tasks", "from avion import __version__\nfrom avion.evaluation import ek100_mir"),
         ("avion.utils.evaluation_ek100mir", "from avion.evaluation.ek100_mir import get_mAP"),
-        ("tools.demo", "import main_pretrain\nfrom avion.data.demo import ensure_demo_dataset"),
-        ("main_pretrain", "from avion.engine.args import parse"),
+        ("tools.demo", "from avion.commands.demo import main"),
+        ("main_pretrain", "from avion.commands.pretrain import main"),
+        ("avion.commands.demo", "from .pretrain import main\nfrom avion.data.demo import ensure_demo_dataset"),
     ],
 )
 def test_a_right_import_is_allowed(module, statement):

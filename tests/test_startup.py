@@ -30,7 +30,7 @@ print(json.dumps({"status": status, "output": output.getvalue(), "modules": sort
 """
 PROGRAMS = [
     *sorted(path.name for path in ROOT.glob("main_*.py")),
-    *sorted(f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py") if "def main(" in path.read_text()),
+    *sorted(f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py")),
     "slurm/submit.py",
 ]
 

@@ -11,11 +11,8 @@ read or written.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.data.ek100 import load_relevancy, read_ek100_retrieval, read_sentences
 from avion.data.relevancy import (
@@ -79,7 +76,3 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     return exit_status("tools/build_relevancy.py", lambda: run(args), debug=args.debug)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

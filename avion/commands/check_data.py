@@ -10,15 +10,11 @@ status: 0 no file was listed, 1 some files were listed, 2 the annotations or the
 
 import argparse
 import functools
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.data.captions import Columns, read_narrations
 from avion.data.ek100 import is_ek100_file, read_ek100_retrieval
@@ -195,7 +191,3 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     return exit_status("tools/check_data.py", lambda: run(args), debug=args.debug)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,11 +8,8 @@ activation and normalisation from it. The optimizer state is not copied.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.constants import NORM_STYLES
 from avion.engine.args import ToolParser
@@ -75,7 +72,3 @@ def convert(args: argparse.Namespace) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     return exit_status("tools/convert_checkpoint.py", lambda: print(convert(args)), debug=args.debug)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

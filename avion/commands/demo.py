@@ -10,11 +10,8 @@ each clip.
 
 import argparse
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.engine.args import ToolParser
 from avion.errors import exit_status
@@ -30,13 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = Path(given.output_dir)
     shutil.rmtree(output, ignore_errors=True)
 
-    from tools import demo_stages
+    from . import demo_stages
 
     try:
         return exit_status("tools/demo.py", lambda: demo_stages.run_all(given.root, output, given.short))
     except demo_stages.Failed as e:
         return e.args[0]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,9 +13,6 @@ from pathlib import Path
 import matplotlib
 import torch
 
-import main_finetune_classification
-import main_finetune_retrieval
-import main_pretrain
 from avion.constants import NORM_STYLES
 from avion.data.demo import DemoPaths, ensure_demo_dataset
 from avion.engine import encode
@@ -37,12 +34,16 @@ from avion.engine.tasks.pretrain import Pretrain
 from avion.evaluation.egoschema import OPTIONS
 from avion.evaluation.reversed_pairs import pair_accuracy
 from avion.json_lines import read_json_lines
+from avion.reproduce.recipe import RECIPES
 from avion.weights import Checkpoint, model_from_checkpoint, save_weights
+
+from .finetune_classification import main as run_classification
+from .finetune_retrieval import main as run_retrieval
+from .pretrain import main as run_pretraining
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 # Enough to see that everything works, not enough to learn much.
 SHORT = ["--epochs", "1", "--eval-freq", "1", "--warmup-epochs", "0"]
 FP32 = Precision("cpu", torch.float32)
@@ -119,7 +120,7 @@ def reversed_pairs(task: Pretrain, model: torch.nn.Module, pairs: list[dict], *,
 def pretrain(demo: Demo) -> None:
     """Zero-shot retrieval and reversed pairs, untrained and trained."""
     for column in ("before", "after"):
-        checkpoint = None if column == "before" else demo.run("pretrain", main_pretrain.main)
+        checkpoint = None if column == "before" else demo.run("pretrain", run_pretraining)
         task, model = evaluated(Pretrain, PretrainOptions, demo.words("pretrain"), checkpoint)
         retrieval = task.evaluate(model, FP32)
         demo.add("zero-shot retrieval, mAP", **{column: retrieval["avg_map"]})
@@ -133,13 +134,13 @@ def pretrain_long(demo: Demo) -> None:
     preprocess = {"norm_style": "openai", **NORM_STYLES["openai"]._asdict()}
     weights = demo.output / "pretrain" / "weights.safetensors"
     save_weights(model_from_checkpoint(str(demo.checkpoint("pretrain"))), weights, preprocess)
-    demo.run("pretrain_long", main_pretrain.main, "--resume", str(weights))
+    demo.run("pretrain_long", run_pretraining, "--resume", str(weights))
 
 
 def finetune_retrieval(demo: Demo) -> None:
     """The figures before are the pretrained model's with the frames of the fine-tuned one."""
     for column in ("before", "after"):
-        checkpoint = None if column == "before" else demo.run("retrieval", main_finetune_retrieval.main)
+        checkpoint = None if column == "before" else demo.run("retrieval", run_retrieval)
         words = demo.words("retrieval")
         task, model = evaluated(FinetuneRetrieval, FinetuneRetrievalOptions, words, checkpoint)
         figures = task.evaluate(model, FP32)
@@ -150,7 +151,7 @@ def finetune_retrieval(demo: Demo) -> None:
 def finetune_actions(demo: Demo) -> None:
     """Before: the pretrained tower under a head that has learnt nothing yet."""
     for column in ("before", "after"):
-        checkpoint = None if column == "before" else demo.run("actions", main_finetune_classification.main)
+        checkpoint = None if column == "before" else demo.run("actions", run_classification)
         words = demo.words("actions")
         task, model = evaluated(FinetuneClassification, FinetuneClassificationOptions, words, checkpoint)
         figures = task.evaluate(model, FP32)

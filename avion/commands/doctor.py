@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 MINIMUM_PYTHON = (3, 10)
 REQUIRED = ("torch", "torchvision", "timm", "open_clip_torch", "numpy")
 OPTIONAL = ("triton", "mamba-ssm", "causal-conv1d", "av", "decord")
@@ -213,7 +211,9 @@ def decoders(report: Report) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="tools/doctor.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to try the scan")
     args = parser.parse_args(argv)
     report = Report()
@@ -230,7 +230,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print("The main job can run here.")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,7 +6,6 @@ Examples:
         --answers datasets/EgoSchema/subset_answers.json --frames 16 32 64 128 256 512 1024 2048 4096 8192
 """
 
-import sys
 from collections.abc import Sequence
 
 from avion.engine.options import EgoSchemaOptions
@@ -23,7 +22,3 @@ def run(options: EgoSchemaOptions) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
     return run_program(run, EgoSchemaOptions, argv, "main_egoschema.py", __doc__)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

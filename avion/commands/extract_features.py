@@ -10,11 +10,7 @@ The same command continues after the finished shards. Exit status: 0 success, 1 
 (they are listed and left out), 2 a mistake in the flags or files.
 """
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.engine.options.features import FeatureOptions
 from avion.engine.program import run_program
@@ -37,7 +33,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     status = run_program(body, FeatureOptions, argv, "tools/extract_features.py", __doc__)
     return 1 if status == 0 and errors else status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,6 @@ Examples:
         --val-metadata EPIC_100_test_timestamps.csv --num-clips 5 --num-crops 3 --submission test.zip
 """
 
-import sys
 from collections.abc import Sequence
 
 from avion.engine.options import FinetuneClassificationOptions
@@ -26,7 +25,3 @@ def run(options: FinetuneClassificationOptions) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
     return run_program(run, FinetuneClassificationOptions, argv, "main_finetune_classification.py", __doc__)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

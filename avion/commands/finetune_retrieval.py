@@ -6,7 +6,6 @@ Examples:
         --batch-size 64 --grad-checkpointing --output-dir runs/id6_mir
 """
 
-import sys
 from collections.abc import Sequence
 
 from avion.engine.options import FinetuneRetrievalOptions
@@ -24,7 +23,3 @@ def run(options: FinetuneRetrievalOptions) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
     return run_program(run, FinetuneRetrievalOptions, argv, "main_finetune_retrieval.py", __doc__)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

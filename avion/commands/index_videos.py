@@ -9,13 +9,9 @@ index. Files that cannot be indexed are listed; they are read as without an inde
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.data.video import INDEX_NAME, index_videos
 from avion.engine.args import ToolParser
@@ -27,7 +23,12 @@ _LISTED = 20  # files that are named; the others are counted
 
 def build_parser() -> argparse.ArgumentParser:
     summary, _, details = __doc__.partition("\n\n")
-    parser = ToolParser(description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(
+        prog="tools/index_videos.py",
+        description=summary,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("root", help="folder that holds the videos")
     parser.add_argument("files", nargs="*", help="videos to index, below the folder; by default all videos")
     parser.add_argument("--index", metavar="FILE", help=f"the index file (ROOT/{INDEX_NAME})")
@@ -61,7 +62,3 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     return exit_status("tools/index_videos.py", lambda: run(args), debug=args.debug)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,11 +8,8 @@ A dataset that this generator has already made with the same seed is left as it 
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.engine.args import ToolParser
 from avion.errors import exit_status
@@ -47,7 +44,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(ensure_demo_dataset(given.root, seed=given.seed).root)
 
     return exit_status("tools/make_demo_data.py", body)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,14 +8,11 @@ The tool checks shapes, ids and ranges first, and writes a complete zip file or 
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.data.ek100 import check_ids_differ, read_ek100_retrieval, read_sentences
 from avion.data.ek100_actions import read_ek100_actions
@@ -130,7 +127,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print({"actions": make_actions, "retrieval": make_retrieval}[args.task](args))
 
     return exit_status("tools/make_submission.py", body, debug=args.debug)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

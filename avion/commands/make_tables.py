@@ -10,9 +10,6 @@ says how to read the report.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.engine.args import ToolParser
 from avion.errors import exit_status
@@ -37,7 +34,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"runs in the tables: {len(runs.results)}; written: {', '.join(map(str, files))}")
 
     return exit_status("tools/make_tables.py", body, debug=args.debug)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,15 +10,12 @@ an error message of one line.
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.engine.args import ToolParser
 from avion.errors import UserError, exit_status
@@ -310,7 +307,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(given.output)
 
     return exit_status("tools/plot_run.py", body)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,8 +20,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from avion.data.video.layout import LAYOUTS
 from avion.data.video.prepare import Report, prepare_videos
 from avion.data.video.prepare_encode import PRESETS, Encoding
@@ -35,7 +33,12 @@ _QUIET_EVERY_S = 30.0  # between lines of progress that go to a file
 
 def build_parser() -> argparse.ArgumentParser:
     summary, _, details = __doc__.partition("\n\n")
-    parser = ToolParser(description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(
+        prog="tools/prepare_videos.py",
+        description=summary,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     plain = Encoding()
     add = parser.add_argument
     add("source", metavar="SOURCE", help="folder of raw videos, or one file")
@@ -151,7 +154,3 @@ def _interrupt(*_: object) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     return exit_status("tools/prepare_videos.py", lambda: run(args), debug=args.debug)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

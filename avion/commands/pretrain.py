@@ -5,7 +5,6 @@ Examples:
     torchrun --nproc_per_node=8 main_pretrain.py --model TIMEMAMBA_VITB16 --output-dir runs/id6
 """
 
-import sys
 from collections.abc import Sequence
 
 from avion.engine.options import PretrainOptions
@@ -23,7 +22,3 @@ def run(options: PretrainOptions) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
     return run_program(run, PretrainOptions, argv, "main_pretrain.py", __doc__)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -17,9 +17,6 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.engine.args import ToolParser, parse, unknown_key
 from avion.engine.submit import SubmitOptions, submit
@@ -198,7 +195,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     setup_logging(World())
     return exit_status(NAME, lambda: reproduce(args, job_options(args, unknown), words[split + 1 :]))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,8 +12,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from avion.engine.args import ToolParser
 from avion.errors import INTERRUPTED, exit_status
 from avion.numbers import SEED, whole
@@ -97,7 +95,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    sys.exit(main())

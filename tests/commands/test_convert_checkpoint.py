@@ -1,6 +1,5 @@
 """tools/convert_checkpoint.py: a foreign checkpoint in, one of ours out."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from avion.commands import convert_checkpoint as tool
 from avion.models import model_from_checkpoint
 from avion.weights import Checkpoint
 
@@ -16,20 +16,12 @@ FIXTURES = ROOT / "tests" / "fixtures"
 HEADS = ["--model-args", "num_heads=4", "text_heads=4"]
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", ROOT / "tools" / "convert_checkpoint.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 @pytest.mark.parametrize(
     ("name", "style"),
     [("ID4", "openai"), ("ID6", "openai"), ("VIT", "openai_legacy"), ("LAVILA", "openai_legacy")],
 )
-def test_the_copy_gives_what_upstream_computed(tool, tmp_path, capsys, name, style, suffix):
+def test_the_copy_gives_what_upstream_computed(tmp_path, capsys, name, style, suffix):
     target = tmp_path / f"out{suffix}"
     assert tool.main([str(FIXTURES / f"{name}_checkpoint.pt"), str(target), *HEADS]) == 0
     assert f"--norm-style {style}" in capsys.readouterr().out
@@ -54,7 +46,7 @@ def test_the_copy_gives_what_upstream_computed(tool, tmp_path, capsys, name, sty
         (["{fixture}", "{tmp}/a.pt", *HEADS, "depht=3"], "depht"),
     ],
 )
-def test_mistakes_are_one_line(tool, tmp_path, capsys, words, says):
+def test_mistakes_are_one_line(tmp_path, capsys, words, says):
     words = [w.format(tmp=tmp_path, fixture=FIXTURES / "ID4_checkpoint.pt") for w in words]
     assert tool.main(words) == 2
     captured = capsys.readouterr()
@@ -62,7 +54,7 @@ def test_mistakes_are_one_line(tool, tmp_path, capsys, words, says):
     assert not list(tmp_path.iterdir())
 
 
-def test_bare_weights_of_another_program_need_a_norm_style(tool, tmp_path, capsys):
+def test_bare_weights_of_another_program_need_a_norm_style(tmp_path, capsys):
     weights = {f"layer.{i}": torch.ones(2) for i in range(3)}
     torch.save(weights, tmp_path / "a.pt")
     assert tool.main([str(tmp_path / "a.pt"), str(tmp_path / "b.pt")]) == 2

@@ -1,11 +1,11 @@
 """tools/doctor.py on this machine, and on machines on which something is broken."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
+from avion.commands import doctor as tool
 from avion.data.video import VideoError
 from avion.ops.selective_scan import dispatch
 
@@ -16,10 +16,7 @@ ROOT = Path(__file__).parents[2]
 def doctor(monkeypatch):
     # The interpreter would make the Triton kernels run on a CPU: slowly, and not what a user sees.
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    spec = importlib.util.spec_from_file_location("doctor", ROOT / "tools" / "doctor.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tool
 
 
 def lines(capsys) -> dict[str, str]:

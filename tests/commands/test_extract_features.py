@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from avion.commands import extract_features as tool
 from avion.constants import NORM_STYLES
 from avion.engine.features import extract, load_clip
 from avion.models import model_from_checkpoint
@@ -22,7 +23,6 @@ from avion.models.model_clip import VideoClassifier
 from avion.weights import save_weights
 from tests.models.tiny import tiny_model
 from tests.videos import write_video
-from tools import extract_features as tool
 
 ROOT = Path(__file__).parents[2]
 PREPROCESS = {"norm_style": "openai", **NORM_STYLES["openai"]._asdict()}

@@ -8,8 +8,8 @@ import zipfile
 import numpy as np
 import pytest
 
+from avion.commands.make_submission import main
 from avion.engine.predictions import portable_pickle
-from tools.make_submission import main
 
 IDS = ["P01_11_0", "P01_11_1", "P02_03_7"]
 SENTENCES = {"P01_11_0": "take plate", "P02_03_7": "put, then cut"}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from avion.commands import plot_run
 from avion.errors import UserError
-from tools import plot_run
 
 
 @pytest.fixture(autouse=True)

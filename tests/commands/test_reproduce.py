@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from avion.commands.reproduce import main
 from avion.engine.args import parse
 from avion.engine.options import PretrainOptions
-from tools.reproduce import main
 
 
 def test_a_row_shows_its_command_and_the_papers_figures(capsys, tmp_path, monkeypatch):
@@ -80,7 +80,7 @@ def jobs(monkeypatch, tmp_path):
         sent.append((entry_point, list(words), options))
         return str(100 + len(sent))
 
-    monkeypatch.setattr("tools.reproduce.submit", submit)
+    monkeypatch.setattr("avion.commands.reproduce.submit", submit)
     monkeypatch.setattr("avion.reproduce.plan.missing", lambda *args, **options: [])
     monkeypatch.chdir(tmp_path)
     return sent

@@ -55,7 +55,9 @@ def load(path):
     return module
 
 
-TOOLS = {path.name: load(path) for path in sorted((ROOT / "tools").glob("*.py"))}
+TOOLS = {
+    path.name: importlib.import_module(f"avion.commands.{path.stem}") for path in sorted((ROOT / "tools").glob("*.py"))
+}
 SUBMIT = load(ROOT / "slurm/submit.py")
 GENERATED = {
     "main_pretrain.py": (PretrainOptions, main_pretrain.main),
@@ -148,7 +150,7 @@ def test_every_program_is_swept():
 
 
 def test_every_tool_says_its_numbers_in_build_parser():
-    for path in (ROOT / "tools").glob("*.py"):
+    for path in (ROOT / "avion/commands").glob("*.py"):
         source = path.read_text()
         assert not re.search(r"\btype=(int|float)\b", source), path
         if re.search(r"\btype=(whole|SEED|Number)", source):

@@ -12,6 +12,7 @@ import pytest
 
 import main_finetune_retrieval
 import main_pretrain
+from avion.commands import prepare_videos
 from avion.engine.args import parse
 from avion.engine.distributed import World
 from avion.engine.options import PretrainOptions
@@ -20,7 +21,6 @@ from avion.engine.tasks.pretrain import Pretrain
 from avion.engine.tasks.sources import parse_weighted
 from avion.errors import UserError
 from tests.videos import barcode_frame, write_video
-from tools import prepare_videos
 
 MODEL = (
     "--model TIMEMAMBA_VITB16 --model-args depth=2 embed_dim=32 num_heads=2 img_size=32 text_width=32 text_heads=2 "

@@ -6,8 +6,8 @@ import zipfile
 import numpy as np
 
 import main_finetune_retrieval
+from avion.commands.make_submission import main as make_submission
 from tests.engine.actions import pretrained
-from tools.make_submission import main as make_submission
 
 
 def test_similarities_become_a_submission(mir_flags, tmp_path, capsys):

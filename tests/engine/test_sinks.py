@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import main_pretrain
+from avion.commands import plot_run
 from avion.engine import sinks
 from avion.engine import trainer as trainer_module
 from avion.engine.args import parse
@@ -19,7 +20,6 @@ from avion.engine.tasks.pretrain import Pretrain
 from avion.errors import UserError
 from tests.engine.wandb_file import read_wandb
 from tests.processes import run_processes
-from tools import plot_run
 
 BOTH = ["--tensorboard", "--wandb", "--wandb-mode", "offline"]
 NOT_SENT = {"epoch", "step", "global_step", "alpha"}

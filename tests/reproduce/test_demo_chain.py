@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from avion.commands.tables_demo import main
 from avion.data.demo import DemoPaths
 from avion.data.safe_pickle import load_pickle
 from avion.engine.args import parse
@@ -17,7 +18,6 @@ from avion.errors import UserError
 from avion.reproduce.demo_chain import Chain
 from avion.reproduce.recipe import ENTRY_POINTS, load_recipes
 from tests.reproduce.runs import retrieval, write_run
-from tools.tables_demo import main
 
 
 def chain(tmp_path, **more) -> Chain:

@@ -115,7 +115,7 @@ def test_interruption_stops_all(tmp_path, number):
         "import signal, sys\n"
         "from pathlib import Path\n"
         "from avion.reproduce.jobs import Job, run_jobs\n"
-        "from tools.tables_demo import _interrupt\n"
+        "from avion.commands.tables_demo import _interrupt\n"
         "signal.signal(signal.SIGTERM, _interrupt)\n"
         f"words = [sys.executable, '-c', {SLEEP!r}]\n"
         "try:\n"

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from avion.commands.reproduce import main
 from avion.engine.trainer import Trainer
 from avion.errors import UserError
 from avion.reproduce import launch
 from avion.reproduce.launch import RELEASED, TRAINED, run_child
 from avion.reproduce.recipe import load_recipes, scaled
-from tools.reproduce import main
 
 RECIPES = {recipe.key: recipe for recipe in load_recipes()}
 NAMES = {

@@ -9,6 +9,7 @@ import statistics
 import numpy as np
 import pytest
 
+from avion.commands.make_tables import main
 from avion.errors import UserError
 from avion.reproduce import figure
 from avion.reproduce.recipe import load_recipes
@@ -18,7 +19,6 @@ from avion.reproduce.results import read_runs
 from avion.reproduce.spread import beyond, given, signed, spread_of
 from avion.reproduce.tables import Cell, Column, Group, Table, lines_of
 from tests.reproduce.runs import accuracies, retrieval, write_run
-from tools.make_tables import main
 
 RECIPES = {recipe.key: recipe for recipe in load_recipes()}
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import av
 import pytest
 
+from avion.commands import prepare_videos as tool
 from avion.data.video import VideoStore
 from avion.data.video.prepare import prepare_videos, share_out
 from avion.data.video.prepare_encode import Encoding
@@ -22,7 +23,6 @@ from avion.data.video.prepare_plan import Settings, make_plan, parse_shard
 from avion.data.video.prepare_pool import prepare_all
 from avion.errors import UserError
 from tests.videos import barcode_frame, read_barcode, write_video
-from tools import prepare_videos as tool
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -1,0 +1,1 @@
+"""What every entry point and every tool does: a module for each, with a `main(argv)`."""
