@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+import torch
 
 import avion.models
 from avion.data.demo import ensure_demo_dataset
@@ -77,12 +78,16 @@ def test_the_readmes_lines_of_python(folder, monkeypatch, capsys):
     save_weights(tiny_model("TIMEMAMBA_VITB16"), folder / "checkpoint.pt", NORM)
     write_video(folder / "video.mp4", 20)
     blocks = code_blocks(README, "python")
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         names: dict = {}
         exec(block, names)
         if "create_model" in names:
             assert names["features"].shape == (2, 256) and names["model"].config.num_frames == 8
+        if "scores" in names:
+            assert len(block.strip().splitlines()) == 5 and not names["model"].training
+            torch.testing.assert_close(names["classes"].norm(dim=1), torch.ones(2))
+            assert names["scores"].shape == (2,) and names["scores"].abs().max() <= 1
 
 
 def test_the_ten_minutes(folder, capsys):

@@ -206,12 +206,12 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, strict: b
 
 
 def model_from_checkpoint(path: str | os.PathLike[str], *, name: str | None = None, **overrides: Any) -> CLIP:
-    """`Checkpoint.open(path).build()`: the two-tower model that a checkpoint says it is."""
-    return Checkpoint.open(path).build(name=name, **overrides)
+    """`Checkpoint.open(path).build()`: the two-tower model that a checkpoint says it is, in evaluation mode."""
+    return Checkpoint.open(path).build(name=name, **overrides).eval()
 
 
 def classifier_from_checkpoint(
     path: str | os.PathLike[str], *, name: str | None = None, dropout: float = 0.0, **overrides: Any
 ) -> VideoClassifier:
-    """`Checkpoint.open(path).build_classifier()`: the fine-tuned classifier that a checkpoint holds."""
-    return Checkpoint.open(path).build_classifier(name=name, dropout=dropout, **overrides)
+    """`Checkpoint.open(path).build_classifier()`: the classifier that a checkpoint holds, in evaluation mode."""
+    return Checkpoint.open(path).build_classifier(name=name, dropout=dropout, **overrides).eval()
