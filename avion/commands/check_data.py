@@ -11,7 +11,6 @@ status: 0 no file was listed, 1 some files were listed, 2 the annotations or the
 import argparse
 import functools
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +22,7 @@ from avion.data.video import LAYOUTS, TOLERANCE_S, VideoError, VideoStore, open_
 from avion.engine.args import ToolParser
 from avion.errors import UserError, exit_status
 from avion.numbers import WORKERS, whole
+from avion.processes import pool
 
 BATCH = 64  # frames decoded at a time
 
@@ -134,8 +134,8 @@ def check_files(needs: list[Need], decode: str, decoder: str, workers: int) -> I
     if workers == 0:
         yield from filter(None, map(check, needs))
         return
-    with ProcessPoolExecutor(workers) as pool:
-        yield from filter(None, pool.map(check, needs, chunksize=8))
+    with pool(workers) as processes:
+        yield from filter(None, processes.map(check, needs, chunksize=8))
 
 
 def build_parser() -> argparse.ArgumentParser:

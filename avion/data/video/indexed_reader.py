@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
 
 from .decode import bare_context, pictures
 from .errors import VideoError, refused
 from .packets import PacketTable
+from .picture import Scaling
 from .reader import TableReader
 from .storage import RangeFile
 
@@ -25,16 +29,24 @@ class IndexedReader(TableReader):
         self._threads = threads
         self._contexts: dict[int, object] = {}
         self._fetched: dict[int, bytes] = {}
-        self._use_table(table)
+        self.path = table.path
+        with self._blaming():
+            self._use_table(table)
 
     @property
     def bytes_read(self) -> int:
         """Bytes that were read from the file so far."""
         return self._file.bytes_read
 
-    def _pictures(self, indices: Sequence[int]) -> Iterator[tuple[int, object]]:
+    @contextlib.contextmanager
+    def _blaming(self) -> Iterator[None]:
+        """Around everything that looks into the table: what nobody checks before it is used contradicts itself here."""
+        import av
+
         try:
-            yield from pictures(self.table, indices, self)
+            yield
+        except av.error.FFmpegError as error:
+            raise self._blame(error) from error
         except OSError as error:
             raise refused(self.path, error) from error
         except VideoError:
@@ -42,17 +54,25 @@ class IndexedReader(TableReader):
         except (ValueError, IndexError, OverflowError) as error:
             raise self._blame(error) from error
 
+    def _pictures(self, indices: Sequence[int]) -> Iterator[tuple[int, object]]:
+        with self._blaming():
+            yield from pictures(self.table, indices, self)
+
+    def _stream_sorted(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        with self._blaming():
+            yield from super()._stream_sorted(indices)
+
+    def _scale_sorted(self, indices: np.ndarray, scaling: Callable[[int, int], Scaling]) -> np.ndarray:
+        with self._blaming():
+            return super()._scale_sorted(indices, scaling)
+
     def frame_at(self, seconds: float) -> int:
-        try:
-            return super().frame_at(seconds)
-        except (ValueError, IndexError, OverflowError) as error:
-            raise self._blame(error) from error
+        with self._blaming():
+            return int(np.int64(super().frame_at(seconds)))  # OverflowError for a number that no array holds
 
     def seconds_of(self, frame: int) -> float:
-        try:
+        with self._blaming():
             return super().seconds_of(frame)
-        except (ValueError, IndexError, OverflowError) as error:
-            raise self._blame(error) from error
 
     def context(self, config: int):
         if config not in self._contexts:

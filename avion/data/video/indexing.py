@@ -13,7 +13,6 @@ import shutil
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from avion.errors import UserError
+from avion.processes import pool
 
 from .decode import BARE_CODECS
 from .errors import VideoError, one_line
@@ -191,8 +191,8 @@ def _indexed(storage: Storage, names: list[str], workers: int) -> Iterator[Entry
         yield from map(work, names)
         return
     try:
-        with ProcessPoolExecutor(min(workers, len(names))) as pool:
-            yield from pool.map(work, names, chunksize=max(1, min(16, len(names) // (4 * workers))))
+        with pool(min(workers, len(names))) as processes:
+            yield from processes.map(work, names, chunksize=max(1, min(16, len(names) // (4 * workers))))
     except BrokenProcessPool:
         raise UserError(
             "a process that indexed videos was killed (is there memory enough?); what is done is kept, run it again "

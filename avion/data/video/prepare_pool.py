@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,13 +13,13 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from avion.errors import UserError
+from avion.processes import die_with
 
 from .errors import VideoError, one_line
 from .prepare_plan import Raw, Settings
 from .prepare_video import prepare_video
 
 STUCK_S = 600.0  # without a word, after which a process is given up
-_PR_SET_PDEATHSIG = 1
 # A fork would share the parent's locks with its children, which may outlive it.
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -123,7 +121,7 @@ def _news(process: _Process, running: list[_Process]) -> Iterator[News]:
 def _work(pipe: Connection, settings: Settings, folder: Path, threads: int, parent: int) -> None:
     """What a process does: videos come through the pipe, news goes back."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes
-    _die_with(parent)
+    die_with(parent)
     while True:
         try:
             raw = pipe.recv()
@@ -142,11 +140,3 @@ def _work(pipe: Connection, settings: Settings, folder: Path, threads: int, pare
         except Exception as error:  # whatever a strange file brings about, the other videos go on
             answer = "failed", f"{type(error).__name__}: {one_line(error)}"
         pipe.send(answer)
-
-
-def _die_with(parent: int) -> None:
-    """Linux ends this process when its parent dies, however that happens."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it has died already
-        os._exit(1)
