@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import fnmatch
 import io
 import os
 import re
@@ -95,6 +96,21 @@ def partial_name(target: Path) -> Path:
     """A new name beside `target` for a file that is being written."""
     kept = os.fsdecode(os.fsencode(target.name)[:_KEPT_OF_NAME])
     return target.with_name(f"{kept}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
+
+
+def remove_partial_files(folder: str | os.PathLike[str], *names: str) -> None:
+    """Delete what killed processes left of files that they were writing.
+
+    Args:
+        folder: The folder. Nobody else writes files of these names there: the caller holds the folder's lock.
+        names: The names of the files that were being written, as patterns such as "checkpoint*.pt".
+    """
+    left = re.compile(rf"(.+?)(?:\.\d+-[0-9a-f]{{8}})?{re.escape(PARTIAL)}", re.DOTALL)
+    for entry in os.scandir(folder):
+        of = left.fullmatch(entry.name)
+        if of is not None and any(fnmatch.fnmatchcase(of.group(1), name) for name in names):
+            with contextlib.suppress(OSError):
+                os.unlink(entry.path)
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, flag: str = "", cure: str = "change --output-dir") -> None:

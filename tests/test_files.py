@@ -13,7 +13,15 @@ import torch
 from safetensors.torch import save_file
 
 from avion.errors import UserError
-from avion.files import PARTIAL, append_lines, partial_file, partial_name, write_text, written_whole
+from avion.files import (
+    PARTIAL,
+    append_lines,
+    partial_file,
+    partial_name,
+    remove_partial_files,
+    write_text,
+    written_whole,
+)
 
 # Writes 4 MB with the library named in argv[1] where a file may have 1 MB: PyTorch's zip writer, NumPy and safetensors
 # each report the failed write in another way.
@@ -138,6 +146,15 @@ def test_a_killed_process_leaves_the_old_file(tmp_path):
         process.send_signal(signal.SIGKILL)
     assert path.read_text() == "old"
     assert [name for name in os.listdir(tmp_path) if not name.endswith(PARTIAL)] == ["file"]
+
+
+def test_what_killed_processes_left_is_deleted_by_name(tmp_path):
+    parts = [partial_name(tmp_path / name).name for name in ("checkpoint.pt", "checkpoint_best.pt", "notes.txt")]
+    parts += [f"checkpoint.pt{PARTIAL}", f"film{PARTIAL}"]
+    for name in [*parts, "checkpoint.pt"]:
+        (tmp_path / name).write_text("half")
+    remove_partial_files(tmp_path, "checkpoint*.pt", "wandb_id.txt")
+    assert sorted(os.listdir(tmp_path)) == sorted([parts[2], f"film{PARTIAL}", "checkpoint.pt"])
 
 
 def test_appended_lines_are_never_glued_onto_a_torn_one(tmp_path):

@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from avion import folder_lock
+from avion.files import remove_partial_files
 from avion.json_lines import append_json
 from avion.weights import Checkpoint
 
-from . import distributed, sinks, state
+from . import distributed, signals, sinks, state
 from .args import Options
 from .console import setup_logging
 from .distributed import World
@@ -25,6 +27,9 @@ from .trainer import Trainer, choose_precision, start_training, train_sampler, w
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=TrainingOptions)
+
+# The files in --output-dir of which a killed run may have left a part.
+_WRITTEN = ("checkpoint*.pt", "wandb_id.txt", "egoschema_*")
 
 
 def train_or_evaluate(task_class: type[Task[T]], options: T) -> dict[str, float]:
@@ -56,14 +61,27 @@ def train_or_evaluate(task_class: type[Task[T]], options: T) -> dict[str, float]
 
 @contextlib.contextmanager
 def joined(options: DeviceOptions, log_dir: str | None) -> Iterator[World]:
-    """The processes of a run with their log open, until the block is left. `log_dir` is the folder of the log file."""
+    """The processes of a run with their log open, until the block is left.
+
+    Args:
+        options: How the processes meet.
+        log_dir: The folder of the log file and of all that the run writes, which process 0 holds until the end: while
+            a process of an earlier run still writes there, no other run begins. None: the run writes no log file.
+    """
     world = distributed.init_world(options)
-    try:
-        with world.together("opening the log"):
-            setup_logging(world, log_dir)
-        yield world
-    finally:
-        distributed.shutdown()
+    with contextlib.ExitStack() as held:
+        try:
+            with world.together("opening the log"):
+                setup_logging(world)
+                if world.is_main and log_dir is not None:
+                    held.enter_context(
+                        folder_lock.held(log_dir, meanwhile=lambda: signals.raise_if_asked("before it began"))
+                    )
+                    remove_partial_files(log_dir, *_WRITTEN)
+                setup_logging(world, log_dir)
+            yield world
+        finally:
+            distributed.shutdown()
 
 
 def shared_flags(options: Options) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Run every script of this folder, one after the other: python -m tests.endurance [--short] [--seed N] [NAME ...]"""
 
 import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,8 @@ FOLDER = Path(__file__).resolve().parent
 
 def scripts() -> list[str]:
     """The names of the scripts: the files here that call `frame.main`."""
-    ours = [p for p in FOLDER.glob("*.py") if p.name != "__main__.py"]
-    return sorted(p.stem for p in ours if "    frame.main(__doc__" in p.read_text(encoding="utf-8"))
+    begins = re.compile(r'^if __name__ == "__main__":\n    frame\.main\(', re.MULTILINE)
+    return sorted(p.stem for p in FOLDER.glob("*.py") if begins.search(p.read_text(encoding="utf-8")))
 
 
 def main() -> int:
