@@ -69,8 +69,8 @@ def main(doc: str | None, trials: Trials) -> None:
 
     Args:
         doc: The docstring of the script, for `--help`.
-        trials: By name: what is tried, and how often in the long form and with `--short` (0: not there). The function returns where
-            the try held, and raises AssertionError, or any other exception, where it did not.
+        trials: By name: what is tried, and how often in the long form and with `--short` (0: not there). The function
+            returns where the try held, and raises AssertionError, or any other exception, where it did not.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="few tries of each trial")
