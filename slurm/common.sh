@@ -14,6 +14,12 @@ launch() {
         echo "slurm: this is for sbatch; without SLURM start python $1 itself, or torchrun" >&2
         exit 2
     fi
+    if [ ! -f "$1" ]; then  # no clone: the command `avion` of the installed package
+        local command=${1#main_}
+        command=${command%.py}
+        shift
+        set -- -m avion "${command//_/-}" "$@"
+    fi
     local python=${PYTHON:-}
     if [ -z "$python" ]; then
         python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)

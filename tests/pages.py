@@ -11,6 +11,7 @@ from types import ModuleType
 
 from torch.distributed.run import get_args_parser as torchrun_parser
 
+from avion.commands.console import find
 from avion.engine.args import parse
 from avion.engine.submit import ENTRY_POINTS, SubmitOptions
 from tests.layering import ROOT
@@ -73,7 +74,12 @@ def check(words: tuple[str, ...]) -> None:
         check_script(script, rest[number + 1 :])
     elif program == "torchrun":
         args = torchrun_parser().parse_args(rest)
-        check_script(args.training_script, args.training_script_args)
+        if args.module and args.training_script == "avion":
+            check(("avion", *args.training_script_args))
+        else:
+            check_script(args.training_script, args.training_script_args)
+    elif program == "avion":
+        check_script(script_of(rest[0]), rest[1:])
     elif program == "python" and rest[:2] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in rest[2:]), words
     elif program == "python" and rest[0] == "-m":
@@ -82,6 +88,14 @@ def check(words: tuple[str, ...]) -> None:
         check_script(rest[0], rest[1:])
     else:
         assert program in FOREIGN, f"{words}: an unknown program"
+
+
+def script_of(command: str) -> str:
+    """What runs a command of `avion`: a file of the repository, or a module."""
+    if command in ("--help", "--version"):
+        return "avion.commands.console"
+    program = find(command)
+    return program.file or program.module.removesuffix(".__main__")
 
 
 def check_script(script: str, words: list[str]) -> None:
@@ -113,7 +127,8 @@ def load(script: str) -> ModuleType:
     if script.startswith("tools/") and (ROOT / script).is_file():
         return importlib.import_module(f"avion.commands.{Path(script).stem}")
     if not script.endswith(".py"):
-        return importlib.import_module(f"{script}.__main__")
+        package = importlib.import_module(script)
+        return importlib.import_module(f"{script}.__main__") if hasattr(package, "__path__") else package
     spec = importlib.util.spec_from_file_location("page_" + re.sub(r"\W", "_", script), ROOT / script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

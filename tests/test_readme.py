@@ -53,6 +53,8 @@ def run(command: Command) -> None:
         calls = re.findall(r"^make ([a-z-]+)$", (ROOT / ".ci/run").read_text(encoding="utf-8"), re.MULTILINE)
         assert words and set(words) <= set(calls), f"{command}: .ci/run does not call it; mark it with what it needs"
         return
+    if program == "avion":
+        program, words = "python", [pages.script_of(words[0]), *words[1:]]
     assert program == "python", f"{command}: cannot be run here; mark it with what it needs"
     words = words[1:] if words[0] == "-m" else words
     more = [] if "--evaluate" in words or "--help" in words else QUICKLY.get(words[0], [])

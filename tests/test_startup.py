@@ -59,6 +59,26 @@ def test_help_imports_nothing_heavy(program):
     assert heavy(ended["modules"]) == []
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_that_nobody_reads_is_no_error(program):
+    """As `… --help | head -0`: the reading end is closed before anything is written."""
+    with subprocess.Popen(
+        [sys.executable, program, "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as child:
+        child.stdout.close()
+        assert child.stderr.read() == b""
+    assert child.returncode == 141
+
+
+@pytest.mark.parametrize("words", [("--help",), (), ("plot", "--help"), ("models", "TIME*")], ids=" ".join)
+def test_the_command_avion_imports_nothing_heavy(words):
+    ended = run("module", "avion", *words)
+    assert ended["status"] == 0
+    assert heavy(ended["modules"]) == []
+    if words in [(), ("--help",)]:  # nor the options, nor NumPy: it is there at once
+        assert {"numpy", "yaml", "tqdm"}.isdisjoint(ended["modules"])
+
+
 @pytest.mark.parametrize("words", [("--help",), (), ("TIMEMAMBA*",)], ids=["help", "all", "pattern"])
 def test_the_list_of_models_imports_nothing_heavy(words):
     ended = run("module", "avion.models", *words)

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
+from avion.errors import called_names, exit_status
+
 MINIMUM_PYTHON = (3, 10)
 REQUIRED = ("torch", "torchvision", "timm", "open_clip_torch", "numpy")
 OPTIONAL = ("triton", "mamba-ssm", "causal-conv1d", "av", "decord")
@@ -211,8 +213,14 @@ def decoders(report: Report) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these command-line words (None: `sys.argv`); returns the exit status."""
+    return exit_status("tools/doctor.py", lambda: examine(argv))
+
+
+def examine(argv: Sequence[str] | None) -> int:
+    """Print the report; 1 if the main job cannot run here."""
     parser = argparse.ArgumentParser(
-        prog="tools/doctor.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=called_names("tools/doctor.py"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to try the scan")
     args = parser.parse_args(argv)

@@ -7,9 +7,11 @@ sense. All of that happens before anything else is read and before processes mee
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -19,8 +21,9 @@ from typing import Any, TypeVar
 
 import yaml
 
-from avion.errors import USER_ERROR, UserError
+from avion.errors import NOBODY_READS, USER_ERROR, UserError, called_names, stdout_is_closed
 from avion.numbers import Number, shown, whole
+from avion.resources import config_path
 
 T = TypeVar("T", bound="Options")
 
@@ -95,15 +98,31 @@ def other_default(group: type, name: str, default: Any, help: str | None = None)
 
 
 class ToolParser(argparse.ArgumentParser):
-    """An argument parser that ends the program with one line and status 2 for words that it refuses."""
+    """An argument parser that ends the program with one line and status 2 for words that it refuses.
+
+    Help and errors name programs as they were called (`avion.errors.called_names`).
+    """
 
     def __init__(self, *args: Any, **keywords: Any):
         super().__init__(*args, **keywords)
+        self.prog = called_names(self.prog)
         # argparse takes -1e-3 and -inf for flags, and then says that a value is missing.
         self._negative_number_matcher = re.compile(r"-\.?\d.*|-inf.*|-nan", re.IGNORECASE)
 
     def error(self, message: str):
         self.exit(USER_ERROR, f"{self.prog}: error: {message} (--help says more)\n")
+
+    def format_help(self) -> str:
+        return called_names(super().format_help())
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        with contextlib.suppress(BrokenPipeError):  # `exit`, which follows, looks for it
+            (file or sys.stderr).write(message)
+
+    def exit(self, status: int = 0, message: str | None = None):
+        if message:
+            self._print_message(message, sys.stderr)
+        raise SystemExit(NOBODY_READS if stdout_is_closed() else status)
 
 
 class _Parser(ToolParser):
@@ -233,13 +252,13 @@ RECIPE_KEYS = (
 
 
 def read_yaml_mapping(path: str | Path, flag_name: str = "--config") -> dict[Any, Any]:
-    """Read a YAML file that holds a mapping.
+    """Read a YAML file that holds a mapping; recipes/NAME.yaml is found in every folder.
 
     Raises:
         UserError: The file cannot be read or holds something else. The message begins with `flag_name` and the path.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(config_path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"{flag_name} {path}: cannot be read ({e.strerror}); give the path of a YAML file") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:

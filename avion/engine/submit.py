@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 from avion.errors import UserError
 from avion.numbers import COUNT, COUNT_OR_OFF, PROCESSES, whole
+from avion.resources import SLURM, checkout, resources
 
 from .args import Options, flag, parse
 from .options import EgoSchemaOptions, FinetuneClassificationOptions, FinetuneRetrievalOptions, PretrainOptions
@@ -31,8 +32,6 @@ ENTRY_POINTS = {
     "main_finetune_classification.py": FinetuneClassificationOptions,
     "main_egoschema.py": EgoSchemaOptions,
 }
-_ROOT = Path(__file__).resolve().parents[2]
-_COMMON = _ROOT / "slurm/common.sh"
 _LOCAL_REQUEUE = 144  # on this status submitit's local executor starts the processes again
 
 
@@ -98,11 +97,55 @@ class EntryPointJob:
         local = os.environ.get("SUBMITIT_EXECUTOR") == "local"
         if local:
             _set_variables_of_torchrun()
-        status = runpy.run_path(str(_ROOT / self.entry_point))["main"](self.words)
+        # The programs lie on the floor above this one.
+        program = Path(__file__).parents[1] / "commands" / self.entry_point.removeprefix("main_")
+        status = runpy.run_path(str(program))["main"](self.words)
         if local and status == STOPPED:
             status = _LOCAL_REQUEUE
         if status:
             sys.exit(status)
+
+
+def entry_point_of(name: str) -> str:
+    """The key of ENTRY_POINTS of an entry point.
+
+    Args:
+        name: Its file, with or without a folder, or its command: main_egoschema.py, egoschema.
+
+    Raises:
+        UserError: There is no such entry point.
+    """
+    file = Path(name).name
+    if file not in ENTRY_POINTS:
+        file = f"main_{name.replace('-', '_')}.py"
+    if file not in ENTRY_POINTS:
+        commands = [command_of(entry_point) for entry_point in ENTRY_POINTS]
+        raise UserError(f"{name}: no such entry point; there are {', '.join([*ENTRY_POINTS, *commands])}")
+    return file
+
+
+def command_of(entry_point: str) -> str:
+    """The word after `avion` that runs an entry point: main_finetune_retrieval.py is finetune-retrieval."""
+    return entry_point.removeprefix("main_").removesuffix(".py").replace("_", "-")
+
+
+def program_words(entry_point: str, words: Sequence[str], processes: int = 1) -> list[str]:
+    """A command that runs an entry point, as a user types it.
+
+    Args:
+        entry_point: One of ENTRY_POINTS.
+        words: The flags of the entry point.
+        processes: With more than one, torchrun starts them.
+
+    Returns:
+        The words: with the file of the clone that this package is in, or with the command `avion`.
+    """
+    root = checkout()
+    launcher = [] if processes == 1 else ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
+    if root is not None:
+        return [*(launcher or ["python"]), os.path.relpath(root / entry_point), *words]
+    start = [*launcher, "-m", "avion"] if launcher else ["avion"]
+    return [*start, command_of(entry_point), *words]
 
 
 def _set_variables_of_torchrun() -> None:
@@ -127,17 +170,13 @@ def submit(entry_point: str, words: Sequence[str], options: SubmitOptions) -> st
         UserError: The parser of the entry point refuses the flags, the options make no sense, submitit is missing, or
             SLURM refuses the job.
     """
-    if Path(entry_point).name not in ENTRY_POINTS:
-        raise UserError(f"{entry_point}: no such entry point; there are {', '.join(ENTRY_POINTS)}")
-    entry_point = Path(entry_point).name
+    entry_point = entry_point_of(entry_point)
     run = parse(ENTRY_POINTS[entry_point], words, entry_point, "")
     options.check_job()
-    if not _COMMON.exists():
-        raise UserError(f"{_COMMON}: not there; jobs are submitted from a clone of the repository")
     folder = Path(options.job_dir or Path(run.output_dir) / "slurm").absolute()
     parameters = _parameters(entry_point, options)
     if options.dry_run:
-        print(f"python {shlex.join([entry_point, *words])}")
+        print(shlex.join(program_words(entry_point, words)))
         print(f"  {'job_dir':<28} {folder}", *(f"  {k:<28} {v}" for k, v in parameters.items()), sep="\n")
         return ""
     submitit = _submitit()
@@ -156,9 +195,10 @@ def _environment_of_jobs() -> Iterator[None]:
     """Set the variables that a job inherits: where this package is, and the signal by which submitit's local executor
     announces the time limit. For SLURM, `_parameters` sets the signal.
     """
-    path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
-    before = dict(os.environ)
-    os.environ.update(SUBMITIT_PREEMPT_SIGNAL="USR1", PYTHONPATH=path)
+    before, root = dict(os.environ), checkout()
+    os.environ.update(SUBMITIT_PREEMPT_SIGNAL="USR1")
+    if root is not None:  # an installed package is found without a path
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
     try:
         yield
     finally:
@@ -168,6 +208,7 @@ def _environment_of_jobs() -> Iterator[None]:
 
 def _parameters(entry_point: str, options: SubmitOptions) -> dict[str, Any]:
     """The options under the names of submitit. What is not set is left to the cluster."""
+    common = resources(SLURM) / "common.sh"
     constraint = "&".join(filter(None, [options.constraint, "volta32gb" if options.use_volta32 else ""]))
     named = {
         "partition": options.partition, "account": options.account, "qos": options.qos, "comment": options.comment,
@@ -185,7 +226,7 @@ def _parameters(entry_point: str, options: SubmitOptions) -> dict[str, Any]:
         "slurm_additional_parameters": {"requeue": True, "signal": f"USR1@{options.signal_delay}"},
         "slurm_setup": [f"export MAX_REQUEUES={options.max_requeues} SRUN_CPUS_PER_TASK={options.cpus_per_task}"],
         "slurm_srun_args": ["--wait=120"],
-        "slurm_teardown": ["status=$?", f"source {shlex.quote(str(_COMMON))}", 'requeue_or_exit "$status"'],
+        "slurm_teardown": ["status=$?", f"source {shlex.quote(str(common))}", 'requeue_or_exit "$status"'],
     }
 
 

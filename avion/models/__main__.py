@@ -88,9 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
     parser = build_parser()
-    given = parser.parse_args(argv)
 
     def body() -> None:
+        given = parser.parse_args(argv)
         if given.update_listing:
             print(update_listing())
         elif given.what.startswith(HF_PREFIX) or Path(given.what).is_file():

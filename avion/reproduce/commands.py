@@ -1,18 +1,17 @@
 """From a recipe to the command that runs it, with another number of processes, released weights or more flags."""
 
 import dataclasses
-import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from avion.engine.options import OptimOptions
+from avion.engine.submit import program_words
 from avion.errors import UserError
 
-from .recipe import RECIPES, Recipe, parser_of
+from .recipe import Recipe, parser_of
 
-ROOT = RECIPES.parent
 EGOSCHEMA = "main_egoschema.py"
 _CLASSIFICATION = "main_finetune_classification.py"
 # Flags that evaluation does not read, beside those of OptimOptions.
@@ -90,15 +89,13 @@ def with_words(recipe: Recipe, words: Sequence[str]) -> Recipe:
 
 def command(recipe: Recipe) -> list[str]:
     """Return the words of the command that runs a recipe, as a user types them in an activated environment."""
-    script = os.path.relpath(ROOT / recipe.entry_point)
-    start = ["python"] if recipe.gpus == 1 else ["torchrun", "--standalone", f"--nproc_per_node={recipe.gpus}"]
-    return [*start, script, *recipe.words()]
+    return program_words(recipe.entry_point, recipe.words(), recipe.gpus)
 
 
 def executable(words: Sequence[str]) -> list[str]:
     """Return the same command for this Python, in any environment, with the exit status of the processes."""
-    start = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "avion.engine.torchrun"]
-    return [*start, *words[1:]]
+    module = {"python": [], "avion": ["-m", "avion"], "torchrun": ["-m", "avion.engine.torchrun"]}
+    return [sys.executable, *module[words[0]], *words[1:]]
 
 
 def shell_text(words: Sequence[str], width: int = 110) -> str:

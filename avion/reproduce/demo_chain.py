@@ -3,7 +3,6 @@
 import csv
 import json
 import pickle
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,12 @@ from avion.constants import NORM_STYLES
 from avion.data.demo import DemoPaths
 from avion.data.safe_pickle import load_pickle
 from avion.engine.options import PretrainOptions
+from avion.engine.submit import program_words
 from avion.errors import UserError
 from avion.files import write_text
 from avion.weights import model_from_checkpoint, save_weights
 
-from .commands import EGOSCHEMA, ROOT, executable
+from .commands import EGOSCHEMA, executable
 from .jobs import Job
 from .plan import Request
 from .recipe import CHECKPOINT, RECIPES, Recipe, load_recipes
@@ -93,7 +93,7 @@ class Chain:
         train, aux = self.paths.train_pickle, self.paths.long_train_pickle
         if self.short:
             train = aux = self._few / "ego4d_train.pkl"
-        words = [sys.executable, str(ROOT / "main_pretrain.py"), "--config", str(LONGER), "--resume", str(weights)]
+        words = ["--config", str(LONGER), "--resume", str(weights)]
         words += ["--root", str(self.paths.root), "--train-metadata", str(train), "--train-metadata-aux", str(aux)]
         words += ["--output-dir", str(folder), "--seed", str(seed), "--device", "cpu", *_WORDS]
         words += _SHORT_WORDS if self.short else ["--epochs", str(LONGER_EPOCHS)]
@@ -104,6 +104,7 @@ class Chain:
             model = model_from_checkpoint(str(self.runs / parent / f"seed{seed}" / CHECKPOINT))
             save_weights(model, weights, {"norm_style": "openai", **NORM_STYLES["openai"]._asdict()})
 
+        words = executable(program_words("main_pretrain.py", words))
         return self._job(_name(f"longer_{parent}", seed), words, (_name(parent, seed),), done, begin)
 
     def _job(

@@ -11,8 +11,10 @@ from typing import Any
 from avion.engine.args import build_parser, flag_words, read_yaml_mapping, recipe_flags, unknown_key
 from avion.engine.submit import ENTRY_POINTS
 from avion.errors import UserError
+from avion.resources import RECIPES as FOLDER
+from avion.resources import resources
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+RECIPES = resources(FOLDER)
 TASKS = ("zero-shot retrieval", "retrieval", "actions", "egoschema")
 FULL = "full"
 # The file from which later runs start: it holds the weights after the last epoch, as in the tables.

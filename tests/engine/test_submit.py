@@ -108,7 +108,7 @@ def test_what_is_asked_of_slurm(tmp_path, monkeypatch):
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 def test_dry_run_of_every_entry_point(entry_point, launch, tmp_path):
     status, out, _ = launch(entry_point, "--ngpus", "2", "--dry-run", "--", "--output-dir", tmp_path / "out")
-    assert status == 0 and f"python {entry_point} --output-dir" in out
+    assert status == 0 and f"python ../{entry_point} --output-dir" in out
     assert str(tmp_path / "out/slurm") in out and not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,59 @@
+"""The command `avion`: every entry point and every tool by one name, with and without a clone of the repository."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from avion import __version__
+from avion.errors import UserError, call_programs, exit_status
+
+from .table import PROGRAMS, Program, programs
+
+_USAGE = "usage: avion COMMAND [FLAGS]      avion COMMAND --help says more of a command"
+
+
+def listing() -> str:
+    """All commands with a line each."""
+    width = max(len(program.name) for program in programs())
+    lines = [_USAGE]
+    for title, group in PROGRAMS.items():
+        lines += ["", f"{title}:", *(f"  {program.name:<{width}}  {program.summary}" for program in group)]
+    lines += ["", "several processes on one machine: torchrun --nproc_per_node=8 -m avion pretrain FLAGS"]
+    return "\n".join(lines)
+
+
+def find(word: str) -> Program:
+    """The program of this name, or of this file of a clone.
+
+    Raises:
+        UserError: There is none. The message names the commands of similar names.
+    """
+    known = {program.name: program for program in programs()}
+    known |= {program.file: program for program in programs() if program.file}
+    if word in known:
+        return known[word]
+    near = list(dict.fromkeys(known[n].name for n in difflib.get_close_matches(word.replace("_", "-"), known, n=3)))
+    cure = f"did you mean {' or '.join(near)}?" if near else "avion --help lists all commands"
+    raise UserError(f"there is no command {word!r}: {cure}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these command-line words (None: `sys.argv`); returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    found: list[Program] = []
+
+    def choose() -> None:
+        if not words or words[0] in ("-h", "--help"):
+            print(listing())
+        elif words[0] == "--version":
+            print(f"avion-timemamba {__version__}")
+        else:
+            found.append(find(words[0]))
+
+    status = exit_status("avion", choose)
+    if not found:
+        return status
+    call_programs({p.file or f"python -m {p.module.removesuffix('.__main__')}": f"avion {p.name}" for p in programs()})
+    # `python -m` and torchrun give the name of this module to the processes that multiprocessing starts.
+    return importlib.import_module(found[0].module).main(words[1:]) or 0

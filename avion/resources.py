@@ -1,0 +1,44 @@
+"""Files that come with the project beside its modules: recipes and SLURM's batch files. A leaf.
+
+In a clone of the repository they lie in its root, where people read and change them; a wheel carries them inside the
+package.
+"""
+
+import importlib.resources
+from pathlib import Path
+
+from avion.errors import UserError
+
+RECIPES, SLURM = "recipes", "slurm"
+
+
+def checkout() -> Path | None:
+    """The root of the clone that this package is in; None where the package was installed from a wheel."""
+    root = Path(__file__).resolve().parents[1]
+    return root if (root / "pyproject.toml").is_file() and (root / "main_pretrain.py").is_file() else None
+
+
+def resources(name: str) -> Path:
+    """The folder of the files of one kind.
+
+    Args:
+        name: RECIPES or SLURM.
+
+    Raises:
+        UserError: The installation lacks the files, or is a zip file, out of which programs cannot read them.
+    """
+    root = checkout()
+    place = importlib.resources.files("avion") / name if root is None else root / name
+    if not isinstance(place, Path) or not place.is_dir():
+        raise UserError(f"{place}: the folder of this installation's {name} is not there; install the package anew")
+    return place
+
+
+def config_path(path: str | Path) -> Path:
+    """The file behind a path of the form recipes/NAME.yaml, which works in any folder; other paths as they are."""
+    path = Path(path)
+    if path.parts[:1] == (RECIPES,) and not path.exists():
+        inside = resources(RECIPES).joinpath(*path.parts[1:])
+        if inside.is_file():
+            return inside
+    return path
