@@ -35,7 +35,7 @@ def resources(name: str) -> Path:
 
 
 def config_path(path: str | Path) -> Path:
-    """The file behind a path of the form recipes/NAME.yaml, which works in any folder; other paths as they are."""
+    """The file behind a path of the form recipes/{name}.yaml, which works in any folder; other paths as they are."""
     path = Path(path)
     if path.parts[:1] == (RECIPES,) and not path.exists():
         inside = resources(RECIPES).joinpath(*path.parts[1:])

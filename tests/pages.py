@@ -79,7 +79,8 @@ def check(words: tuple[str, ...]) -> None:
         else:
             check_script(args.training_script, args.training_script_args)
     elif program == "avion":
-        check_script(script_of(rest[0]), rest[1:])
+        if rest != ["--help"]:
+            check_script(script_of(rest[0]), rest[1:])
     elif program == "python" and rest[:2] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in rest[2:]), words
     elif program == "python" and rest[0] == "-m":
@@ -92,8 +93,6 @@ def check(words: tuple[str, ...]) -> None:
 
 def script_of(command: str) -> str:
     """What runs a command of `avion`: a file of the repository, or a module."""
-    if command in ("--help", "--version"):
-        return "avion.commands.console"
     program = find(command)
     return program.file or program.module.removesuffix(".__main__")
 

@@ -1,7 +1,7 @@
 """The command `avion`: every entry point and every tool by one name, with and without a clone of the repository."""
 
 import difflib
-import importlib
+import pkgutil
 import sys
 from collections.abc import Sequence
 
@@ -56,4 +56,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     call_programs({p.file or f"python -m {p.module.removesuffix('.__main__')}": f"avion {p.name}" for p in programs()})
     # `python -m` and torchrun give the name of this module to the processes that multiprocessing starts.
-    return importlib.import_module(found[0].module).main(words[1:]) or 0
+    return pkgutil.resolve_name(f"{found[0].module}:main")(words[1:]) or 0

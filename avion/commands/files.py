@@ -3,7 +3,7 @@
     avion files                # prints the two folders
     avion files --copy .       # copies them to ./recipes and ./slurm
 
-A recipe is found in every folder as recipes/NAME.yaml. Batch files are submitted from the folder that holds slurm/:
+A recipe is found in every folder as recipes/{name}.yaml. Batch files are submitted from the folder that holds slurm/:
 sbatch slurm/pretrain.sbatch FLAGS. The copies run the installed command `avion`.
 """
 

@@ -252,7 +252,7 @@ RECIPE_KEYS = (
 
 
 def read_yaml_mapping(path: str | Path, flag_name: str = "--config") -> dict[Any, Any]:
-    """Read a YAML file that holds a mapping; recipes/NAME.yaml is found in every folder.
+    """Read a YAML file that holds a mapping; recipes/{name}.yaml is found in every folder.
 
     Raises:
         UserError: The file cannot be read or holds something else. The message begins with `flag_name` and the path.
