@@ -138,7 +138,8 @@ def test_a_dry_run_shows_the_jobs_and_leaves_nothing(monkeypatch, tmp_path, caps
     words = "--table 9 --row 4 --task actions --submit --with-prerequisites --dry-run --account me"
     assert main(words.split()) == 0
     said = capsys.readouterr().out
-    assert (
+    assert len(re.findall("^python .*main_", said, re.MULTILINE)) == 2
+    assert "afterok:(job of table8_row4)" in said and "me" in said
         len(re.findall("^python .*main_", said, re.MULTILINE)) == 2
         and "afterok:(job of table8_row4)" in said
         and "me" in said
