@@ -140,8 +140,4 @@ def test_a_dry_run_shows_the_jobs_and_leaves_nothing(monkeypatch, tmp_path, caps
     said = capsys.readouterr().out
     assert len(re.findall("^python .*main_", said, re.MULTILINE)) == 2
     assert "afterok:(job of table8_row4)" in said and "me" in said
-        len(re.findall("^python .*main_", said, re.MULTILINE)) == 2
-        and "afterok:(job of table8_row4)" in said
-        and "me" in said
-    )
     assert list(tmp_path.iterdir()) == []
