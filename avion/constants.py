@@ -11,7 +11,7 @@ EK100_VERBS, EK100_NOUNS = 97, 300  # classes of EPIC-KITCHENS-100
 OPTIMIZERS = ("adamw", "sgd")
 VIDEO_SAMPLINGS = ("uniform", "prefix", "prefix-hold")  # frames of a whole video of EgoSchema
 FEATURE_KINDS = ("clip", "frame", "spatial")
-SHARD_FORMATS = ("npz", "safetensors")
+FEATURE_FORMATS = ("npz", "safetensors", "npy", "pt")  # the last two hold one array, for a file per video
 SHARD_DTYPES = ("fp32", "fp16", "bf16")
 
 

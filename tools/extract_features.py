@@ -1,4 +1,4 @@
-"""Extract features of any list of videos with any checkpoint, into .npz or safetensors shards."""
+"""Extract features of videos and sentences with any checkpoint, of the clips of a list or of windows over whole videos."""
 
 import sys
 from pathlib import Path

@@ -97,9 +97,9 @@ def _add_captions(builder: TableBuilder, path: str | os.PathLike, columns: Colum
         try:
             video = _video(row[columns.video])
             column = columns.start
-            start = _seconds(row.get(columns.start), 0.0)
+            start = read_seconds(row.get(columns.start), 0.0)
             column = columns.end
-            end = _seconds(row.get(columns.end), TO_THE_END)
+            end = read_seconds(row.get(columns.end), TO_THE_END)
             column = columns.caption
             captions = _captions(row[columns.caption])
         except ValueError as error:
@@ -193,7 +193,7 @@ def _video(value: object) -> str:
     return (stem if extension.lower() in VIDEO_EXTENSIONS else value.strip()).removeprefix("./")
 
 
-def _seconds(value: object, absent: float) -> float:
+def read_seconds(value: object, absent: float) -> float:
     """A number, or a text that says one, in seconds; H:MM:SS and MM:SS too. `absent` for nothing."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return absent

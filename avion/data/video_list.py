@@ -3,8 +3,12 @@
 Ego4D pickle    (.pkl) narrations, read by ego4d.py; videos as in a `VideoStore`
 EK-100 CSV      with a column narration_id, read by ek100.py; videos as in a `VideoStore`
 captions        (.jsonl, .json, .parquet, or a CSV with columns video and caption), read by captions.py; likewise
-anything else   a line per video: `file` or `file,start,end` (seconds), files relative to the root; a header
-                "video" or "video,start,end" and lines that begin with # are skipped
+CSV             with a column video, and columns start, end (seconds or H:MM:SS) and id where they are needed; other
+                columns are of no interest
+anything else   a line per video: `file` or `file,start,end` (seconds); lines that begin with # are skipped
+
+A video of the last two kinds is a file relative to the root, or else the name of a video in the layout of the root,
+chunked or not.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +24,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from avion.data.captions import TO_THE_END, is_caption_file, read_narrations
+from avion.data.captions import TO_THE_END, is_caption_file, read_narrations, read_seconds
 from avion.data.ek100 import read_ek100_retrieval
 from avion.data.narrations import NarrationTable
 from avion.data.transforms import EvalTransform
-from avion.data.video import TOLERANCE_S, VideoError, VideoStore, open_video, resolve_decoder, uniform_frame_ids
+from avion.data.video import TOLERANCE_S, VideoError, open_video, uniform_frame_ids
+from avion.data.windows import VideoFinder
 from avion.errors import UserError
 
 
@@ -81,12 +86,41 @@ def read_video_list(path: str | os.PathLike) -> VideoList:
         return VideoList(read_ek100_retrieval(path))
     if rows and {"video", "caption"} <= set(rows[0][1]):
         return VideoList(read_narrations([path]))
-    if rows and rows[0][1] in (["video"], ["video", "start", "end"]):
-        rows = rows[1:]
+    if rows and "video" in rows[0][1]:
+        return VideoList(_named_columns(path, rows))
     rows = [(line, row) for line, row in rows if any(row) and not row[0].startswith("#")]
     if not rows:
         raise UserError(f"video list {path}: holds no videos")
     return VideoList([_span(row, f"video list {path}: line {line}") for line, row in rows])
+
+
+def _named_columns(path: Path, rows: list[tuple[int, list[str]]]) -> list[Span]:
+    """The spans of a CSV whose first row has the names of the columns."""
+    header = rows[0][1]
+    repeated = [name for name in header if header.count(name) > 1]
+    if repeated:
+        raise UserError(f"video list {path}: the column {repeated[0][:40]!r} is there twice; remove one of the two")
+    spans = []
+    for line, row in rows[1:]:
+        if not any(row) or row[0].startswith("#"):
+            continue
+        where = f"video list {path}: line {line}"
+        if len(row) != len(header):
+            raise UserError(f"{where}: has {len(row)} fields, the header has {len(header)}")
+        fields = dict(zip(header, row, strict=True))
+        if not fields["video"] or "\0" in fields["video"]:
+            raise UserError(f"{where}: column 'video': a file or the name of a video is required")
+        try:
+            start = read_seconds(fields.get("start", ""), 0.0)
+            end = read_seconds(fields.get("end", ""), math.inf)
+        except ValueError as error:
+            raise UserError(f"{where}: columns 'start' and 'end': {error}") from None
+        if not 0 <= start < end:
+            raise UserError(f"{where}: 0 <= start < end in seconds is required, found {start:g} and {end:g}")
+        spans.append(Span(fields["video"], start, None if end == math.inf else end, fields.get("id") or None))
+    if not spans:
+        raise UserError(f"video list {path}: holds no videos")
+    return spans
 
 
 def _span(row: list[str], where: str) -> Span:
@@ -144,31 +178,16 @@ class SpanDataset(Dataset):
     equal segments, the shorter side is resized, and the centre is cut out.
 
     Args:
-        root: The folder of the files or of the `VideoStore`.
-        chunk_length, layout: As in `VideoStore`.
+        spans: The list.
+        finder: Where the videos of the list are.
+        num_frames, size: Frames per clip; height and width of the clips in pixels.
     """
 
-    def __init__(
-        self,
-        spans: VideoList,
-        root: str | os.PathLike,
-        *,
-        num_frames: int,
-        size: int,
-        chunk_length: int = 15,
-        layout: str = "auto",
-        decoder: str = "auto",
-        threads: int = 1,
-    ):
+    def __init__(self, spans: VideoList, finder: VideoFinder, *, num_frames: int, size: int):
         if num_frames < 1:
             raise UserError(f"number of frames: {num_frames} is not at least 1")
-        self.spans, self.num_frames = spans, num_frames
+        self.spans, self.finder, self.num_frames = spans, finder, num_frames
         self.transform = EvalTransform(size, fused=True)
-        self._read: Callable[[Span], torch.Tensor] = self._from_file
-        if spans.in_store:
-            self.store = VideoStore(root, chunk_length=chunk_length, layout=layout, decoder=decoder, threads=threads)
-            self._read = self._from_store
-        self.root, self.decoder, self.threads = Path(root), resolve_decoder(decoder), threads
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -181,14 +200,12 @@ class SpanDataset(Dataset):
             blank = torch.zeros(3, self.num_frames, size, size, dtype=torch.uint8)
             return {"index": index, "video": blank, "error": str(error)}
 
-    def _from_file(self, span: Span) -> torch.Tensor:
-        return read_span(
-            self.root / span.video, self.num_frames, self.transform, start=span.start, end=span.end,
-            decoder=self.decoder, threads=self.threads,
-        )  # fmt: skip
-
-    def _from_store(self, span: Span) -> torch.Tensor:
-        clip = self.store.read_clip(
-            span.video, span.start, TO_THE_END if span.end is None else span.end, self.num_frames
-        )
+    def _read(self, span: Span) -> torch.Tensor:
+        store, name = self.finder.find(span.video)
+        if store.layout.kind == "files":
+            return read_span(
+                store.chunk_path(name, 0), self.num_frames, self.transform, start=span.start, end=span.end,
+                decoder=store.decoder, threads=store.threads,
+            )  # fmt: skip
+        clip = store.read_clip(name, span.start, TO_THE_END if span.end is None else span.end, self.num_frames)
         return self.transform(clip.frames, None)

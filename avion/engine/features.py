@@ -7,11 +7,14 @@ There are three kinds, for B clips of T frames with N patches each, a tower of w
     frame     (B, T, D)     the mean of `spatial` over the patches of each frame
 """
 
+import dataclasses
+import functools
 import hashlib
 import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,20 +22,28 @@ from torch import nn
 
 from avion.constants import FEATURE_KINDS
 from avion.data.transforms import EvalTransform, normalize_clip
+from avion.data.video import find_layout, list_videos
+from avion.data.video.prepare_plan import parse_shard
 from avion.data.video_list import SpanDataset, VideoList, read_span, read_video_list
+from avion.data.windows import VideoFinder
 from avion.errors import UserError
 from avion.models.long_video import default_max_tokens, encode_long_video
 from avion.weights import Checkpoint
 
 from .build import build_any_as_saved
 from .console import duration
-from .distributed import choose_device
+from .distributed import World
 from .egoschema.results import fingerprint
+from .feature_folder import Part
 from .feature_shards import STORED, Shards
+from .feature_videos import VideoFiles
 from .loader import build_loader, read
 from .options.features import FeatureOptions
-from .steps import Precision
-from .trainer import precision_named
+from .run import joined, shared_flags
+from .signals import Stopped, name
+from .text_features import read_sentences, write_texts
+from .trainer import choose_precision
+from .window_features import extract_rows, grouped, windowed
 
 logger = logging.getLogger(__name__)
 
@@ -120,41 +131,139 @@ def _encode(model: nn.Module, video: torch.Tensor) -> torch.Tensor:
 # ---- a list of videos --------------------------------------------------------------------------
 
 
-def extract_features(options: FeatureOptions) -> dict[int, str]:
-    """Write the features of every row of `--videos` into shards in `--output-dir`.
+@dataclass(frozen=True)
+class Report:
+    """What an extraction did.
 
-    Shards that an earlier run with the same settings finished are left as they are.
+    Attributes:
+        count: How many videos, rows or sentences this run was asked for.
+        unit: What is counted.
+        errors: What cannot be read, by its row ("row 3") or its video.
+        is_main: Whether this process is the one that tells it.
+    """
+
+    count: int
+    unit: str
+    errors: dict[str, str]
+    is_main: bool = True
+
+
+def extract_features(options: FeatureOptions) -> Report:
+    """Write the features of `--videos` and of `--texts` into `--output-dir`.
+
+    What an earlier run with the same settings finished is left as it is.
 
     Returns:
-        By the number of a row that cannot be read, what is wrong with it.
+        What was done by all processes of this run.
 
     Raises:
         UserError: A flag or a file is wrong.
+        Stopped: A signal asked the run to stop; the same options go on from where it stands.
     """
-    kinds = [kind for kind in FEATURE_KINDS if kind in (options.features or ["clip"])]
-    if options.dtype == "bf16" and options.format == "npz":
-        raise UserError("--dtype bf16: NumPy has no such type; give --format safetensors, or --dtype fp16")
-    for name in ("videos", "checkpoint", "output_dir"):
-        if not getattr(options, name):
-            raise UserError(f"--{name.replace('_', '-')}: not given; see --help")
-    spans = read_video_list(options.videos)
-    device = choose_device(options.device, None, 0)
-    precision = precision_named(options.precision, device)
-    model = build_any_as_saved(options, Checkpoint.open(options.checkpoint), options.frames).to(device).eval()
-    frames = options.frames if options.frames is not None else model.config.num_frames
-    dataset = SpanDataset(
-        spans, options.root, num_frames=frames, size=model.config.img_size, chunk_length=options.video_chunk_length,
-        layout=options.video_layout, decoder=options.decoder, threads=options.decode_threads,
-    )  # fmt: skip
-    settings = {
-        "videos": _digest(spans), "clips": len(spans), "root": options.root, "model": model.config.name,
-        "weights": fingerprint(model, {}), "frames": frames, "img_size": model.config.img_size, "features": kinds,
-        "norm_style": options.norm_style, "precision": str(precision.dtype), "dtype": options.dtype,
-        "format": options.format, "shard_size": options.shard_size,
-    }  # fmt: skip
-    with Shards(options.output_dir, len(spans), settings) as shards:
-        _extract_shards(shards, dataset, model, precision, kinds, options)
-        return dict(sorted(shards.errors.items()))
+    with joined(options, None) as world:
+        world.agree({**shared_flags(options), "torch": torch.__version__})
+        with world.together("building the model"):
+            run = _Run(options, world)
+        world.agree({"weights": run.mark})
+        if options.texts:
+            run.texts()
+        report = run.videos() if options.videos or options.window else Report(len(run.sentences), "sentences", {})
+        if not options.videos and not options.window:
+            return dataclasses.replace(report, is_main=world.is_main)
+        errors: dict[str, str] = {}
+        for part in world.gather(report.errors):
+            errors.update(part)
+        return Report(sum(world.gather(report.count)), report.unit, errors, world.is_main)
+
+
+class _Run:
+    """One extraction: the model and what it is asked for."""
+
+    def __init__(self, options: FeatureOptions, world: World):
+        self.options, self.world = options, world
+        self.kinds = [kind for kind in FEATURE_KINDS if kind in (options.features or ["clip"])]
+        self.precision = choose_precision(options, world.device)
+        self.spans = read_video_list(options.videos) if options.videos else None
+        self.sentences = read_sentences(options.texts) if options.texts else []
+        asked = options.frames if options.fps is None else round(options.fps * options.window)
+        self.model = build_any_as_saved(options, Checkpoint.open(options.checkpoint), asked).to(world.device).eval()
+        self.frames = asked if asked is not None else self.model.config.num_frames
+        self.mark = fingerprint(self.model, {})
+        index, of = parse_shard(options.shard)
+        self.part = Part(index * world.size + world.rank, of * world.size)
+
+    def _settings(self) -> dict[str, Any]:
+        """What all kinds of features depend on."""
+        options = self.options
+        return {
+            "version": 2, "model": self.model.config.name, "weights": self.mark, "precision": str(self.precision.dtype),
+            "dtype": options.dtype, "format": options.format,
+        }  # fmt: skip
+
+    def _video_settings(self) -> dict[str, Any]:
+        options = self.options
+        return {
+            **self._settings(), "root": options.root, "frames": self.frames, "img_size": self.model.config.img_size,
+            "features": self.kinds, "norm_style": options.norm_style,
+        }  # fmt: skip
+
+    def texts(self) -> None:
+        """Write the features of the sentences. Of the jobs of an array, the first does it."""
+        if parse_shard(self.options.shard)[0] == 0:
+            write_texts(self.model, self.sentences, self._settings(), self.world, self.precision, self.options)
+
+    def videos(self) -> Report:
+        """Write the features of the videos of this part."""
+        return self._files() if self.options.files_per_video else self._shards()
+
+    def _finder(self, in_store: bool) -> VideoFinder:
+        options = self.options
+        return VideoFinder(
+            options.root, in_store=in_store, chunk_length=options.video_chunk_length, layout=options.video_layout,
+            decoder=options.decoder, threads=options.decode_threads,
+            index={"auto": "auto", "off": None}.get(options.video_index, options.video_index),
+        )  # fmt: skip
+
+    def _files(self) -> Report:
+        options = self.options
+        with self.world.together("opening the folder"):
+            finder = self._finder(self.spans is None or self.spans.in_store)
+            if self.spans is None:
+                layout = find_layout(options.root, options.video_layout)
+                rows = windowed(list_videos(options.root, layout), options.window, options.stride or options.window)
+            elif options.window is None:
+                rows = grouped(self.spans)
+            else:
+                rows = windowed(self.spans, options.window, options.stride or options.window)
+                if any(span.start > 0 or span.end is not None for span in self.spans):
+                    logger.info("the windows run over whole videos: the starts and ends in the list are not used")
+            settings = {**self._video_settings(), "per_video": True, "window": rows.window, "stride": rows.stride}
+            digests = [rows.digest(i) for i in range(len(rows.videos))]
+            files = VideoFiles(options.output_dir, rows.videos, digests, settings, self.part, options.retry)
+        with files:
+            extract_rows(
+                files, rows, finder, functools.partial(extract, self.model, kinds=self.kinds), self.world,
+                frames=self.frames, size=self.model.config.img_size, norm_style=options.norm_style,
+                precision=self.precision, dtype=options.dtype, batch_size=options.batch_size, workers=options.workers,
+            )  # fmt: skip
+            return Report(len(files.own()), "videos", dict(files.errors))
+
+    def _shards(self) -> Report:
+        options, spans = self.options, self.spans
+        assert spans is not None, "a list of videos"
+        with self.world.together("opening the folder"):
+            dataset = SpanDataset(
+                spans, self._finder(spans.in_store), num_frames=self.frames, size=self.model.config.img_size
+            )
+            settings = {
+                **self._video_settings(), "videos": _digest(spans), "clips": len(spans),
+                "shard_size": options.shard_size,
+            }  # fmt: skip
+            shards = Shards(options.output_dir, len(spans), settings, self.part, options.retry)
+        with shards:
+            _extract_shards(shards, dataset, self)
+            rows = sum(len(shards.rows(shard)) for shard in shards.shards())
+            return Report(rows, "rows", {f"row {row}": error for row, error in sorted(shards.errors.items())})
 
 
 def _digest(spans: VideoList) -> str:
@@ -168,40 +277,52 @@ def _batches(rows: range, size: int) -> Iterator[list[int]]:
     return ([*rows[i : i + size]] for i in range(0, len(rows), size))
 
 
-def _extract_shards(
-    shards: Shards,
-    dataset: SpanDataset,
-    model: nn.Module,
-    precision: Precision,
-    kinds: list[str],
-    options: FeatureOptions,
-) -> None:
-    todo = shards.todo()
-    total = -(-shards.count // shards.size)
-    logger.info("%d clips in %d shards, %d of them finished before", shards.count, total, total - len(todo))
-    if not todo:
-        return
-    device = next(model.parameters()).device
+def _extract_shards(shards: Shards, dataset: SpanDataset, run: _Run) -> None:
+    """Write the shards of this part that are not finished. All processes go in step, a batch at a time."""
+    options, world, todo = run.options, run.world, shards.todo()
+    logger.info(
+        "%d clips in %d shards, %d of them finished before", shards.count, len(shards.shards()),
+        len(shards.shards()) - len(todo),
+    )  # fmt: skip
     # Batches do not reach from one shard into the next, so that features do not depend on which shards are finished.
-    plan = {shard: list(_batches(shards.rows(shard), options.batch_size)) for shard in todo}
-    loader = build_loader(
-        dataset, [b for batches in plan.values() for b in batches], workers=options.workers, device=device
-    )
-    samples, started = iter(loader), time.perf_counter()
-    for done, (shard, batches) in enumerate(plan.items(), 1):
-        parts: dict[str, list[torch.Tensor]] = {kind: [] for kind in kinds}
-        entries: list[dict[str, Any]] = []
-        for _ in batches:
-            batch = read(samples)
-            readable = torch.tensor([not error for error in batch["error"]])
-            with precision.autocast():
-                found = extract(model, normalize_clip(batch["video"].to(device), options.norm_style), kinds)
-            for kind, values in found.items():
-                parts[kind].append(values.cpu()[readable].to(STORED[options.dtype]))
-            for row, error in zip(batch["index"].tolist(), batch["error"], strict=True):
-                span = dataset.spans[row]
-                entry = {"row": row, "video": span.video, "start": span.start, "end": span.end, "id": span.id}
-                entries.append({**entry, "error": error} if error else entry)
-        shards.write(shard, {kind: torch.cat(values) for kind, values in parts.items()}, entries)
-        left = (time.perf_counter() - started) / done * (len(todo) - done)
-        logger.info("%s: %d clips, %s left", shards.path(shard).name, len(entries), duration(left))
+    plan = [(shard, batch) for shard in todo for batch in _batches(shards.rows(shard), options.batch_size)]
+    loader = build_loader(dataset, [batch for _, batch in plan], workers=options.workers, device=world.device)
+    samples = iter(loader) if plan else iter(())
+    parts: dict[str, list[torch.Tensor]] = {}
+    entries: list[dict[str, Any]] = []
+    started, at = time.perf_counter(), 0
+    while world.any(at < len(plan)):
+        failure: Exception | None = None
+        if at < len(plan):
+            shard = plan[at][0]
+            try:
+                _extract_batch(read(samples), dataset, run, parts, entries)
+                if at + 1 == len(plan) or plan[at + 1][0] != shard:
+                    shards.write(shard, {kind: torch.cat(values) for kind, values in parts.items()}, entries)
+                    left = (time.perf_counter() - started) / (at + 1) * (len(plan) - at - 1)
+                    logger.info("%s: %d clips, %s left", shards.path(shard).name, len(entries), duration(left))
+                    parts, entries = {}, []
+                at += 1
+            except Exception as e:  # raised below, once the other processes know
+                failure = e
+        asked = world.go_on(failure, "extract its features")
+        if asked and at < len(plan):
+            raise Stopped(f"{name(asked)} with {len(shards.todo())} shards left; {shards.folder} keeps the others")
+
+
+def _extract_batch(
+    batch: dict[str, Any],
+    dataset: SpanDataset,
+    run: _Run,
+    parts: dict[str, list[torch.Tensor]],
+    entries: list[dict[str, Any]],
+) -> None:
+    video = normalize_clip(batch["video"].to(run.world.device), run.options.norm_style)
+    with run.precision.autocast():
+        found = extract(run.model, video, run.kinds)
+    for kind, values in found.items():
+        parts.setdefault(kind, []).append(values.to("cpu", STORED[run.options.dtype]))
+    for row, error in zip(batch["index"].tolist(), batch["error"], strict=True):
+        span = dataset.spans[row]
+        entry = {"row": row, "video": span.video, "start": span.start, "end": span.end, "id": span.id}
+        entries.append({**entry, "error": error} if error else entry)

@@ -53,7 +53,7 @@ def shards(out):
     found: dict[str, dict[int, np.ndarray]] = {}
     for path in sorted(out.glob("0*")):
         arrays = np.load(path) if path.suffix == ".npz" else {k: v.float().numpy() for k, v in load_file(path).items()}
-        for kind in set(arrays) - {"row"}:
+        for kind in set(arrays) - {"row", "valid"}:
             found.setdefault(kind, {}).update(
                 zip(np.asarray(arrays["row"]).astype(int).tolist(), arrays[kind], strict=True)
             )
@@ -66,8 +66,12 @@ def test_features_of_a_list_with_a_broken_video(data, tmp_path, capsys):
     assert "unreadable  row 3: " in printed and "3.mp4: is not a readable video" in printed
     found = shards(tmp_path / "out")
     assert {k: sorted(rows) for k, rows in found.items()} == dict.fromkeys(
-        ("clip", "frame", "spatial"), [0, 1, 2, 4, 5, 6]
+        ("clip", "frame", "spatial"), [0, 1, 2, 3, 4, 5, 6]
     )
+    for kind, rows in found.items():
+        assert [row for row, values in rows.items() if np.isnan(values).any()] == [3], kind
+        assert np.isnan(rows[3]).all()
+    assert np.load(tmp_path / "out/00001.npz")["valid"].tolist() == [False, True, True]
     model = model_from_checkpoint(data / "checkpoint.pt")
     for row in (0, 5):
         wanted = extract(model, load_clip(data / f"videos/{row}.mp4", 6, model))
@@ -81,7 +85,7 @@ def test_features_of_a_list_with_a_broken_video(data, tmp_path, capsys):
 
 def test_formats_and_types(data, tmp_path, capsys):
     assert run(data, tmp_path / "plain", videos="good.txt") == 0
-    assert "all rows are there" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"{tmp_path / 'plain'}: 2 rows\n"
     plain = shards(tmp_path / "plain")
     assert set(plain) == {"clip"} and plain["clip"][0].shape == (16,)
     for i, (flags, tolerance) in enumerate(

@@ -9,6 +9,7 @@ import torch
 from avion.data.transforms import EvalTransform
 from avion.data.video import VideoError
 from avion.data.video_list import Span, SpanDataset, read_span, read_video_list
+from avion.data.windows import VideoFinder
 from avion.errors import UserError
 from tests.videos import read_barcode, write_video
 
@@ -139,7 +140,7 @@ def test_a_span_after_the_video_s_end_is_an_error(root):
 
 def test_a_dataset_of_files(root, written):
     spans = read_video_list(written(f"a.mp4\nbroken.mp4\n{root / 'b/c.mp4'},0,1\ngone.mp4\n"))
-    dataset = SpanDataset(spans, root, num_frames=3, size=32)
+    dataset = SpanDataset(spans, VideoFinder(root, in_store=False), num_frames=3, size=32)
     samples = [dataset[i] for i in range(len(dataset))]
     assert [s["index"] for s in samples] == [0, 1, 2, 3]
     assert [bool(s["error"]) for s in samples] == [False, True, False, True]
@@ -153,7 +154,7 @@ def test_a_dataset_of_files(root, written):
 def test_a_dataset_of_chunks(chunked, written):
     rows = [("abc", 14.0, 17.0, "text"), ("nobody", 0.0, 1.0, "text")]
     spans = read_video_list(written(pickle.dumps(rows), "list.pkl"))
-    dataset = SpanDataset(spans, chunked.avion, num_frames=3, size=32)
+    dataset = SpanDataset(spans, VideoFinder(chunked.avion, in_store=True), num_frames=3, size=32)
     frames = _pictures(chunked.whole / "abc.mp4", [145, 155, 165])
     wanted = EvalTransform(32, fused=True)(frames, None).float()
     assert (dataset[0]["video"].float() - wanted).abs().mean() < 2  # encoded twice, so not to the bit
@@ -166,7 +167,8 @@ def test_a_dataset_of_epic_kitchens_with_and_without_participants(chunked, writt
         "narration_id,participant_id,video_id,start_timestamp,stop_timestamp,narration\n"
         "P01_01_0,P01,P01_01,00:00:14.00,00:00:17.00,put cup\n"
     )
-    dataset = SpanDataset(read_video_list(written(table, "clips.csv")), getattr(chunked, folder), num_frames=3, size=32)
+    finder = VideoFinder(getattr(chunked, folder), in_store=True)
+    dataset = SpanDataset(read_video_list(written(table, "clips.csv")), finder, num_frames=3, size=32)
     frames = _pictures(chunked.whole / "abc.mp4", [145, 155, 165])
     wanted = EvalTransform(32, fused=True)(frames, None).float()
     assert (dataset[0]["video"].float() - wanted).abs().mean() < 2  # encoded twice, so not to the bit
@@ -174,4 +176,4 @@ def test_a_dataset_of_epic_kitchens_with_and_without_participants(chunked, writt
 
 def test_no_frames_are_a_mistake(root, written):
     with pytest.raises(UserError, match="number of frames: 0"):
-        SpanDataset(read_video_list(written("a.mp4")), root, num_frames=0, size=32)
+        SpanDataset(read_video_list(written("a.mp4")), VideoFinder(root, in_store=False), num_frames=0, size=32)

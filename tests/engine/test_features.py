@@ -13,6 +13,7 @@ from avion.constants import NORM_STYLES
 from avion.data.transforms import EvalTransform
 from avion.data.video import open_video
 from avion.engine import features
+from avion.engine.feature_folder import Part
 from avion.engine.feature_shards import Shards
 from avion.engine.features import extract, load_clip
 from avion.errors import UserError
@@ -126,8 +127,8 @@ def fill(folder, stop=3, broken=(4,), **settings):
     with Shards(folder, 7, {**SETTINGS, **settings}) as shards:
         for shard in shards.todo()[:stop]:
             rows = shards.rows(shard)
-            kept = torch.tensor([float(r) for r in rows if r not in broken])
-            shards.write(shard, {"clip": kept[:, None].repeat(1, 2)}, entries(rows, broken))
+            values = torch.tensor([float(r) for r in rows])
+            shards.write(shard, {"clip": values[:, None].repeat(1, 2)}, entries(rows, broken))
         return shards.todo(), shards.errors
 
 
@@ -143,12 +144,15 @@ def test_shards_and_index(tmp_path, format):
     load = load_file if format == "safetensors" else lambda p: {k: torch.from_numpy(v) for k, v in np.load(p).items()}
     for entry in index(tmp_path):
         arrays = load(tmp_path / entry["shard"])
-        assert set(arrays) == {"row", "clip"}
-        if entry["row"] == 4:
-            assert entry["error"] == "row 4 is bad" and "position" not in entry and 4 not in arrays["row"]
+        assert set(arrays) == {"row", "valid", "clip"}
+        place = entry["position"]
+        assert arrays["row"][place] == entry["row"]
+        if entry["row"] == 4:  # keeps its place
+            assert entry["error"] == "row 4 is bad" and not arrays["valid"][place]
+            assert arrays["clip"][place].isnan().all()
         else:
-            assert "error" not in entry and arrays["row"][entry["position"]] == entry["row"]
-            assert arrays["clip"][entry["position"]].tolist() == [entry["row"]] * 2
+            assert "error" not in entry and arrays["valid"][place]
+            assert arrays["clip"][place].tolist() == [entry["row"]] * 2
     assert [e["row"] for e in index(tmp_path)] == list(range(7))
 
 
@@ -160,6 +164,33 @@ def test_a_second_run_goes_on_after_the_finished_shards(tmp_path):
     assert todo == [] and errors == {4: "row 4 is bad"}
     assert (tmp_path / "00000.npz").stat().st_mtime_ns == before
     assert [e["row"] for e in index(tmp_path)] == list(range(7))
+
+
+def test_unreadable_rows_are_tried_again_when_asked_for(tmp_path):
+    fill(tmp_path)
+    assert fill(tmp_path, broken=()) == ([], {4: "row 4 is bad"})  # not without being asked
+    with Shards(tmp_path, 7, SETTINGS, retry=True) as shards:
+        assert shards.todo() == [1] and shards.errors == {}
+        shards.write(1, {"clip": torch.ones(3, 2)}, entries(range(3, 6)))
+    assert fill(tmp_path) == ([], {})
+    assert [e["row"] for e in index(tmp_path)] == [0, 1, 2, 6, 3, 4, 5]  # in the order of writing
+    assert not [e for e in index(tmp_path) if "error" in e]
+
+
+def test_parts_of_a_job_share_a_folder(tmp_path):
+    with Shards(tmp_path, 7, SETTINGS, Part(0, 2)) as one:
+        with Shards(tmp_path, 7, SETTINGS, Part(1, 2)) as two:
+            assert (one.todo(), two.todo()) == ([0, 2], [1])
+            for part, shard in ((two, 1), (one, 0), (one, 2)):
+                rows = part.rows(shard)
+                part.write(shard, {"clip": torch.zeros(len(rows), 2)}, entries(rows, (4,)))
+            assert (one.errors, two.errors) == ({}, {4: "row 4 is bad"})
+            with pytest.raises(UserError, match="another process does part 1/2; give each process another --shard"):
+                Shards(tmp_path, 7, SETTINGS, Part(1, 2))
+        with pytest.raises(UserError, match="another run writes here"):
+            Shards(tmp_path, 7, SETTINGS)  # as the only process
+    assert fill(tmp_path) == ([], {4: "row 4 is bad"})
+    assert [e["row"] for e in index(tmp_path)] == [3, 4, 5, 0, 1, 2, 6]  # in the order of writing
 
 
 @pytest.mark.parametrize("damage", ["half a line", "lines missing", "shard missing", "leftovers", "garbage"])

@@ -6,7 +6,7 @@
 from .errors import VideoError
 from .index_file import INDEX_NAME
 from .indexing import IndexSummary, index_videos
-from .layout import LAYOUTS, VIDEO_EXTENSIONS, Layout, find_layout
+from .layout import LAYOUTS, VIDEO_EXTENSIONS, Layout, find_layout, list_videos
 from .picture import Scaling
 from .reader import DECODERS, VideoReader, open_video, resolve_decoder
 from .sampling import SAMPLINGS, strided_frame_ids, uniform_frame_ids
@@ -30,6 +30,7 @@ __all__ = [
     "find_layout",
     "index_videos",
     "is_remote",
+    "list_videos",
     "open_video",
     "resolve_decoder",
     "strided_frame_ids",

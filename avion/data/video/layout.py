@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from avion.errors import UserError
@@ -28,7 +29,7 @@ _LISTED = 64  # entries of a folder that are looked at to recognise a layout
 
 @dataclass(frozen=True)
 class Layout:
-    kind: str  # one of LAYOUTS
+    kind: str  # one of LAYOUTS, or "files"
     folder_extension: str  # of a video's folder of chunks ("avion" only)
     extension: str  # of the video files
     flat: bool = False  # the videos lie directly below the root, not in folders of several videos
@@ -38,11 +39,14 @@ class Layout:
             "avion": f"{{video}}{self.folder_extension}/{{start}}{self.extension}",
             "vms": f"{{video}}/{{chunk:04d}}{self.extension}",
             "whole": f"{{video}}{self.extension}",
+            "files": "{video}",
         }[self.kind]
 
 
 def find_layout(root: str | os.PathLike, kind: str = "auto") -> Layout:
     """Recognise how the videos under `root` are laid out. UserError if there are none in a known layout."""
+    if kind == "files":  # each video is named by its path
+        return Layout("files", "", "")
     if kind not in ("auto", *LAYOUTS):
         raise UserError(f"video layout: {kind!r} is not one of auto, {', '.join(LAYOUTS)}")
     storage = storage_of(root)
@@ -97,6 +101,46 @@ def _extension_of_chunks(storage: Storage, folder: str) -> str | None:
         if stem.isdigit() and extension.lower() in VIDEO_EXTENSIONS:
             return extension
     return None
+
+
+def list_videos(root: str | os.PathLike, layout: Layout) -> list[str]:
+    """The names of all videos below a root, sorted, each once. UserError where a folder cannot be listed.
+
+    Hidden folders are left out, and of links to folders those that lead back to a folder above them.
+    """
+    storage = storage_of(root)
+    try:
+        return sorted(set(_listed(storage, storage.root, "", layout, ())))
+    except OSError as error:
+        raise UserError(f"video root {root}: cannot be listed ({error.filename}: {error.strerror or error})") from None
+
+
+def _listed(storage: Storage, folder: str, name: str, layout: Layout, above: tuple[str, ...]) -> Iterator[str]:
+    """The videos in the folder `folder`, whose path below the root is `name`."""
+    real = folder if storage.remote else os.path.realpath(folder)
+    if real in above:
+        return
+    entries = storage.entries(folder)
+    stem, extension = os.path.splitext(name)
+    chunked = [n for n, is_folder in entries if not is_folder and _chunk_number(n, layout.kind) is not None]
+    if layout.kind == "avion" and chunked and extension.lower() in VIDEO_EXTENSIONS:
+        yield stem
+    elif layout.kind == "vms" and chunked and name:
+        yield name
+    for entry, is_folder in entries:
+        path = f"{name}/{entry}" if name else entry
+        if is_folder:
+            yield from _listed(storage, storage.join(folder, entry), path, layout, (*above, real))
+        elif layout.kind in ("whole", "files") and os.path.splitext(entry)[1].lower() in VIDEO_EXTENSIONS:
+            yield path if layout.kind == "files" else os.path.splitext(path)[0]
+
+
+def _chunk_number(name: str, kind: str) -> int | None:
+    stem, extension = os.path.splitext(name)
+    if extension.lower() not in VIDEO_EXTENSIONS:
+        return None
+    form = r"\d{4,}" if kind == "vms" else r"\d+"
+    return int(stem) if re.fullmatch(form, stem, re.ASCII) else None
 
 
 def other_extensions(name: str) -> list[str]:

@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +50,8 @@ class VideoStore:
     """The videos under one root. Holds no open file, so that it can be handed to DataLoader workers.
 
     root: folder of the videos. chunk_length: seconds per chunk (its file names count in it), ignored for whole
-    files. layout: "auto" or one of LAYOUTS. decoder, threads: as in `open_video`.
+    files. layout: "auto", one of LAYOUTS, or "files": a video's name is then the path of its file, below the root or
+    absolute. decoder, threads: as in `open_video`.
     index: the packet index of these videos; "auto": `packets.index` in the root, where there is one; None: no index. A
     file that it does not know as it is now is read without it: `unindexed` counts those readings, the log says so once.
     """
@@ -70,7 +71,7 @@ class VideoStore:
         self.decoder = resolve_decoder(decoder)
         self.threads = threads
         self.layout = find_layout(root, layout)
-        if self.layout.kind != "whole" and (chunk_length != int(chunk_length) or chunk_length < 1):
+        if self.chunked and (chunk_length != int(chunk_length) or chunk_length < 1):
             raise UserError(f"video chunk length: {chunk_length} is not a whole number of seconds, at least 1")
         self.chunk_length = int(chunk_length)
         self._short_names: dict[str, str] = {}
@@ -84,7 +85,7 @@ class VideoStore:
 
     @property
     def chunked(self) -> bool:
-        return self.layout.kind != "whole"
+        return self.layout.kind in ("avion", "vms")
 
     def chunk_index(self, second: float) -> int:
         """The number of the chunk that holds this second of a video; 0 for whole files."""
@@ -129,6 +130,8 @@ class VideoStore:
             return before + reader.seconds_of(reader.num_frames)
 
     def _chunk_path(self, video: str, chunk: int) -> str:
+        if self.layout.kind == "files":
+            return self.storage.join(self.storage.root, video)
         return self._there(self._path(self._name(video), chunk))
 
     def _path(self, name: str, chunk: int) -> str:
@@ -222,6 +225,75 @@ class VideoStore:
                 clamped += late
         frames = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         return ClipFrames(frames if order is None else frames[order], clamped)
+
+    def read_clips(
+        self,
+        video: str,
+        spans: Sequence[tuple[float, float]],
+        num_frames: int,
+        *,
+        scaling: Callable[[int, int], Scaling] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Read several clips of one video, the frames that `read_clip` gives of each, and decode each frame once.
+
+        Args:
+            video: The name of the video.
+            spans: (start, end) of each clip in seconds; at least one.
+            num_frames: Frames per clip.
+            scaling: As in `read_clip`.
+
+        Returns:
+            Frames (n, T, H, W, 3) uint8, or with `scaling` (n, T, 3, h, w); and by clip how many of its frames lie
+            after the end of the video, (n,) int64.
+
+        Raises:
+            VideoError: As `read_clip`, for any of the clips.
+        """
+        once = None if scaling is None else _OneScaling(scaling)
+        clamped = np.zeros(len(spans), dtype=np.int64)
+        places: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}  # by chunk: clip, positions in it, frame ids
+        with contextlib.ExitStack() as stack:
+            readers: dict[int, VideoReader] = {}
+
+            def reader_of(chunk: int, opened: Callable[[str, int], VideoReader]) -> VideoReader:
+                if chunk not in readers:
+                    readers[chunk] = stack.enter_context(opened(video, chunk))
+                return readers[chunk]
+
+            for clip, (start, end) in enumerate(spans):
+                first = self.chunk_index(start)
+                reader = reader_of(first, self._open_first)
+                moments, _ = self._moments(start, end, num_frames, reader, first, None, "uniform", 1, 1)
+                moments = self._mind_the_end(video, first, moments)
+                for chunk in map(int, np.unique(moments.chunk)):
+                    (here,) = np.nonzero(moments.chunk == chunk)
+                    part = reader_of(chunk, self._open)
+                    ids, late = self._ids_in_chunk(video, chunk, part, moments.place[here], moments.fps)
+                    places.setdefault(chunk, []).append((clip, here, ids))
+                    clamped[clip] += late
+            return self._frames_of_clips(readers, places, (len(spans), num_frames), once), clamped
+
+    def _frames_of_clips(
+        self,
+        readers: dict[int, VideoReader],
+        places: dict[int, list[tuple[int, np.ndarray, np.ndarray]]],
+        shape: tuple[int, int],
+        scaling: _OneScaling | None,
+    ) -> np.ndarray:
+        """-> (n, T, ...): the frames at these places."""
+        frames: np.ndarray | None = None
+        for chunk in sorted(places):
+            reader, at = readers[chunk], 0
+            found = self._decode(reader, np.concatenate([ids for _, _, ids in places[chunk]]), scaling)
+            if frames is None:
+                frames = np.empty((*shape, *found.shape[1:]), dtype=np.uint8)
+            elif frames.shape[2:] != found.shape[1:]:
+                raise _other_size(reader.path, *found.shape[1:3])
+            for clip, here, ids in places[chunk]:
+                frames[clip, here] = found[at : at + len(ids)]
+                at += len(ids)
+        assert frames is not None, "no clips"
+        return frames
 
     def _moments(
         self,
@@ -351,6 +423,13 @@ class VideoStore:
         scaling: _OneScaling | None,
     ) -> tuple[np.ndarray, int]:
         """places: as in `_Moments`, possibly past the chunk's end -> frames, number clamped."""
+        ids, late = self._ids_in_chunk(video, chunk, reader, places, fps)
+        return self._decode(reader, ids, scaling), late
+
+    def _ids_in_chunk(
+        self, video: str, chunk: int, reader: VideoReader, places: np.ndarray, fps: float | None
+    ) -> tuple[np.ndarray, int]:
+        """places: as in `_Moments`, possibly past the chunk's end -> frame numbers of the file, number clamped."""
         ids = _frames_at(reader, places, fps, self._begin_of(reader))
         late = int((ids >= reader.num_frames).sum())
         if late:
@@ -362,11 +441,14 @@ class VideoStore:
                     raise VideoError(path, reason)
             elif late == len(ids) and ids.min() - reader.num_frames > TOLERANCE_S * reader.fps:
                 raise VideoError(path, f"the clip starts after the video's end ({reader.num_frames} frames here)")
-        ids = np.minimum(ids, reader.num_frames - 1)
+        return np.minimum(ids, reader.num_frames - 1), late
+
+    @staticmethod
+    def _decode(reader: VideoReader, ids: np.ndarray, scaling: _OneScaling | None) -> np.ndarray:
         if scaling is None:
-            return reader.get_frames(ids), late
+            return reader.get_frames(ids)
         scaling.path = reader.path
-        return reader.get_scaled(ids, scaling), late
+        return reader.get_scaled(ids, scaling)
 
     def _begin_of(self, reader: VideoReader) -> float:
         """How many seconds after a chunk's begin its first frame begins, where its container says so.

@@ -1,0 +1,158 @@
+"""A folder of features that several processes fill, each its own part; settings, locks and the index.
+
+`settings.json` says what the features depend on; a run with other settings is refused. `index.jsonl` grows by lines.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from avion.errors import UserError
+from avion.files import PARTIAL, write_text
+from avion.json_lines import JsonLines, read_json_lines
+
+logger = logging.getLogger(__name__)
+
+# How long a process waits while another one of the same job opens the folder.
+_OPENING_S = 60.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part `index` of `count` of the work: unit u is done by part u mod count."""
+
+    index: int = 0
+    count: int = 1
+
+    def has(self, unit: int) -> bool:
+        """Whether this part does the unit."""
+        return unit % self.count == self.index
+
+
+WHOLE = Part()
+
+
+class FeatureFolder:
+    """A folder that features are written to. It is open until `close`, or until its `with` block is left.
+
+    The only process of a run keeps others out. The processes of a job that has several parts share the folder, and
+    none of them does the same part. The first one that opens the folder clears away what killed processes left.
+
+    Args:
+        folder: The folder.
+        settings: What the features depend on, as JSON values.
+        part: Which part of the work this process does.
+
+    Raises:
+        UserError: The folder has other settings, another process does the same work, or it cannot be written.
+    """
+
+    extensions: tuple[str, ...] = ()  # of files that only a folder with settings may hold
+
+    def __init__(self, folder: str | os.PathLike, settings: Mapping[str, Any], part: Part = WHOLE):
+        self.folder, self.part = Path(folder), part
+        self._locks: list[IO] = []
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._open(dict(settings))
+            except BaseException:
+                self.close()
+                raise
+        except OSError as e:
+            raise UserError(f"--output-dir {folder}: cannot be written ({e.strerror}); choose another") from e
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exc_info) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes write to the folder."""
+        for lock in self._locks:
+            lock.close()
+        self._locks = []
+
+    @property
+    def index(self) -> Path:
+        """The path of the index."""
+        return self.folder / "index.jsonl"
+
+    def _open(self, settings: dict[str, Any]) -> None:
+        common = open(self.folder / ".lock", "a")  # noqa: SIM115  (open until `close`)
+        self._locks.append(common)
+        first = _locked(common, fcntl.LOCK_EX)
+        if not first:
+            self._share(common)
+        if self.part.count > 1:
+            own = open(self.folder / f".lock-{self.part.index}-of-{self.part.count}", "a")  # noqa: SIM115
+            self._locks.append(own)
+            if not _locked(own, fcntl.LOCK_EX):
+                raise UserError(
+                    f"--output-dir {self.folder}: another process does part {self.part.index}/{self.part.count}; "
+                    "give each process another --shard"
+                )
+        if first:
+            for partial in self.folder.rglob(f"*{PARTIAL}"):
+                partial.unlink(missing_ok=True)
+        self._check(settings)
+        lines = read_json_lines(self.index)
+        kept = self._read_index(lines)
+        dropped = len(lines.rows) + len(lines.damaged) - len(kept)
+        if first and dropped:
+            logger.info("%s: %d lines of unfinished work are dropped", self.index, dropped)
+            write_text(self.index, "".join(json.dumps(entry) + "\n" for entry in kept))
+        if first and self.part.count > 1:
+            fcntl.flock(common, fcntl.LOCK_SH)
+
+    def _share(self, common: IO) -> None:
+        """Join the other processes of a job. UserError where this is no part of a job, or another run has the folder."""
+        give_up = time.monotonic() + _OPENING_S
+        while self.part.count == 1 or not _locked(common, fcntl.LOCK_SH):
+            if self.part.count == 1 or time.monotonic() > give_up:
+                raise UserError(f"--output-dir {self.folder}: another run writes here; wait for it or stop it")
+            time.sleep(0.05)
+
+    def _read_index(self, lines: JsonLines) -> list[dict[str, Any]]:
+        """Find out what is finished. Returns the entries that count."""
+        raise NotImplementedError
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        path = self.folder / "settings.json"
+        if not path.exists():
+            if any(p for ending in self.extensions for p in self.folder.glob(f"*{ending}")):
+                raise UserError(f"--output-dir {self.folder}: holds files of something else; choose another")
+            write_text(path, json.dumps(settings, indent=1) + "\n")
+            return
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            before = None
+        if not isinstance(before, dict):
+            raise UserError(f"{path}: is not the settings of an extraction; choose another --output-dir")
+        for name in sorted({*settings, *before}):
+            if settings.get(name) != before.get(name):
+                raise UserError(
+                    f"--output-dir {self.folder}: was begun with {name} {_short(before.get(name))}, this run has "
+                    f"{_short(settings.get(name))}; give what it was begun with, or another --output-dir"
+                )
+
+
+def _locked(file: IO, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
