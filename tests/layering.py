@@ -22,7 +22,8 @@ _ALLOWED: dict[str, frozenset[str]] = {
     "avion.ops": LEAVES,
     **{room: LEAVES | {"avion.ops"} for room in _MIDDLE},
     "avion.weights": LEAVES | {"avion.models"},
-    "avion.engine": LEAVES | {"avion.ops", "avion.weights", *_MIDDLE},
+    "avion.features": LEAVES,  # reads what the engine wrote; for people's scripts
+    "avion.engine": LEAVES | {"avion.ops", "avion.weights", "avion.features", *_MIDDLE},
     "avion.reproduce": LEAVES | {"avion.ops", "avion.engine", "avion.weights", *_MIDDLE},
     "avion.commands": LEAVES | {"avion.ops", "avion.engine", "avion.weights", "avion.reproduce", *_MIDDLE},
     "avion.utils": LEAVES | {"avion.ops", "avion.engine", "avion.weights", *_MIDDLE},

@@ -1,4 +1,4 @@
-"""Extract features of videos and sentences with any checkpoint, of the clips of a list or of windows over whole videos."""
+"""Extract features of videos and sentences with any checkpoint, of clips or of windows over whole videos."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Extract features of videos and sentences with any checkpoint, of the clips of a list or of windows over whole videos.
+"""Extract features of videos and sentences with any checkpoint, of clips or of windows over whole videos.
 
 Examples:
     python tools/extract_features.py --checkpoint runs/id6/checkpoint.pt --videos list.txt --root videos/ \\

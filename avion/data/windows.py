@@ -41,7 +41,7 @@ def windows_of(length: float, window: float, stride: float) -> np.ndarray:
     if whole > MOST_WINDOWS:
         raise ValueError(f"a video of {length:g} s would have {whole} windows")
     rest = length - ((whole - 1) * stride + window)
-    one_more = whole == 0 or (rest > min(SHORTEST_REST_S, stride / 2) and whole * stride < length)
+    one_more = whole == 0 or (rest > min(SHORTEST_REST_S, stride / 2) + 1e-6 and whole * stride < length)
     starts = np.arange(whole + one_more) * float(stride)
     return np.stack([starts, np.minimum(starts + window, length)], axis=1)
 
@@ -85,8 +85,8 @@ class VideoFinder:
                 return self._files, video
         except OSError:  # opening the file will say why
             return self._files, video
-        stem, extension = os.path.splitext(video)
-        name = (stem if extension.lower() in VIDEO_EXTENSIONS else video).strip("/")
+        stem, extension = os.path.splitext(video.rstrip("/"))
+        name = stem if extension.lower() in VIDEO_EXTENSIONS else video.rstrip("/")
         store = None if os.path.isabs(video) or ".." in name.split("/") else self._layout_store()
         if store is not None and store.last_chunk(name) is not None:
             return store, name

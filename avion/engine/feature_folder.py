@@ -19,6 +19,7 @@ from avion.json_lines import JsonLines, read_json_lines
 
 logger = logging.getLogger(__name__)
 
+TEXTS = "texts"  # the file of the features of sentences, which may lie in the same folder, without its extension
 # How long a process waits while another one of the same job opens the folder.
 _OPENING_S = 60.0
 
@@ -113,7 +114,7 @@ class FeatureFolder:
             fcntl.flock(common, fcntl.LOCK_SH)
 
     def _share(self, common: IO) -> None:
-        """Join the other processes of a job. UserError where this is no part of a job, or another run has the folder."""
+        """Join the other processes of a job. UserError for a run that is alone, and where the others do not open up."""
         give_up = time.monotonic() + _OPENING_S
         while self.part.count == 1 or not _locked(common, fcntl.LOCK_SH):
             if self.part.count == 1 or time.monotonic() > give_up:
@@ -127,7 +128,8 @@ class FeatureFolder:
     def _check(self, settings: dict[str, Any]) -> None:
         path = self.folder / "settings.json"
         if not path.exists():
-            if any(p for ending in self.extensions for p in self.folder.glob(f"*{ending}")):
+            found = [path for ending in self.extensions for path in self.folder.glob(f"*{ending}")]
+            if any(path.stem != TEXTS for path in found):
                 raise UserError(f"--output-dir {self.folder}: holds files of something else; choose another")
             write_text(path, json.dumps(settings, indent=1) + "\n")
             return

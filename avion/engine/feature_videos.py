@@ -24,7 +24,7 @@ from avion.errors import UserError
 from avion.files import append_lines, partial_file
 from avion.json_lines import JsonLines
 
-from .feature_folder import WHOLE, FeatureFolder, Part
+from .feature_folder import TEXTS, WHOLE, FeatureFolder, Part
 from .feature_shards import blank_rows, save_tensors
 
 BARE_FORMATS = ("npy", "pt")  # a file of these holds one array, without its times
@@ -83,6 +83,10 @@ class VideoFiles(FeatureFolder):
         stems: dict[str, str] = {}
         for video in videos:
             stem = file_stem(video)
+            if stem == TEXTS:
+                raise UserError(
+                    f"video {video}: its features would take the name of the sentences' features; rename it"
+                )
             if not stem or stems.setdefault(stem, video) != video:
                 raise UserError(
                     f"videos {stems.get(stem, '')} and {video}: would both be written to {stem}.{self.format}; put "

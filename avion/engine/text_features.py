@@ -22,6 +22,7 @@ from avion.files import write_text
 
 from .distributed import World
 from .encode import encode_texts
+from .feature_folder import TEXTS
 from .feature_shards import STORED
 from .feature_videos import save_file_of
 from .options.features import FeatureOptions
@@ -77,7 +78,7 @@ def write_texts(
     Raises:
         UserError: The model has no text tower, or the folder has features of other sentences or weights.
     """
-    path = Path(options.output_dir) / f"texts.{options.format}"
+    path = Path(options.output_dir) / f"{TEXTS}.{options.format}"
     about = path.with_suffix(".json")
     wanted = {**settings, "sentences": list(sentences)}
     with world.together("looking for features of sentences"):

@@ -177,3 +177,37 @@ def test_a_dataset_of_epic_kitchens_with_and_without_participants(chunked, writt
 def test_no_frames_are_a_mistake(root, written):
     with pytest.raises(UserError, match="number of frames: 0"):
         SpanDataset(read_video_list(written("a.mp4")), VideoFinder(root, in_store=False), num_frames=0, size=32)
+
+
+def test_a_csv_with_named_columns(written):
+    text = "label,end,video,start,id\ncut,0:00:04.5,a.mp4,1,first\npeel,,b/c.mp4,,\n"
+    assert list(read_video_list(written(text, "l.csv"))) == [Span("a.mp4", 1.0, 4.5, "first"), Span("b/c.mp4")]
+    assert list(read_video_list(written("video,duration\na,12\n", "l.csv"))) == [Span("a")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("video,start,end\na.mp4,0\n", "line 2: has 2 fields, the header has 3"),
+        ("video,start,start\na,1,2\n", "the column 'start' is there twice"),
+        ("video,start\n,1\n", "line 2: column 'video': a file or the name of a video is required"),
+        ("video,start,end\na,soon,2\n", "line 2: columns 'start' and 'end': 'soon' is no number of seconds"),
+        ("video,start,end\na,2,1\n", "line 2: 0 <= start < end in seconds is required, found 2 and 1"),
+        ("video,start,end\na,-1,1\n", "line 2: 0 <= start"),
+    ],
+)
+def test_bad_csvs_are_one_line(written, content, message):
+    path = written(content, "l.csv")
+    with pytest.raises(UserError) as caught:
+        read_video_list(path)
+    assert str(caught.value).startswith(f"video list {path}: ") and message in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", ["avion", "vms", "whole"])
+def test_a_text_list_names_chunked_videos(chunked, written, layout):
+    spans = read_video_list(written("abc,14,17\n"))
+    dataset = SpanDataset(spans, VideoFinder(getattr(chunked, layout), in_store=False), num_frames=3, size=32)
+    frames = _pictures(chunked.whole / "abc.mp4", [145, 155, 165])
+    wanted = EvalTransform(32, fused=True)(frames, None).float()
+    assert not dataset[0]["error"]
+    assert (dataset[0]["video"].float() - wanted).abs().mean() < 2  # encoded twice, so not to the bit
