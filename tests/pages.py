@@ -71,7 +71,7 @@ def check(words: tuple[str, ...]) -> None:
         (number,) = [i for i, word in enumerate(rest) if word.endswith(".sbatch")]
         assert all(word.startswith("--") for word in rest[:number]), "options of sbatch stand before the file"
         (script,) = re.findall(
-            r'^(?:launch|srun "\$python") (\S+)', (ROOT / rest[number]).read_text(encoding="utf-8"), re.MULTILINE
+            r"^(?:launch |program=\()([\w./]+)", (ROOT / rest[number]).read_text(encoding="utf-8"), re.MULTILINE
         )
         check_script(script, rest[number + 1 :])
     elif program == "torchrun":

@@ -48,7 +48,7 @@ PROGRAMS: dict[str, tuple[Program, ...]] = {
     ),
     "after a run": (
         _tool("plot", "plot_run", "draw the curves of one or several runs"),
-        _tool("features", "extract_features", "extract features of a list of videos"),
+        _tool("features", "extract_features", "extract features of videos, in clips or windows, and of sentences"),
         _tool("submission", "make_submission", "make the files that the EPIC-KITCHENS-100 challenge servers take"),
     ),
     "the paper's tables": (
