@@ -41,7 +41,7 @@ def test_an_array_of_jobs(tmp_path):
         give_up = time.monotonic() + 200
         while time.monotonic() < give_up:
             logs = {path.stem: path.read_text() for path in tmp_path.glob("*.log")}
-            if sum(": " in text and " videos" in text.splitlines()[-1] for text in logs.values() if text) == 3:
+            if sum(f"{tmp_path / 'array'}: " in text for text in logs.values()) == 3:
                 break
             time.sleep(0.5)
     ends = {name: text.splitlines()[-1].rpartition(": ")[2] for name, text in logs.items()}
