@@ -55,6 +55,8 @@ def commands(page: Path) -> list[Command]:
     return found
 
 
+# The model of docs/add_a_model.md, and one that is there.
+OWN = {"TIMECONV_VITB16": "TIMESFORMER_VITB16"}
 # Programs of other packages, whose flags are theirs.
 FOREIGN = {"pip", "source", "tensorboard", "wandb"}
 
@@ -63,6 +65,9 @@ def check(words: tuple[str, ...]) -> None:
     """Raises where a command would refuse its flags or does not exist. To be called in the repository's root."""
     while re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]
+    if "--import" in words:  # the module is the reader's: what it registers stands for any model
+        at = words.index("--import")
+        words = tuple(OWN.get(word, word) for word in (*words[:at], *words[at + 2 :]))
     program, *rest = words
     if program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)

@@ -2,11 +2,11 @@
 
 import ast
 import re
+import sys
 
 import pytest
 import torch
 
-import main_pretrain
 from avion.engine.args import parse
 from avion.engine.options import PretrainOptions
 from avion.engine.steps import Precision, contrastive_step
@@ -143,8 +143,17 @@ def test_the_example_is_trained_by_the_entry_point(timeconv):
     """Its name is a value of --model, its fields are --model-args."""
     args = parse(PretrainOptions, ["--model", timeconv, "--model-args", "depth=1"], "main_pretrain.py", "")
     assert args.model == timeconv
-    launcher = code_blocks("add_a_model.md")[1]
-    assert "sys.exit(main_pretrain.main())" in launcher and callable(main_pretrain.main)
+
+
+def test_the_example_is_imported_by_the_entry_point(tmp_path, monkeypatch):
+    """As the page has it: a file timeconv.py in the current folder. test_plugins.py trains such a model."""
+    (tmp_path / "timeconv.py").write_text(code_blocks("add_a_model.md")[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    with registered_for_a_while():
+        words = ["--import", "timeconv", "--model", "TIMECONV_VITB16"]
+        assert parse(PretrainOptions, words, "main_pretrain.py", "").plugins == ["timeconv"]
+    del sys.modules["timeconv"]
 
 
 def test_a_taken_mixer_is_refused(timeconv):

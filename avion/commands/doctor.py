@@ -18,6 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from avion.errors import called_names, exit_status
+from avion.plugins import import_plugins
 
 MINIMUM_PYTHON = (3, 10)
 REQUIRED = ("torch", "torchvision", "timm", "open_clip_torch", "numpy")
@@ -223,7 +224,11 @@ def examine(argv: Sequence[str] | None) -> int:
         prog=called_names("tools/doctor.py"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to try the scan")
+    parser.add_argument(
+        "--import", dest="plugins", action="append", default=[], metavar="MODULE", help="module of your own to try too"
+    )
     args = parser.parse_args(argv)
+    import_plugins(args.plugins)
     report = Report()
     versions(report)
     if not report.problems:  # else the imports below would fail

@@ -164,6 +164,7 @@ def reproduce(args: argparse.Namespace, options: SubmitOptions | None, words: Se
     request = Request(
         runs=args.runs, scale=args.scale, seeds=tuple(args.seed) or (None,), gpus=processes(args, options),
         device=args.device, released=args.from_released, checkpoint=args.checkpoint, words=tuple(words),
+        plugins=tuple(args.plugins),
         with_prerequisites=args.with_prerequisites, again=args.again, here=not args.submit,
     )  # fmt: skip
     steps = plan(selected(args), request)

@@ -53,7 +53,8 @@ def tables_demo(args: argparse.Namespace) -> None:
     from avion.reproduce.report import make_report
 
     start = time.monotonic()
-    chain = Chain(ensure_demo_dataset(args.root), Path(args.output_dir), sorted(set(args.seeds)), args.short)
+    paths, seeds = ensure_demo_dataset(args.root), sorted(set(args.seeds))
+    chain = Chain(paths, Path(args.output_dir), seeds, args.short, tuple(args.plugins))
     jobs = chain.jobs()
     if args.short:
         chain.write_few_clips()

@@ -23,6 +23,7 @@ import yaml
 
 from avion.errors import NOBODY_READS, USER_ERROR, UserError, called_names, stdout_is_closed
 from avion.numbers import Number, shown, whole
+from avion.plugins import import_plugins
 from avion.resources import config_path
 
 T = TypeVar("T", bound="Options")
@@ -97,14 +98,30 @@ def other_default(group: type, name: str, default: Any, help: str | None = None)
     return flag(default, help or spec["help"], **{k: v for k, v in spec.items() if k != "help"})
 
 
+class _Import(argparse.Action):
+    """Imports the module when the flag is read."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            import_plugins([values])
+        except UserError as e:
+            parser.error(str(e))
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), values])
+
+
 class ToolParser(argparse.ArgumentParser):
     """An argument parser that ends the program with one line and status 2 for words that it refuses.
 
-    Help and errors name programs as they were called (`avion.errors.called_names`).
+    Help and errors name programs as they were called (`avion.errors.called_names`). Every tool takes `--import MODULE`.
     """
 
     def __init__(self, *args: Any, **keywords: Any):
         super().__init__(*args, **keywords)
+        if self.add_help and type(self) is ToolParser:  # options of dataclasses have a flag of their own for it
+            self.add_argument(
+                "--import", dest="plugins", action=_Import, default=[], metavar="MODULE",
+                help="module, or path of a .py file, to import first, which registers models and mixers (repeatable)",
+            )  # fmt: skip
         self.prog = called_names(self.prog)
         # argparse takes -1e-3 and -inf for flags, and then says that a value is missing.
         self._negative_number_matcher = re.compile(r"-\.?\d.*|-inf.*|-nan", re.IGNORECASE)
@@ -384,7 +401,9 @@ def parse(config: type[T], argv: Sequence[str] | None, prog: str, description: s
 
 
 def _settled(config: type[T], values: dict[str, Any]) -> T:
-    """The options with these values, once the methods `settle` and `check` of each group have seen them."""
+    """The options with these values, once the methods `settle` and `check` of each group have seen them, and the
+    modules of one's own have been imported, which may register the model that these are asked about."""
+    import_plugins(values.get("plugins", ()))
     for group in config.__mro__:
         if "settle" in group.__dict__:
             values = group.settle(values, config)

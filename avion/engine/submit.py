@@ -21,8 +21,9 @@ from avion.errors import UserError
 from avion.numbers import COUNT, COUNT_OR_OFF, PROCESSES, whole
 from avion.resources import SLURM, checkout, resources
 
-from .args import Options, flag, parse
+from .args import Options, flag, other_default, parse
 from .options import EgoSchemaOptions, FinetuneClassificationOptions, FinetuneRetrievalOptions, PretrainOptions
+from .options.shared import PluginOptions
 from .peers import meeting_variables
 from .signals import STOPPED
 
@@ -69,6 +70,9 @@ class SubmitOptions(Options):
         "slurm",
         "where the job runs; local: in processes on this machine, to try the command out",
         choices=["slurm", "local"],
+    )
+    plugins: list[str] = other_default(
+        PluginOptions, "plugins", [], "modules, or paths of .py files, that the job imports first, and this program too"
     )
     dry_run: bool = flag(False, "show what would be submitted, and submit nothing", off="")
 
@@ -171,6 +175,7 @@ def submit(entry_point: str, words: Sequence[str], options: SubmitOptions) -> st
             SLURM refuses the job.
     """
     entry_point = entry_point_of(entry_point)
+    words = [*(["--import", *options.plugins] if options.plugins else []), *words]
     run = parse(ENTRY_POINTS[entry_point], words, entry_point, "")
     options.check_job()
     folder = Path(options.job_dir or Path(run.output_dir) / "slurm").absolute()

@@ -14,6 +14,7 @@ from typing import Any
 
 from avion.errors import UserError, exit_status
 from avion.files import write_text
+from avion.plugins import import_plugins
 
 LISTING = Path(__file__).with_name("listing.json")
 HF_PREFIX = "hf:"
@@ -81,6 +82,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="a shell pattern of model names such as 'TIMEMAMBA*', or a checkpoint to describe: a path or "
         "hf:owner/repo/file",
     )  # fmt: skip
+    parser.add_argument(
+        "--import", dest="plugins", action="append", default=[], metavar="MODULE",
+        help="module, or path of a .py file, to import first, which registers models and mixers; may be repeated; the "
+        "models are then counted anew, which takes seconds",
+    )  # fmt: skip
     parser.add_argument("--update-listing", action="store_true", help="write the list of models anew, for developers")
     return parser
 
@@ -91,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         given = parser.parse_args(argv)
+        import_plugins(given.plugins)
         if given.update_listing:
             print(update_listing())
         elif given.what.startswith(HF_PREFIX) or Path(given.what).is_file():
@@ -98,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(Checkpoint.open(given.what).describe())
         else:
-            found = {name: facts for name, facts in listing().items() if fnmatchcase(name, given.what)}
+            models = registered() if given.plugins else listing()
+            found = {name: facts for name, facts in models.items() if fnmatchcase(name, given.what)}
             if not found:
                 raise UserError(
                     f"{given.what}: no registered model has a name of this kind, and there is no file of this name; "

@@ -14,6 +14,7 @@ from torch import nn
 from avion.errors import UserError
 from avion.numbers import SHARE_BELOW_1, Number, shown, whole
 from avion.ops.selective_scan import backend_names
+from avion.plugins import HINT
 
 FieldValue = int | float | bool | str | None
 _T = TypeVar("_T", int, float, int | None)
@@ -157,7 +158,8 @@ def _check_types(config: ModelConfig) -> None:
     for name, kind in field_kinds(type(config)).items():
         value = getattr(config, name)
         if value not in kind:
-            raise UserError(f"{config.name}: {name} must be {kind}, found {shown(value)}")
+            hint = f"; {HINT}" if name == "mixer" else ""
+            raise UserError(f"{config.name}: {name} must be {kind}, found {shown(value)}{hint}")
         if kind.type is float and value is not None:
             object.__setattr__(config, name, float(value))
 

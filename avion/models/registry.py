@@ -15,6 +15,7 @@ import yaml
 from torch import nn
 
 from avion.errors import UserError
+from avion.plugins import HINT
 
 from .config import CHOICES, MIXERS, FieldValue, Kind, ModelConfig, field_kinds
 from .tower import find_tower, towers
@@ -130,7 +131,7 @@ def resolve_name(name: str) -> str:
     if name in _ALIASES:
         return _ALIASES[name]
     hint = _near(name, [*_MODELS, *_ALIASES]) or "`python -m avion.models` lists all"
-    raise UserError(f"unknown model {name!r}; {hint}")
+    raise UserError(f"unknown model {name!r}; {hint}; {HINT}")
 
 
 def model_aliases(name: str) -> list[str]:
@@ -160,7 +161,8 @@ def read_field(field: str, text: str, model: str | None = None) -> FieldValue:
     try:
         return kinds[field].read(text)
     except (ValueError, yaml.YAMLError) as e:
-        raise UserError(" ".join(str(e).split())) from e
+        hint = f"; {HINT}" if field == "mixer" else ""
+        raise UserError(" ".join(str(e).split()) + hint) from e
 
 
 def create_model(name: str, /, **overrides: Any) -> nn.Module:

@@ -45,13 +45,14 @@ class Chain:
     """All recipes on the demo dataset.
 
     output: The folder that everything is written to. short: Whether to train only one epoch of 64 clips each, to see
-    that everything runs.
+    that everything runs. plugins: Modules that every run imports.
     """
 
     paths: DemoPaths
     output: Path
     seeds: Sequence[int] = (0,)
     short: bool = False
+    plugins: tuple[str, ...] = ()
 
     @property
     def runs(self) -> Path:
@@ -79,7 +80,7 @@ class Chain:
             words += ["--pretrain-model", str(self._longer_folder(recipe.starts_from, seed) / CHECKPOINT)]
         elif self.short:
             words += [*_SHORT_WORDS, *self._few_clips(recipe)]
-        run = Request(runs=str(self.runs), scale=SCALE, device="cpu").run(recipe, seed, words)
+        run = Request(runs=str(self.runs), scale=SCALE, device="cpu", plugins=self.plugins).run(recipe, seed, words)
         try:
             run.check_folder()
         except UserError as e:
@@ -97,6 +98,7 @@ class Chain:
         words += ["--root", str(self.paths.root), "--train-metadata", str(train), "--train-metadata-aux", str(aux)]
         words += ["--output-dir", str(folder), "--seed", str(seed), "--device", "cpu", *_WORDS]
         words += _SHORT_WORDS if self.short else ["--epochs", str(LONGER_EPOCHS)]
+        words += ["--import", *self.plugins] if self.plugins else []
         done = evaluated_epochs(folder) >= (1 if self.short else LONGER_EPOCHS)
 
         def begin() -> None:

@@ -18,7 +18,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """How recipes are to be run. words: More flags of the entry points. here: On this machine, not on a cluster."""
+    """How recipes are to be run.
+
+    Attributes:
+        words: More flags of the entry points.
+        plugins: Modules that every run imports, and that this process has imported.
+        here: Whether they run on this machine, not on a cluster.
+    """
 
     runs: str = "runs"
     scale: str = FULL
@@ -28,6 +34,7 @@ class Request:
     released: bool = False
     checkpoint: str | None = None
     words: tuple[str, ...] = ()
+    plugins: tuple[str, ...] = ()
     with_prerequisites: bool = False
     again: bool = False
     here: bool = True
@@ -41,6 +48,8 @@ class Request:
             recipe = from_released(recipe, self.checkpoint)
         if self.gpus is not None:
             recipe = with_processes(recipe, self.gpus)
+        if self.plugins:
+            words = ["--import", *self.plugins, *words]
         return Run(with_words(recipe, words), RELEASED if self.released else TRAINED)
 
 

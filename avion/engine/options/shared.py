@@ -84,6 +84,18 @@ class VideoOptions(Options):
 
 
 @dataclass(frozen=True)
+class PluginOptions(Options):
+    """Modules of one's own. Every program imports them as soon as its flags are parsed (`avion.engine.args`)."""
+
+    TITLE: ClassVar[str] = "modules of one's own"
+
+    plugins: list[str] = flag(
+        [], "modules, or paths of .py files, to import first: they register models and mixers "
+        "(docs/add_a_model.md)", names=["--import"], metavar="MODULE",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class CaptionOptions(Options):
     """Clips and captions of one's own in the place of a dataset's annotations."""
 
@@ -255,7 +267,7 @@ class DeviceOptions(Options):
 
 
 @dataclass(frozen=True)
-class TrainingOptions(VideoOptions, ModelOptions, OptimOptions, RunOptions, DeviceOptions):
+class TrainingOptions(VideoOptions, ModelOptions, OptimOptions, RunOptions, DeviceOptions, PluginOptions):
     """All groups that an entry point with a training has."""
 
     def check(self) -> None:
@@ -278,7 +290,7 @@ class TrainingOptions(VideoOptions, ModelOptions, OptimOptions, RunOptions, Devi
 
 
 @dataclass(frozen=True)
-class SavedModelOptions(Options):
+class SavedModelOptions(PluginOptions):
     """A model that is used as its checkpoint describes it, without training."""
 
     TITLE: ClassVar[str] = "model"
