@@ -9,13 +9,54 @@ from collections.abc import Callable, Iterator, Mapping
 
 USER_ERROR, INTERRUPTED, NOBODY_READS = 2, 130, 141  # exit statuses
 
+_LONGEST_MESSAGE = 4000
+# What moves the cursor, ends a line, changes the direction of writing, or cannot be written in UTF-8: the control
+# characters, the separators of lines and paragraphs, the marks of right-to-left text, and the lone surrogates by which
+# Python holds bytes of file names that are not UTF-8.
+_NOT_SHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """One line of text that a terminal or a log shows as it is, whatever the names in it are made of.
+
+    Args:
+        text: Any text, for example with the name of a file from outside in it.
+
+    Returns:
+        The text with a code such as `\\n` or `\\x1b` in the place of each character that would end the line, move the
+        cursor or turn the direction of writing. A byte of a file name that is not UTF-8 becomes `\\xff`, say.
+    """
+    return _NOT_SHOWN.sub(_code_of, text)
+
+
+def _code_of(found: re.Match[str]) -> str:
+    number = ord(found[0])
+    if 0xDC80 <= number <= 0xDCFF:  # a byte of a file name, as os.fsdecode holds it
+        return f"\\x{number - 0xDC00:02x}"
+    return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(
+        found[0], f"\\x{number:02x}" if number < 256 else f"\\u{number:x}"
+    )
+
+
+def say(*lines: str, to_stderr: bool = False) -> None:
+    """Print lines, each as `printable` makes it: what every program does with lines that hold names from outside."""
+    for line in lines:
+        print(printable(line), file=sys.stderr if to_stderr else sys.stdout, flush=True)
+
 
 class UserError(ValueError):
     """Something given from outside is wrong: a flag, a file, an annotation, a checkpoint.
 
     The message is one line: which file, which field, what was found, what to do. Programs print it and
-    exit with status 2; `--debug` shows the traceback too.
+    exit with status 2; `--debug` shows the traceback too. The message is made printable, and is cut in the middle where
+    it is longer than 4,000 characters.
     """
+
+    def __init__(self, message: object = ""):
+        text = printable(str(message))
+        if len(text) > _LONGEST_MESSAGE:
+            text = f"{text[: _LONGEST_MESSAGE // 2]} ... {text[-_LONGEST_MESSAGE // 2 :]}"
+        super().__init__(text)
 
 
 def exit_status(name: str, body: Callable[[], int | None], *, debug: bool = False) -> int:
@@ -34,11 +75,13 @@ def exit_status(name: str, body: Callable[[], int | None], *, debug: bool = Fals
     except UserError as e:
         if debug:
             raise
-        message = called_names(str(e)).removeprefix(called_names(name) + ": ")
-        print(f"{called_names(name)}: error: {message}", file=sys.stderr, flush=True)
+        say(
+            f"{called_names(name)}: error: {called_names(str(e)).removeprefix(called_names(name) + ': ')}",
+            to_stderr=True,
+        )
         return USER_ERROR
     except KeyboardInterrupt:
-        print(f"{called_names(name)}: interrupted", file=sys.stderr, flush=True)
+        say(f"{called_names(name)}: interrupted", to_stderr=True)
         return INTERRUPTED
     except _NobodyReads:
         return NOBODY_READS

@@ -9,7 +9,6 @@ Nothing in the files is trusted: arrays are read without pickles, and no member 
 
 from __future__ import annotations
 
-import json
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ import numpy as np
 from avion.constants import FEATURE_KINDS
 from avion.errors import UserError
 from avion.json_lines import read_json_lines
+from avion.reading import open_file, parse_json, read_npy, read_text
 
 _CURE = "extract the features again, into another folder"
 _LARGEST_SETTINGS = 1 << 20  # bytes
@@ -157,12 +157,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST_SETTINGS:
             raise UserError(f"{path}: is too large for settings; {_CURE}")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(read_text(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give the --output-dir of tools/extract_features.py") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         found = None
     if not isinstance(found, dict):
         raise UserError(f"{path}: is not the settings of an extraction; {_CURE}")
@@ -193,7 +193,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         if path.suffix == ".npz":
             return _npz(path)
         if path.suffix == ".npy":
-            return {"": np.load(path, allow_pickle=False)}
+            with open_file(path) as file:
+                return {"": read_npy(file, path.stat().st_size)}
         import torch
 
         if path.suffix == ".safetensors":

@@ -4,6 +4,7 @@ A leaf: this module imports nothing of the project but its errors and its files.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from avion.errors import UserError
 from avion.files import append_lines
+from avion.reading import open_file, parse_json
 
 # A log of a run has some thousands of lines of less than 2 kB; an index of a million rows has 200 MB.
 LARGEST_BYTES = 1 << 30
@@ -53,20 +55,20 @@ def read_json_lines(path: Path, *, cure: str = "remove the file") -> JsonLines:
         UserError: The file cannot be read, or is too large to be a log.
     """
     try:
-        if not path.exists():
-            return JsonLines([], [])
-        if not path.is_file():
-            raise UserError(f"{path}: is no regular file; {cure}")
-        if path.stat().st_size > LARGEST_BYTES:
-            raise UserError(f"{path}: {path.stat().st_size / 1e6:.0f} MB is too large for a log; {cure}")
-        *lines, _ = path.read_bytes().split(b"\n")
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > LARGEST_BYTES:
+                raise UserError(f"{path}: {size / 1e6:.0f} MB is too large for a log; {cure}")
+            *lines, _ = file.read().split(b"\n")
+    except FileNotFoundError:
+        return JsonLines([], [])
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); {cure}") from e
     rows, damaged = [], []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = parse_json(line, nan=True)
+        except ValueError:
             row = None
         if isinstance(row, dict):
             rows.append((number, row))

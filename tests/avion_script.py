@@ -22,13 +22,13 @@ import avion.models.model_clip as model_clip
 import avion.utils.distributed as dist_utils
 from avion.data.clip_dataset import VideoCaptionDatasetCLIP, get_downstream_dataset
 from avion.data.ek100 import read_ek100_retrieval, read_sentences
-from avion.data.safe_pickle import load_pickle
 from avion.data.tokenizer import tokenize
 from avion.data.transforms import Permute, SpatialCrop
 from avion.losses.losses import ClipLoss, MaxMarginRankingLoss
 from avion.models.registry import ModelConfig, register_model
 from avion.models.utils import inflate_positional_embeds
 from avion.optim.schedulers import cosine_scheduler
+from avion.safe_pickle import load_pickle
 from avion.utils.evaluation_ek100mir import get_mAP, get_nDCG
 from avion.utils.meters import AverageMeter, ProgressMeter
 from avion.utils.misc import check_loss_nan, generate_label_map

@@ -1,8 +1,10 @@
 """How programs end: their exit status, and what they say on stderr."""
 
+import os
+
 import pytest
 
-from avion.errors import UserError, exit_status
+from avion.errors import UserError, exit_status, printable, say
 
 
 def raising(error):
@@ -38,3 +40,23 @@ def test_interruption(capsys):
 def test_a_defect_is_not_a_mistake_of_the_users():
     with pytest.raises(ValueError, match="ours"):
         exit_status("tools/x.py", raising(ValueError("ours")))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain é 日本 \\n", "plain é 日本 \\n"), ("a\nb\r\tc", r"a\nb\r\tc"),
+        ("\x1b[2J\x9b\x7f\0", r"\x1b[2J\x9b\x7f\x00"),
+        ("\u2028\u202e\u2066", r"\u2028\u202e\u2066"), (os.fsdecode(b"a\xff\xfe"), r"a\xff\xfe"), ("\ud800", r"\ud800"),
+    ],
+)  # fmt: skip
+def test_lines_are_printable(text, shown, capsys):
+    assert printable(text) == shown and str(UserError(text)) == shown
+    say(text, "second")
+    say(text, to_stderr=True)
+    assert capsys.readouterr() == (f"{shown}\nsecond\n", f"{shown}\n")
+
+
+def test_long_messages_are_cut_in_the_middle():
+    text = str(UserError("begin " + "x" * 10**6 + " end"))
+    assert len(text) < 4100 and text.startswith("begin ") and text.endswith(" end")

@@ -23,7 +23,7 @@ from avion.data.relevancy import (
     write_relevancy,
 )
 from avion.engine.args import ToolParser
-from avion.errors import UserError, exit_status
+from avion.errors import UserError, exit_status, say
 
 # Files of float32 are within 1e-7 of the exact values; two different relevancies are more than 1e-3 apart.
 TOLERANCE = 1e-4
@@ -60,16 +60,16 @@ def run(args: argparse.Namespace) -> int:
     blocks, size = relevancy_blocks(classes, spoken), f"{len(clips)} clips x {len(ids)} sentences"
     if args.output:
         write_relevancy(args.output, blocks, (len(clips), len(ids)))
-        print(f"{args.output}: {size}, float64, {Path(args.output).stat().st_size / 1e6:.0f} MB")
+        say(f"{args.output}: {size}, float64, {Path(args.output).stat().st_size / 1e6:.0f} MB")
         return 0
     found = load_relevancy(args.check, len(clips), len(ids))
     count, first = differences(found, blocks, TOLERANCE, LISTED)
     for clip, sentence, computed in first:
-        print(
+        say(
             f"clip {clip} ({clips.narration_ids[clip]}), sentence {sentence} ({ids[sentence]}): "
             f"{found[clip, sentence]:.6g} in the file, {computed:.6g} computed"
         )
-    print(f"{args.check}: {count} of {found.size} cells differ by more than {TOLERANCE:g} ({size})")
+    say(f"{args.check}: {count} of {found.size} cells differ by more than {TOLERANCE:g} ({size})")
     return 1 if count else 0
 
 

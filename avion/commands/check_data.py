@@ -20,7 +20,7 @@ from avion.data.ek100 import is_ek100_file, read_ek100_retrieval
 from avion.data.narrations import NarrationTable
 from avion.data.video import LAYOUTS, TOLERANCE_S, VideoError, VideoStore, open_video
 from avion.engine.args import ToolParser
-from avion.errors import UserError, exit_status
+from avion.errors import UserError, exit_status, say
 from avion.numbers import WORKERS, whole
 from avion.processes import pool
 
@@ -177,13 +177,13 @@ def run(args: argparse.Namespace) -> int:
     store = VideoStore(args.root, chunk_length=args.video_chunk_length, layout=args.video_layout, decoder=args.decoder)
     table = with_ends(table, store)
     needs, known = needs_of(table, store)
-    print(f"{len(table)} clips of {len(table.videos)} videos need {len(needs) + len(known)} files ({store.pattern})")
+    say(f"{len(table)} clips of {len(table.videos)} videos need {len(needs) + len(known)} files ({store.pattern})")
     counts: dict[str, int] = {}
     for group in (known, check_files(needs, args.decode, store.decoder, args.workers)):
         for finding in group:
             counts[finding.kind] = counts.get(finding.kind, 0) + 1
             detail = f": {finding.detail}" if finding.detail else ""
-            print(f"{finding.kind}  {finding.path}  ({finding.clips} clips){detail}", flush=True)
+            say(f"{finding.kind}  {finding.path}  ({finding.clips} clips){detail}")
     print(", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) or "all is well")
     return 1 if counts else 0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from avion.constants import NORM_STYLES
 from avion.engine.args import ToolParser
-from avion.errors import UserError, exit_status
+from avion.errors import UserError, exit_status, say
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,4 +71,4 @@ def convert(args: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    return exit_status("tools/convert_checkpoint.py", lambda: print(convert(args)), debug=args.debug)
+    return exit_status("tools/convert_checkpoint.py", lambda: say(*convert(args).split("\n", 1)), debug=args.debug)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from avion.engine.options.features import FeatureOptions
 from avion.engine.program import run_program
+from avion.errors import say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not report.is_main:
             return
         for what, error in errors.items():
-            print(f"unreadable  {what}: {error}")
+            say(f"unreadable  {what}: {error}")
         unreadable = f", {len(errors)} with something that cannot be read" if errors else ""
-        print(f"{options.output_dir}: {report.count} {report.unit}{unreadable}")
+        say(f"{options.output_dir}: {report.count} {report.unit}{unreadable}")
 
     status = run_program(body, FeatureOptions, argv, "tools/extract_features.py", __doc__)
     return 1 if status == 0 and errors else status

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from avion.data.video import INDEX_NAME, index_videos
 from avion.engine.args import ToolParser
-from avion.errors import exit_status
+from avion.errors import exit_status, say
 from avion.numbers import WORKERS
 
 _LISTED = 20  # files that are named; the others are counted
@@ -49,10 +49,10 @@ def run(args: argparse.Namespace) -> int:
         made = index_videos(args.root, args.files or None, index=args.index, workers=args.workers, progress=progress)
     for name, reason in sorted(made.plain.items())[:_LISTED]:
         name = name.encode("utf-8", "backslashreplace").decode()  # file names may be of other encodings
-        print(f"without index  {name}: {reason}")
+        say(f"without index  {name}: {reason}")
     if len(made.plain) > _LISTED:
-        print(f"without index  ... and {len(made.plain) - _LISTED} more")
-    print(
+        say(f"without index  ... and {len(made.plain) - _LISTED} more")
+    say(
         f"{made.path}: {made.files - len(made.plain)} of {made.files} files, {made.frames} frames"
         f" ({made.reused} entries stood before)"
     )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from avion.engine.args import ToolParser
-from avion.errors import exit_status
+from avion.errors import exit_status, say
 from avion.numbers import SEED
 
 
@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if given.contact_sheet:
             contact_sheet(Path(given.contact_sheet), given.seed)
-            print(given.contact_sheet)
+            say(str(given.contact_sheet))
         else:
-            print(ensure_demo_dataset(given.root, seed=given.seed).root)
+            say(str(ensure_demo_dataset(given.root, seed=given.seed).root))
 
     return exit_status("tools/make_demo_data.py", body)

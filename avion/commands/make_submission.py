@@ -8,6 +8,7 @@ The tool checks shapes, ids and ranges first, and writes a complete zip file or 
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ import numpy as np
 
 from avion.data.ek100 import check_ids_differ, read_ek100_retrieval, read_sentences
 from avion.data.ek100_actions import read_ek100_actions
-from avion.data.safe_pickle import load_pickle
 from avion.engine.args import ToolParser
 from avion.engine.predictions import action_zip, check_target, retrieval_zip, write_whole
-from avion.errors import UserError, exit_status
+from avion.errors import UserError, exit_status, say
 from avion.evaluation.submission import SLS, SLS_LEVELS, action_submission, check_same_ids, retrieval_submission
 from avion.numbers import whole
+from avion.reading import open_file, read_npy
+from avion.safe_pickle import load_pickle
 
 _LEVELS = {"sls_pt": (2, "of pretraining"), "sls_tl": (3, "training labels"), "sls_td": (3, "training data")}
 
@@ -104,7 +106,8 @@ def _read_matrix(path: str) -> np.ndarray:
         matrix = load_pickle(path, "similarity")
     else:
         try:
-            matrix = np.load(path, allow_pickle=False)
+            with open_file(path) as file:
+                matrix = read_npy(file, os.fstat(file.fileno()).st_size)
         except FileNotFoundError:
             raise UserError(f"similarity {path}: no such file") from None
         except (OSError, ValueError, EOFError, MemoryError) as error:
@@ -124,6 +127,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         check_target(args.output, "output", ".zip")
-        print({"actions": make_actions, "retrieval": make_retrieval}[args.task](args))
+        say({"actions": make_actions, "retrieval": make_retrieval}[args.task](args))
 
     return exit_status("tools/make_submission.py", body, debug=args.debug)

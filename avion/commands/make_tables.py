@@ -8,11 +8,10 @@ says how to read the report.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from avion.engine.args import ToolParser
-from avion.errors import exit_status
+from avion.errors import exit_status, say
 from avion.reproduce.report import make_report
 
 
@@ -30,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> None:
         runs, files = make_report(args.runs, args.output)
         for problem in runs.problems:
-            print(f"in no table: {problem.path}: {problem.reason}", file=sys.stderr)
-        print(f"runs in the tables: {len(runs.results)}; written: {', '.join(map(str, files))}")
+            say(f"in no table: {problem.path}: {problem.reason}", to_stderr=True)
+        say(f"runs in the tables: {len(runs.results)}; written: {', '.join(map(str, files))}")
 
     return exit_status("tools/make_tables.py", body, debug=args.debug)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from avion.engine.args import ToolParser
-from avion.errors import UserError, exit_status
+from avion.errors import UserError, exit_status, say
 from avion.files import written_whole
 from avion.json_lines import read_json_lines
 
@@ -304,6 +304,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         plot(given.runs, given.output)
-        print(given.output)
+        say(str(given.output))
 
     return exit_status("tools/plot_run.py", body)

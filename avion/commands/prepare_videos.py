@@ -25,7 +25,7 @@ from avion.data.video.prepare import Report, prepare_videos
 from avion.data.video.prepare_encode import PRESETS, Encoding
 from avion.data.video.prepare_plan import DATASETS, Settings, parse_shard
 from avion.engine.args import ToolParser
-from avion.errors import exit_status
+from avion.errors import exit_status, printable, say
 from avion.numbers import WORKERS, Number, whole
 
 _QUIET_EVERY_S = 30.0  # between lines of progress that go to a file
@@ -79,7 +79,7 @@ class Progress:
     def __call__(self, done: int, total: int, words: str) -> None:
         if words:
             self.close()
-            print(words, file=sys.stderr, flush=True)
+            say(words, to_stderr=True)
         elif sys.stderr.isatty():
             self._bar = self._bar or tqdm(total=total, unit="B", unit_scale=True, desc="raw video", smoothing=0.05)
             self._bar.update(done - self._bar.n)
@@ -89,7 +89,7 @@ class Progress:
             print(f"{100 * done / total:.1f} % of {_bytes(total)}, {_time(left)} left", file=sys.stderr, flush=True)
 
     def failed(self, path: str, reason: str) -> None:
-        tqdm.write(f"failed: {path}: {reason}", file=sys.stderr)
+        tqdm.write(printable(f"failed: {path}: {reason}"), file=sys.stderr)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -114,19 +114,19 @@ def _time(seconds: float) -> str:
 def tell(report: Report, target: str, settings: Settings) -> None:
     """The closing lines."""
     sums = report.totals
-    print(
+    say(
         f"{sums.videos} videos, {_time(sums.seconds)} of {sums.frames} frames: {_bytes(sums.source_bytes)} of raw "
         f"video became {_bytes(sums.bytes)} in {sums.files} files; {report.prepared} of them prepared now, in "
         f"{_time(report.seconds)} ({_time(sums.cpu_seconds)} of CPU time for all)"
     )
     if sums.failed:
-        print(f"{len(sums.failed)} failed; mend them and add --retry:")
+        say(f"{len(sums.failed)} failed; mend them and add --retry:")
         for name, reason in sums.failed.items():
-            print(f"  {name}: {reason}")
+            say(f"  {name}: {reason}")
     if report.index is not None:
         chunks = f" --video-chunk-length {settings.chunk_length}" if settings.chunked else ""
-        print(f"manifest: {Path(target) / 'manifest.jsonl'}; index: {report.index.path}, {report.index.files} files")
-        print(f"train with --root {target} --video-layout {settings.layout}{chunks}")
+        say(f"manifest: {Path(target) / 'manifest.jsonl'}; index: {report.index.path}, {report.index.files} files")
+        say(f"train with --root {target} --video-layout {settings.layout}{chunks}")
     else:
         print("the manifest and the index are written when the other shards are done (or by the same command again)")
 

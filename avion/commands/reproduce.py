@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from avion.engine.args import ToolParser, parse, unknown_key
 from avion.engine.submit import SubmitOptions, submit
-from avion.errors import UserError, exit_status
+from avion.errors import UserError, exit_status, say
 from avion.numbers import PROCESSES, SEED, whole
 from avion.reproduce.plan import Request, Step, plan
 from avion.reproduce.recipe import FULL, TASKS, Recipe, load_recipes
@@ -125,7 +125,7 @@ def submit_all(steps: Sequence[Step], options: SubmitOptions, again: bool) -> in
         jobs[folder] = job or f"(job of {run.recipe.key})"
         if job:
             run.mark()
-            print(f"{run.recipe.key}: submitted as job {job}")
+            say(f"{run.recipe.key}: submitted as job {job}")
     return 0
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from avion.engine.args import ToolParser
-from avion.errors import INTERRUPTED, exit_status
+from avion.errors import INTERRUPTED, exit_status, say
 from avion.numbers import SEED, whole
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def tables_demo(args: argparse.Namespace) -> None:
     for problem in runs.problems:
         logger.warning("in no table: %s: %s", problem.path, problem.reason)
     logger.info("%d runs in %s", len(runs.results), duration(time.monotonic() - start))
-    print("\n".join(map(str, files)))
+    say(*map(str, files))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             tables_demo(args)
         except JobFailed as e:
-            print(f"{NAME}: {e}", file=sys.stderr)
+            say(f"{NAME}: {e}", to_stderr=True)
             return e.status
         except KeyboardInterrupt:
             print(f"{NAME}: interrupted; the same command goes on", file=sys.stderr)

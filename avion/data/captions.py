@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import logging
 import math
 import os
@@ -17,12 +16,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from avion.data.ego4d import add_ego4d
 from avion.data.ek100 import csv_rows
-from avion.data.narrations import NarrationTable, TableBuilder, checked_not_empty
+from avion.data.narrations import TEXTS_TOO_LONG, NarrationTable, TableBuilder, checked_not_empty, texts_allowed
 from avion.data.video import VIDEO_EXTENSIONS
 from avion.errors import UserError
+from avion.reading import open_file, parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ _EXTENSIONS = (".csv", ".jsonl", ".ndjson", ".json", ".parquet")
 _SECONDS = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _CLOCK = re.compile(r"(?:(\d{1,3}):)?(\d{1,2}):(\d{1,2}(?:\.\d+)?)")
 _PARQUET_ROWS = 65536  # read at a time
+_AT_ONCE_BYTES = 16_000_000  # of texts that are Python objects at a time
+_UNPACKED_BYTES, _UNPACKED_TIMES = 64_000_000, 100  # of a Parquet file, whose texts compress some ten times
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def read_narrations(paths: Sequence[str | os.PathLike], columns: Columns = Colum
 def _add_captions(builder: TableBuilder, path: str | os.PathLike, columns: Columns) -> None:
     clips: dict[tuple, list[str]] = {}
     places: dict[tuple, str] = {}
+    left = 0 if not os.path.exists(path) else texts_allowed(os.path.getsize(path))
     for place, row in _rows(path, columns):
         column = columns.video
         try:
@@ -102,6 +106,9 @@ def _add_captions(builder: TableBuilder, path: str | os.PathLike, columns: Colum
             end = read_seconds(row.get(columns.end), TO_THE_END)
             column = columns.caption
             captions = _captions(row[columns.caption])
+            left -= sum(map(len, captions))
+            if left < 0:
+                raise ValueError(TEXTS_TOO_LONG)
         except ValueError as error:
             raise UserError(f"captions {path}: {place}: {column}: {error}") from None
         clips.setdefault((video, start, end), []).extend(captions)
@@ -143,14 +150,14 @@ def _csv(path: str | os.PathLike, columns: Columns) -> Iterator[tuple[str, dict]
 
 
 def _json_lines(path: str | os.PathLike, columns: Columns) -> Iterator[tuple[str, object]]:
-    with open(path, encoding="utf-8-sig") as file:
+    with open_file(path, "r", encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield f"line {number}", _parsed(line, f"captions {path}: line {number}")
 
 
 def _json(path: str | os.PathLike, columns: Columns) -> Iterator[tuple[str, object]]:
-    rows = _parsed(Path(path).read_text(encoding="utf-8-sig"), f"captions {path}")
+    rows = _parsed(read_text(path, encoding="utf-8-sig"), f"captions {path}")
     if not isinstance(rows, list):
         raise UserError(f"captions {path}: a list of objects is due, found a {type(rows).__name__}")
     for number, row in enumerate(rows):
@@ -159,8 +166,8 @@ def _json(path: str | os.PathLike, columns: Columns) -> Iterator[tuple[str, obje
 
 def _parsed(text: str, name: str) -> object:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text, nan=True)  # the checks of the fields name the field
+    except ValueError as error:
         raise UserError(f"{name}: is not JSON ({str(error)[:80]})") from None
 
 
@@ -171,17 +178,53 @@ def _parquet(path: str | os.PathLike, columns: Columns) -> Iterator[tuple[str, d
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with open_file(path) as opened, pyarrow.parquet.ParquetFile(opened, read_dictionary=_texts_of(path)) as file:
             names = file.schema_arrow.names
             there = [c for c in (columns.video, columns.start, columns.end, columns.caption) if c in names]
             there = there or names[:10]  # for the message
             number = 0
             for batch in file.iter_batches(_PARQUET_ROWS, columns=there):
-                for row in batch.to_pylist():
-                    yield f"row {number}", row
-                    number += 1
+                step = _rows_at_once(batch)
+                for first in range(0, len(batch), step):
+                    for row in batch.slice(first, step).to_pylist():
+                        yield f"row {number}", row
+                        number += 1
     except pyarrow.ArrowException as error:
         raise UserError(f"captions {path}: is not a Parquet file that can be read ({str(error)[:100]})") from None
+
+
+def _texts_of(path: str | os.PathLike) -> list[str]:
+    """The columns of texts of a Parquet file. They are read as a list of different texts and numbers into it, as they
+    are in the file: a million rows may share one text of a megabyte.
+
+    ValueError where the file says more than a file of its size can hold.
+    """
+    import pyarrow.parquet
+
+    with open_file(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
+        size = os.fstat(opened.fileno()).st_size
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        unpacked = sum(g.column(i).total_uncompressed_size for g in groups for i in range(g.num_columns))
+        if unpacked > _UNPACKED_BYTES + _UNPACKED_TIMES * size:
+            raise UserError(f"captions {path}: {size} bytes that unpack to {unpacked / 1e6:.0f} MB are not read")
+        columns = [file.schema.column(i) for i in range(len(file.schema))]
+        return [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+
+
+def _rows_at_once(batch: Any) -> int:
+    """How many rows of a batch are turned into Python objects together, by their longest text."""
+    import pyarrow
+    import pyarrow.compute
+
+    longest = 1
+    for column in batch.columns:
+        while pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type):
+            longest = max(longest, len(column.values) // max(len(column), 1))
+            column = column.values
+        if pyarrow.types.is_dictionary(column.type) and len(column.dictionary):
+            lengths = pyarrow.compute.binary_length(column.dictionary)
+            longest = max(longest, pyarrow.compute.max(lengths).as_py() or 1)
+    return max(1, min(_PARQUET_ROWS, _AT_ONCE_BYTES // longest))
 
 
 def _video(value: object) -> str:
@@ -215,7 +258,7 @@ def _captions(value: object) -> list[str]:
     if isinstance(value, str):
         if value.lstrip().startswith('["') and value.rstrip().endswith("]"):
             try:
-                value = json.loads(value)
+                value = parse_json(value)
             except ValueError:
                 return [value]
             return _captions(value)

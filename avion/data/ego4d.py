@@ -10,8 +10,8 @@ import logging
 import os
 
 from avion.data.narrations import NarrationTable, TableBuilder, checked_not_empty
-from avion.data.safe_pickle import load_pickle
 from avion.errors import UserError
+from avion.safe_pickle import load_pickle
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ def add_ego4d(builder: TableBuilder, path: str | os.PathLike) -> None:
     rows = load_pickle(path, "narrations")
     if not isinstance(rows, (list, tuple)):
         raise UserError(f"narrations {path}: a list of rows is due, the pickle holds a {type(rows).__name__}")
+    builder.begin_file(os.path.getsize(path))
     for i, row in enumerate(rows):
         if not isinstance(row, (list, tuple)) or len(row) not in (4, 5):
             found = f"{len(row)} fields" if isinstance(row, (list, tuple)) else type(row).__name__

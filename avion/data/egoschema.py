@@ -23,6 +23,7 @@ from avion.constants import VIDEO_SAMPLINGS
 from avion.data.transforms import EvalTransform
 from avion.data.video import VideoError, open_video, resolve_decoder, uniform_frame_ids
 from avion.errors import UserError
+from avion.reading import parse_json, read_text
 
 OPTIONS = 5
 _UID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}")
@@ -129,17 +130,16 @@ def read_sources(path: str | os.PathLike) -> dict[str, str]:
 def _read_json(path: str | os.PathLike, what: str) -> object:
     """Any JSON value; a key that occurs twice in one object is an error too."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        return json.loads(text, object_pairs_hook=_without_repeats)
+        return parse_json(read_text(path), pairs=_without_repeats, nan=True)
     except FileNotFoundError:
         raise UserError(f"{what} {path}: no such file") from None
     except OSError as error:
         raise UserError(f"{what} {path}: cannot be read ({error.strerror})") from None
     except _RepeatedKey as error:
         raise UserError(f"{what} {path}: {str(error)[:80]!r} occurs twice; remove one of the two") from None
-    except (ValueError, RecursionError) as error:
-        where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
-        raise UserError(f"{what} {path}: not valid JSON{where}; fetch the file again") from None
+    except ValueError as error:
+        why = f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else str(error)[:100]
+        raise UserError(f"{what} {path}: not valid JSON ({why}); fetch the file again") from None
 
 
 class _RepeatedKey(Exception):

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from avion.data.narrations import NarrationTable, TableBuilder, checked_not_empty
-from avion.data.safe_pickle import load_pickle
 from avion.errors import UserError
+from avion.reading import open_file
+from avion.safe_pickle import load_pickle
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ def csv_rows(path: str | os.PathLike, required: tuple[str, ...]) -> Iterator[tup
     """
     name = f"annotations {path}"
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open_file(path, "r", newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
             if not reader.fieldnames:
                 raise UserError(f"{name}: the file is empty")
@@ -198,7 +199,7 @@ def is_ek100_file(path: str | os.PathLike) -> bool:
     if Path(path).suffix.lower() != ".csv":
         return False
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open_file(path, "r", newline="", encoding="utf-8-sig") as file:
             return _CLIP_COLUMNS[0] in next(csv.reader(file), [])
     except (OSError, UnicodeDecodeError, csv.Error):
         return True

@@ -17,6 +17,11 @@ import numpy as np
 from avion.errors import UserError
 
 _MAX_SECONDS = 1e6  # eleven days
+_MAX_TEXT = 100_000  # characters; the text tower reads 77 tokens
+# How long the texts of a file may be when they are written out, beside the bytes of the file. Ego4D's rows take 30
+# bytes and more, and 100 characters of text.
+_SHARED_BYTES, _SHARED_TIMES = 32_000_000, 20
+TEXTS_TOO_LONG = "the texts up to here are much longer than the file; write a text of its own into each row"
 _MAX_NAME = 200  # bytes; file systems allow 255, of which extensions take some
 
 
@@ -115,6 +120,11 @@ class NarrationTable(Sequence):
         return sum(column.nbytes for column in columns if column is not None)
 
 
+def texts_allowed(size: int) -> int:
+    """How many characters of text a file of `size` bytes may hold, where rows can share texts."""
+    return _SHARED_BYTES + _SHARED_TIMES * size
+
+
 class TableBuilder:
     """Collects checked rows. `add` raises ValueError with one clause ("end is nan, ...") for a bad field.
 
@@ -127,10 +137,22 @@ class TableBuilder:
         self._video, self._start, self._end = array("i"), array("d"), array("d")
         self._text_blob, self._text_ends, self._row_ends = bytearray(), array("q"), array("q")
         self._ids: list[str] = []
+        self._allowed = math.inf
         self.mended = {"start before 0": 0, "end not after its start": 0, "empty wording": 0}
 
     def __len__(self) -> int:
         return len(self._video)
+
+    def begin_file(self, size: int) -> None:
+        """Say that the next rows come from a file of `size` bytes.
+
+        Rows that share their texts, as pickles and Parquet files can have them, would make gigabytes of a few bytes:
+        `add` refuses the row with which the texts of the file become too long for it.
+        """
+        self._allowed = self._volume() + texts_allowed(size)
+
+    def _volume(self) -> int:
+        return len(self._text_blob) + len(self._text_ends)
 
     def add(self, video: object, start: object, end: object, texts: object, narration_id: str | None = None) -> None:
         """end: seconds; None: the clip goes on to the end of its video."""
@@ -161,10 +183,14 @@ class TableBuilder:
             texts = (texts,)
         elif not isinstance(texts, (list, tuple)):
             raise ValueError(f"narration is of type {type(texts).__name__}, a text or a list of texts is due")
+        if self._volume() + len(texts) > self._allowed:
+            raise ValueError(TEXTS_TOO_LONG)
         wordings = []
         for text in texts:
             if not isinstance(text, str):
                 raise ValueError(f"narration holds a {type(text).__name__}, texts are due")
+            if len(text) > _MAX_TEXT:
+                raise ValueError(f"narration is a text of {len(text)} characters, at most {_MAX_TEXT} are read")
             try:
                 encoded = text.strip().encode()
             except UnicodeEncodeError:

@@ -31,6 +31,7 @@ from avion.data.transforms import EvalTransform
 from avion.data.video import TOLERANCE_S, VideoError, open_video, uniform_frame_ids
 from avion.data.windows import VideoFinder
 from avion.errors import UserError
+from avion.reading import open_file
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def read_video_list(path: str | os.PathLike) -> VideoList:
     if path.suffix in (".pkl", ".pickle") or (is_caption_file(path) and path.suffix.lower() != ".csv"):
         return VideoList(read_narrations([path]))
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open_file(path, "r", newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
             rows = [(reader.line_num, [field.strip() for field in row]) for row in reader]
     except FileNotFoundError:

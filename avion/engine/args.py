@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from avion.errors import NOBODY_READS, USER_ERROR, UserError, called_names, stdout_is_closed
 from avion.numbers import Number, shown, whole
 from avion.plugins import import_plugins
+from avion.reading import parse_yaml, read_text
 from avion.resources import config_path
 
 T = TypeVar("T", bound="Options")
@@ -127,7 +126,7 @@ class ToolParser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-\.?\d.*|-inf.*|-nan", re.IGNORECASE)
 
     def error(self, message: str):
-        self.exit(USER_ERROR, f"{self.prog}: error: {message} (--help says more)\n")
+        self.exit(USER_ERROR, f"{UserError(f'{self.prog}: error: {message} (--help says more)')}\n")
 
     def format_help(self) -> str:
         return called_names(super().format_help())
@@ -275,13 +274,13 @@ def read_yaml_mapping(path: str | Path, flag_name: str = "--config") -> dict[Any
         UserError: The file cannot be read or holds something else. The message begins with `flag_name` and the path.
     """
     try:
-        content = yaml.safe_load(config_path(path).read_text(encoding="utf-8"))
+        content = parse_yaml(read_text(config_path(path)))
     except OSError as e:
         raise UserError(f"{flag_name} {path}: cannot be read ({e.strerror}); give the path of a YAML file") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        mark = getattr(e, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"{flag_name} {path}: not valid YAML{where}; expected lines of the form `flag: value`") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{flag_name} {path}: not a text in UTF-8; expected lines of the form `flag: value`") from e
+    except ValueError as e:
+        raise UserError(f"{flag_name} {path}: {e}; expected lines of the form `flag: value`") from e
     if not isinstance(content, dict):
         raise UserError(f"{flag_name} {path}: expected a mapping of flags to values, found {type(content).__name__}")
     return content

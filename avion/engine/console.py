@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from avion.errors import UserError
+from avion.errors import UserError, printable
+from avion.reading import check_regular
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,23 @@ if TYPE_CHECKING:
     from .distributed import World
 
 logger = logging.getLogger(__name__)
+
+
+class _Lines(logging.Formatter):
+    """Lines in which names from outside cannot forge other lines or move the cursor.
+
+    What a message is filled with becomes one line; what the program itself writes keeps its line ends.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        args = record.args
+        if isinstance(args, tuple):
+            record = logging.makeLogRecord({**record.__dict__, "args": tuple(map(_shown, args))})
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
+def _shown(value: object) -> object:
+    return printable(str(value)) if isinstance(value, str | Path | BaseException) else value
 
 
 class _BarFriendly(logging.StreamHandler):
@@ -36,12 +54,15 @@ def setup_logging(world: "World", output_dir: str | None = None) -> None:
             root.removeHandler(handler)
             handler.close()
     name = "" if world.size == 1 else f" [{world.rank}]"
-    line = logging.Formatter(f"%(asctime)s{name} %(levelname).1s %(message)s", datefmt="%H:%M:%S")
+    line = _Lines(f"%(asctime)s{name} %(levelname).1s %(message)s", datefmt="%H:%M:%S")
     handlers: list[logging.Handler] = [_BarFriendly()]
     if world.is_main and output_dir is not None:
         try:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            handlers.append(logging.FileHandler(Path(output_dir) / "train.log", encoding="utf-8"))
+            log = Path(output_dir) / "train.log"
+            if log.exists():  # opening a named pipe would wait for a reader
+                check_regular(log.stat().st_mode)
+            handlers.append(logging.FileHandler(log, encoding="utf-8"))
         except OSError as e:
             raise UserError(f"--output-dir {output_dir}: cannot be written ({e.strerror}); choose another") from e
     for handler in handlers:

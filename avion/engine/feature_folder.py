@@ -8,14 +8,18 @@ import json
 import logging
 import os
 import time
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError, safe_open
+
 from avion.errors import UserError
 from avion.files import PARTIAL, write_text
 from avion.json_lines import JsonLines, read_json_lines
+from avion.reading import check_npy, open_file, parse_json, read_npy, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -87,13 +91,13 @@ class FeatureFolder:
         return self.folder / "index.jsonl"
 
     def _open(self, settings: dict[str, Any]) -> None:
-        common = open(self.folder / ".lock", "a")  # noqa: SIM115  (open until `close`)
+        common = open(self.folder / ".lock", "a+")  # noqa: SIM115  (open until `close`; "a" waits at a named pipe)
         self._locks.append(common)
         first = _locked(common, fcntl.LOCK_EX)
         if not first:
             self._share(common)
         if self.part.count > 1:
-            own = open(self.folder / f".lock-{self.part.index}-of-{self.part.count}", "a")  # noqa: SIM115
+            own = open(self.folder / f".lock-{self.part.index}-of-{self.part.count}", "a+")  # noqa: SIM115
             self._locks.append(own)
             if not _locked(own, fcntl.LOCK_EX):
                 raise UserError(
@@ -134,8 +138,8 @@ class FeatureFolder:
             write_text(path, json.dumps(settings, indent=1) + "\n")
             return
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
+            before = parse_json(read_text(path))
+        except ValueError:
             before = None
         if not isinstance(before, dict):
             raise UserError(f"{path}: is not the settings of an extraction; choose another --output-dir")
@@ -145,6 +149,43 @@ class FeatureFolder:
                     f"--output-dir {self.folder}: was begun with {name} {_short(before.get(name))}, this run has "
                     f"{_short(settings.get(name))}; give what it was begun with, or another --output-dir"
                 )
+
+
+def is_whole(path: Path, rows: list[int] | None = None) -> bool:
+    """Whether a file of features is there with all of its bytes.
+
+    Args:
+        path: The file: .npz, .npy, .safetensors or .pt.
+        rows: What its array `row` must hold; None: it need not have one.
+    """
+    if not path.is_file():
+        return False
+    try:
+        found = _checked_rows(path)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as e:
+        logger.warning("%s: is damaged or cut short (%s) and is made again", path, e)
+        return False
+    return rows is None or found == rows
+
+
+def _checked_rows(path: Path) -> list[int] | None:
+    """The array `row` of a file of which all bytes are there, if it has one. Raises what damaged files raise."""
+    if path.suffix == ".safetensors":  # opening it compares the sizes in its header with that of the file
+        with safe_open(str(path), framework="numpy") as file:
+            return file.get_tensor("row").tolist() if "row" in file.keys() else None  # noqa: SIM118
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if path.suffix == ".npy":
+            check_npy(file, size)
+            return None
+        with zipfile.ZipFile(file) as archive:  # its directory stands at the end
+            for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED or entry.header_offset + entry.file_size > size:
+                    raise ValueError(f"{entry.filename} is not all there")
+            if "row.npy" not in archive.namelist():
+                return None
+            with archive.open("row.npy") as rows:
+                return read_npy(rows, archive.getinfo("row.npy").file_size).tolist()
 
 
 def _locked(file: IO, kind: int) -> bool:

@@ -24,7 +24,7 @@ from avion.errors import UserError
 from avion.files import append_lines, partial_file
 from avion.json_lines import JsonLines
 
-from .feature_folder import WHOLE, FeatureFolder, Part
+from .feature_folder import WHOLE, FeatureFolder, Part, is_whole
 
 STORED = dict(zip(SHARD_DTYPES, (torch.float32, torch.float16, torch.bfloat16), strict=True))
 
@@ -111,7 +111,7 @@ class Shards(FeatureFolder):
                 entries.setdefault(row // self.size, {})[row] = entry
         kept = []
         for shard, found in sorted(entries.items()):
-            if sorted(found) != list(self.rows(shard)) or not self.path(shard).is_file():
+            if sorted(found) != list(self.rows(shard)) or not is_whole(self.path(shard), sorted(found)):
                 continue
             errors = {row: str(entry["error"]) for row, entry in found.items() if "error" in entry}
             if errors and self.retry and self.part.has(shard):

@@ -24,7 +24,7 @@ from avion.errors import UserError
 from avion.files import append_lines, partial_file
 from avion.json_lines import JsonLines
 
-from .feature_folder import TEXTS, WHOLE, FeatureFolder, Part
+from .feature_folder import TEXTS, WHOLE, FeatureFolder, Part, is_whole
 from .feature_shards import blank_rows, save_tensors
 
 BARE_FORMATS = ("npy", "pt")  # a file of these holds one array, without its times
@@ -192,7 +192,7 @@ class VideoFiles(FeatureFolder):
                 continue
             faulty = "error" in entry or bool(entry.get("unreadable"))
             there = "error" in entry or (
-                self.path(number).is_file() and (self.format not in BARE_FORMATS or self.times_path(number).is_file())
+                is_whole(self.path(number)) and (self.format not in BARE_FORMATS or is_whole(self.times_path(number)))
             )
             if there and entry.get("spans") == self.digests[number] and not (faulty and self.retry):
                 self._done(number, entry)

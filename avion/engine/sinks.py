@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from avion.errors import UserError
 from avion.files import write_text
 from avion.json_lines import append_json
+from avion.reading import open_file
 
 from .distributed import World
 from .options import RunOptions
@@ -222,7 +223,8 @@ class RunLog:
 def drop_unfinished_line(path: Path) -> None:
     """Cut off the unfinished last line of a killed run, so that the next line does not become a part of it."""
     try:
-        content = path.read_bytes()
+        with open_file(path) as file:
+            content = file.read()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             logger.info("%s: an unfinished last line is cut off", path)

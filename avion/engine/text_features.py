@@ -19,6 +19,7 @@ from avion.data.tokenizer import tokenize
 from avion.errors import UserError
 from avion.features import read_settings
 from avion.files import write_text
+from avion.reading import read_text
 
 from .distributed import World
 from .encode import encode_texts
@@ -53,7 +54,7 @@ def read_sentences(path: str | Path) -> list[str]:
         sentences = [text.strip() for _, text in lines]
     else:
         try:
-            sentences = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            sentences = [line.strip() for line in read_text(path, encoding="utf-8-sig").splitlines() if line.strip()]
         except FileNotFoundError:
             raise UserError(f"--texts {path}: no such file") from None
         except OSError as error:

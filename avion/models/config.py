@@ -8,13 +8,13 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar, get_args, get_type_hints
 
-import yaml
 from torch import nn
 
 from avion.errors import UserError
 from avion.numbers import SHARE_BELOW_1, Number, shown, whole
 from avion.ops.selective_scan import backend_names
 from avion.plugins import HINT
+from avion.reading import parse_yaml
 
 FieldValue = int | float | bool | str | None
 _T = TypeVar("_T", int, float, int | None)
@@ -117,7 +117,7 @@ class Kind(NamedTuple):
     def read(self, text: str) -> FieldValue:
         """The value that a text says. ValueError, which says what was found and what is allowed."""
         if self.type is None:
-            return yaml.safe_load(text)
+            return parse_yaml(text)
         word = text.strip().lower()
         if word in ("none", "null", "~"):
             value: FieldValue = None

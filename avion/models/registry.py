@@ -11,7 +11,6 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-import yaml
 from torch import nn
 
 from avion.errors import UserError
@@ -160,7 +159,7 @@ def read_field(field: str, text: str, model: str | None = None) -> FieldValue:
         raise UserError(f"unknown field {field!r}; {_near(field, known) or 'fields are ' + ', '.join(known)}")
     try:
         return kinds[field].read(text)
-    except (ValueError, yaml.YAMLError) as e:
+    except ValueError as e:
         hint = f"; {HINT}" if field == "mixer" else ""
         raise UserError(" ".join(str(e).split()) + hint) from e
 

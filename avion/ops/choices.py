@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from avion.files import write_text
+from avion.reading import parse_json, read_text
 
 from .tuning import cache_file
 
@@ -60,7 +61,7 @@ def store(device: str, choices: Mapping[str, Choice]) -> str:
 def _stored(device: str) -> dict[str, Choice]:
     """The file's choices; those that are not what `store` writes are passed by."""
     try:
-        content = json.loads(cache_file("backends", device).read_text(encoding="utf-8"))
+        content = parse_json(read_text(cache_file("backends", device)))
     except (OSError, ValueError):
         return {}
     entries = content.items() if isinstance(content, dict) else ()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from avion.errors import UserError
 from avion.files import write_text
+from avion.reading import parse_json, read_text
 
 _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -91,7 +92,7 @@ def cache_file(kind: str, device: str) -> Path:
 def _stored(device: str) -> dict[str, list]:
     """What earlier runs chose; nothing where the file is missing or is not what `_store` writes."""
     try:
-        content = json.loads(cache_file("plans", device).read_text(encoding="utf-8"))
+        content = parse_json(read_text(cache_file("plans", device)))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -11,11 +11,11 @@ import numpy as np
 
 from avion.constants import NORM_STYLES
 from avion.data.demo import DemoPaths
-from avion.data.safe_pickle import load_pickle
 from avion.engine.options import PretrainOptions
 from avion.engine.submit import program_words
 from avion.errors import UserError
 from avion.files import write_text
+from avion.safe_pickle import load_pickle
 from avion.weights import model_from_checkpoint, save_weights
 
 from .commands import EGOSCHEMA, executable

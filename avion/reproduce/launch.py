@@ -12,6 +12,7 @@ from typing import Any
 from avion.errors import UserError
 from avion.files import write_text
 from avion.json_lines import read_json_lines
+from avion.reading import parse_json, read_text
 
 from .commands import command, executable
 from .recipe import CHECKPOINT, Recipe
@@ -74,7 +75,7 @@ class Run:
 
     def _found(self) -> dict[str, Any] | None:
         try:
-            found = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+            found = parse_json(read_text(self.folder / RECORD))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as e:

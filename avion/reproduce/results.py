@@ -4,7 +4,6 @@ A run of a recipe is a folder with a `recipe.json` (recipe, scale, seed, whose w
 evaluation after the last epoch counts, because the best of several evaluations would be optimistic.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 from avion.errors import UserError
 from avion.json_lines import read_json_lines
+from avion.reading import parse_json, read_text
 
 from .launch import EVALUATIONS, RECORD, RELEASED, TRAINED
 from .recipe import FULL, Recipe, scaled
@@ -137,7 +137,7 @@ def _record(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise _Unusable("not a run of a recipe: it has no recipe.json")
     try:
-        record = json.loads(_read(path))
+        record = parse_json(_read(path))
     except ValueError:
         raise _Unusable("recipe.json: not valid JSON") from None
     if not isinstance(record, dict) or not isinstance(record.get("recipe"), str):
@@ -156,7 +156,7 @@ def _read(path: Path) -> str:
     try:
         if path.stat().st_size > _LARGEST:
             raise _Unusable(f"{path.name}: {path.stat().st_size / 1e6:.0f} MB is no log of a run")
-        return path.read_text(encoding="utf-8", errors="replace")
+        return read_text(path, errors="replace")
     except OSError as e:
         raise _Unusable(f"{path.name}: cannot be read ({e.strerror})") from None
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from avion.errors import UserError
+from avion.errors import UserError, printable
 from avion.models.config import ModelConfig
 from avion.models.registry import resolve_name
 from avion.models.tower import Layout, find_tower
@@ -81,7 +81,7 @@ def described_checkpoint(
         **extra,
     }
     width = max(map(len, lines))
-    return "\n".join([facts.path, *(f"  {name:<{width}}  {fact}" for name, fact in lines.items())])
+    return "\n".join(map(printable, [facts.path, *(f"  {name:<{width}}  {fact}" for name, fact in lines.items())]))
 
 
 def _own_fields(config: ModelConfig) -> dict[str, Any]:

@@ -28,8 +28,10 @@ from torch import Tensor
 
 from avion.errors import UserError
 from avion.files import partial_file, written_whole
+from avion.reading import open_file, parse_json
+from avion.safe_pickle import Refused
 
-from .foreign import refuse_outside_args, scout
+from .foreign import check_sizes, refuse_outside_args, scout
 from .torchscript import archive_root, read_torchscript
 
 HF_PREFIX = "hf:"
@@ -70,6 +72,7 @@ def hub_file(repo: str, filenames: list[str], flag: str = "") -> Path:
     minute. `flag`, for its message: the one that takes the file's path.
     """
     import huggingface_hub as hub
+    import huggingface_hub.constants
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     for name in filenames:
@@ -186,22 +189,35 @@ def _read(path: Path) -> Any:
     if not zipfile.is_zipfile(path):
         return _torch_load(path, mmap=False)  # files from before PyTorch 1.6
     with zipfile.ZipFile(path) as archive:
+        _check_archive(archive, path)
         scripted = archive_root(archive) is not None
     return {"state_dict": read_torchscript(path)} if scripted else _torch_load(path, mmap=True)
 
 
 def _torch_load(path: Path, *, mmap: bool) -> Any:
+    found = scout(path)
     try:
-        return _load_weights_only(path, [], mmap=mmap)
+        contents = _load_weights_only(path, [], mmap=mmap)
     except pickle.UnpicklingError:
-        found = scout(path)
         known = {name for _, name in _SAFE_GLOBALS[1:]} | {"argparse.Namespace"}
         stand_ins = found.stand_ins(known)
         if not stand_ins:
             raise
-    contents = _load_weights_only(path, stand_ins, mmap=mmap)
-    refuse_outside_args(contents, found, path)
+        contents = _load_weights_only(path, stand_ins, mmap=mmap)
+        refuse_outside_args(contents, found, path)
+    check_sizes(contents)
     return contents
+
+
+def _check_archive(archive: zipfile.ZipFile, path: Path) -> None:
+    """Refuse a zip that says more than its bytes: PyTorch stores entries one after the other, uncompressed."""
+    # The code of TorchScript is compressed, and never read here.
+    entries = [entry for entry in archive.infolist() if "/code/" not in entry.filename]
+    packed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None:
+        raise Refused(f"a compressed entry {packed.filename!r}")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise Refused("entries that are longer than the file")
 
 
 # PyTorch keeps the names that it allows for the whole process: one file at a time.
@@ -217,7 +233,7 @@ def _load_weights_only(path: Path, stand_ins: list[Any], *, mmap: bool) -> Any:
 
 def _refuse_lookalikes(path: Path) -> None:
     """Files that are no checkpoint but often sit under a checkpoint's name."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         head = file.read(64)
     if not head:
         raise UserError(f"{path}: the file is empty: fetch it again")
@@ -237,6 +253,8 @@ def _why_unreadable(path: Path, error: Exception) -> str:
             f"{path}: refused, the pickle asks for {wanted.group(1)}, which is code and not weights: "
             "get the checkpoint from its authors, or have them save the state_dict alone"
         )
+    if isinstance(error, Refused):
+        return f"{path}: refused, it holds {text[:160]}: get the checkpoint from its authors"
     # PyTorch's own text on a malformed pickle advises to switch the safety off.
     detail = "malformed pickle" if isinstance(error, pickle.UnpicklingError) else text[:160] or "it ends early"
     return f"{path}: cannot be read, cut short or no checkpoint ({detail}): fetch or write it again"
@@ -251,7 +269,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         metadata = file.metadata() or {}
         contents: dict[str, Any] = {"state_dict": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
     if _METADATA_KEY in metadata:
-        ours = json.loads(metadata[_METADATA_KEY])
+        ours = parse_json(metadata[_METADATA_KEY])
         if not isinstance(ours, dict):
             raise UserError(f"{path}: metadata field {_METADATA_KEY!r} is no JSON object")
         contents |= {key: ours[key] for key in ("model_config", "preprocess", "classifier") if key in ours}

@@ -6,19 +6,23 @@ an inert class (`Foreign`), whose objects only remember what the pickle gave to 
 before the weights are read; `refuse_outside_args` makes sure that no such object stands anywhere but in `args`.
 """
 
-import pickle
+import argparse
+import io
 import sys
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import IO, Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from avion.errors import UserError
+from avion.reading import check_nesting, open_file
+from avion.safe_pickle import Budget, Refused, Unpickler, check_keys
 
 # Data classes of Python itself that settings can hold; whatever else its modules have is a function that acts.
 _PYTHON_DATA = frozenset({
@@ -32,6 +36,7 @@ _PYTHON_DATA = frozenset({
     "pathlib._local.WindowsPath", "types.SimpleNamespace", "uuid.UUID",
 })  # fmt: skip
 _MOST_NAMES = 1000  # a real file has some twenty
+_LARGEST_EXPANDED = 1 << 24  # elements of a tensor outside of the weights that is stretched over less data
 _BEFORE_LEGACY_CONTENTS = 3  # pickles: magic number, version, system
 
 
@@ -95,12 +100,28 @@ def _may_be_data(path: str) -> bool:
 
 
 class _Recorder:
-    """Takes the place of every object while a pickle is scouted."""
+    """Takes the place of every object while a pickle is scouted, and of what functions return.
+
+    The functions that PyTorch itself calls, and that make more than they are given, are held to what they may make.
+    """
 
     path: ClassVar[str] = ""
     containers: ClassVar[dict[str, type]] = {}
+    budget: ClassVar[Budget]
 
-    def __new__(cls, *_: Any, **__: Any) -> "_Recorder":
+    def __new__(cls, *args: Any, **_: Any) -> "_Recorder":
+        if cls.path in ("builtins.set", "builtins.frozenset", "collections.OrderedDict", "collections.Counter"):
+            for items in args:
+                items = list(items) if isinstance(items, (list, tuple, dict, set, frozenset)) else [0]
+                pairs = cls.path == "collections.OrderedDict"
+                check_keys(item[0] if pairs and isinstance(item, (list, tuple)) and item else item for item in items)
+                cls.budget.charge(16 * len(items))
+        elif cls.path == "_codecs.encode" or cls.path.startswith("builtins.byte"):
+            if args and not isinstance(args[0], (str, bytes, bytearray, list, _Recorder)):
+                raise Refused(f"a call of {cls.path} that makes memory")
+            cls.budget.charge(len(args[0]) if args and not isinstance(args[0], _Recorder) else 0)
+        elif cls.path.startswith("torch.") and cls.path.endswith(("Tensor", "Storage")) and args:
+            raise Refused(f"a call of {cls.path} that makes memory")
         return object.__new__(cls)
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
@@ -117,14 +138,11 @@ class _Recorder:
         self.containers[self.path] = list
 
 
-class _ScoutingUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
-    """Looks nothing up: each name gives a recorder, each tensor None.
+class _ScoutingUnpickler(Unpickler):
+    """Looks nothing up: each name gives a recorder, each tensor None."""
 
-    The reader in Python, whose memo is a dict: the one in C makes a table as long as the largest index, up to 64 GB.
-    """
-
-    def __init__(self, file: BinaryIO, found: Scout) -> None:
-        super().__init__(file)
+    def __init__(self, file: IO[bytes], size: int, found: Scout) -> None:
+        super().__init__(file, size)
         self.found = found
 
     def find_class(self, module: str, name: str) -> Any:
@@ -133,11 +151,21 @@ class _ScoutingUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
         path = f"{module}.{name}"
         self.found.names.add(path)
         if len(self.found.names) > _MOST_NAMES:
-            raise pickle.UnpicklingError(f"more than {_MOST_NAMES} different names of code")
-        return type("_Recorder", (_Recorder,), {"path": path, "containers": self.found.containers})
+            raise Refused(f"more than {_MOST_NAMES} different names of code")
+        fields = {"path": path, "containers": self.found.containers, "budget": self.budget}
+        return type("_Recorder", (_Recorder,), fields)
+
+    def check_keys(self, keys: Iterable[Any]) -> None:
+        # A foreign object, and a name itself, is hashed by its identity.
+        super().check_keys(key for key in keys if not _hashed_by_identity(key))
 
     def persistent_load(self, pid: Any) -> None:
         return None
+
+
+def _hashed_by_identity(key: Any) -> bool:
+    kind = key if isinstance(key, type) else type(key)
+    return issubclass(kind, _Recorder) and not (kind is not key and kind.path.startswith(("torch.", "builtins.")))
 
 
 def scout(path: Path) -> Scout:
@@ -150,16 +178,43 @@ def scout(path: Path) -> Scout:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 if entry.filename.split("/")[1:] == ["data.pkl"]:
-                    if entry.compress_type != zipfile.ZIP_STORED:
-                        raise pickle.UnpicklingError("a compressed pickle")  # torch never writes one
-                    with archive.open(entry) as file:
-                        _ScoutingUnpickler(file, found).load()
+                    file = io.BytesIO(archive.read(entry))
+                    _check_nesting(_ScoutingUnpickler(file, entry.file_size, found).load())
         return found
-    with path.open("rb") as file:
+    with open_file(path) as file:
+        size = path.stat().st_size
         for _ in range(_BEFORE_LEGACY_CONTENTS):
-            _ScoutingUnpickler(file, Scout()).load()
-        _ScoutingUnpickler(file, found).load()
+            _ScoutingUnpickler(file, size, Scout()).load()
+        _check_nesting(_ScoutingUnpickler(file, size, found).load())
     return found
+
+
+def _check_nesting(contents: Any) -> None:
+    """Raise Refused where the contents of a checkpoint are nested too deep."""
+    try:
+        check_nesting(contents, inside={argparse.Namespace: lambda args: vars(args).values()})
+    except ValueError as error:
+        raise Refused(str(error)) from None
+
+
+def check_sizes(contents: Any) -> None:
+    """Raise Refused where `contents`, as they were read, are nested too deep or have a tensor far beyond its data.
+
+    A stride of 0 lets a few bytes claim any shape, and whoever copies such a tensor would need the memory.
+    """
+    _check_nesting(contents)
+    seen: set[int] = set()
+    todo = [contents]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, Tensor) and item.layout == torch.strided and not item.is_meta:
+            if item.numel() > max(_LARGEST_EXPANDED, item.untyped_storage().nbytes() // item.element_size()):
+                raise Refused(f"a tensor of {item.numel()} elements without the data for them")
+        elif isinstance(item, (dict, list, tuple, argparse.Namespace)) and id(item) not in seen:
+            seen.add(id(item))
+            if isinstance(item, argparse.Namespace):
+                item = vars(item)
+            todo += item.values() if isinstance(item, dict) else item
 
 
 def refuse_outside_args(contents: Any, found: Scout, path: Path) -> None:

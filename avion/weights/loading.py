@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from avion.errors import UserError
+from avion.errors import UserError, printable
 from avion.models.clip import VideoClassifier
 from avion.models.config import ModelConfig
 from avion.models.registry import model_config, resolve_name
@@ -51,7 +51,7 @@ class LoadReport:
         for what in ("resized", "missing", "unexpected"):
             if names := getattr(self, what):
                 parts.append(f"{len(names)} {what} ({few(names)})")
-        return "; ".join([*parts, *self.notes])
+        return printable("; ".join([*parts, *self.notes]))
 
 
 def load_weights(

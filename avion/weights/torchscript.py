@@ -2,8 +2,8 @@
 
 `torch.load(weights_only=True)` refuses such archives, and `torch.jit.load` compiles the code inside and can
 execute it. The archive is a zip: `NAME/data.pkl` holds the tree of modules as a pickle, `NAME/data/KEY` the
-raw bytes of each tensor. Here the pickle is read by an unpickler that knows a handful of names, every module
-of the archive becomes an inert bag of attributes, and the code is never looked at.
+raw bytes of each tensor. Here the pickle is read by the restricted unpickler, which knows a handful of names, every
+module of the archive becomes an inert bag of attributes, and the code is never looked at.
 """
 
 import collections
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from avion.errors import UserError
+from avion.safe_pickle import Unpickler
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -47,16 +48,21 @@ def _rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_
     return torch.as_strided(storage, size, stride, offset)  # raises where the storage is too short
 
 
+def _no_items(*items: Any) -> collections.OrderedDict[Any, Any]:
+    if items:
+        raise pickle.UnpicklingError("an OrderedDict of pairs")  # PyTorch fills it afterwards
+    return collections.OrderedDict()
+
+
 def _first(value: Any, *_: Any) -> Any:
     """Typed lists and dicts are wrapped in a call that only names their type."""
     return value
 
 
-class _ArchiveUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
-    """The reader in Python: the one in C makes a memo as long as the largest index in the file, up to 64 GB."""
-
+class _ArchiveUnpickler(Unpickler):
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(archive.open(f"{root}/data.pkl"))
+        entry = archive.getinfo(f"{root}/data.pkl")
+        super().__init__(archive.open(entry), entry.file_size)
         self.archive = archive
         self.root = root
         self.storages: dict[str, Tensor] = {}
@@ -71,7 +77,7 @@ class _ArchiveUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
         if module == "torch.jit._pickle":
             return _first
         if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
+            return _no_items
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name} was not an allowed global")
 
     def persistent_load(self, pid: Any) -> Tensor:
@@ -80,8 +86,6 @@ class _ArchiveUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
             raise pickle.UnpicklingError(f"unknown persistent id {kind!r}")
         if key not in self.storages:
             entry = self.archive.getinfo(f"{self.root}/data/{key}")
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise pickle.UnpicklingError(f"compressed tensor {key!r}")  # torch never writes one
             if not 0 <= numel <= entry.file_size // dtype.itemsize:
                 raise EOFError(f"tensor {key!r} is shorter than its {numel} elements")
             data = bytearray(self.archive.read(entry))

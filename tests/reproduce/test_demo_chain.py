@@ -11,12 +11,12 @@ import pytest
 
 from avion.commands.tables_demo import main
 from avion.data.demo import DemoPaths
-from avion.data.safe_pickle import load_pickle
 from avion.engine.args import parse
 from avion.engine.predictions import portable_pickle
 from avion.errors import UserError
 from avion.reproduce.demo_chain import Chain
 from avion.reproduce.recipe import ENTRY_POINTS, load_recipes
+from avion.safe_pickle import load_pickle
 from tests.reproduce.runs import retrieval, write_run
 
 

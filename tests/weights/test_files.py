@@ -10,6 +10,7 @@ import zipfile
 from typing import ClassVar
 
 import huggingface_hub
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch

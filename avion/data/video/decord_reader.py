@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from avion.reading import open_file
+
 from .errors import VideoError, one_line
 from .packets import MAX_FPS, PacketTable, is_constant_rate
 from .reader import VideoReader
@@ -128,6 +130,6 @@ def _why_miscounted(check) -> str:
 
 def _is_transport_stream(path: str) -> bool:
     """Packets of 188 bytes that each begin with 0x47 (ISO/IEC 13818-1)."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         head = file.read(3 * 188)
     return len(head) > 2 * 188 and head[0] == head[188] == head[2 * 188] == 0x47

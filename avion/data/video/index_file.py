@@ -24,6 +24,7 @@ import numpy as np
 
 from avion.errors import UserError
 from avion.files import written_whole
+from avion.reading import open_file, parse_json
 
 from .columns import Column, pack
 from .decode import BARE_CODECS
@@ -78,7 +79,7 @@ def unpack_record(record: memoryview, path: str, file_size: int) -> PacketTable:
     if not 1 <= frames <= packets <= file_size or not 1 <= keys <= packets:
         raise ValueError("counts that cannot be")
     at = _RECORD.size + length
-    facts = json.loads(bytes(record[_RECORD.size : at]))
+    facts = parse_json(bytes(record[_RECORD.size : at]))
     fields = _checked(facts)
     configs = []
     for size in facts["configs"]:
@@ -139,7 +140,7 @@ class PacketIndex:
 
     def _open(self) -> None:
         try:
-            with open(self.path, "rb") as file:
+            with open_file(self.path) as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError:
             raise self._damaged("it is empty") from None

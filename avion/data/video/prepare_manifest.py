@@ -16,6 +16,7 @@ from pathlib import Path
 
 from avion.errors import UserError
 from avion.files import append_lines, write_text
+from avion.reading import parse_json, read_text
 
 from .prepare_plan import Raw, Settings
 
@@ -66,9 +67,9 @@ class State:
         """The last line about every video, of all shards."""
         lines = []
         for journal in sorted(self.folder.glob("journal-*.jsonl")):
-            for line in journal.read_bytes().splitlines():
+            for line in read_text(journal, errors="replace").split("\n"):
                 with contextlib.suppress(ValueError):  # a run was killed while it wrote this line
-                    entry = json.loads(line)
+                    entry = parse_json(line)
                     if isinstance(entry, dict) and isinstance(entry.get("video"), str):
                         lines.append(entry)
         return {entry["video"]: entry for entry in sorted(lines, key=lambda e: e["at"])}
@@ -132,7 +133,7 @@ def _check_settings(path: Path, settings: Settings) -> None:
             os.replace(temporary, path)
         temporary.unlink(missing_ok=True)
     try:
-        theirs = json.loads(path.read_text())
+        theirs = parse_json(read_text(path))
         flat_mine, flat_theirs = ({**d, **d["encoding"]} for d in (mine, theirs))
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path}: is damaged; give another TARGET, or delete it if its settings were these") from None

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from avion.errors import UserError
+from avion.reading import open_file
 
 from .errors import VideoError, refused
 from .packets import PacketTable
@@ -229,7 +230,7 @@ def check_file(path: str) -> os.stat_result:
     try:
         found = os.stat(path)
         if stat.S_ISREG(found.st_mode):  # a file that must not be opened has a size too
-            open(path, "rb").close()
+            open_file(path).close()
     except OSError as error:
         raise refused(path, error) from None
     if not stat.S_ISREG(found.st_mode):

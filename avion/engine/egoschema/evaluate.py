@@ -30,7 +30,7 @@ from avion.engine.run import joined, shared_flags
 from avion.engine.signals import Stopped, name
 from avion.engine.steps import Precision
 from avion.engine.trainer import choose_precision
-from avion.errors import UserError
+from avion.errors import UserError, say
 from avion.files import write_text
 from avion.json_lines import append_json
 from avion.models.long_video import default_max_tokens, encode_long_video, memory_bytes
@@ -297,4 +297,4 @@ class _Run:
             )
         reply = submit(self.options.submit_url, answers)
         logger.info("%d answers sent to %s", len(answers), self.options.submit_url)
-        print(f"the server says: {reply}")
+        say(f"the server says: {reply}")

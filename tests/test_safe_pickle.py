@@ -11,8 +11,8 @@ import struct
 import numpy as np
 import pytest
 
-from avion.data.safe_pickle import load_pickle
 from avion.errors import UserError
+from avion.safe_pickle import _holds_rows_only, load_pickle
 
 
 def write(path, data):
@@ -222,3 +222,55 @@ class TestDamage:
         path = tmp_path / "two.pkl"
         path.write_bytes(pickle.dumps([1]) + pickle.dumps([2]))
         assert load_pickle(path, "data") == [1] == pickle.load(io.BytesIO(path.read_bytes()))
+
+
+class TestBounds:
+    """`tests/endurance/bombs.py` holds many more, and measures what they cost."""
+
+    def test_the_two_readers_agree(self, load):
+        """Rows take the reader in C, the same rows beside a dict the other one."""
+        rng = np.random.default_rng()
+        rows = [(f"v{i % 7}", float(rng.random()), int(rng.integers(1 << 40)), [f"text {i}"] * 2) for i in range(50)]
+        rows.append(("v", np.float64(1.5), rng.random((2, 3)).tolist(), ["ü" * 300]))
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+            assert load(pickle.dumps(rows, protocol)) == rows
+            assert load(pickle.dumps({"rows": rows}, protocol)) == {"rows": rows}
+            plain = [row[:3] for row in rows[:-1]]
+            assert _holds_rows_only(pickle.dumps(plain, protocol)) == (protocol >= 2)
+            assert not _holds_rows_only(pickle.dumps({1: plain}, protocol))
+
+    @pytest.mark.parametrize(
+        "keys", [[2**61 - 1], [-(2**61)], [(1, (2, 3))], [tuple(range(21))], [(i,) for i in range(1001)]]
+    )
+    def test_keys_that_can_be_made_to_collide(self, load, keys):
+        for value in (dict.fromkeys(keys), set(keys), [frozenset(keys)], collections.OrderedDict.fromkeys(keys)):
+            with pytest.raises(UserError, match="key"):
+                load(value)
+
+    def test_keys_that_are_plain(self, load):
+        keys = [2**61 - 2, -5, 1.5, "a", b"b", None, True, (1, "a")]
+        for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+            assert load(pickle.dumps(dict.fromkeys(keys), protocol)) == dict.fromkeys(keys)
+
+    def test_copies_are_counted(self, load):
+        encode = b"c_codecs\nencode\nq\x01" + b"X" + struct.pack("<I", 10**6) + b"x" * 10**6 + b"q\x02"
+        call = b"h\x01h\x02\x8c\x06latin1\x86R"
+        assert len(load(b"\x80\x04(" + encode + call + b"t.")[-1]) == 10**6
+        with pytest.raises(UserError, match="more data than the file is long"):
+            load(b"\x80\x04(" + encode + call * 10 + b"t.")
+
+    def test_no_object_gets_attributes(self, load):
+        """BUILD would set them on whatever it finds, even on the functions of this project."""
+        for target in (
+            b"c_codecs\nencode\n",
+            b"cnumpy\nndarray\n",
+            b"cnumpy\ndtype\n",
+            b"ccollections\nOrderedDict\n)R",
+        ):
+            for state in (b"}X\x01\x00\x00\x00aK\x01s", b"N}X\x01\x00\x00\x00aK\x01s\x86"):
+                with pytest.raises(UserError, match="x.pkl"):
+                    load(b"\x80\x02" + target + state + b"b.")
+
+    def test_depth(self, load):
+        with pytest.raises(UserError, match="more than 100 deep"):
+            load(b"\x80\x04" + b"]" * 1000 + b"a" * 999 + b".")
