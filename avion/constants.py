@@ -7,11 +7,14 @@ from typing import NamedTuple
 
 EK100_VERBS, EK100_NOUNS = 97, 300  # classes of EPIC-KITCHENS-100
 
+EGOMCQ_INTRA, EGOMCQ_INTER = 1, 2  # types of EgoMCQ's questions: five clips of one video, clips of five videos
+
 # The choices of flags stand here, so that `--help` can name them without importing what they choose from.
 OPTIMIZERS = ("adamw", "sgd")
 VIDEO_SAMPLINGS = ("uniform", "prefix", "prefix-hold")  # frames of a whole video of EgoSchema
 FEATURE_KINDS = ("clip", "frame", "spatial")
 FEATURE_FORMATS = ("npz", "safetensors", "npy", "pt")  # the last two hold one array, for a file per video
+ZERO_SHOT = ("ek100_mir", "ek100_cls", "egtea", "charades_ego", "egomcq", "retrieval")  # benchmarks
 SHARD_DTYPES = ("fp32", "fp16", "bf16")
 
 

@@ -15,6 +15,7 @@ import torch
 
 from avion.constants import NORM_STYLES
 from avion.data.demo import DemoPaths, ensure_demo_dataset
+from avion.data.demo.vocabulary import LABELS
 from avion.engine import encode
 from avion.engine.args import parse
 from avion.engine.console import duration, setup_logging, table
@@ -26,11 +27,13 @@ from avion.engine.options import (
     FinetuneClassificationOptions,
     FinetuneRetrievalOptions,
     PretrainOptions,
+    ZeroShotOptions,
 )
 from avion.engine.steps import Precision
 from avion.engine.tasks.finetune_classification import FinetuneClassification
 from avion.engine.tasks.finetune_retrieval import FinetuneRetrieval
 from avion.engine.tasks.pretrain import Pretrain
+from avion.engine.zeroshot.evaluate import run_zeroshot
 from avion.evaluation.egoschema import OPTIONS
 from avion.evaluation.reversed_pairs import pair_accuracy
 from avion.json_lines import read_json_lines
@@ -46,6 +49,15 @@ import matplotlib.pyplot as plt
 
 # Enough to see that everything works, not enough to learn much.
 SHORT = ["--epochs", "1", "--eval-freq", "1", "--warmup-epochs", "0"]
+# Row of the table: benchmark, metric and the metric of guessing.
+ZERO_SHOT_ROWS = {
+    "zero-shot actions, top-1": ("ek100_cls", "top1", 1 / len(LABELS)),
+    "zero-shot EGTEA, mean class": ("egtea", "mean_class", 1 / len(LABELS)),
+    "zero-shot Charades-Ego, mAP": ("charades_ego", "map", None),
+    "EgoMCQ, intra-video": ("egomcq", "intra", 1 / OPTIONS),
+    "EgoMCQ, inter-video": ("egomcq", "inter", 1 / OPTIONS),
+    "captions, text to video R@1": ("retrieval", "txt_r1", None),
+}
 FP32 = Precision("cpu", torch.float32)
 
 
@@ -68,7 +80,8 @@ class Demo:
 
     def words(self, stage: str) -> list[str]:
         """The command line of a stage, whose recipe says the rest."""
-        words = ["--config", str(RECIPES / f"demo_{stage}.yaml"), "--root", self.root]
+        root = "--demo-root" if stage == "zeroshot" else "--root"
+        words = ["--config", str(RECIPES / f"demo_{stage}.yaml"), root, self.root]
         words += ["--output-dir", str(self.output / stage)]
         if stage == "pretrain_long":
             aux = ["--train-metadata-aux", str(self.paths.long_train_pickle)]
@@ -172,6 +185,16 @@ def egoschema(demo: Demo) -> None:
         demo.add(f"EgoSchema, {frames} frames", before=1 / OPTIONS, after=values["accuracy"])
 
 
+def zeroshot(demo: Demo) -> None:
+    """The benchmarks of LaViLa, by the pretrained model. Before: what guessing is worth."""
+    start = time.perf_counter()
+    found = run_zeroshot(parse(ZeroShotOptions, demo.words("zeroshot"), "demo", ""))
+    demo.spent["zeroshot"] = time.perf_counter() - start
+    for row, (dataset, metric, chance) in ZERO_SHOT_ROWS.items():
+        before = {} if chance is None else {"before": chance}
+        demo.add(row, **before, after=found[dataset][metric])
+
+
 def plot_loss(steps: Path, target: Path) -> None:
     """The loss of every progress line over the steps of the run."""
     rows = read_json_lines(steps).objects
@@ -195,7 +218,7 @@ def run_all(root: str, output: Path, short: bool) -> None:
     torch.set_num_threads(1)
     setup_logging(World())
     demo = Demo(ensure_demo_dataset(root), root, output, short)
-    for stage in (pretrain, pretrain_long, finetune_retrieval, finetune_actions, egoschema):
+    for stage in (pretrain, pretrain_long, finetune_retrieval, finetune_actions, egoschema, zeroshot):
         stage(demo)
     plot_loss(output / "pretrain" / "steps.txt", output / "loss.png")
 
@@ -205,5 +228,6 @@ def run_all(root: str, output: Path, short: bool) -> None:
     print(", ".join(f"{stage} {duration(seconds)}" for stage, seconds in demo.spent.items()))
     ratio = demo.figures["zero-shot retrieval, mAP"]
     print(f"zero-shot mAP is {ratio['after'] / ratio['before']:.1f} times the untrained model's")
-    print("one frame: fed the middle frame of each clip only; EgoSchema before: what guessing is worth")
+    print("one frame: fed the middle frame of each clip only")
+    print("before, of EgoSchema, EgoMCQ and classes without training: what guessing is worth")
     print(f"loss curve: {output / 'loss.png'}; checkpoints: {output}/*/checkpoint.pt")

@@ -47,7 +47,7 @@ def read_questions(path: str | os.PathLike) -> list[Question]:
     Raises:
         UserError: The file is not a list of questions. The message has one line with file, question and field.
     """
-    rows = _read_json(path, "questions")
+    rows = read_json(path, "questions")
     if not isinstance(rows, list) or not rows:
         found = "an empty one" if rows == [] else f"a {type(rows).__name__}"
         raise UserError(f"questions {path}: a list of questions is required, found {found}")
@@ -93,7 +93,7 @@ def read_answers(path: str | os.PathLike, questions: Sequence[Question]) -> dict
     Raises:
         UserError: The file holds other values or answers to unknown questions.
     """
-    answers = _read_json(path, "answers")
+    answers = read_json(path, "answers")
     if not isinstance(answers, dict) or not answers:
         raise UserError(
             f"answers {path}: an object of the form {{q_uid: 0 to 4}} is required, with at least one answer"
@@ -113,7 +113,7 @@ def read_answers(path: str | os.PathLike, questions: Sequence[Question]) -> dict
 
 def read_sources(path: str | os.PathLike) -> dict[str, str]:
     """Read from which Ego4D video (its video_uid) the video of each question was cut."""
-    rows = _read_json(path, "sources")
+    rows = read_json(path, "sources")
     if not isinstance(rows, dict) or not rows:
         raise UserError(f"sources {path}: an object of the form {{q_uid: {{video_uid: ...}}}} is required")
     sources = {}
@@ -127,7 +127,7 @@ def read_sources(path: str | os.PathLike) -> dict[str, str]:
     return sources
 
 
-def _read_json(path: str | os.PathLike, what: str) -> object:
+def read_json(path: str | os.PathLike, what: str) -> object:
     """Any JSON value; a key that occurs twice in one object is an error too."""
     try:
         return parse_json(read_text(path), pairs=_without_repeats, nan=True)

@@ -89,6 +89,16 @@ def action_list(*tables: EK100Table) -> tuple[str, ...]:
     return tuple(sorted(f"{verb}:{noun}" for verb, noun in pairs))
 
 
+def action_names(actions: Sequence[str], *tables: EK100Table) -> list[list[str]]:
+    """Return the distinct narrations of each action in labelled tables, sorted (LaViLa's names of a class)."""
+    names: list[set[str]] = [set() for _ in actions]
+    for table in tables:
+        for row, number in zip(table, action_numbers(actions, table), strict=True):
+            if number >= 0:
+                names[number].update(row.texts)
+    return [sorted(own) for own in names]
+
+
 def split_actions(actions: Sequence[str], source: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the verb class and the noun class of each action, (n,) int64 each.
 

@@ -22,7 +22,13 @@ from avion.numbers import COUNT, COUNT_OR_OFF, PROCESSES, whole
 from avion.resources import SLURM, checkout, resources
 
 from .args import Options, flag, other_default, parse
-from .options import EgoSchemaOptions, FinetuneClassificationOptions, FinetuneRetrievalOptions, PretrainOptions
+from .options import (
+    EgoSchemaOptions,
+    FinetuneClassificationOptions,
+    FinetuneRetrievalOptions,
+    PretrainOptions,
+    ZeroShotOptions,
+)
 from .options.shared import PluginOptions
 from .peers import meeting_variables
 from .signals import STOPPED
@@ -32,6 +38,7 @@ ENTRY_POINTS = {
     "main_finetune_retrieval.py": FinetuneRetrievalOptions,
     "main_finetune_classification.py": FinetuneClassificationOptions,
     "main_egoschema.py": EgoSchemaOptions,
+    "main_zeroshot.py": ZeroShotOptions,
 }
 _LOCAL_REQUEUE = 144  # on this status submitit's local executor starts the processes again
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from avion.data.ek100_actions import action_list, read_ek100_actions
+from avion.data.ek100_actions import action_list, action_names, read_ek100_actions
 from avion.errors import UserError
 
 _EK100 = "datasets/EK100/epic-kitchens-100-annotations"
@@ -63,9 +63,5 @@ def generate_label_map(dataset: str, folder: str | os.PathLike = _EK100) -> tupl
     for split, table in zip(splits, tables, strict=True):
         if table.verb_class is None:
             raise UserError(f"annotations {folder}/EPIC_100_{split}.csv: the column 'verb_class' is missing")
-    numbers = {action: i for i, action in enumerate(action_list(*tables))}
-    narrations: list[set[str]] = [set() for _ in numbers]
-    for table in tables:
-        for row, verb, noun in zip(table, table.verb_class, table.noun_class, strict=True):
-            narrations[numbers[f"{verb}:{noun}"]].update(row.texts)
-    return [sorted(texts) for texts in narrations], numbers
+    actions = action_list(*tables)
+    return action_names(actions, *tables), {action: i for i, action in enumerate(actions)}

@@ -28,6 +28,7 @@ from avion.data.demo.annotations import (
     write_reversed_pairs,
     write_tail,
 )
+from avion.data.demo.benchmarks import write_benchmarks
 from avion.data.demo.egoschema import SceneTask, write_questions
 from avion.data.demo.film import FRAME_RATES, Clip, film_video, write_chunks
 from avion.data.demo.paths import STAMP, DemoPaths
@@ -205,6 +206,7 @@ def _make(paths: DemoPaths, seed: int, size: DemoSize, workers: int | None) -> N
     write_participants(paths.unseen_participants, sorted({*_VAL_PARTICIPANTS} - {*_TRAIN_PARTICIPANTS}))
     write_classes(paths.verb_classes, paths.noun_classes)
     write_reversed_pairs(paths.reversed_pairs, evaluation)
+    write_benchmarks(paths, evaluation, scenes, seed)
     write_questions(scenes, paths.egoschema_questions, paths.egoschema_answers, paths.uid_to_ego4d)
 
 

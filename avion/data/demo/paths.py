@@ -132,6 +132,43 @@ class DemoPaths:
         """{q_uid: {video_uid, starting_sec, ending_sec}}"""
         return self._egoschema / "uid_to_ego4d.json"
 
+    # Other zero-shot benchmarks; Charades-Ego has the videos of EgoSchema, EgoMCQ and the captions those of EK-100
+
+    @property
+    def egtea_clips(self) -> Path:
+        """{recording}/{CLIP_ID}.mp4, trimmed."""
+        return self.root / "egtea" / "cropped_clips"
+
+    @property
+    def egtea_split(self) -> Path:
+        """A line `CLIP_ID ACTION VERB NOUN …` per clip."""
+        return self.root / "egtea" / "test_split1.txt"
+
+    @property
+    def egtea_classes(self) -> Path:
+        """A line `Name_of_action N` per class."""
+        return self.root / "egtea" / "action_idx.txt"
+
+    @property
+    def charades_split(self) -> Path:
+        """The videos, each with its actions and their times."""
+        return self.root / "charades_ego" / "CharadesEgo_v1_test_only1st.csv"
+
+    @property
+    def charades_classes(self) -> Path:
+        """A line `c000 Name of the class` per class."""
+        return self.root / "charades_ego" / "Charades_v1_classes.txt"
+
+    @property
+    def egomcq(self) -> Path:
+        """{"0": {answer, query, choices, types}, …}"""
+        return self.root / "egomcq.json"
+
+    @property
+    def captions(self) -> Path:
+        """video, start, end, caption: an evaluation clip of each sentence, with two captions."""
+        return self.root / "captions.csv"
+
     @property
     def stamp(self) -> Path:
         return self.root / STAMP

@@ -13,6 +13,7 @@ from .shared import (
     TrainingOptions,
     VideoOptions,
 )
+from .zeroshot import ZeroShotOptions
 
 __all__ = [
     "DeviceOptions",
@@ -26,4 +27,5 @@ __all__ = [
     "SavedModelOptions",
     "TrainingOptions",
     "VideoOptions",
+    "ZeroShotOptions",
 ]
