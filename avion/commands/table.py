@@ -36,6 +36,7 @@ PROGRAMS: dict[str, tuple[Program, ...]] = {
         _task("finetune-retrieval", "fine-tune a model on EPIC-Kitchens-100 retrieval"),
         _task("finetune-classification", "fine-tune a video tower on EPIC-Kitchens-100 action recognition"),
         _task("egoschema", "answer EgoSchema's questions about long videos"),
+        _task("zeroshot", "evaluate a model on EK-100, EGTEA, Charades-Ego, EgoMCQ and captions, zero-shot"),
     ),
     "before a run": (
         _tool("doctor", "doctor", "say what this machine can run and what to do about the rest"),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from avion import folder_lock
+from avion.constants import ZERO_SHOT
 from avion.files import remove_partial_files
 from avion.json_lines import append_json
 from avion.weights import Checkpoint
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T", bound=TrainingOptions)
 
 # The files in --output-dir of which a killed run may have left a part.
-_WRITTEN = ("checkpoint*.pt", "wandb_id.txt", "egoschema_*")
+_WRITTEN = ("checkpoint*.pt", "wandb_id.txt", "egoschema_*", *(f"{name}.*" for name in ZERO_SHOT))
 
 
 def train_or_evaluate(task_class: type[Task[T]], options: T) -> dict[str, float]:

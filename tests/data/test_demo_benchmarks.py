@@ -11,16 +11,8 @@ from avion.data.demo import ensure_demo_dataset
 from avion.data.demo.vocabulary import LABELS
 from avion.data.egomcq import read_egomcq
 from avion.data.egtea import read_egtea_classes, read_egtea_split
-from tests.data.demo_case import TINY, decode, rows
+from tests.data.demo_case import TINY, decode, rows, seconds
 from tests.data.test_demo_egoschema import decode_whole
-
-TEXTS = [f"{label.verb} {label.noun}" for label in LABELS]
-
-
-def times(demo):
-    """(video, start, stop) -> the sentence of an evaluation clip."""
-    clips = rows(demo.val_csv)
-    return {(f"{c['participant_id']}/{c['video_id']}", c["start_timestamp"]): c["narration"] for c in clips}
 
 
 def test_egtea_has_the_frames_of_the_evaluation_clips(demo):
@@ -41,11 +33,6 @@ def test_egtea_has_the_frames_of_the_evaluation_clips(demo):
         found = decode_whole(demo.egtea_clips / f"{video}.mp4")[0]
         assert len(found) == last - first
         assert np.abs(found.astype(int) - frames[first:last]).mean() < 4  # encoded once more
-
-
-def seconds(stamp):
-    h, m, s = stamp.split(":")
-    return 3600 * int(h) + 60 * int(m) + float(s)
 
 
 def test_charades_ego_labels_both_actions_of_egoschemas_videos(demo):

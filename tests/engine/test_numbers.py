@@ -15,12 +15,14 @@ import main_egoschema
 import main_finetune_classification
 import main_finetune_retrieval
 import main_pretrain
+import main_zeroshot
 from avion.engine.args import ToolParser, build_parser, flag, flag_fields, parse
 from avion.engine.options import (
     EgoSchemaOptions,
     FinetuneClassificationOptions,
     FinetuneRetrievalOptions,
     PretrainOptions,
+    ZeroShotOptions,
 )
 from avion.engine.options.features import FeatureOptions
 from avion.engine.submit import SubmitOptions
@@ -64,6 +66,7 @@ GENERATED = {
     "main_finetune_retrieval.py": (FinetuneRetrievalOptions, main_finetune_retrieval.main),
     "main_finetune_classification.py": (FinetuneClassificationOptions, main_finetune_classification.main),
     "main_egoschema.py": (EgoSchemaOptions, main_egoschema.main),
+    "main_zeroshot.py": (ZeroShotOptions, main_zeroshot.main),
     "tools/extract_features.py": (FeatureOptions, TOOLS["extract_features.py"].main),
     "slurm/submit.py": (SubmitOptions, lambda words: SUBMIT.main(["main_pretrain.py", *words])),
 }
