@@ -68,8 +68,8 @@ def test_all_benchmarks_in_one_run(everything):
         r["unreadable"] for r in found.values()
     )
     files = {p.name for p in everything.iterdir() if p.is_file()}
-    assert files == {
-        "eval_log.txt", "train.log", "run.lock", "ek100_mir.npy", "ek100_cls.npz", "egtea.npz", "charades_ego.npz",
+    assert files - {"run.lock"} == {
+        "eval_log.txt", "train.log", "ek100_mir.npy", "ek100_cls.npz", "egtea.npz", "charades_ego.npz",
         "egomcq.json", "retrieval.npy",
     }  # fmt: skip
 
