@@ -88,19 +88,13 @@ class ZeroShotOptions(SavedModelOptions, DeviceOptions):
     debug: bool = other_default(RunOptions, "debug", False)
 
     def check(self) -> None:
-        """Raise UserError for a missing benchmark or checkpoint, and for a flag that no chosen benchmark reads."""
-        if not self.dataset:
-            raise UserError(f"--dataset: not given; name one or several of {', '.join(ZERO_SHOT)}")
-        if not self.pretrain_model:
-            raise UserError(
-                "--pretrain-model: not given; name the checkpoint to evaluate (a path or hf:owner/repo/file)"
-            )
+        """Raise UserError for a flag that no chosen benchmark reads, and where a benchmark lacks its files."""
         readers = {
             "clip_stride": _STRIDED, "templates": _OF_CLASSES, "egomcq_cosine": ("egomcq",),
             "caption_columns": ("retrieval",),
         }  # fmt: skip
         for name, own in readers.items():
-            if self.was_given(name) and not set(own) & set(self.dataset):
+            if self.was_given(name) and self.dataset and not set(own) & set(self.dataset):
                 *others, last = own
                 who = f"{', '.join(others)} and {last} read" if others else f"{last} reads"
                 raise UserError(f"--{name.replace('_', '-')}: only {who} it, which --dataset does not name")

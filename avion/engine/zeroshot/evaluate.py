@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from avion.constants import ZERO_SHOT
 from avion.data.demo import ensure_demo_dataset
 from avion.data.transforms import normalize_clip
 from avion.data.video import resolve_decoder
@@ -59,6 +60,10 @@ def run_zeroshot(options: ZeroShotOptions) -> dict[str, dict[str, float]]:
         UserError: A flag, a file or the environment is wrong.
         Stopped: A signal asked the run to stop; the same options go on from where it stands.
     """
+    if not options.dataset:
+        raise UserError(f"--dataset: not given; name one or several of {', '.join(ZERO_SHOT)}")
+    if not options.pretrain_model:
+        raise UserError("--pretrain-model: not given; name the checkpoint to evaluate (a path or hf:owner/repo/file)")
     with joined(options, options.output_dir) as world:
         world.agree({**shared_flags(options), "torch": torch.__version__})
         if options.demo_root:
