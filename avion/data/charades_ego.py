@@ -17,6 +17,7 @@ import numpy as np
 
 from avion.data.narrations import NarrationTable, TableBuilder
 from avion.errors import UserError
+from avion.reading import open_file
 
 # Where the columns are in the released files, if the header has other names.
 _PLACES = {"id": 0, "actions": 9, "length": 10}
@@ -45,7 +46,7 @@ def read_charades_classes(path: str | os.PathLike) -> dict[str, str]:
     """
     classes: dict[str, str] = {}
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open_file(path, "r", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -57,7 +58,7 @@ def read_charades_classes(path: str | os.PathLike) -> dict[str, str]:
     except FileNotFoundError:
         raise UserError(f"classes {path}: no such file") from None
     except OSError as error:
-        raise UserError(f"classes {path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"classes {path}: cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"classes {path}: is not a text in UTF-8 ({error})") from None
     if not classes:
@@ -101,7 +102,7 @@ def read_charades_ego(path: str | os.PathLike, classes: dict[str, str]) -> Chara
 def _rows(path: str | os.PathLike):
     """(line, {"id", "actions", "length"}) of every row."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open_file(path, "r", newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
             header = next(reader, None)
             if header is None:
@@ -121,7 +122,7 @@ def _rows(path: str | os.PathLike):
     except FileNotFoundError:
         raise UserError(f"annotations {path}: no such file") from None
     except OSError as error:
-        raise UserError(f"annotations {path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"annotations {path}: cannot be read ({error.strerror or error})") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"annotations {path}: is not a CSV in UTF-8 ({error})") from None
 

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from avion.data.transforms import CropsTransform
 from avion.data.video import VideoError, VideoStore, open_video
 from avion.errors import UserError
+from avion.reading import open_file
 
 _CLIP = re.compile(r"[A-Za-z0-9_]+(-[A-Za-z0-9_.&]+){3,}")
 _LONGEST_NAME = 200
@@ -96,7 +97,7 @@ def _lines(path: str | os.PathLike, what: str) -> Iterator[tuple[int, list[str]]
     """The number and the words of every line that is not empty."""
     found = False
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open_file(path, "r", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     found = True
@@ -104,7 +105,7 @@ def _lines(path: str | os.PathLike, what: str) -> Iterator[tuple[int, list[str]]
     except FileNotFoundError:
         raise UserError(f"{what} {path}: no such file") from None
     except OSError as error:
-        raise UserError(f"{what} {path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{what} {path}: cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {path}: is not a text in UTF-8 ({error})") from None
     if not found:

@@ -18,6 +18,7 @@ import numpy as np
 
 from avion.errors import UserError
 from avion.json_lines import append_json, read_json_lines
+from avion.reading import open_file
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def read_batches(folder: Path, name: str, mark: str, batches: Sequence[Sequence[
             continue
         path = index.with_suffix(".f32")
         try:
-            with open(path, "rb") as file:
+            with open_file(path) as file:
                 for row in own:
                     batch = _read(file, row, batches)
                     damaged += batch is None
