@@ -26,7 +26,9 @@ _ALLOWED: dict[str, frozenset[str]] = {
     "avion.features": LEAVES,  # reads what the engine wrote; for people's scripts
     "avion.engine": LEAVES | {"avion.ops", "avion.weights", "avion.features", *_MIDDLE},
     "avion.reproduce": LEAVES | {"avion.ops", "avion.engine", "avion.weights", *_MIDDLE},
-    "avion.commands": LEAVES | {"avion.ops", "avion.engine", "avion.weights", "avion.reproduce", *_MIDDLE},
+    "avion.search": LEAVES | {"avion.ops", "avion.engine", "avion.weights", "avion.features", *_MIDDLE},
+    "avion.commands": LEAVES
+    | {"avion.ops", "avion.engine", "avion.weights", "avion.reproduce", "avion.search", "avion.features", *_MIDDLE},
     "avion.utils": LEAVES | {"avion.ops", "avion.engine", "avion.weights", *_MIDDLE},
 }
 # Import paths of people's scripts: these modules hand on, when they are asked, what lives on a floor above them.

@@ -50,6 +50,9 @@ PROGRAMS: dict[str, tuple[Program, ...]] = {
     "after a run": (
         _tool("plot", "plot_run", "draw the curves of one or several runs"),
         _tool("features", "extract_features", "extract features of videos, in clips or windows, and of sentences"),
+        _tool(
+            "search-videos", "search_videos", "search videos by a sentence, an image or a clip; make and serve an index"
+        ),
         _tool("submission", "make_submission", "make the files that the EPIC-KITCHENS-100 challenge servers take"),
     ),
     "the paper's tables": (
