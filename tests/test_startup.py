@@ -10,7 +10,7 @@ from tests.layering import ROOT
 
 HEAVY = (
     "torch", "torchvision", "timm", "open_clip", "triton", "av", "decord", "matplotlib", "wandb", "tensorboard",
-    "huggingface_hub", "safetensors", "transformers", "pandas", "scipy",
+    "huggingface_hub", "safetensors", "transformers", "pandas", "scipy", "gradio", "PIL",
 )  # fmt: skip
 # Runs a program as `python FILE` or `python -m MODULE` does, and says what it has imported when it ends.
 RUNNER = """

@@ -231,7 +231,7 @@ def _blocks(searcher: Searcher, options: ServeOptions, moments: Moments) -> Any:
             )
             button = gradio.Button("Search", variant="primary", scale=1, elem_id="search")
         with gradio.Row():
-            file = gradio.File(label="Or an image or a clip", type="filepath", height=120, elem_id="file")
+            file = gradio.File(label="Or an image or a clip", type="filepath", height=170, elem_id="file")
             videos = gradio.Dropdown(
                 index.videos[:_MOST_NAMES], multiselect=True, allow_custom_value=True, elem_id="videos",
                 label="Only in videos of these names", info="A part of a name will do.",
