@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from avion.engine.options.search import IndexOptions, SearchOptions, ServeOptions
 from avion.engine.program import run_program
+from avion.errors import UserError, exit_status
 
 _PROGRAM = "tools/search_videos.py"
 _COMMANDS = {
@@ -28,15 +29,20 @@ _COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] in (["-h"], ["--help"]):
-        print(_usage())
-        return 0
-    name, rest = (words[0], words[1:]) if words else ("", [])
-    if name not in _COMMANDS:
-        found = f"unknown command {name!r}" if words else "no command"
-        print(f"{_PROGRAM}: error: {found}; give one of {', '.join(_COMMANDS)} (--help says more)", file=sys.stderr)
-        return 2
-    return {"index": _index, "search": _search, "serve": _serve}[name](rest)
+    rest: list[str] | None = None
+
+    def choose() -> None:
+        nonlocal rest
+        if words[:1] in (["-h"], ["--help"]):
+            print(_usage())
+            return
+        if not words or words[0] not in _COMMANDS:
+            found = f"unknown command {words[0]!r}" if words else "no command"
+            raise UserError(f"{found}; give one of {', '.join(_COMMANDS)} (--help says more)")
+        rest = words[1:]
+
+    status = exit_status(_PROGRAM, choose)
+    return status if rest is None else {"index": _index, "search": _search, "serve": _serve}[words[0]](rest)
 
 
 def _usage() -> str:
@@ -75,7 +81,6 @@ def _index(words: list[str]) -> int:
 def _search(words: list[str]) -> int:
     def body(options: SearchOptions) -> None:
         from avion.data.video import VideoError
-        from avion.errors import UserError
         from avion.search.build import open_searcher
         from avion.search.moments import listed
 
