@@ -99,3 +99,16 @@ def test_the_runner_sees_what_is_imported(tmp_path):
     (tmp_path / "program.py").write_text("import sys\nimport torch\nsys.exit(3)\n")
     ended = run("file", str(tmp_path / "program.py"))
     assert ended["status"] == 3 and "torch" in heavy(ended["modules"])
+
+
+def test_a_model_is_built_and_loaded_without_the_packages_of_runs(tmp_path):
+    """Not wandb, which others import beside timm and open_clip, nor anything that only a run needs."""
+    (tmp_path / "use.py").write_text(
+        "from avion.models import create_model, model_from_checkpoint\n"
+        "from avion.weights import save_weights\n"
+        "create_model('TIMEMAMBA_VITT16', depth=1)\n"
+        f"model_from_checkpoint({str(ROOT / 'tests/fixtures/ID6_checkpoint.pt')!r}, num_heads=4, text_heads=4)\n"
+    )
+    ended = run("file", str(tmp_path / "use.py"))
+    assert ended["status"] is None
+    assert {"wandb", "tensorboard", "submitit", "matplotlib", "pandas"}.isdisjoint(ended["modules"])

@@ -61,6 +61,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     how.add_argument("--scale", default=FULL, help=f"{FULL}, demo (recipes/scales/demo.yaml) or a YAML file [{FULL}]")
+    how.add_argument(
+        "--data-on-nodes", action="store_true",
+        help="with --submit: files that this machine does not see are on the nodes; submit the jobs all the same",
+    )  # fmt: skip
     how.add_argument("--runs", default="runs", metavar="DIR", help="folder that holds the runs [%(default)s]")
     return parser
 
@@ -155,6 +159,22 @@ def job_options(args: argparse.Namespace, words: Sequence[str]) -> SubmitOptions
     return None
 
 
+def check_complete(steps: Sequence[Step], args: argparse.Namespace, options: SubmitOptions | None) -> None:
+    """Raise UserError where something is missing. A dry run warns: a login node need not see what the nodes see."""
+    lacking = [step for step in steps if step.missing]
+    if options is not None and (options.dry_run or args.data_on_nodes):
+        for problem in dict.fromkeys(str(problem) for step in lacking for problem in step.missing):
+            logger.warning("not seen from this machine: %s", problem)
+        return
+    if lacking:
+        print("\n\n".join(described(step) for step in lacking))
+        count = len({str(problem) for step in lacking for problem in step.missing})
+        elsewhere = "" if options is None else "; files that only the nodes see: --data-on-nodes"
+        raise UserError(
+            f"nothing was started: {count} thing{'s' * (count > 1)} missing, listed above with the cure{elsewhere}"
+        )
+
+
 def reproduce(args: argparse.Namespace, options: SubmitOptions | None, words: Sequence[str]) -> int:
     if args.list:
         print(recipes_table(load_recipes()))
@@ -166,6 +186,7 @@ def reproduce(args: argparse.Namespace, options: SubmitOptions | None, words: Se
         device=args.device, released=args.from_released, checkpoint=args.checkpoint, words=tuple(words),
         plugins=tuple(args.plugins),
         with_prerequisites=args.with_prerequisites, again=args.again, here=not args.submit,
+        nodes=1 if options is None else options.nodes,
     )  # fmt: skip
     steps = plan(selected(args), request)
     if args.mark:
@@ -175,11 +196,7 @@ def reproduce(args: argparse.Namespace, options: SubmitOptions | None, words: Se
     if not (args.run or args.submit):
         print("\n\n".join(described(step) for step in steps))
         return 0
-    lacking = [step for step in steps if step.missing]
-    if lacking:
-        print("\n\n".join(described(step) for step in lacking))
-        count = len({str(problem) for step in lacking for problem in step.missing})
-        raise UserError(f"nothing was started: {count} thing{'s' * (count > 1)} missing, listed above with the cure")
+    check_complete(steps, args, options)
     if options is not None:
         return submit_all(steps, options, args.again)
     return run_all(steps, args.again)

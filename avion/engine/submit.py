@@ -140,23 +140,31 @@ def command_of(entry_point: str) -> str:
     return entry_point.removeprefix("main_").removesuffix(".py").replace("_", "-")
 
 
-def program_words(entry_point: str, words: Sequence[str], processes: int = 1) -> list[str]:
+def program_words(entry_point: str, words: Sequence[str], processes: int = 1, nodes: int = 1) -> list[str]:
     """A command that runs an entry point, as a user types it.
 
     Args:
         entry_point: One of ENTRY_POINTS.
         words: The flags of the entry point.
         processes: With more than one, torchrun starts them.
+        nodes: The number of nodes that share the processes evenly. The same command is started on each; HOST stands
+            for the first of them.
 
     Returns:
         The words: with the file of the clone that this package is in, or with the command `avion`.
     """
     root = checkout()
-    launcher = [] if processes == 1 else ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = [] if processes == 1 else ["torchrun", *_meeting(nodes), f"--nproc_per_node={processes // nodes}"]
     if root is not None:
         return [*(launcher or ["python"]), os.path.relpath(root / entry_point), *words]
     start = [*launcher, "-m", "avion"] if launcher else ["avion"]
     return [*start, command_of(entry_point), *words]
+
+
+def _meeting(nodes: int) -> list[str]:
+    if nodes == 1:
+        return ["--standalone"]
+    return [f"--nnodes={nodes}", "--rdzv_backend=c10d", "--rdzv_id=1", "--rdzv_endpoint=HOST:29500"]
 
 
 def _set_variables_of_torchrun() -> None:
@@ -188,7 +196,8 @@ def submit(entry_point: str, words: Sequence[str], options: SubmitOptions) -> st
     folder = Path(options.job_dir or Path(run.output_dir) / "slurm").absolute()
     parameters = _parameters(entry_point, options)
     if options.dry_run:
-        print(shlex.join(program_words(entry_point, words)))
+        started = ["srun", f"--nodes={options.nodes}", f"--ntasks-per-node={options.processes}"]
+        print(shlex.join([*started, *program_words(entry_point, words)]))
         print(f"  {'job_dir':<28} {folder}", *(f"  {k:<28} {v}" for k, v in parameters.items()), sep="\n")
         return ""
     submitit = _submitit()

@@ -87,9 +87,9 @@ def with_words(recipe: Recipe, words: Sequence[str]) -> Recipe:
     return dataclasses.replace(recipe, starts_from=None) if "pretrain_model" in values else recipe
 
 
-def command(recipe: Recipe) -> list[str]:
+def command(recipe: Recipe, nodes: int = 1) -> list[str]:
     """Return the words of the command that runs a recipe, as a user types them in an activated environment."""
-    return program_words(recipe.entry_point, recipe.words(), recipe.gpus)
+    return program_words(recipe.entry_point, recipe.words(), recipe.gpus, nodes)
 
 
 def executable(words: Sequence[str]) -> list[str]:

@@ -25,10 +25,18 @@ TRAINED, RELEASED = "trained", "released"
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe as it will be run. `evaluated` says whose weights are evaluated."""
+    """A recipe as it will be run.
+
+    Attributes:
+        evaluated: Whose weights are evaluated.
+        nodes: The number of nodes that share the processes.
+        hours: How long the recipe takes on its own number of processes, scaled to the number of this run.
+    """
 
     recipe: Recipe
     evaluated: str = TRAINED
+    nodes: int = 1
+    hours: float | None = None
 
     @property
     def folder(self) -> Path:
@@ -36,7 +44,7 @@ class Run:
 
     @property
     def words(self) -> list[str]:
-        return command(self.recipe)
+        return command(self.recipe, self.nodes)
 
     def record(self) -> dict[str, Any]:
         """Return the content of recipe.json, by which the tables know what a folder holds."""

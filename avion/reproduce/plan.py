@@ -24,6 +24,7 @@ class Request:
         words: More flags of the entry points.
         plugins: Modules that every run imports, and that this process has imported.
         here: Whether they run on this machine, not on a cluster.
+        nodes: The number of nodes of a job. Without `gpus`, each node has as many processes as the recipe.
     """
 
     runs: str = "runs"
@@ -38,6 +39,7 @@ class Request:
     with_prerequisites: bool = False
     again: bool = False
     here: bool = True
+    nodes: int = 1
 
     def run(self, recipe: Recipe, seed: int | None, words: Sequence[str] = ()) -> Run:
         """Return the run of a recipe under this request."""
@@ -46,11 +48,17 @@ class Request:
             recipe = recipe.with_flags({"device": self.device})
         if self.released:
             recipe = from_released(recipe, self.checkpoint)
-        if self.gpus is not None:
-            recipe = with_processes(recipe, self.gpus)
+        before = recipe.gpus
+        if self.gpus is not None or self.nodes > 1:
+            try:
+                recipe = with_processes(recipe, self.gpus or before * self.nodes)
+            except UserError as e:
+                raise e if self.gpus else UserError(f"--nodes {self.nodes} with {before} processes each: {e}") from e
+        hours = None if recipe.hours is None else recipe.hours * before / recipe.gpus
         if self.plugins:
             words = ["--import", *self.plugins, *words]
-        return Run(with_words(recipe, words), RELEASED if self.released else TRAINED)
+        evaluated = RELEASED if self.released else TRAINED
+        return Run(with_words(recipe, words), evaluated, self.nodes, hours)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def described(step: Step) -> str:
     if step.done:
         lines.append(f"  {'done:':<10}its figures are there; --again runs it anew")
     elif recipe.scale == FULL and step.run.evaluated != RELEASED:
-        lines.append(f"  {'expect:':<10}{_expected(recipe)}")
+        lines.append(f"  {'expect:':<10}{_expected(step)}")
     for before in step.needs:
         lines.append(f"  {'after:':<10}{before.run.recipe.key}")
     for number, problem in enumerate(step.missing):
@@ -76,7 +76,11 @@ def _title(step: Step) -> str:
     return f"{recipe.where}: {recipe.name}, {recipe.task} ({recipe.key}{more})"
 
 
-def _expected(recipe: Recipe) -> str:
-    if recipe.hours is None:
+def _expected(step: Step) -> str:
+    recipe, hours = step.run.recipe, step.run.hours
+    if recipe.hours is None or hours is None:
         return "nobody has measured how long it takes"
-    return f"about {recipe.hours:g} hours on {recipe.hours_on} (docs/recipes.md says where this comes from)"
+    measured = f"about {recipe.hours:g} hours on {recipe.hours_on} (docs/recipes.md says where this comes from)"
+    if hours == recipe.hours:
+        return measured
+    return f"at least {hours:.2g} hours with {recipe.gpus} processes, if the speed grows with their number; {measured}"

@@ -9,6 +9,8 @@ import pytest
 from avion.commands.reproduce import main
 from avion.engine.args import parse
 from avion.engine.options import PretrainOptions
+from avion.reproduce.prerequisites import Missing
+from avion.reproduce.recipe import RECIPES, load_recipe
 
 
 def test_a_row_shows_its_command_and_the_papers_figures(capsys, tmp_path, monkeypatch):
@@ -104,7 +106,8 @@ def test_a_chain_is_submitted_in_order(jobs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "per_node", "batch", "update_freq"),
     [
-        ("--nodes 2", 4, 64, 1), ("--nodes 2 --ngpus 8", 8, 32, 1), ("--gpus 4", 4, 64, 2), ("--ngpus 2", 2, 64, 4),
+        ("--nodes 2", 8, 32, 1), ("--nodes 2 --ngpus 8", 8, 32, 1), ("--nodes 2 --gpus 8", 4, 64, 1),
+        ("--gpus 4", 4, 64, 2), ("--ngpus 2", 2, 64, 4),
         ("--ngpus 0 --tasks-per-node 2 --device cpu", 2, 64, 4), ("--nodes 4 --gpus 4", 1, 64, 2),
     ],
 )  # fmt: skip
@@ -120,7 +123,11 @@ def test_jobs_keep_the_global_batch(words, per_node, batch, update_freq, jobs):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--submit --nodes 3", "--nodes 3: 8 processes do not divide among them"),
+        (
+            "--submit --nodes 3",
+            "--nodes 3 with 8 processes each: --gpus 24: the batch of 512 clips of table8_row6",
+        ),
+        ("--submit --nodes 3 --gpus 8", "--nodes 3: 8 processes do not divide among them"),
         ("--submit --partion gpu", "unknown flag --partion: did you mean --partition"),
         ("--partition gpu", "unknown flag --partition: see --help"),
     ],
@@ -138,6 +145,33 @@ def test_a_dry_run_shows_the_jobs_and_leaves_nothing(monkeypatch, tmp_path, caps
     words = "--table 9 --row 4 --task actions --submit --with-prerequisites --dry-run --account me"
     assert main(words.split()) == 0
     said = capsys.readouterr().out
-    assert len(re.findall("^python .*main_", said, re.MULTILINE)) == 2
+    assert len(re.findall("^srun --nodes=1 --ntasks-per-node=8 python .*main_", said, re.MULTILINE)) == 2
     assert "afterok:(job of table8_row4)" in said and "me" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_nodes_have_a_command_and_hours_of_their_own(monkeypatch, tmp_path, capsys):
+    """Twice the processes, half of the hours; the data are not here, and a dry run says so without refusing."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--table", "8", "--row", "6", "--submit", "--nodes", "2"]
+    assert main([*words, "--dry-run"]) == 0
+    captured = capsys.readouterr()
+    assert "srun --nodes=2 --ntasks-per-node=8 python" in captured.out and "--batch-size=32" in captured.out
+    assert "not seen from this machine: " in captured.err and "ego4d_train.pkl" in captured.err
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert "--data-on-nodes" in captured.err.splitlines()[-1]
+    started = "torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_id=1 --rdzv_endpoint=HOST:29500 --nproc_per_node=8"
+    assert started in captured.out
+    whole = load_recipe(RECIPES / "table8_row6.yaml").hours
+    assert f"at least {whole / 2:.2g} hours with 16 processes" in captured.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_only_the_nodes_see_are_no_obstacle_on_request(jobs, monkeypatch, capsys):
+    lack = [Missing("folder videos (--root)", "link it")]
+    monkeypatch.setattr("avion.reproduce.plan.missing", lambda *args, **options: lack)
+    words = ["--table", "8", "--row", "6", "--submit"]
+    assert main(words) == 2 and jobs == []
+    assert main([*words, "--data-on-nodes"]) == 0 and len(jobs) == 1
+    assert "not seen from this machine: folder videos (--root): link it" in capsys.readouterr().err
