@@ -34,13 +34,20 @@ def run(command, folder: Path, **more) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory) -> Path:
+    """A copy of what is packed: building writes beside it."""
+    source = tmp_path_factory.mktemp("source")
     for name in PACKED:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, source / name)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     built = run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", target, source], source)
     assert built.returncode == 0, built.stderr
@@ -48,19 +55,27 @@ def wheel(tmp_path_factory) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory) -> Path:
-    """The folder of the programs of an environment that has the wheel, and the packages of this one."""
-    folder = tmp_path_factory.mktemp("environment") / "venv"
+def environment(folder: Path, *what) -> tuple[Path, Path]:
+    """An environment with the packages of this one, into which pip installs; itself and its site-packages.
+
+    The editable installation of this environment is not taken over: it is a .pth file itself, and .pth files are not
+    read in folders that come from one.
+    """
     made = run([sys.executable, "-m", "venv", "--without-pip", folder], folder.parent)
     assert made.returncode == 0, made.stderr
     (site,) = folder.glob("lib/python*/site-packages")
-    # The editable installation of this environment is not taken over: it is a .pth file itself, and .pth files are
-    # not read in folders that come from one.
     (site / "packages.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", folder / "bin/python"]
-    done = run([*pip, "install", "--no-deps", "--no-index", "--ignore-installed", wheel], folder.parent)
+    words = ["install", "--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed"]
+    done = run([*pip, *words, *what], folder.parent)
     assert done.returncode == 0, done.stderr
+    return folder, site
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """The folder of the programs of an environment that has the wheel, and the packages of this one."""
+    folder, site = environment(tmp_path_factory.mktemp("environment") / "venv", wheel)
     where = run([folder / "bin/python", "-c", "import avion; print(avion.__file__)"], folder.parent)
     assert where.stdout.strip() == str(site / "avion/__init__.py")
     return folder / "bin"
@@ -124,3 +139,37 @@ def test_batch_files_are_copied_out(installed, tmp_path):
     done = run([installed / "avion", "files", "--copy", "."], tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "slurm/pretrain.sbatch").is_file() and (tmp_path / "recipes/scales/demo.yaml").is_file()
+
+
+TYPED = """
+from typing import assert_type
+
+import torch
+
+from avion.models import classifier_from_checkpoint, create_model, model_from_checkpoint
+from avion.models.clip import CLIP, VideoClassifier
+
+video, tokens = torch.zeros(1, 3, 4, 224, 224), torch.zeros(1, 77, dtype=torch.int64)
+model = model_from_checkpoint("a.pt")
+assert_type(model, CLIP)
+assert_type(model.encode_text(tokens), torch.Tensor)
+assert_type(create_model("TIMEMAMBA_VITB16").encode_image(video), torch.Tensor)
+assert_type(classifier_from_checkpoint("a.pt"), VideoClassifier)
+model.config.num_frames + 1
+"""
+
+
+def test_a_type_checker_sees_an_editable_installation(source, tmp_path):
+    """And what the loaders return: `model.encode_text` completes, and a misspelling is found."""
+    folder, _ = environment(tmp_path / "venv", "--editable", source)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/use.py").write_text(TYPED)
+    (tmp_path / "mine/wrong.py").write_text(TYPED + "model.encode_txt(tokens)\nmodel.encode_text(7)\n")
+    checker = [sys.executable, "-m", "pyrefly", "check", "--output-format", "min-text"]
+    checker += ["--python-interpreter-path", folder / "bin/python"]
+    good = run([*checker, "use.py"], tmp_path / "mine")
+    assert good.returncode == 0, good.stdout
+    wrong = run([*checker, "wrong.py"], tmp_path / "mine")
+    found = [line for line in wrong.stdout.splitlines() if line.startswith("ERROR")]
+    assert wrong.returncode == 1 and len(found) == 2, wrong.stdout
+    assert "encode_txt" in found[0] and "bad-argument-type" in found[1]

@@ -8,12 +8,19 @@ them from `avion.models`. All names are imported when they are asked for: the to
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from avion.weights import Checkpoint, load_checkpoint, load_pretrained, model_from_checkpoint
+    from avion.weights import (
+        Checkpoint,
+        classifier_from_checkpoint,
+        load_checkpoint,
+        load_pretrained,
+        model_from_checkpoint,
+    )
 
     from .registry import create_model, list_models, register_mixer, register_model
 
 __all__ = [
     "Checkpoint",
+    "classifier_from_checkpoint",
     "create_model",
     "list_models",
     "load_checkpoint",
@@ -23,7 +30,19 @@ __all__ = [
     "register_model",
 ]
 
-_OF_WEIGHTS = ("Checkpoint", "load_checkpoint", "load_pretrained", "model_from_checkpoint")
+_OF_WEIGHTS = (
+    "Checkpoint",
+    "classifier_from_checkpoint",
+    "load_checkpoint",
+    "load_pretrained",
+    "model_from_checkpoint",
+)
+    "Checkpoint",
+    "classifier_from_checkpoint",
+    "load_checkpoint",
+    "load_pretrained",
+    "model_from_checkpoint",
+)
 
 
 def __getattr__(name: str) -> Any:

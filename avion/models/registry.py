@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch import nn
 
@@ -18,6 +18,9 @@ from avion.plugins import HINT
 
 from .config import CHOICES, MIXERS, FieldValue, Kind, ModelConfig, field_kinds
 from .tower import find_tower, towers
+
+if TYPE_CHECKING:
+    from .clip import CLIP
 
 __all__ = [
     "FieldValue",
@@ -164,7 +167,7 @@ def read_field(field: str, text: str, model: str | None = None) -> FieldValue:
         raise UserError(" ".join(str(e).split()) + hint) from e
 
 
-def create_model(name: str, /, **overrides: Any) -> nn.Module:
+def create_model(name: str, /, **overrides: Any) -> "CLIP":
     """Build a registered model with newly initialised weights, any field of its config overridden.
 
     Build it under `torch.device("meta")` to look at shapes without spending memory.
@@ -180,7 +183,7 @@ def create_model(name: str, /, **overrides: Any) -> nn.Module:
             raise UserError(f"{entry.config.name}: unknown field {field!r}; {hint}")
     config = dataclasses.replace(entry.config, **overrides)
     check_config(config)
-    return entry.build(config)
+    return cast("CLIP", entry.build(config))  # `register_model` asks for the methods of CLIP
 
 
 def _near(word: str, candidates: list[str]) -> str:
