@@ -37,12 +37,6 @@ _OF_WEIGHTS = (
     "load_pretrained",
     "model_from_checkpoint",
 )
-    "Checkpoint",
-    "classifier_from_checkpoint",
-    "load_checkpoint",
-    "load_pretrained",
-    "model_from_checkpoint",
-)
 
 
 def __getattr__(name: str) -> Any:
