@@ -172,4 +172,4 @@ def test_a_type_checker_sees_an_editable_installation(source, tmp_path):
     wrong = run([*checker, "wrong.py"], tmp_path / "mine")
     found = [line for line in wrong.stdout.splitlines() if line.startswith("ERROR")]
     assert wrong.returncode == 1 and len(found) == 2, wrong.stdout
-    assert "encode_txt" in found[0] and "bad-argument-type" in found[1]
+    assert "not-callable" in found[0] and "bad-argument-type" in found[1]
