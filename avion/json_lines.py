@@ -42,7 +42,7 @@ def append_json(path: Path, row: Mapping[str, Any]) -> None:
     append_lines(path, [json.dumps(row)])
 
 
-def read_json_lines(path: Path, *, cure: str = "remove the file") -> JsonLines:
+def read_json_lines(path: Path, *, cure: str = "remove the file", after: int = 0) -> JsonLines:
     """Read a file that `append_json` wrote.
 
     A last line without its end is being written, or never was, and is left out.
@@ -50,6 +50,7 @@ def read_json_lines(path: Path, *, cure: str = "remove the file") -> JsonLines:
     Args:
         path: The file. A file that does not exist has no lines.
         cure: What the user can do about a file that cannot be read; the error message ends with it.
+        after: How many bytes at the beginning of the file to pass over; lines are counted from there.
 
     Raises:
         UserError: The file cannot be read, or is too large to be a log.
@@ -59,7 +60,7 @@ def read_json_lines(path: Path, *, cure: str = "remove the file") -> JsonLines:
             size = os.fstat(file.fileno()).st_size
             if size > LARGEST_BYTES:
                 raise UserError(f"{path}: {size / 1e6:.0f} MB is too large for a log; {cure}")
-            *lines, _ = file.read().split(b"\n")
+            *lines, _ = file.read()[after:].split(b"\n")
     except FileNotFoundError:
         return JsonLines([], [])
     except OSError as e:

@@ -5,7 +5,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,8 +91,8 @@ def duration(seconds: float) -> str:
 class Meter:
     """A running mean of the finite values: since the beginning, and since the last line."""
 
-    def __init__(self):
-        self.total = self.count = 0.0
+    def __init__(self, total: float = 0.0, count: float = 0.0):
+        self.total, self.count = total, count
         self._recent_total = self._recent_count = 0.0
 
     def add(self, value: float) -> None:
@@ -124,7 +124,7 @@ class Progress:
 
     def __init__(
         self, world: "World", *, epoch: int, epochs: int, steps: int, done: int, print_freq: int,
-        write: Callable[[dict[str, Any]], None],
+        write: Callable[[dict[str, Any]], None], so_far: Mapping[str, Any] | None = None,
     ):  # fmt: skip
         self.world, self.epoch, self.epochs, self.steps = world, epoch, epochs, steps
         self.print_freq, self.write = print_freq, write
@@ -134,10 +134,30 @@ class Progress:
         self._waited = self._window_waited = 0.0
         self._done_before, self._done, self._clips = done, done, 0
         self._skipped = self._window_skipped = 0
+        self._earlier = 0.0  # seconds that the epoch took before this process
+        self._go_on(so_far or {})
         on_terminal = world.is_main and sys.stderr.isatty()
         self.bar = (
             tqdm(total=steps, initial=done, desc=f"epoch {epoch}", unit="step", leave=False) if on_terminal else None
         )
+
+    def _go_on(self, so_far: Mapping[str, Any]) -> None:
+        """Begin with the sums of an epoch that was interrupted."""
+        for name, (total, count) in so_far.get("meters", {}).items():
+            self.meters[name] = Meter(total, count)
+        self._earlier, self._waited = so_far.get("seconds", 0.0), so_far.get("waited", 0.0)
+        self._clips, self._skipped = so_far.get("clips", 0), so_far.get("skipped", 0)
+
+    def sums(self) -> dict[str, Any]:
+        """What the means of the epoch come from, as far as it has got, in plain numbers."""
+        return {
+            "meters": {name: [meter.total, meter.count] for name, meter in self.meters.items()},
+            "seconds": self._seconds, "waited": self._waited, "clips": self._clips, "skipped": self._skipped,
+        }  # fmt: skip
+
+    @property
+    def _seconds(self) -> float:
+        return self._earlier + max(time.perf_counter() - self._start, 1e-9)
 
     def data_ready(self) -> None:
         waited = time.perf_counter() - self._last
@@ -194,12 +214,31 @@ class Progress:
         """Means of the epoch (NaN where no value was finite), its rate, waiting share, memory and skipped steps."""
         if self.bar is not None:
             self.bar.close()
-        elapsed = max(time.perf_counter() - self._start, 1e-9)
+        elapsed = self._seconds
         means = {name: meter.mean for name, meter in self.meters.items()}
         return {
             **means, "clips_per_s": self._clips / elapsed, "wait": self._waited / elapsed,
             "memory_gb": memory_gb(self.world.device), "skipped_steps": self._skipped,
         }  # fmt: skip
+
+
+def sums_of_all(sums: Sequence[Mapping[str, Any]], replaced: int) -> dict[str, Any]:
+    """The sums of an epoch for every process to go on with, from those of all processes (`Progress.sums`).
+
+    Each process goes on with the mean of the sums, so that the mean over any number of processes is right.
+
+    Args:
+        sums: An entry per process.
+        replaced: Clips that were replaced in all processes.
+    """
+
+    def mean(values: list[float]) -> float:
+        return values[0] if len(values) == 1 else math.fsum(values) / len(values)
+
+    names = list(dict.fromkeys(name for one in sums for name in one["meters"]))
+    meters = {name: [mean([one["meters"].get(name, [0.0, 0.0])[i] for one in sums]) for i in (0, 1)] for name in names}
+    times = {name: mean([one[name] for one in sums]) for name in ("seconds", "waited")}
+    return {"meters": meters, **times, "clips": sums[0]["clips"], "skipped": sums[0]["skipped"], "replaced": replaced}
 
 
 def table(title: str, rows: dict[str, dict[str, float]], scale: float = 100.0) -> str:

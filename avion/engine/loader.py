@@ -62,11 +62,20 @@ class TrainBatchSampler(Sampler):
         self.count, self.batch_size, self.update_freq = count, batch_size, update_freq
         self.rank, self.seed, self.sources = rank, seed, sources
         self.steps = count // self.global_batch
-        self.epoch = self.start_step = 0
+        self.epoch = self.start_clip = 0
 
-    def set_position(self, epoch: int, step: int = 0) -> None:
-        """Let the next iteration yield `epoch` from optimizer step `step` on."""
-        self.epoch, self.start_step = epoch, step
+    def set_position(self, epoch: int, clip: int = 0) -> None:
+        """Let the next iteration yield `epoch` from its clip number `clip` on.
+
+        The clips before are those that the epoch has trained on, in batches of any size: none of them comes again, and
+        none is left out but those that fill no global batch at the end.
+        """
+        self.epoch, self.start_clip = epoch, clip
+
+    @property
+    def start_step(self) -> int:
+        """The number of the first optimizer step, so that the epoch ends with step `steps` whatever came before."""
+        return self.steps - max(self.count - self.start_clip, 0) // self.global_batch
 
     def __len__(self) -> int:
         return (self.steps - self.start_step) * self.update_freq
@@ -75,8 +84,8 @@ class TrainBatchSampler(Sampler):
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
         keys = self._keys()
         share = self.batch_size * self.update_freq
-        for step in range(self.start_step, self.steps):
-            first = step * self.global_batch + self.rank * share
+        for step in range(self.steps - self.start_step):
+            first = self.start_clip + step * self.global_batch + self.rank * share
             for micro in range(self.update_freq):
                 begin = first + micro * self.batch_size
                 yield [keys(int(i)) for i in order[begin : begin + self.batch_size]]

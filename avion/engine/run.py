@@ -15,12 +15,13 @@ from avion.files import remove_partial_files
 from avion.json_lines import append_json
 from avion.weights import Checkpoint
 
-from . import distributed, signals, sinks, state
+from . import distributed, signals, sinks
 from .args import Options
 from .console import setup_logging
 from .distributed import World
 from .inputs import ModelInputs
 from .options import DeviceOptions, TrainingOptions
+from .resume import Start, find_start
 from .steps import Precision
 from .tasks.base import Task
 from .trainer import Trainer, choose_precision, start_training, train_sampler, wrapped
@@ -44,20 +45,22 @@ def train_or_evaluate(task_class: type[Task[T]], options: T) -> dict[str, float]
         Stopped: A signal asked the run to stop; the same options go on from where it stands.
     """
     with joined(options, None if options.evaluate else options.output_dir) as world:
-        source = state.find_resume(options)
         # Before anything slow, because a process that was started with other flags would only be noticed much later.
-        world.agree({**shared_flags(options), "checkpoint to go on from": source, "torch": torch.__version__})
+        world.agree({**shared_flags(options), "torch": torch.__version__})
         with world.together("looking for packages"):
             sinks.check_flags(options)
-        precision, task = _read_data(task_class, options, source, world)
+        with world.together("looking for a checkpoint"):
+            start = find_start(options) if world.is_main else Start()
+        start = world.broadcast(start)
+        precision, task = _read_data(task_class, options, start, world)
         world.agree(task.facts())
         world.stop_if_asked("before the model was built")
         with world.together("building the model"):
             torch.manual_seed(options.seed)
             model = task.build_model().to(world.device)
         if options.evaluate:
-            return _evaluate(task, model, precision, source)
-        return _train(task, model, precision)
+            return _evaluate(task, model, precision, start.path)
+        return _train(task, model, precision, start)
 
 
 @contextlib.contextmanager
@@ -91,19 +94,20 @@ def shared_flags(options: Options) -> dict[str, Any]:
     return {"--" + k.replace("_", "-"): v for k, v in options.values().items() if k not in own}
 
 
-def _read_data(task_class: type[Task[T]], options: T, source: str | None, world: World) -> tuple[Precision, Task[T]]:
+def _read_data(task_class: type[Task[T]], options: T, start: Start, world: World) -> tuple[Precision, Task[T]]:
     with world.together("reading the data"):
         precision = choose_precision(options, world.device)
-        checkpoint = None if source is None else Checkpoint.open(source)
+        verify = world.is_main and not start.verified  # one process reads the whole file
+        checkpoint = None if start.path is None else Checkpoint.open(start.path, verify=verify)
         return precision, task_class(options, world, checkpoint)
 
 
-def _train(task: Task, model: nn.Module, precision: Precision) -> dict[str, float]:
+def _train(task: Task, model: nn.Module, precision: Precision, start: Start) -> dict[str, float]:
     options, world = task.options, task.world
     with world.together("preparing the training"):
         dataset = task.train_dataset(ModelInputs.of(model.config, options))
         sampler = train_sampler(dataset, options, world)
-        training = start_training(task, model, task.checkpoint, options, world, precision, sampler.steps)
+        training = start_training(task, model, task.checkpoint, start, options, world, precision, sampler)
     wrapped_model = wrapped(model, options, world)
     logger.info(
         "%s: %d clips, %d steps of %d clips per epoch, epochs %d to %d, %s on %s, %d process%s (%s)",
@@ -112,7 +116,12 @@ def _train(task: Task, model: nn.Module, precision: Precision) -> dict[str, floa
         world.device.type, world.size, "" if world.size == 1 else "es", world.how,
     )  # fmt: skip
     with sinks.opened(options, task.saved_flags(model), world, training.position.steps_done(sampler.steps)) as log:
-        return Trainer(task, training, wrapped_model, dataset, sampler, options, world, precision, log).fit()
+        trainer = Trainer(
+            task, training, wrapped_model, dataset, sampler, options, world, precision, log, best=start.best
+        )
+        if start.is_older:
+            trainer.save()  # so that there is a latest checkpoint again
+        return trainer.fit()
 
 
 def _evaluate(task: Task, model: nn.Module, precision: Precision, source: str | None) -> dict[str, float]:

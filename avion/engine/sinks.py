@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import logging
 import secrets
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 
 from avion.errors import UserError
 from avion.files import write_text
-from avion.json_lines import append_json
+from avion.json_lines import append_json, read_json_lines
 from avion.reading import open_file
 
 from .distributed import World
@@ -194,6 +195,36 @@ class RunLog:
     def evaluation(self, row: dict[str, Any]) -> None:
         """Take a line of eval_log.txt."""
         self._append(EVALUATIONS, row)
+
+    def lengths(self) -> dict[str, list[int]]:
+        """How long log.txt and eval_log.txt are, in bytes, each with the checksum of its content."""
+        found = {}
+        for name in (EPOCHS, EVALUATIONS):
+            content = self._content(name)
+            found[name] = [len(content), zlib.crc32(content)]
+        return found
+
+    def since(self, lengths: Mapping[str, Any], name: str, epoch: int) -> dict[str, Any] | None:
+        """The last line of an epoch that was written to a file after `lengths` returned; None where there is none.
+
+        Lines before are of earlier runs in the folder, or of a state of this run to which it went back. A file whose
+        beginning has changed has no such line.
+        """
+        try:
+            length, checksum = (int(number) for number in lengths.get(name, ()))
+        except (TypeError, ValueError):
+            return None
+        if zlib.crc32(self._content(name)[:length]) != checksum:
+            return None
+        rows = read_json_lines(self.folder / name, after=length).objects
+        return next((row for row in reversed(rows) if row.get("epoch") == epoch), None)
+
+    def _content(self, name: str) -> bytes:
+        path = self.folder / name
+        try:
+            return path.read_bytes() if path.exists() else b""
+        except OSError as e:
+            raise UserError(f"{path}: cannot be read ({e.strerror}); change --output-dir") from e
 
     def close(self, failed: bool = False) -> None:
         """Close all sinks; `failed` says that the run ends with an error."""

@@ -1,18 +1,20 @@
 """Checkpoints of a training: written whole or not at all, with everything that a run needs to resume.
 
 The keys epoch, state_dict, optimizer, scaler, best_acc1 and args are those of AVION. This project adds `model_config`,
-`classifier` (of a classifier), `preprocess`, `step` (optimizer steps done within `epoch`), `due` (see `Position`) and
-`rng` (an entry per process).
+`classifier` (of a classifier), `preprocess`, `step` (optimizer steps done within `epoch`), `clips`, `due`, `so_far` and
+`logs` (see `Position`), `began_from` (see `Training`) and `rng` (an entry per process).
 """
 
 import argparse
+import functools
 import logging
+import os
 import random
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -28,10 +30,12 @@ from avion.weights.saving import model_fields
 
 from .distributed import World
 from .options import TrainingOptions
+from .resume import Start
+from .run_files import BEST, LATEST, make_room
 
 logger = logging.getLogger(__name__)
 
-LATEST, BEST = "checkpoint.pt", "checkpoint_best.pt"
+_UNKNOWN = float("-inf")
 
 
 @dataclass
@@ -43,12 +47,19 @@ class Position:
         step: Optimizer steps done within the epoch.
         best: The best value so far of the metric that decides which model is best.
         due: The line of log.txt of the epoch before, as long as the evaluation of that epoch is still to come.
+        clips: Clips of the epoch that were trained on. They say where in the order of the epoch the training stands,
+            whatever the batch size.
+        so_far: The sums from which the means of the epoch come (`Progress.sums`), empty at the beginning of an epoch.
+        logs: How long the logs were when the checkpoint was written (`RunLog.lengths`): later lines are of this run.
     """
 
     epoch: int = 0
     step: int = 0
     best: float = float("-inf")
     due: dict[str, Any] | None = None
+    clips: int = 0
+    so_far: Mapping[str, Any] = field(default_factory=dict)
+    logs: Mapping[str, Any] = field(default_factory=dict)
 
     def steps_done(self, steps: int) -> int:
         """Optimizer steps since the beginning of the training; `steps` is the number of steps of an epoch."""
@@ -64,25 +75,43 @@ class Training:
         optimizer: The optimizer of its parameters.
         scaler: The scaler of the loss; it does nothing unless the precision is fp16.
         position: Where the training stands.
+        began_from: The checkpoint that the run began from at first (`--resume`), empty where there was none.
+        data: What identifies the clips that the run trains on and is evaluated on (`Task.data`).
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     position: Position
+    began_from: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
-def save_atomically(content: Mapping[str, Any], path: Path) -> None:
-    """Write a file with `torch.save`, whole or not at all."""
+def _nothing() -> None:
+    """What is done before a file takes its name, unless something else is asked for."""
+
+
+def save_atomically(content: Mapping[str, Any], path: Path, before: Callable[[], None] = _nothing) -> None:
+    """Write a file with `torch.save`, whole or not at all. `before` is called once it is complete but for its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as file:
         torch.save(dict(content), file)
+        _finish(file, before)
 
 
-def copy_atomically(source: Path, target: Path) -> None:
-    """Copy a file, whole or not at all."""
+def copy_atomically(source: Path, target: Path, before: Callable[[], None] = _nothing) -> None:
+    """Copy a file, whole or not at all. `before` is called once the copy is complete but for its name."""
     with open(source, "rb") as complete, written_whole(target) as copy:
         shutil.copyfileobj(complete, copy, length=1 << 24)
+        _finish(copy, before)
+
+
+def _finish(file: BinaryIO, before: Callable[[], None]) -> None:
+    """Bring a file to the disk, and then do what has to be done before it takes its name."""
+    if before is not _nothing:
+        file.flush()
+        os.fsync(file.fileno())
+        before()
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
@@ -111,11 +140,13 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
 def save_checkpoint(
     training: Training, options: TrainingOptions, flags: Mapping[str, Any], world: World, *, is_best: bool = False
 ) -> None:
-    """Write `checkpoint.pt`, and with `is_best` also `checkpoint_best.pt`. All processes call this; rank 0 writes.
+    """Write `checkpoint.pt`, and with `is_best` first `checkpoint_best.pt`. All processes call this; rank 0 writes.
+
+    The best one comes first: `best_acc1` in `checkpoint.pt` is never the value of a model that is not there.
 
     Args:
         training: What the checkpoint holds.
-        options: `--output-dir` and `--norm-style`.
+        options: `--output-dir`, `--keep-checkpoints` and `--norm-style`.
         flags: All flags as the checkpoint stores them.
         world: The processes of the run.
         is_best: Whether the model is the best so far.
@@ -132,7 +163,12 @@ def save_checkpoint(
             content = {
                 "epoch": position.epoch,
                 "step": position.step,
+                "clips": position.clips,
                 "due": position.due,
+                "so_far": dict(position.so_far),
+                "logs": dict(position.logs),
+                "began_from": training.began_from,
+                "data": dict(training.data),
                 "state_dict": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "scaler": training.scaler.state_dict(),
@@ -143,17 +179,12 @@ def save_checkpoint(
                 "rng": rng,
             }
             folder = Path(options.output_dir)
-            save_atomically(content, folder / LATEST)
+            room = functools.partial(make_room, folder, options.keep_checkpoints)
             if is_best:
-                copy_atomically(folder / LATEST, folder / BEST)
-
-
-def find_resume(options: TrainingOptions) -> str | None:
-    """The checkpoint to resume: `--resume`, or the checkpoint that an earlier run left in `--output-dir`."""
-    if options.resume:
-        return options.resume
-    latest = Path(options.output_dir) / LATEST
-    return str(latest) if latest.exists() else None
+                save_atomically(content, folder / BEST)
+                copy_atomically(folder / BEST, folder / LATEST, before=room)
+            else:
+                save_atomically(content, folder / LATEST, before=room)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], source: str, name: str) -> None:
@@ -186,12 +217,21 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]
 
 def restore(
     checkpoint: Checkpoint,
+    start: Start,
     options: TrainingOptions,
     world: World,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> Position:
     """Restore optimizer, scaler and generators from a checkpoint whose weights are already loaded.
+
+    Args:
+        checkpoint: The checkpoint.
+        start: How the run came by it.
+        options: The options of the run.
+        world: The processes of the run.
+        optimizer: The optimizer to restore.
+        scaler: The loss scaler to restore.
 
     Returns:
         Where the training stands. A checkpoint that holds weights alone (a released one) starts a new training.
@@ -213,8 +253,18 @@ def restore(
             "%s was written by %d processes and goes on with %d: same data order, other dropout draws",
             source, len(saved.rng), world.size,
         )  # fmt: skip
-    # An evaluation that another run did not come to is not made up for here.
-    here = Path(source).resolve() == (Path(options.output_dir) / LATEST).resolve()
-    return Position(
-        saved.epoch, saved.step, float("-inf") if saved.best is None else saved.best, saved.due if here else None
+    clips = saved.step * _global_batch(checkpoint) if saved.clips is None else saved.clips
+    position = Position(
+        saved.epoch, saved.step, _UNKNOWN if saved.best is None else saved.best, None, clips, saved.so_far
     )
+    # An evaluation that another run did not come to is not made up for here.
+    return replace(position, due=saved.due, logs=saved.logs) if start.own else position
+
+
+def _global_batch(checkpoint: Checkpoint) -> int:
+    """The clips of an optimizer step of the run that wrote a checkpoint; 0 where the checkpoint does not say it."""
+    args, processes = checkpoint.args, len(checkpoint.training.rng)
+    try:
+        return int(args["batch_size"]) * int(args.get("update_freq", 1)) * max(processes, 1)
+    except (KeyError, TypeError, ValueError):
+        return 0

@@ -6,7 +6,7 @@ through the model to the loss.
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,17 @@ from torch.utils.data import Dataset
 
 from avion.data.mixture import Mixture
 from avion.errors import UserError
-from avion.json_lines import read_json_lines
 from avion.models.utils import time_gates
 from avion.optim import build_optimizer, constant_scheduler, cosine_scheduler
 from avion.weights import Checkpoint
 
 from . import signals, state
-from .console import Progress
+from .console import Progress, sums_of_all
 from .distributed import World
 from .loader import ReplacedClips, TrainBatchSampler, build_loader, read, to_device
 from .options import DeviceOptions, ModelOptions, OptimOptions, TrainingOptions
-from .sinks import RunLog
+from .resume import Start
+from .sinks import EPOCHS, EVALUATIONS, RunLog
 from .steps import Precision
 from .tasks.base import Task
 
@@ -84,10 +84,11 @@ def start_training(
     task: Task,
     model: nn.Module,
     checkpoint: Checkpoint | None,
+    start: Start,
     options: TrainingOptions,
     world: World,
     precision: Precision,
-    steps: int,
+    sampler: TrainBatchSampler,
 ) -> state.Training:
     """The state that a training starts from.
 
@@ -95,10 +96,11 @@ def start_training(
         task: The task, for the learning rate.
         model: The model on the device, with its weights.
         checkpoint: The checkpoint that the training resumes, if there is one.
+        start: How the run came by the checkpoint.
         options: The optimizer, and the number of the first epoch.
         world: The processes of the run.
         precision: The settings of autocast.
-        steps: Optimizer steps of an epoch.
+        sampler: Says which clips an optimizer step is made of; it is set to where the training stands.
 
     Raises:
         UserError: The checkpoint has the state of another optimizer.
@@ -110,13 +112,17 @@ def start_training(
     if options.optimizer == "sgd" and options.was_given("eps"):
         logger.info("--eps has no effect with --optimizer sgd (nor had it in AVION)")
     scaler = torch.amp.GradScaler(world.device.type, enabled=precision.dtype is torch.float16)
-    if checkpoint is None:
-        return state.Training(model, optimizer, scaler, state.Position(epoch=options.start_epoch))
-    position = state.restore(checkpoint, options, world, optimizer, scaler)
-    if position.step >= steps:  # the checkpoint is of a run with more steps per epoch than there are now
-        position = state.Position(position.epoch + 1, 0, position.best)
-    logger.info("going on from %s: epoch %d, step %d", checkpoint.path, position.epoch, position.step)
-    return state.Training(model, optimizer, scaler, position)
+    training = state.Training(
+        model, optimizer, scaler, state.Position(epoch=options.start_epoch), began_from=start.began_from
+    )
+    if checkpoint is not None:
+        position = training.position = state.restore(checkpoint, start, options, world, optimizer, scaler)
+        if position.step and not position.clips:  # a checkpoint that says neither clips nor batch size
+            position.clips = position.step * sampler.global_batch
+        sampler.set_position(position.epoch, position.clips)
+        position.step = sampler.start_step
+        logger.info("going on from %s: epoch %d, step %d", checkpoint.path, position.epoch, position.step)
+    return training
 
 
 def wrapped(model: nn.Module, options: ModelOptions, world: World) -> nn.Module:
@@ -144,6 +150,7 @@ class Trainer:
         world: The processes of the run.
         precision: The settings of autocast.
         log: Where metrics go.
+        best: The best value so far of the metric that decides which model is best, as checkpoint_best.pt has it.
     """
 
     def __init__(
@@ -157,6 +164,8 @@ class Trainer:
         world: World,
         precision: Precision,
         log: RunLog,
+        *,
+        best: float = float("-inf"),
     ):
         self.task, self.training, self.model, self.sampler = task, training, model, sampler
         self.options, self.world, self.precision, self.log = options, world, precision, log
@@ -164,6 +173,9 @@ class Trainer:
         self.loader = build_loader(dataset, sampler, workers=options.workers, device=world.device)
         self.schedule = learning_rate_schedule(task, options, sampler.steps)
         self.replaced = ReplacedClips()
+        self._stored_best = self.position.best
+        self.position.best = max(self.position.best, best)
+        self._sums = self._stored_sums
         self._skipped_in_a_row = 0
         self._saved = self.done
 
@@ -180,10 +192,9 @@ class Trainer:
     def fit(self) -> dict[str, float]:
         """Train to the last epoch. Returns the metrics of the last evaluation."""
         metrics: dict[str, float] = {}
-        due = self.position.due
-        if due is not None and not self.world.broadcast(self.world.is_main and self._is_recorded(due["epoch"])):
+        if self.position.due is not None:
             metrics = self._conclude()
-        elif self.position.epoch >= self.options.epochs:
+        if self.position.epoch >= self.options.epochs:
             logger.info(
                 "nothing left to train: epoch %d of %d is done; raise --epochs or change --output-dir",
                 self.position.epoch, self.options.epochs,
@@ -197,25 +208,66 @@ class Trainer:
         return metrics
 
     def _conclude(self) -> dict[str, float]:
-        """Write the line of log.txt of the epoch that was trained last, after its evaluation if there is to be one."""
+        """Write the line of log.txt of the epoch that was trained last, after its evaluation if there is to be one.
+
+        A process may die before and after each file that is written here. The next one comes here again, with the
+        checkpoint that was written before the evaluation or with a later one, and does what is not done yet: a line
+        that the logs have got since that checkpoint is not written again, and its evaluation is not repeated.
+
+        Returns:
+            The metrics of the evaluation, empty if there was to be none.
+        """
         row, metrics = dict(self.position.due), {}
         epoch = row.pop("epoch")
-        due = (epoch + 1) % self.options.eval_freq == 0 or epoch + 1 == self.options.epochs
-        if due and self.task.metric is not None:
-            metrics = self.evaluate(epoch)
+        recorded = self._recorded(EPOCHS, epoch)
+        if recorded is not None:
+            metrics = {k.removeprefix("test_"): v for k, v in recorded.items() if k.startswith("test_")}
+        elif self._is_evaluated(epoch):
+            found = self._recorded(EVALUATIONS, epoch)
+            metrics = self.evaluate(epoch) if found is None else {k: v for k, v in found.items() if k != "epoch"}
             row |= {f"test_{k}": v for k, v in metrics.items()}
-            if metrics[self.task.metric] > self.position.best:
-                self.position.best = metrics[self.task.metric]
-                self.save(is_best=True)
-        self._record(epoch, row)
+        if self.task.metric in metrics:
+            self._keep_if_best(metrics[self.task.metric])
+        if recorded is None:
+            self._record(epoch, row)
         self.position.due = None
         return metrics
 
+    def _is_evaluated(self, epoch: int) -> bool:
+        """Whether there is to be an evaluation after an epoch."""
+        last = epoch + 1 == self.options.epochs
+        return self.task.metric is not None and (last or (epoch + 1) % self.options.eval_freq == 0)
+
+    def _keep_if_best(self, value: float) -> None:
+        """Write checkpoints where an evaluation is the best so far."""
+        if value > self.position.best:
+            self.position.best = value
+            self.save(is_best=True)
+        elif self.position.best > self._stored_best:  # a process died after checkpoint_best.pt, before checkpoint.pt
+            self.save()
+
+    def _recorded(self, name: str, epoch: int) -> dict[str, Any] | None:
+        """The line of an epoch in a log that was written after the checkpoint that the run goes on from."""
+        found = None
+        with self.world.together(f"reading {name}"):
+            if self.world.is_main:
+                found = self.log.since(self.position.logs, name, epoch)
+        return self.world.broadcast(found)
+
+    def _stored_sums(self) -> Mapping[str, Any]:
+        """The sums of an epoch between two epochs, or before its first step in this process."""
+        return self.position.so_far
+
     def save(self, is_best: bool = False) -> None:
         """Write a checkpoint. All processes call this method."""
+        self.position.so_far = self._sums()
+        if self.position.due is None or not self.position.logs:  # lines about what is due may be there already
+            with self.world.together("reading the logs"):
+                lengths = self.log.lengths() if self.world.is_main else {}
+            self.position.logs = self.world.broadcast(lengths)
         flags = self.task.saved_flags(self.training.model)
         state.save_checkpoint(self.training, self.options, flags, self.world, is_best=is_best)
-        self._saved = self.done
+        self._saved, self._stored_best = self.done, self.position.best
 
     def _stop(self, number: int) -> None:
         """Leave between two steps, after a checkpoint."""
@@ -238,17 +290,25 @@ class Trainer:
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train one epoch, or what is left of it. Returns the means of its metrics over steps and processes."""
         self.model.train()
-        first = self.position.step
-        self.sampler.set_position(epoch, first)
-        if first == 0:
+        position = self.position
+        self.sampler.set_position(epoch, position.clips)
+        first = position.step = self.sampler.start_step
+        if position.clips == 0:
             seed = int(np.random.SeedSequence((self.options.seed, epoch, self.world.rank)).generate_state(1)[0])
             torch.manual_seed(seed)  # for dropout; data order and augmentation have generators of their own
             np.random.seed(seed)  # for mixup, which is timm's
         progress = Progress(
             self.world, epoch=epoch, epochs=self.options.epochs, steps=self.sampler.steps, done=first,
             print_freq=self.options.print_freq, write=lambda row: self.log.progress(row | self._alpha("")),
+            so_far=position.so_far,
         )  # fmt: skip
-        replaced_before = self.replaced.count
+        replaced_before = self.replaced.count - (position.so_far.get("replaced", 0) if self.world.is_main else 0)
+
+        def sums() -> Mapping[str, Any]:
+            replaced = self.world.gather(self.replaced.count - replaced_before)
+            return sums_of_all(self.world.gather(progress.sums()), sum(replaced))
+
+        self._sums = sums
         batches = iter(self.loader)
         for step in range(first, self.sampler.steps):
             micro_batches, asked = self._micro_batches(batches)
@@ -258,10 +318,10 @@ class Trainer:
             progress.data_ready()
             metrics = self.optimizer_step(micro_batches, self.schedule[epoch * self.sampler.steps + step])
             progress.step(self.sampler.global_batch, metrics)
-            self.position.step = step + 1
+            position.step, position.clips = step + 1, position.clips + self.sampler.global_batch
             if self.options.save_steps and (step + 1) % self.options.save_steps == 0 and step + 1 < self.sampler.steps:
                 self.save()
-        means = progress.close()
+        means, self._sums = progress.close(), self._stored_sums
         values = self.world.mean([*means.values(), self.replaced.count - replaced_before])
         replaced = round(values.pop() * self.world.size)
         finite = {name: v for name, v in zip(means, values, strict=True) if math.isfinite(v)}
@@ -273,10 +333,6 @@ class Trainer:
         with self.world.together("writing log.txt"):
             if self.world.is_main:
                 self.log.epoch({**row, **self._alpha("train_"), **done})
-
-    def _is_recorded(self, epoch: int) -> bool:
-        """Whether log.txt has the line of this epoch."""
-        return any(row.get("epoch") == epoch for row in read_json_lines(self.output / "log.txt").objects)
 
     def _alpha(self, prefix: str) -> dict[str, list[float]]:
         """The time gates of all blocks in their order; nothing for a model without time gates."""

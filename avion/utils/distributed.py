@@ -20,7 +20,8 @@ from torch import nn
 from avion.engine.distributed import choose_device
 from avion.engine.options import DeviceOptions
 from avion.engine.peers import detect_launch
-from avion.engine.state import BEST, LATEST, copy_atomically, save_atomically
+from avion.engine.run_files import BEST, LATEST
+from avion.engine.state import copy_atomically, save_atomically
 from avion.weights.files import extend_torch_load
 
 extend_torch_load()

@@ -35,6 +35,12 @@ class TrainingState:
         best: The best value of the task's metric so far, None where none was stored.
         rng: The states of the random generators, one entry per process.
         due: The line of log.txt of the epoch before, while the evaluation of that epoch was still to come.
+        clips: The clips of that epoch that were trained on, None in files of earlier versions.
+        so_far: The sums from which the means of that epoch come, empty at its beginning and in files of earlier
+            versions.
+        logs: How long the logs were, empty in files of earlier versions.
+        began_from: The checkpoint that the run began from (its --resume), empty where there was none.
+        data: What identifies the clips of the run, empty in files of earlier versions.
     """
 
     optimizer: Mapping[str, Any]
@@ -44,6 +50,11 @@ class TrainingState:
     best: float | None
     rng: list[Any]
     due: dict[str, Any] | None
+    clips: int | None
+    so_far: Mapping[str, Any]
+    logs: Mapping[str, Any]
+    began_from: str
+    data: Mapping[str, Any]
 
 
 class Checkpoint:
@@ -66,14 +77,19 @@ class Checkpoint:
         self.weights: dict[str, Tensor] = canonical(checkpoint_state_dict(contents, path), path)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "Checkpoint":
+    def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> "Checkpoint":
         """Read a file, or `hf:owner/repo/file` of the Hugging Face Hub, without running anything in it.
+
+        Args:
+            path: The file or the address.
+            verify: Whether the whole file is read and compared with the checksums in it, so that a damaged file is
+                refused; without it, weights are read when they are used, and damage to them is not noticed.
 
         Raises:
             UserError: One line, for a file that is missing, damaged, foreign, or asks for anything but data.
         """
         name = os.fspath(path)
-        return cls(read_checkpoint(name), name)
+        return cls(read_checkpoint(name, verify=verify), name)
 
     @functools.cached_property
     def facts(self) -> CheckpointFacts:
@@ -118,6 +134,11 @@ class Checkpoint:
             best=None if best is None else float(best),
             rng=found.get("rng") or [],
             due=due if isinstance(due, dict) else None,
+            clips=None if found.get("clips") is None else int(found["clips"]),
+            so_far=_sums(found.get("so_far")),
+            logs=found.get("logs") or {},
+            began_from=str(found.get("began_from", self.args.get("resume") or "")),
+            data=found.get("data") or {},
         )
 
     def describe(self) -> str:
@@ -198,6 +219,17 @@ class Checkpoint:
         model = VideoClassifier(towers.visual, dropout, head.num_classes, config=towers.config, actions=head.actions)
         model.load_report = self.load(model)
         return model
+
+
+def _sums(found: Any) -> dict[str, Any]:
+    """The sums of an epoch if they are what this project writes, else none."""
+    try:
+        meters = {str(name): [float(total), float(count)] for name, (total, count) in found["meters"].items()}
+        numbers = {name: float(found[name]) for name in ("seconds", "waited")}
+        counts = {name: int(found[name]) for name in ("clips", "skipped", "replaced")}
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
+        return {}
+    return {"meters": meters, **numbers, **counts}
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> LoadReport:

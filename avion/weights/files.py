@@ -32,6 +32,7 @@ from avion.reading import open_file, parse_json
 from avion.safe_pickle import Refused
 
 from .foreign import check_sizes, refuse_outside_args, scout
+from .integrity import check_integrity
 from .torchscript import archive_root, read_torchscript
 
 HF_PREFIX = "hf:"
@@ -162,17 +163,19 @@ def _only_these_globals(names: list[Any]) -> Iterator[None]:
         torch.serialization.add_safe_globals(before)
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike, *, verify: bool = True) -> dict[str, Any]:
     """The contents of a checkpoint, tensors on the CPU, memory-mapped where the format allows it.
 
     A safetensors file gives `state_dict` and, if we wrote it, what stands beside it (`model_config` and the like);
     a TorchScript archive gives `state_dict`; any other file what `torch.save` put into it, which must be a dict.
     Raises UserError (one line: file, found, cure) for a missing, empty, shortened or foreign file and for
-    one that asks for anything but data.
+    one that asks for anything but data. `verify`: for one that is not what was written, too (`check_integrity`).
     """
     local = resolve_path(path)
     try:
         contents = _read(local)
+        if verify:
+            check_integrity(local)
     except UserError:
         raise
     except Exception as error:  # hostile bytes can raise anything from within the readers

@@ -90,7 +90,7 @@ def _try(name: str, function: Callable[[Trial], None], tries: int, seed: int, sh
     """Try one trial; the number of tries that did not hold."""
     held, begin = 0, time.perf_counter()
     for number in range(tries):
-        folder = Path(tempfile.mkdtemp(prefix="endurance-"))
+        folder = Path(tempfile.mkdtemp(prefix="endurance-", dir=memory()))
         try:
             function(Trial(number, folder, np.random.default_rng((seed, number)), short))
             held += 1
@@ -106,6 +106,11 @@ def _try(name: str, function: Callable[[Trial], None], tries: int, seed: int, sh
 
 
 # --- runs to hurt ------------------------------------------------------------------------------------------------
+
+
+def memory() -> str | None:
+    """A folder in memory, where runs need not wait for a disk; None where there is none."""
+    return "/dev/shm" if os.path.isdir("/dev/shm") else None
 
 
 @cache

@@ -71,7 +71,8 @@ def trained(tiny_actions, tmp_path_factory):
 class TestRun:
     def test_files_and_figures(self, trained):
         assert {p.name for p in trained.iterdir()} == {
-            "checkpoint.pt", "checkpoint_best.pt", "log.txt", "eval_log.txt", "steps.txt", "train.log",
+            "checkpoint.pt", "checkpoint_previous.pt", "checkpoint_best.pt", "log.txt", "eval_log.txt", "steps.txt",
+            "train.log",
         }  # fmt: skip
         epochs, evaluations = (lines(trained / name) for name in ("log.txt", "eval_log.txt"))
         assert len(epochs) == len(evaluations) == 2

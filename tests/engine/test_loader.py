@@ -6,13 +6,13 @@ from avion.engine.loader import EvalBatchSampler, TrainBatchSampler, build_loade
 from avion.errors import UserError
 
 
-def global_batches(count, batch_size, *, update_freq=1, size=1, epoch=0, seed=0, step=0):
+def global_batches(count, batch_size, *, update_freq=1, size=1, epoch=0, seed=0, clip=0):
     """The samples of every optimizer step, over all processes and micro-batches."""
     samplers = [
         TrainBatchSampler(count, batch_size, update_freq=update_freq, rank=r, size=size, seed=seed) for r in range(size)
     ]
     for sampler in samplers:
-        sampler.set_position(epoch, step)
+        sampler.set_position(epoch, clip)
     per_rank = [list(s) for s in samplers]
     assert all(len(p) == len(s) for p, s in zip(per_rank, samplers, strict=True))
     steps = len(per_rank[0]) // update_freq
@@ -42,7 +42,30 @@ def test_order_changes_with_epoch_and_seed_only():
 
 
 def test_going_on_in_the_middle_of_an_epoch():
-    assert global_batches(50, 5, epoch=2, step=4, update_freq=2) == global_batches(50, 5, epoch=2, update_freq=2)[4:]
+    assert global_batches(50, 5, epoch=2, clip=40, update_freq=2) == global_batches(50, 5, epoch=2, update_freq=2)[4:]
+
+
+@pytest.mark.parametrize("count, parts", [(48, [(4, 3, 2), (8, 2, 1), (2, 5, 2)]), (101, [(7, 3, 1), (5, 4, 3)])])
+def test_other_batch_sizes_within_an_epoch_repeat_no_clip_and_skip_none(count, parts):
+    """Each part takes some steps of (batch size, steps, processes); a last part takes the rest one by one."""
+    seen, clip = [], 0
+    for batch, steps, size in [*parts, (1, None, 1)]:
+        sampler = TrainBatchSampler(count, batch, size=size)
+        sampler.set_position(3, clip)
+        taken = global_batches(count, batch, size=size, epoch=3, clip=clip)
+        assert len(taken) == sampler.steps - sampler.start_step
+        seen += sum(taken[:steps], [])
+        clip = len(seen)
+    assert sorted(seen) == [(3, i) for i in range(count)]
+    assert seen == sum(global_batches(count, 1, epoch=3), [])
+
+
+def test_an_epoch_of_which_no_whole_batch_is_left_has_no_step():
+    sampler = TrainBatchSampler(20, 8)
+    sampler.set_position(0, 16)
+    assert sampler.start_step == sampler.steps == 2 and list(sampler) == []
+    sampler.set_position(0, 99)  # of a larger dataset
+    assert sampler.start_step == 2 and list(sampler) == []
 
 
 def test_batch_larger_than_the_dataset():

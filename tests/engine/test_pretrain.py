@@ -52,7 +52,8 @@ SGD = ["--optimizer", "sgd", "--lr", "0.02", "--epochs", "1"]
 def test_a_run_from_start_to_end(tiny_flags, tmp_path, capsys):
     assert main_pretrain.main([*tiny_flags, "--output-dir", str(tmp_path)]) == 0
     assert {p.name for p in tmp_path.iterdir()} == {
-        "checkpoint.pt", "checkpoint_best.pt", "log.txt", "eval_log.txt", "steps.txt", "train.log",
+        "checkpoint.pt", "checkpoint_previous.pt", "checkpoint_best.pt", "log.txt", "eval_log.txt", "steps.txt",
+        "train.log",
     }  # fmt: skip
     epochs, evaluations, steps = (lines(tmp_path / f) for f in ("log.txt", "eval_log.txt", "steps.txt"))
     assert [e["epoch"] for e in epochs] == [0, 1] and len(evaluations) == 2

@@ -2,10 +2,10 @@
 
 import shlex
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from avion.engine.args import flag, flag_fields, flag_words
+from avion.engine.run_files import checkpoints
 from avion.errors import UserError
 from avion.numbers import SHARE_ABOVE_0, whole
 
@@ -80,7 +80,7 @@ class PretrainOptions(CaptionOptions, TrainingOptions):
             flags = " and ".join(f"--{name.replace('_', '-')} egoschema" for name in asked)
             raise UserError(f"{flags}: EgoSchema has an entry point of its own; run: {egoschema_command(self)}")
         check_scale_range(self.scale_range)
-        starts_anew = not self.resume and not (Path(self.output_dir) / "checkpoint.pt").exists()
+        starts_anew = not self.resume and not checkpoints(self.output_dir)
         if self.was_given("model") or starts_anew:  # otherwise the checkpoint sets the model and its sizes
             check_model(self)
 
@@ -91,8 +91,7 @@ def egoschema_command(options: PretrainOptions) -> str:
     In that script, `--root-val` is the folder of the videos, `--val-metadata` is the file of the questions, and
     `--clip-length` is the number of frames.
     """
-    latest = Path(options.output_dir) / "checkpoint.pt"
-    model = options.resume or (str(latest) if latest.exists() else "CHECKPOINT")
+    model = options.resume or next(map(str, checkpoints(options.output_dir)), "CHECKPOINT")
     values: dict[str, Any] = {"pretrain_model": model, "frames": [options.clip_length]}
     if options.dataset == "demo":
         values["dataset"] = "demo"

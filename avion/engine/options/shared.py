@@ -200,6 +200,9 @@ class RunOptions(Options):
         "optimizer steps between checkpoints within an epoch; 0: only at the end of an epoch",
         whole(0, 1_000_000_000),
     )
+    keep_checkpoints: int = flag(
+        2, "checkpoints to keep beside the best one: the latest, and those written before it", whole(1, 1000)
+    )
     print_freq: int = flag(10, "optimizer steps between progress lines", whole(1, 1_000_000_000))
     tensorboard: bool = flag(False, "write metrics to TensorBoard too, in {output-dir}/tensorboard (docs/logging.md)")
     wandb: bool = flag(False, "send metrics to Weights & Biases too")
