@@ -33,3 +33,10 @@ NORM_STYLES: dict[str, Normalization] = {
     # ImageNet statistics, as timm uses them.
     "timm": Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
 }
+
+# What makes a run another run than that of the checkpoint it goes on from: the clips, what the model is given of them,
+# the model, and what it began from. These are the values of --allow-changes.
+OTHER_RUN = (
+    "batch-size", "clip-length", "clip-stride", "dataset", "frame-sampling", "model-args", "pretrain-model",
+    "pretrain-path", "pretrain-zoo", "seed", "train-metadata", "val-metadata",
+)  # fmt: skip

@@ -7,6 +7,7 @@ shared.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from array import array
 from collections.abc import Iterator, Sequence
@@ -55,6 +56,11 @@ class StringColumn(Sequence):
         i = range(len(self._ends))[i]
         start = self._ends[i - 1] if i > 0 else 0
         return self._blob[start : self._ends[i]].decode()
+
+    def hash_into(self, digest: hashlib.blake2b) -> None:
+        """Let a digest follow from the strings and their order."""
+        digest.update(self._blob)
+        digest.update(np.ascontiguousarray(self._ends).view(np.uint8))
 
     @property
     def nbytes(self) -> int:
@@ -109,6 +115,16 @@ class NarrationTable(Sequence):
             np.cumsum([len(row) for row in texts], dtype=np.int64),
             None if self.narration_ids is None else StringColumn.of([self.narration_ids[int(i)] for i in kept]),
         )  # fmt: skip
+
+    def fingerprint(self) -> str:
+        """A text that changes with the clips, their order and their texts; it takes a second per GB."""
+        digest = hashlib.blake2b("\0".join(self.videos).encode(), digest_size=16)
+        for column in (self.video, self.start, self.end, self.text_ends):
+            digest.update(np.ascontiguousarray(column).view(np.uint8))
+        for texts in (self.texts, self.narration_ids):
+            if texts is not None:
+                texts.hash_into(digest)
+        return digest.hexdigest()
 
     def __iter__(self) -> Iterator[Narration]:
         return (self[i] for i in range(len(self)))

@@ -116,9 +116,7 @@ def _train(task: Task, model: nn.Module, precision: Precision, start: Start) -> 
         world.device.type, world.size, "" if world.size == 1 else "es", world.how,
     )  # fmt: skip
     with sinks.opened(options, task.saved_flags(model), world, training.position.steps_done(sampler.steps)) as log:
-        trainer = Trainer(
-            task, training, wrapped_model, dataset, sampler, options, world, precision, log, best=start.best
-        )
+        trainer = Trainer(task, training, wrapped_model, dataset, sampler, options, world, precision, log)
         if start.is_older:
             trainer.save()  # so that there is a latest checkpoint again
         return trainer.fit()

@@ -77,6 +77,8 @@ class Training:
         position: Where the training stands.
         began_from: The checkpoint that the run began from at first (`--resume`), empty where there was none.
         data: What identifies the clips that the run trains on and is evaluated on (`Task.data`).
+        best: The best value so far of the metric that decides which model is best, as checkpoint_best.pt has it.
+        evaluates_anew: Whether the clips to evaluate on have changed, so that earlier evaluations do not compare.
     """
 
     model: nn.Module
@@ -85,6 +87,8 @@ class Training:
     position: Position
     began_from: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
+    best: float = _UNKNOWN
+    evaluates_anew: bool = False
 
 
 def _nothing() -> None:
@@ -187,8 +191,11 @@ def save_checkpoint(
                 save_atomically(content, folder / LATEST, before=room)
 
 
+_OF_THE_COMMAND = ("weight_decay", "betas", "momentum", "eps")
+
+
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], source: str, name: str) -> None:
-    """Load the state of an optimizer.
+    """Load the state of an optimizer. Weight decay, betas, momentum and epsilon stay those that it was built with.
 
     Args:
         optimizer: The optimizer.
@@ -207,7 +214,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]
         unknown = [name for name in own if any(name not in group for group in groups)]
         if unknown:
             raise ValueError(f"it has no {unknown[0]}")
+        built = [{k: group[k] for k in _OF_THE_COMMAND if k in group} for group in optimizer.param_groups]
         load_optimizer_state(optimizer, saved)
+        for group, settings in zip(optimizer.param_groups, built, strict=True):
+            group.update(settings)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
         raise UserError(
             f"{source}: its optimizer state does not fit --optimizer {name} ({e}); resume with the "
@@ -253,7 +263,7 @@ def restore(
             "%s was written by %d processes and goes on with %d: same data order, other dropout draws",
             source, len(saved.rng), world.size,
         )  # fmt: skip
-    clips = saved.step * _global_batch(checkpoint) if saved.clips is None else saved.clips
+    clips = saved.step * global_batch(checkpoint) if saved.clips is None else saved.clips
     position = Position(
         saved.epoch, saved.step, _UNKNOWN if saved.best is None else saved.best, None, clips, saved.so_far
     )
@@ -261,7 +271,7 @@ def restore(
     return replace(position, due=saved.due, logs=saved.logs) if start.own else position
 
 
-def _global_batch(checkpoint: Checkpoint) -> int:
+def global_batch(checkpoint: Checkpoint) -> int:
     """The clips of an optimizer step of the run that wrote a checkpoint; 0 where the checkpoint does not say it."""
     args, processes = checkpoint.args, len(checkpoint.training.rng)
     try:

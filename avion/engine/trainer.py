@@ -22,7 +22,7 @@ from avion.models.utils import time_gates
 from avion.optim import build_optimizer, constant_scheduler, cosine_scheduler
 from avion.weights import Checkpoint
 
-from . import signals, state
+from . import changes, signals, state
 from .console import Progress, sums_of_all
 from .distributed import World
 from .loader import ReplacedClips, TrainBatchSampler, build_loader, read, to_device
@@ -113,14 +113,23 @@ def start_training(
         logger.info("--eps has no effect with --optimizer sgd (nor had it in AVION)")
     scaler = torch.amp.GradScaler(world.device.type, enabled=precision.dtype is torch.float16)
     training = state.Training(
-        model, optimizer, scaler, state.Position(epoch=options.start_epoch), began_from=start.began_from
-    )
+        model, optimizer, scaler, state.Position(epoch=options.start_epoch), start.began_from,
+        task.data() if world.is_main else {}, start.best,
+    )  # fmt: skip
     if checkpoint is not None:
+        batches = (state.global_batch(checkpoint), sampler.global_batch)
+        found = changes.find_changes(checkpoint, options, model, training.data, batches)
+        changes.settle(found, checkpoint.path, options.allow_changes)
         position = training.position = state.restore(checkpoint, start, options, world, optimizer, scaler)
         if position.step and not position.clips:  # a checkpoint that says neither clips nor batch size
             position.clips = position.step * sampler.global_batch
         sampler.set_position(position.epoch, position.clips)
         position.step = sampler.start_step
+        if any(change.flag == "val-metadata" for change in found):  # values on other clips do not compare
+            position.best, training.best, training.evaluates_anew = float("-inf"), float("-inf"), True
+        schedule, done = learning_rate_schedule(task, options, sampler.steps), position.steps_done(sampler.steps)
+        last = optimizer.param_groups[0]["lr"]
+        changes.tell_schedule(found, float(last), float(schedule[done]) if done < len(schedule) else None)
         logger.info("going on from %s: epoch %d, step %d", checkpoint.path, position.epoch, position.step)
     return training
 
@@ -150,7 +159,6 @@ class Trainer:
         world: The processes of the run.
         precision: The settings of autocast.
         log: Where metrics go.
-        best: The best value so far of the metric that decides which model is best, as checkpoint_best.pt has it.
     """
 
     def __init__(
@@ -164,8 +172,6 @@ class Trainer:
         world: World,
         precision: Precision,
         log: RunLog,
-        *,
-        best: float = float("-inf"),
     ):
         self.task, self.training, self.model, self.sampler = task, training, model, sampler
         self.options, self.world, self.precision, self.log = options, world, precision, log
@@ -174,7 +180,7 @@ class Trainer:
         self.schedule = learning_rate_schedule(task, options, sampler.steps)
         self.replaced = ReplacedClips()
         self._stored_best = self.position.best
-        self.position.best = max(self.position.best, best)
+        self.position.best = max(self.position.best, training.best)
         self._sums = self._stored_sums
         self._skipped_in_a_row = 0
         self._saved = self.done
@@ -223,10 +229,10 @@ class Trainer:
         if recorded is not None:
             metrics = {k.removeprefix("test_"): v for k, v in recorded.items() if k.startswith("test_")}
         elif self._is_evaluated(epoch):
-            found = self._recorded(EVALUATIONS, epoch)
+            found = None if self.training.evaluates_anew else self._recorded(EVALUATIONS, epoch)
             metrics = self.evaluate(epoch) if found is None else {k: v for k, v in found.items() if k != "epoch"}
             row |= {f"test_{k}": v for k, v in metrics.items()}
-        if self.task.metric in metrics:
+        if self.task.metric in metrics and not (recorded is not None and self.training.evaluates_anew):
             self._keep_if_best(metrics[self.task.metric])
         if recorded is None:
             self._record(epoch, row)

@@ -4,12 +4,14 @@ All else is the project's own: options, processes, trainer, checkpoints, logs.
 """
 
 import os
+import signal
 import zlib
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
+from avion.engine import signals
 from avion.engine.args import parse
 from avion.engine.build import build_model
 from avion.engine.options import PretrainOptions
@@ -45,10 +47,16 @@ class Clips(Dataset):
 
 
 class Seen(Contrastive):
-    """The objective of pretraining; with SEEN in the environment, a line in {SEEN}.{rank} has the clips of a step."""
+    """The objective of pretraining; with SEEN in the environment, a line in {SEEN}.{rank} has the clips of a step.
+
+    With STOP_AFTER, process 0 is asked to stop after so many steps.
+    """
 
     def step(self, model, micro_batches, precision, scale):
         metrics = super().step(model, micro_batches, precision, scale)
+        vars(self)["steps"] += 1
+        if self.rank == 0 and self.steps == int(os.environ.get("STOP_AFTER", "0")):
+            os.kill(os.getpid(), signal.SIGTERM)
         if path := os.environ.get("SEEN"):
             numbers = [str(int(i)) for batch in micro_batches for i in batch["index"]]
             with open(f"{path}.{self.rank}", "a") as file:
@@ -65,10 +73,13 @@ class Quick(Task[PretrainOptions]):
         super().__init__(options, world, checkpoint)
         loss = ClipLoss(rank=world.rank, world_size=world.size)
         self.objective = Seen(lambda video, text, scale, _: loss(video, text, scale), log_scale_range=(0.0, 4.6))
-        object.__setattr__(self.objective, "rank", world.rank)
+        vars(self.objective).update(rank=world.rank, steps=0)
 
     def facts(self):
         return {}
+
+    def data(self):
+        return {"train-metadata": os.environ.get("CLIPS", "16"), "val-metadata": os.environ.get("VAL_CLIPS", "7")}
 
     def build_model(self):
         return build_model(self.options, self.checkpoint)
@@ -100,7 +111,8 @@ def run_as_rank(rank: int, size: int, folder: str, words: list[str], environment
     """`run` for `tests.processes.run_processes`; what was raised, empty for nothing."""
     os.environ.update(environment)
     try:
-        run(Path(folder), *words)
+        with signals.heeded():
+            run(Path(folder), *words)
     except Exception as e:
         return f"{type(e).__name__}: {e}"
     return ""

@@ -170,7 +170,8 @@ def test_a_resumed_run_goes_on_at_its_step_in_every_sink(tiny_flags, tmp_path, m
 def test_a_run_that_begins_again_is_another_run_of_wandb(tiny_flags, tmp_path):
     words = [*tiny_flags, "--wandb", "--wandb-mode", "offline", "--epochs", "1", "--wandb-name", "mine"]
     train(words, tmp_path)
-    (tmp_path / "checkpoint.pt").unlink()
+    for path in tmp_path.glob("checkpoint*.pt"):
+        path.unlink()
     train(words, tmp_path)
     runs = [read_wandb(path) for path in tmp_path.glob("wandb/offline-*/*.wandb")]
     assert len({r.id for r in runs}) == 2 and {r.name for r in runs} == {"mine"}

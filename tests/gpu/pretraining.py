@@ -23,6 +23,7 @@ from avion.engine.build import build_model
 from avion.engine.distributed import World
 from avion.engine.inputs import ModelInputs
 from avion.engine.options import PretrainOptions
+from avion.engine.resume import Start
 from avion.engine.sinks import RunLog
 from avion.engine.state import Position
 from avion.engine.steps import Contrastive
@@ -155,7 +156,8 @@ def _trainer(
     # By itself a run of one process has neither ZeRO nor DistributedDataParallel.
     patched = _with_zero if zero else contextlib.nullcontext
     with patched():
-        training = start_training(task, model, checkpoint, options, world, precision, sampler.steps)
+        start = Start() if checkpoint is None else Start(checkpoint.path, own=True)
+        training = start_training(task, model, checkpoint, start, options, world, precision, sampler)
     step_model = DistributedDataParallel(model) if zero else wrapped(model, options, world)
     trainer = _Recorder(task, training, step_model, dataset, sampler, options, world, precision, RunLog(folder))
     trainer.losses = []

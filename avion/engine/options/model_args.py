@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Flags that are fields of the model's configuration under the same name; num_frames is `--clip-length`.
 _SIZES = ("project_embed_dim", "context_length", "vocab_size")
-_BEHAVIOUR = (
+BEHAVIOUR = (
     "grad_checkpointing", "use_fast_conv1", "use_flash_attn", "patch_dropout", "drop_path_rate", "scan_backend",
     "freeze_temperature",
 )  # fmt: skip
@@ -100,7 +100,7 @@ def sizes(options: "Options") -> dict[str, int]:
 def behaviour(options: "Options") -> "dict[str, FieldValue]":
     """The other flags that are fields of the model, and the fields that only `--model-args` sets."""
     values = options.values()
-    fields = {name: values.get(name) for name in _BEHAVIOUR}
+    fields = {name: values.get(name) for name in BEHAVIOUR}
     others = parse_model_args(values["model_args"], values["model"])
     return {name: value for name, value in fields.items() if value is not None} | {
         name: value for name, value in others.items() if flag_of(name, values) is None

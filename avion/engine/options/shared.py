@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from avion.constants import NORM_STYLES, OPTIMIZERS
+from avion.constants import NORM_STYLES, OPTIMIZERS, OTHER_RUN
 from avion.engine.args import Options, flag, other_default
 from avion.errors import UserError
 from avion.numbers import (
@@ -203,6 +203,10 @@ class RunOptions(Options):
     keep_checkpoints: int = flag(
         2, "checkpoints to keep beside the best one: the latest, and those written before it", whole(1, 1000)
     )
+    allow_changes: list[str] = flag(
+        [], "what may differ from the checkpoint that the run goes on from, though it makes another run of it "
+        "(docs/checkpoints.md)", choices=OTHER_RUN,
+    )  # fmt: skip
     print_freq: int = flag(10, "optimizer steps between progress lines", whole(1, 1_000_000_000))
     tensorboard: bool = flag(False, "write metrics to TensorBoard too, in {output-dir}/tensorboard (docs/logging.md)")
     wandb: bool = flag(False, "send metrics to Weights & Biases too")

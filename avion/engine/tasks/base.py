@@ -47,6 +47,13 @@ class Task(Generic[T]):
         """What must be the same on all processes, by name."""
         raise NotImplementedError
 
+    def data(self) -> dict[str, str]:
+        """What identifies the clips of the run, by the flag that names them: a text that changes with the clips.
+
+        It does not change with the place of the files. A run that goes on compares it with its checkpoint.
+        """
+        return {}
+
     def train_dataset(self, inputs: ModelInputs) -> Dataset:
         """The clips to train on, in the sizes that the model takes."""
         raise NotImplementedError

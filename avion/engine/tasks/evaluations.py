@@ -1,5 +1,6 @@
 """What a two-tower model is judged by: EPIC-KITCHENS-100's retrieval, one's own captions, or nothing."""
 
+import hashlib
 import io
 import logging
 from pathlib import Path
@@ -47,6 +48,12 @@ class Evaluation:
     def facts(self) -> dict[str, Any]:
         """What all processes must have in common."""
         return {"evaluation clips": len(self.clips), "sentences": len(self.texts)}
+
+    def data(self) -> dict[str, str]:
+        """The entry of `Task.data` for the evaluation clips and the texts."""
+        digest = hashlib.blake2b("\0".join(self.texts).encode(), digest_size=16)
+        digest.update(self.clips.fingerprint().encode())
+        return {"val-metadata": digest.hexdigest()}
 
     def metrics(self, similarity: np.ndarray, readable: np.ndarray) -> dict[str, float]:
         """similarity: (clips, texts), in [0, 1]. readable: numbers of the clips that could be read."""
@@ -145,6 +152,9 @@ class NoEvaluation(Evaluation):
 
     def facts(self):
         return {"evaluation clips": 0}
+
+    def data(self):
+        return {"val-metadata": "none"}
 
 
 def evaluation_of(path: str, root: str, flag: str, relevancy: str, columns: Columns) -> Evaluation:

@@ -5,6 +5,7 @@ its actions.
 import dataclasses
 import hashlib
 import logging
+import zlib
 from typing import Any
 
 import numpy as np
@@ -140,6 +141,13 @@ class FinetuneClassification(Task[FinetuneClassificationOptions]):
             digest = hashlib.sha256(",".join(self.actions).encode()).hexdigest()[:16]
             facts |= {"training clips": len(self.train_clips), "actions": f"{len(self.actions)}, {digest}"}
         return facts
+
+    def data(self) -> dict[str, str]:
+        def mark(clips: EK100Table) -> str:
+            classes = [*clips.verb_class.tolist(), *clips.noun_class.tolist()]
+            return f"{clips.fingerprint()} {zlib.crc32(repr(classes).encode()):08x}"
+
+        return {"train-metadata": mark(self.train_clips), "val-metadata": mark(self.clips)}
 
     def build_model(self) -> nn.Module:
         if self.clips.verb_class is not None and (unknown := int((action_numbers(self.actions, self.clips) < 0).sum())):

@@ -69,6 +69,10 @@ class FinetuneRetrieval(RetrievalTask[FinetuneRetrievalOptions]):
         positives = self.pairs.positives if isinstance(self.pairs, ClipsWithPositives) else None
         return {"training clips": len(self.pairs), "positives": positives, **super().facts()}
 
+    def data(self) -> dict[str, str]:
+        clips = self.pairs.clips if isinstance(self.pairs, ClipsWithPositives) else self.pairs
+        return {"train-metadata": clips.fingerprint(), **super().data()}
+
     def build_model(self) -> nn.Module:
         model = build_finetuned(self.options, self.options.pretrain_model, self.checkpoint)
         model.logit_scale.requires_grad_(False)  # the loss has no temperature

@@ -56,6 +56,9 @@ class RetrievalTask(Task[T]):
     def facts(self) -> dict[str, Any]:
         return self.evaluation.facts()
 
+    def data(self) -> dict[str, str]:
+        return self.evaluation.data()
+
     def val_dataset(self, inputs: ModelInputs) -> ClipDataset:
         """The evaluation clips in the order of their file, without texts."""
         options = self.options

@@ -49,6 +49,10 @@ class Pretrain(RetrievalTask[PretrainOptions]):
     def facts(self) -> dict[str, Any]:
         return {"narrations": [len(source.table) for source in self.sources], **super().facts()}
 
+    def data(self) -> dict[str, str]:
+        marks = (f"{source.table.fingerprint()} x {source.weight:g}" for source in self.sources)
+        return {"train-metadata": ", ".join(marks), **super().data()}
+
     def build_model(self) -> nn.Module:
         model = build_model(self.options, self.checkpoint)
         warn_of_small_vocabulary(model.config)
