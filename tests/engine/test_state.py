@@ -57,7 +57,7 @@ def test_the_optimizer_of_an_older_pytorch_goes_on(name):
         for key in group.keys() - {"params", "lr", "weight_decay", "betas", "eps", "momentum", "dampening", "nesterov"}:
             del group[key]
     twin = copy.deepcopy(model)
-    fresh = build_optimizer(twin, name, lr=0.5, weight_decay=0.0)
+    fresh = build_optimizer(twin, name, lr=0.5, weight_decay=0.2)
     state.restore_optimizer(fresh, saved, "a.pt", name)
     for one, its in ((model, optimizer), (twin, fresh)):
         one.weight.grad, one.bias.grad = torch.full((2, 3), 0.3), torch.full((2,), 0.7)
