@@ -222,7 +222,10 @@ class RunLog:
     def _content(self, name: str) -> bytes:
         path = self.folder / name
         try:
-            return path.read_bytes() if path.exists() else b""
+            with open_file(path) as file:
+                return file.read()
+        except FileNotFoundError:
+            return b""
         except OSError as e:
             raise UserError(f"{path}: cannot be read ({e.strerror}); change --output-dir") from e
 

@@ -178,6 +178,8 @@ def scout(path: Path) -> Scout:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 if entry.filename.split("/")[1:] == ["data.pkl"]:
+                    if entry.CRC == 0:  # written without checksums, see `integrity`
+                        entry.CRC = None  # pyrefly: ignore
                     file = io.BytesIO(archive.read(entry))
                     _check_nesting(_ScoutingUnpickler(file, entry.file_size, found).load())
         return found
