@@ -35,7 +35,7 @@ class VideoFeatures:
         features: Arrays (n, …) by kind: "clip" (n, E), "frame" (n, T, D), "spatial" (n, N, T, D). The rows that could
             not be read are NaN.
         start: (n,) float64, when each row begins, in seconds.
-        end: (n,) float64, when each row ends, in seconds.
+        end: (n,) float64, when each row ends, in seconds; NaN where the list says no end, in a folder of shards.
         valid: (n,) bool, whether the row could be read.
         ids: The narration_ids of the rows, where the list has them.
     """
@@ -87,7 +87,8 @@ class FeatureFolder(Mapping[str, VideoFeatures]):
             for entry in lines:
                 self._add_video(entry)
         else:
-            for entry in {e.get("row"): e for e in lines}.values():
+            rows = {e["row"]: e for e in lines if type(e.get("row")) is int}  # of several lines, the last one counts
+            for _, entry in sorted(rows.items()):
                 self._entries.setdefault(str(entry.get("video")), []).append(entry)
 
     def _add_video(self, entry: dict[str, Any]) -> None:
@@ -120,26 +121,25 @@ class FeatureFolder(Mapping[str, VideoFeatures]):
 
     def _of_shards(self, entries: list[dict[str, Any]]) -> VideoFeatures:
         parts: dict[str, list[np.ndarray]] = {}
-        shards: dict[str, dict[str, np.ndarray]] = {}
+        shards: dict[Path, dict[str, np.ndarray]] = {}
         for entry in entries:
-            path = self._below(entry.get("shard"))
-            arrays = shards.setdefault(str(path), {}) or shards.setdefault(str(path), {})
-            if not arrays:
-                arrays.update(read_arrays(path))
-            position = entry.get("position")
-            for kind, values in arrays.items():
-                if kind != "row":
-                    if type(position) is not int or not 0 <= position < len(values):
-                        raise UserError(f"{path}: the index names position {position} of {len(values)}; {_CURE}")
-                    parts.setdefault(kind, []).append(values[position])
-
-        def column(key):
-            return np.array([np.nan if e.get(key) is None else float(e[key]) for e in entries], dtype=np.float64)
-
+            path, position = self._below(entry.get("shard")), entry.get("position")
+            if path not in shards:
+                shards[path] = {k: v for k, v in read_arrays(path).items() if k in FEATURE_KINDS}
+            for kind, values in shards[path].items():
+                if type(position) is not int or not 0 <= position < len(values):
+                    raise UserError(f"{path}: the index names position {position} of {len(values)}; {_CURE}")
+                parts.setdefault(kind, []).append(values[position])
+        if not parts or any(len(values) != len(entries) for values in parts.values()):
+            raise UserError(f"{self.folder}: has shards of different kinds of features; {_CURE}")
+        try:
+            times = [[np.nan if e.get(key) is None else float(e[key]) for e in entries] for key in ("start", "end")]
+        except (TypeError, ValueError):
+            raise UserError(f"{self.folder / 'index.jsonl'}: holds a time that is no number; {_CURE}") from None
         valid = np.array(["error" not in e for e in entries])
         ids = tuple(str(e["id"]) for e in entries) if all(e.get("id") is not None for e in entries) else None
-        features = {kind: np.stack(values) for kind, values in parts.items()}
-        return VideoFeatures(features, column("start"), column("end"), valid, ids)
+        start, end = np.array(times, dtype=np.float64)
+        return VideoFeatures({kind: np.stack(values) for kind, values in parts.items()}, start, end, valid, ids)
 
     def _below(self, name: object) -> Path:
         """A file of this folder. UserError for a name that leads out of the folder."""

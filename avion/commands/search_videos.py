@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from avion.engine.options.search import IndexOptions, SearchOptions, ServeOptions
 from avion.engine.program import run_program
-from avion.errors import UserError, exit_status
+from avion.errors import UserError, exit_status, say
 
 _PROGRAM = "tools/search_videos.py"
 _COMMANDS = {
@@ -67,11 +67,11 @@ def _index(words: list[str]) -> int:
         if not report.is_main:
             return
         for video, error in errors.items():
-            print(f"unreadable  {video}: {error}")
+            say(f"unreadable  {video}: {error}")
         if index is None:
-            print(f"{options.index}: {left} videos are left to other jobs; the last one writes the index")
+            say(f"{options.index}: {left} videos are left to other jobs; the last one writes the index")
         else:
-            print(f"{options.index}: {len(index.windows)} windows of {len(index.videos)} videos")
+            say(f"{options.index}: {len(index.windows)} windows of {len(index.videos)} videos")
 
     doc = "Make the index of a folder of videos, or bring it up to date."
     status = run_program(body, IndexOptions, _with_flag(words, "--root"), f"{_PROGRAM} index", doc)
@@ -102,8 +102,8 @@ def _search(words: list[str]) -> int:
             told = {"index": options.index, "windows": len(searcher.index.windows), "seconds": round(seconds, 4)}
             print(json.dumps({**asked, **told, "moments": rows}, indent=1))
         else:
-            print(listed(moments))
-            print(f"{len(searcher.index.windows)} windows of {len(searcher.index.videos)} videos in {seconds:.2f} s")
+            say(*listed(moments))
+            say(f"{len(searcher.index.windows)} windows of {len(searcher.index.videos)} videos in {seconds:.2f} s")
 
     doc = "Print the moments of the indexed videos that fit a sentence, an image or a clip."
     return run_program(body, SearchOptions, _with_flag(words, "--query"), f"{_PROGRAM} search", doc)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from avion.data.video import find_layout, list_videos
+from avion.data.video import find_layout, is_remote, list_videos
 from avion.engine.build import build_as_saved
 from avion.engine.distributed import choose_device
 from avion.engine.egoschema.results import fingerprint
@@ -42,7 +42,7 @@ def make_index(options: IndexOptions) -> tuple[Report, SearchIndex | None, int]:
         return report, None, left
     local = os.path.exists(options.checkpoint)
     facts = {
-        "root": os.path.abspath(options.root), "video_layout": layout.kind,
+        "root": options.root if is_remote(options.root) else os.path.abspath(options.root), "video_layout": layout.kind,
         "video_chunk_length": options.video_chunk_length, "norm_style": options.norm_style,
         "checkpoint": os.path.abspath(options.checkpoint) if local else options.checkpoint, "model": options.model,
         "model_args": options.model_args, "frames": done.settings["frames"],

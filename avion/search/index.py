@@ -26,6 +26,7 @@ from avion.data.windows import VideoFinder
 from avion.errors import UserError
 from avion.features import FeatureFolder, read
 from avion.files import write_text, written_whole
+from avion.reading import open_file, parse_json, read_text
 
 NAME, FEATURES = "search.json", "features"
 FORMAT, VERSION = "avion-search", 1
@@ -113,6 +114,8 @@ def _write_arrays(
     with written_whole(folder / arrays["windows"], **how) as file:
         for name in names:
             video = features[name]
+            if "clip" not in video.features or video.clip.ndim != 2:
+                raise UserError(f"{folder / FEATURES}: {name} has no rows of features; {_CURE}")
             rows, spans = unit_rows(video.clip), np.stack([video.start, video.end], axis=1)
             good = np.isfinite(rows).all(axis=1) & video.valid
             if not good.any():
@@ -179,14 +182,14 @@ def _read_facts(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST_JSON:
             raise UserError(f"{path}: has {path.stat().st_size / 1e6:.0f} MB, which no index has; {_CURE}")
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = parse_json(read_text(path), nan=True)
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file; make the index with `tools/search_videos.py index FOLDER --checkpoint C`"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         facts = None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise UserError(f"{path}: is no search index; {_CURE}")
@@ -225,6 +228,7 @@ def _array(folder: Path, files: object, name: str, dtype: np.dtype, shape: tuple
     if not isinstance(file, str) or not file or "/" in file or "\0" in file or not file.startswith(f"{name}-"):
         raise UserError(f"{folder / NAME}: names the file {str(file)[:80]!r}; {_CURE}")
     try:
+        open_file(folder / file).close()  # a named pipe would be waited for
         found = np.load(folder / file, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{folder / file}: no such file; {_CURE}") from None

@@ -110,14 +110,14 @@ def _grown(
         low, high = (row - 1, high) if row == low else (low, row + 1)
 
 
-def listed(moments: Sequence[Moment]) -> str:
-    """Moments as a table: rank, score, time, video."""
+def listed(moments: Sequence[Moment]) -> list[str]:
+    """Moments as the lines of a table: rank, score, time, video."""
     rows = [("", "score", "time", "video")]
     rows += [
         (str(i), f"{m.score:.3f}", f"{clock(m.start)} - {clock(m.end)}", m.video) for i, m in enumerate(moments, 1)
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(f"{a:>{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d}".rstrip() for a, b, c, d in rows)
+    return [f"{a:>{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d}".rstrip() for a, b, c, d in rows]
 
 
 def clock(seconds: float) -> str:

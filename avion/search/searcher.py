@@ -17,6 +17,7 @@ from avion.data.video_list import read_span
 from avion.engine.steps import Precision
 from avion.engine.zeroshot.classes import class_embeddings
 from avion.errors import UserError
+from avion.reading import open_file
 
 from .index import SearchIndex, unit_rows
 from .moments import Moment, find_moments
@@ -66,7 +67,7 @@ class Searcher:
         from PIL import Image, ImageOps, UnidentifiedImageError
 
         try:
-            with Image.open(path) as image:
+            with open_file(path) as opened, Image.open(opened) as image:
                 if image.width * image.height > _LARGEST_IMAGE:
                     raise UserError(f"image {path}: has {image.width} x {image.height} pixels, which are too many")
                 picture = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from avion.engine.feature_folder import Part
+from avion.engine.feature_shards import Shards
 from avion.engine.feature_videos import VideoFiles, file_stem
 from avion.errors import UserError
 from avion.features import read
@@ -132,6 +133,33 @@ def test_parts(tmp_path):
         assert one.errors == {}
     with opened(tmp_path) as files:
         assert files.todo() == [2] and list(files.errors) == ["deep/b.mp4"]
+
+
+def test_shards_are_read_by_video(tmp_path):
+    """A folder of shards holds the rows of a list; the reader gives those of a video together."""
+    rows = [("a", 0.0, 2.0, "n0"), ("b", 1.0, None, "n1"), ("a", 3.0, 4.0, "n2"), ("a", 5.0, 6.0, "n3")]
+    shared = {"shard_size": 3, "format": "npz", "features": ["clip"]}
+    with Shards(tmp_path, 4, shared) as shards:
+        for shard in (1, 0):  # processes finish in any order
+            keys = ("row", "video", "start", "end", "id")
+            entries = [dict(zip(keys, (r, *rows[r]), strict=True)) for r in shards.rows(shard)]
+            for entry in entries:
+                if entry["row"] == 2:
+                    entry["error"] = "a chunk is missing"
+            values = torch.tensor([[float(r)] * 2 for r in shards.rows(shard)])
+            shards.write(shard, {"clip": values}, entries)
+    found = read(tmp_path)
+    assert list(found) == ["a", "b"] and set(found["a"].features) == {"clip"}
+    video = found["a"]
+    assert video.start.tolist() == [0, 3, 5] and video.end.tolist() == [2, 4, 6] and video.ids == ("n0", "n2", "n3")
+    assert video.valid.tolist() == [True, False, True] and video.clip[[0, 2], 0].tolist() == [0, 3]
+    assert np.isnan(video.clip[1]).all() and np.isnan(found["b"].end).all()
+    entry = json.loads((tmp_path / "index.jsonl").read_text().splitlines()[-1])
+    for change, message in (({"position": 7}, "names position 7 of 3"), ({"start": []}, "a time that is no number")):
+        with open(tmp_path / "index.jsonl", "a") as file:
+            file.write(json.dumps({**entry, **change}) + "\n")
+        with pytest.raises(UserError, match=message):
+            read(tmp_path)["a"]
 
 
 # ---- the reader does not trust what it reads ------------------------------------------------------

@@ -1,6 +1,7 @@
 """The index on disk: what is refused, and that nothing in it is trusted."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -71,13 +72,16 @@ def test_json_that_is_none(folder, text):
         open_index(folder)
 
 
-@pytest.mark.parametrize("kind", ["pickle", "text", "short", "type", "order"])
+@pytest.mark.parametrize("kind", ["pickle", "text", "short", "type", "order", "pipe"])
 def test_arrays_that_are_none(folder, kind, capsys):
     path = folder / "windows-1.npy"
     if kind == "pickle":
         np.save(path, np.array([{"a": 1}], dtype=object))
     elif kind == "text":
         path.write_bytes(b"no array")
+    elif kind == "pipe":
+        path.unlink()
+        os.mkfifo(path)
     elif kind == "short":
         path.write_bytes(path.read_bytes()[:-3])
     elif kind == "type":

@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader  # noqa: E402
 from avion.data.clip_dataset import ClipDataset  # noqa: E402
 from avion.data.narrations import TableBuilder  # noqa: E402
 from avion.data.transforms import EvalTransform  # noqa: E402
-from avion.data.video import VideoError, VideoStore, index_videos, open_video  # noqa: E402
+from avion.data.video import VideoError, VideoStore, find_layout, index_videos, list_videos, open_video  # noqa: E402
 from avion.data.video import remote as remote_module  # noqa: E402
 from avion.data.video.indexed_reader import IndexedReader  # noqa: E402
 from avion.data.video.remote import RangeCache, RemoteStorage  # noqa: E402
+from avion.data.windows import VideoFinder  # noqa: E402
 from avion.errors import UserError  # noqa: E402
 from tests.videos import read_barcode, write_video  # noqa: E402
 
@@ -84,6 +85,18 @@ class TestReading:
         assert codes(clip.frames) == [132, 137, 142, 147, 152, 157, 162, 167]
         with open_video(f"{bucket}/a.mp4/0.mp4") as there, open_video(local / "a.mp4/0.mp4") as here:
             np.testing.assert_array_equal(there.get_frames([3, 140]), here.get_frames([3, 140]))
+
+    def test_windows_over_all_videos(self, bucket, local):
+        """As features of windows and the search index read a folder."""
+        names = list_videos(bucket, find_layout(bucket))
+        assert names == list_videos(local, find_layout(local)) == ["a", "b"]
+        spans = [(0.0, 2.0), (14.0, 16.0), (27.0, 30.0)]
+        for in_store in (True, False):
+            store, name = VideoFinder(bucket, in_store=in_store).find(names[1])
+            assert store.length_of(name) == 30.0
+            frames, clamped = store.read_clips(name, spans, 4)
+            assert not clamped.any()
+            np.testing.assert_array_equal(frames, VideoStore(local).read_clips("b", spans, 4)[0])
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_with_an_index_built_there(self, bucket, local, workers, monkeypatch):
