@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from avion.engine.options.search import IndexOptions, SearchOptions, ServeOptions
 from avion.engine.program import run_program
-from avion.errors import UserError, exit_status, say
+from avion.errors import UserError, called_names, exit_status, say
 
 _PROGRAM = "tools/search_videos.py"
 _COMMANDS = {
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def choose() -> None:
         nonlocal rest
         if words[:1] in (["-h"], ["--help"]):
-            print(_usage())
+            print(called_names(_usage()))
             return
         if not words or words[0] not in _COMMANDS:
             found = f"unknown command {words[0]!r}" if words else "no command"
