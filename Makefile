@@ -13,7 +13,7 @@ TEST_WORKERS ?= auto
 .PHONY: demo demo-short tables-demo tables-demo-short test test-slurm test-endurance test-endurance-short lint format bench clean help
 export PYTHON
 
-demo: $(STAMP)  ## train, evaluate and plot on the embedded demo dataset: 8 minutes
+demo: $(STAMP)  ## train, evaluate and plot on the embedded demo dataset: 9 minutes
 	$(PYTHON_IN) tools/demo.py
 
 demo-short: $(STAMP)  ## run every task for one epoch on the demo dataset, to show that it works: a few minutes

@@ -6,9 +6,13 @@ from dataclasses import MISSING, fields
 
 import pytest
 
+from avion.commands import pretrain as main_pretrain
+from avion.engine.args import parse
 from avion.engine.options import FinetuneClassificationOptions
+from avion.engine.submit import SubmitOptions, entry_point_of
 from avion.errors import UserError
 from avion.models import create_model
+from avion.models.registry import resolve_name
 from avion.weights import load_pretrained
 from tests.layering import ROOT, project_sources
 from tests.pages import PAGES
@@ -57,9 +61,37 @@ def test_upstreams_models_that_are_not_here(name):
         create_model(name)
 
 
-def test_deits_weights_are_not_here():
-    with pytest.raises(UserError, match="--pretrain-zoo deit: must be one of openai, open_clip, lavila, none"):
+@pytest.mark.parametrize("name", ["CLIP_ViViM_tiny", "CLIP_VITT16", "CLIP_TimeSformerL14", "VIDEOMAE_VITB16"])
+def test_the_error_of_such_a_model_says_where_it_is(name):
+    with pytest.raises(UserError, match=r"github\.com/\S+ has it; docs/compatibility.md"):
+        create_model(name)
+
+
+def test_deits_weights_are_not_here(capsys):
+    where = r"--pretrain-zoo deit: DeiT's weights .* are not here; github\.com/OpenGVLab/video-mamba-suite has it"
+    with pytest.raises(UserError, match=where):
         load_pretrained(create_model("TIMEMAMBA_VITT16", embed_dim=16, depth=1, num_heads=2), "deit")
+    assert main_pretrain.main(["--pretrain-zoo", "deit"]) == 2
+    assert re.search(where, capsys.readouterr().err)
+    assert main_pretrain.main(["--pretrain-zoo", "clip"]) == 2
+    assert "invalid choice: 'clip'" in capsys.readouterr().err
+
+
+def test_what_else_is_not_here_is_answered_with_where_to_go():
+    with pytest.raises(UserError, match=r"unknown flag --nodelist: sbatch .*--nodelist=NODES slurm/pretrain.sbatch"):
+        parse(SubmitOptions, ["--nodelist", "gpu01"], "slurm/submit.py", "")
+    for script in ("main_videomae_pretrain.py", "scripts/main_videomae_finetune.py"):
+        with pytest.raises(UserError, match="VideoMAE is not here; github.com/zhaoyue-zephyrus/AVION"):
+            entry_point_of(script)
+    page = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
+    for name in ("ViViM", "CLIP_VITT16", "CLIP_VITS16", "DeiT", "--pretrain-zoo deit", "VideoMAE", "--nodelist"):
+        assert name in page
+
+
+def test_the_models_that_the_readme_names_are_registered():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"\b(?:TIMEMAMBA|TIMESFORMER|LAVILA|CLIP)_[A-Za-z0-9_]*[A-Z0-9]\w*", text))
+    assert len(names) >= 1 and all(resolve_name(name) for name in names)
 
 
 def test_no_paths_of_anybodys_machine():

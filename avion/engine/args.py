@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from avion.elsewhere import flag_elsewhere, value_elsewhere
 from avion.errors import NOBODY_READS, USER_ERROR, UserError, called_names, stdout_is_closed
 from avion.numbers import Number, shown, whole
 from avion.plugins import import_plugins
@@ -141,6 +142,9 @@ class ToolParser(argparse.ArgumentParser):
         raise SystemExit(NOBODY_READS if stdout_is_closed() else status)
 
 
+_CHOICE = re.compile(r"argument (?:\S+/)?(--[\w-]+): invalid choice: '([^']*)'")
+
+
 class _Parser(ToolParser):
     """A ToolParser whose errors are UserErrors that suggest a flag of a similar name."""
 
@@ -148,12 +152,16 @@ class _Parser(ToolParser):
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
             message = "; ".join(self._unknown(a) for a in message[len(prefix) :].split())
+        elif (choice := _CHOICE.match(message)) and (elsewhere := value_elsewhere(choice[1], choice[2])):
+            message = f"{choice[1]} {choice[2]}: {elsewhere}"
         raise UserError(f"{self.prog}: {message}")
 
     def _unknown(self, argument: str) -> str:
         if not argument.startswith("-"):
             return f"unexpected value {argument!r} (a value without its flag, or one value too many)"
         name = argument.split("=")[0]
+        if elsewhere := flag_elsewhere(name):
+            return f"unknown flag {name}: {elsewhere}"
         near = difflib.get_close_matches(name, self._option_string_actions, n=3, cutoff=0.6)
         cure = f"did you mean {' or '.join(near)}?" if near else "see --help for all flags"
         return f"unknown flag {name}: {cure}"

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
+from avion.elsewhere import program_elsewhere
 from avion.errors import UserError
 from avion.numbers import COUNT, COUNT_OR_OFF, PROCESSES, whole
 from avion.resources import SLURM, checkout, resources
@@ -130,6 +131,8 @@ def entry_point_of(name: str) -> str:
     if file not in ENTRY_POINTS:
         file = f"main_{name.replace('-', '_')}.py"
     if file not in ENTRY_POINTS:
+        if elsewhere := program_elsewhere(Path(name).name):
+            raise UserError(f"{name}: {elsewhere}")
         commands = [command_of(entry_point) for entry_point in ENTRY_POINTS]
         raise UserError(f"{name}: no such entry point; there are {', '.join([*ENTRY_POINTS, *commands])}")
     return file

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch import nn
 
+from avion.elsewhere import model_elsewhere
 from avion.errors import UserError
 from avion.plugins import HINT
 
@@ -132,6 +133,8 @@ def resolve_name(name: str) -> str:
         return name
     if name in _ALIASES:
         return _ALIASES[name]
+    if elsewhere := model_elsewhere(name):
+        raise UserError(f"unknown model {name!r}: {elsewhere}")
     hint = _near(name, [*_MODELS, *_ALIASES]) or "`python -m avion.models` lists all"
     raise UserError(f"unknown model {name!r}; {hint}; {HINT}")
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from avion.constants import NORM_STYLES
+from avion.elsewhere import value_elsewhere
 from avion.errors import UserError
 from avion.models.config import ModelConfig
 from avion.models.tower import Tower, find_tower, rename
@@ -60,6 +61,8 @@ def load_pretrained(model: nn.Module, zoo: str, path: str | os.PathLike | None =
     Raises UserError, one line, for anything else, and then the model is untouched.
     """
     if zoo not in ZOOS:
+        if elsewhere := value_elsewhere("--pretrain-zoo", zoo):
+            raise UserError(f"--pretrain-zoo {zoo}: {elsewhere}")
         raise UserError(f"--pretrain-zoo {zoo}: must be one of {', '.join(ZOOS)}")
     path = None if path is None or os.fspath(path) == "" else os.fspath(path)
     if zoo == "none":
