@@ -38,7 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     which = parser.add_argument_group("which")
-    which.add_argument("--table", metavar="N", help="table of the paper: 8, 9, 10, or avion for AVION's baseline")
+    which.add_argument(
+        "--table", metavar="N", help="table of the paper: 8, 9, 10, avion for AVION's baseline, or zeroshot"
+    )
     which.add_argument("--figure", type=whole(1, 99), metavar="N", help="figure of the paper: 5")
     which.add_argument("--row", type=whole(1, 99), metavar="ID", help="the paper's ID of a row, 4 to 8 [every row]")
     which.add_argument("--task", choices=TASKS, help="task, where a row has several tasks [every task]")
@@ -72,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
 def selected(args: argparse.Namespace) -> list[Recipe]:
     """The recipes that --table, --figure, --row and --task name. UserError where there are none."""
     if [args.table, args.figure, args.recipe].count(None) != 2:
-        raise UserError("give one of --table (8, 9, 10, avion), --figure (5) and --recipe")
+        raise UserError("give one of --table (8, 9, 10, avion, zeroshot), --figure (5) and --recipe")
     if args.recipe is not None:
         return _by_key(args.recipe)
     table = int(args.table) if args.table is not None and args.table.isdigit() else args.table

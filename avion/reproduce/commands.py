@@ -13,6 +13,7 @@ from avion.errors import UserError
 from .recipe import Recipe, parser_of
 
 EGOSCHEMA = "main_egoschema.py"
+ZERO_SHOT = "main_zeroshot.py"
 _CLASSIFICATION = "main_finetune_classification.py"
 # Flags that evaluation does not read, beside those of OptimOptions.
 _TRAINING = (
@@ -65,7 +66,7 @@ def from_released(recipe: Recipe, checkpoint: str | None) -> Recipe:
             f"--from-released: no checkpoint of {recipe.key} was released; give a file of your own with --checkpoint"
         )
     changes: dict[str, object] = {"output-dir": str(recipe.output_dir / "released"), "seed": None}
-    if recipe.entry_point == EGOSCHEMA:
+    if recipe.entry_point in (EGOSCHEMA, ZERO_SHOT):
         changes["pretrain-model"] = source
     else:
         optimisation = {f.name.replace("_", "-") for f in dataclasses.fields(OptimOptions)} - {"batch-size"}

@@ -18,7 +18,7 @@ from avion.files import write_text
 from avion.safe_pickle import load_pickle
 from avion.weights import model_from_checkpoint, save_weights
 
-from .commands import EGOSCHEMA, executable
+from .commands import EGOSCHEMA, ZERO_SHOT, executable
 from .jobs import Job
 from .plan import Request
 from .recipe import CHECKPOINT, RECIPES, Recipe, load_recipes
@@ -75,10 +75,10 @@ class Chain:
         return jobs
 
     def _run(self, recipe: Recipe, seed: int, after: tuple[str, ...] = ()) -> Job:
-        words = [*_WORDS, "--root", str(self.paths.root)]
+        words = [*_WORDS, "--demo-root" if recipe.entry_point == ZERO_SHOT else "--root", str(self.paths.root)]
         if recipe.entry_point == EGOSCHEMA:
             words += ["--pretrain-model", str(self._longer_folder(recipe.starts_from, seed) / CHECKPOINT)]
-        elif self.short:
+        elif self.short and recipe.entry_point != ZERO_SHOT:
             words += [*_SHORT_WORDS, *self._few_clips(recipe)]
         run = Request(runs=str(self.runs), scale=SCALE, device="cpu", plugins=self.plugins).run(recipe, seed, words)
         try:

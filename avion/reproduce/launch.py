@@ -15,7 +15,7 @@ from avion.json_lines import read_json_lines
 from avion.reading import parse_json, read_text
 
 from .commands import command, executable
-from .recipe import CHECKPOINT, Recipe
+from .recipe import BENCHMARKS, CHECKPOINT, Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,8 @@ class Run:
         if self._found() not in (None, self.record()):
             return False
         rows, args = read_json_lines(self.folder / EVALUATIONS).objects, self.recipe.args()
+        if self.recipe.task == BENCHMARKS:
+            return set(args.dataset) <= {row.get("dataset") for row in rows}
         if self.recipe.task == "egoschema":
             return set(args.frames) <= {row.get("frames") for row in rows}
         if self.evaluated == RELEASED:

@@ -11,7 +11,7 @@ from avion.data.ek100 import sentence_path
 from avion.data.video import resolve_decoder
 from avion.errors import UserError
 
-from .commands import EGOSCHEMA
+from .commands import EGOSCHEMA, ZERO_SHOT
 from .recipe import Recipe
 
 _EK100 = "github.com/epic-kitchens/epic-kitchens-100-annotations"
@@ -21,6 +21,8 @@ _CURES = {
     "ek100": f"get it from {_EK100}",
     "relevancy": "python tools/build_relevancy.py makes it from the annotations",
     "egoschema": "get it from github.com/egoschema/EgoSchema",
+    "egomcq": "it comes with EgoVLP (github.com/showlab/EgoVLP)",
+    "benchmark": "docs/zeroshot.md says what is in it",
     "weights": "give the path of a checkpoint",
 }  # fmt: skip
 _PACKAGES = ("torch", "torchvision", "timm", "open_clip", "ftfy", "regex", "numpy", "safetensors", "huggingface_hub")
@@ -62,7 +64,8 @@ def _gpus(recipe: Recipe, device: str) -> Iterator[Missing]:
 
     found = torch.cuda.device_count()
     # A recipe that is scaled down for a CPU runs on a CPU if there is no GPU.
-    optional = recipe.flags.get("dataset") == "demo" and device == "auto" and found == 0
+    demo = recipe.flags.get("dataset") == "demo" or "demo-root" in recipe.flags
+    optional = demo and device == "auto" and found == 0
     if device == "cpu" or optional or found >= recipe.gpus:
         return
     less = f"--gpus {found}, which keeps the batch, " if found else ""
@@ -76,7 +79,7 @@ def _gpus(recipe: Recipe, device: str) -> Iterator[Missing]:
 
 
 def _data(recipe: Recipe, args: Any) -> Iterator[Missing]:
-    if args.dataset == "demo":
+    if args.dataset == "demo" or getattr(args, "demo_root", ""):
         return  # it is made where it is missing
     for flag, path, kind in sorted(set(_paths(recipe, args)), key=lambda entry: entry[:2]):
         there = Path(path).is_dir() if kind == "videos" else Path(path).is_file()
@@ -89,6 +92,10 @@ def _paths(recipe: Recipe, args: Any) -> Iterator[tuple[str, str, str]]:
     from avion.engine.tasks.finetune_retrieval import relevancy_file
 
     trains = not getattr(args, "evaluate", False)
+    if recipe.entry_point == ZERO_SHOT:
+        for name in args.dataset:
+            yield from _benchmark_paths(name, args)
+        return
     if recipe.entry_point == EGOSCHEMA:
         yield "--root", args.root, "videos"
         yield "--questions", args.questions, "egoschema"
@@ -115,6 +122,33 @@ def _paths(recipe: Recipe, args: Any) -> Iterator[tuple[str, str, str]]:
         yield "beside --train-metadata", str(sentence_path(args.train_metadata)), "ek100"
         path = args.train_relevancy_path or relevancy_file(args.relevancy_path, "train")
         yield "--train-relevancy-path", path, "relevancy"
+
+
+def _benchmark_paths(name: str, args: Any) -> Iterator[tuple[str, str, str]]:
+    """What a benchmark of main_zeroshot.py reads."""
+    folder = Path(args.ek100_annotations)
+    split = folder / "retrieval_annotations"
+    if name.startswith("ek100"):
+        yield "--ek100-root", args.ek100_root, "videos"
+    if name == "ek100_mir":
+        for file in ("EPIC_100_retrieval_test.csv", "EPIC_100_retrieval_test_sentence.csv"):
+            yield "--ek100-annotations", str(split / file), "ek100"
+        relevancy = split / "relevancy/caption_relevancy_EPIC_100_retrieval_test.pkl"
+        yield "--ek100-annotations", str(relevancy), "relevancy"
+    elif name == "ek100_cls":
+        for file in ("EPIC_100_train.csv", "EPIC_100_validation.csv"):
+            yield "--ek100-annotations", str(folder / file), "ek100"
+    elif name == "egomcq":
+        yield "--egomcq-root", args.egomcq_root, "videos"
+        yield "--egomcq-questions", args.egomcq_questions, "egomcq"
+    elif name == "retrieval":
+        yield "--retrieval-root", args.retrieval_root, "videos"
+        yield "--retrieval-captions", args.retrieval_captions, "benchmark"
+    else:
+        short = name.removesuffix("_ego")
+        yield f"--{short}-root", getattr(args, f"{short}_root"), "videos"
+        for kind in ("split", "classes"):
+            yield f"--{short}-{kind}", getattr(args, f"{short}_{kind}"), "benchmark"
 
 
 # ---- weights ---------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from avion.resources import RECIPES as FOLDER
 from avion.resources import resources
 
 RECIPES = resources(FOLDER)
-TASKS = ("zero-shot retrieval", "retrieval", "actions", "egoschema")
+BENCHMARKS = "zero-shot benchmarks"  # of LaViLa, beyond the paper: the table "zeroshot"
+TASKS = ("zero-shot retrieval", "retrieval", "actions", "egoschema", BENCHMARKS)
 FULL = "full"
 # The file from which later runs start: it holds the weights after the last epoch, as in the tables.
 CHECKPOINT = "checkpoint.pt"
@@ -36,7 +37,7 @@ class Recipe:
     entry_point: str
     flags: Mapping[str, Any]
     model: str  # registered name; a scale may leave it to the checkpoint and take it out of the flags
-    table: int | str | None = None  # "avion": AVION's own baseline, which is in none of the paper's tables
+    table: int | str | None = None  # of the paper; "avion": AVION's own baseline; "zeroshot": BENCHMARKS
     figure: int | None = None
     row: int | None = None
     gpus: int = 1
@@ -69,6 +70,8 @@ class Recipe:
         part = f"Figure {self.figure}" if self.figure is not None else f"Table {self.table}"
         if self.table == "avion":
             return "AVION's baseline"
+        if self.table == "zeroshot":
+            part = "Zero-shot, beyond the paper"
         return part if self.row is None else f"{part}, row {self.row}"
 
     @property
@@ -97,7 +100,7 @@ class Reference:
     task: str
     name: str
     paper: Figures
-    table: int | None = None
+    table: int | str | None = None
     figure: int | None = None
     row: int | None = None
 
@@ -156,7 +159,7 @@ def load_recipes(
 ) -> list[Recipe]:
     """Read the recipes of a folder, a table, a row or a figure: first tables in order, then figures, then AVION's."""
     found = [load_recipe(path) for path in sorted(Path(folder).glob("*.yaml")) if _is_recipe(path)]
-    found.sort(key=lambda r: (r.table == "avion", r.figure or 0, str(r.table).zfill(3), r.row or 0, r.key))
+    found.sort(key=lambda r: (isinstance(r.table, str), r.figure or 0, str(r.table).zfill(3), r.row or 0, r.key))
     wanted = {"table": table, "row": row, "figure": figure}
     return [r for r in found if all(value is None or getattr(r, name) == value for name, value in wanted.items())]
 

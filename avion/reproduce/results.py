@@ -16,13 +16,20 @@ from avion.json_lines import read_json_lines
 from avion.reading import parse_json, read_text
 
 from .launch import EVALUATIONS, RECORD, RELEASED, TRAINED
-from .recipe import FULL, Recipe, scaled
+from .recipe import BENCHMARKS, FULL, Recipe, scaled
 
 RETRIEVAL = ("vis_map", "txt_map", "avg_map", "vis_ndcg", "txt_ndcg", "avg_ndcg")
 ACTIONS = ("verb_top1", "noun_top1", "action_top1", "action_top5")
+# The benchmark, and its metric in the lines of eval_log.txt that name it.
+BEYOND_THE_PAPER = (
+    "ek100_mir.avg_map", "ek100_mir.avg_ndcg", "charades_ego.map", "egtea.mean_class", "egomcq.intra", "egomcq.inter",
+    "ek100_cls.top1",
+)  # fmt: skip
 # The metrics of a task that the tables show, and the metric that `checkpoint_best.pt` is chosen by. EgoSchema has one
 # accuracy for each number of frames.
-FIGURES = {"zero-shot retrieval": RETRIEVAL, "retrieval": RETRIEVAL, "actions": ACTIONS}
+FIGURES = {
+    "zero-shot retrieval": RETRIEVAL, "retrieval": RETRIEVAL, "actions": ACTIONS, BENCHMARKS: BEYOND_THE_PAPER,
+}  # fmt: skip
 BEST_BY = {"zero-shot retrieval": "avg_map", "retrieval": "avg_map", "actions": "action_top1"}
 
 Key = str | int  # the name of a metric in eval_log.txt, or a number of frames
@@ -105,6 +112,9 @@ def read_run(folder: Path, recipes: Mapping[str, Recipe]) -> Result:
         raise _Unusable(f"recipe.json: no recipe is called {record['recipe']!r}")
     rows, notes = _json_lines(folder / EVALUATIONS)
     common = {name: record[name] for name in ("scale", "seed", "evaluated")}
+    if recipe.task == BENCHMARKS:
+        figures, more = _benchmarks(rows, _scaled(recipe, record["scale"]).args().dataset)
+        return Result(folder, recipe, **common, figures=figures, notes=(*notes, *more))
     if recipe.task == "egoschema":
         args = _scaled(recipe, record["scale"]).args()
         rows, others = _of_sampling(rows, args.sampling)
@@ -254,6 +264,23 @@ def _accuracies(rows: Sequence[Mapping[str, Any]], due: Sequence[int]) -> tuple[
     if missing:
         notes.append(f"not measured yet at {', '.join(map(str, missing))} frames")
     return dict(sorted(figures.items())), notes
+
+
+def _benchmarks(rows: Sequence[Mapping[str, Any]], due: Sequence[str]) -> tuple[dict[Key, float], list[str]]:
+    """The latest metrics of every zero-shot benchmark."""
+    latest = {row.get("dataset"): row for row in rows}
+    figures: dict[Key, float] = {}
+    notes: list[str] = []
+    for key in BEYOND_THE_PAPER:
+        name, metric = key.split(".")
+        if name in latest:
+            if not _is_fraction(latest[name].get(metric)):
+                raise _Unusable(f"eval_log.txt: {name}: expected {metric}, a fraction from 0 to 1")
+            figures[key] = 100 * latest[name][metric]
+    for name in due:
+        notes += [f"{name}: {note}" for note in _unreadable(latest.get(name, {}), "clips")]
+    missing = [name for name in due if name not in latest]
+    return figures, [*notes, *([f"not measured yet: {', '.join(missing)}"] if missing else [])]
 
 
 def _unreadable(row: Mapping[str, Any], what: str) -> list[str]:

@@ -13,6 +13,7 @@ _GROUPS = (
     ("nDCG", "V2T/T2V/avg", ("vis_ndcg", "txt_ndcg", "avg_ndcg")),
     ("top-1", "verb/noun/action", ("verb_top1", "noun_top1", "action_top1")),
     ("top-5", "action", ("action_top5",)),
+    ("EK-100", "mAP/nDCG", ("ek100_mir.avg_map", "ek100_mir.avg_ndcg")),
 )
 
 

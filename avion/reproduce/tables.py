@@ -15,6 +15,10 @@ LABELS: dict[Key, str] = {
     "vis_ndcg": "nDCG, video to text", "txt_ndcg": "nDCG, text to video", "avg_ndcg": "nDCG, mean of both directions",
     "verb_top1": "verb, top 1", "noun_top1": "noun, top 1", "action_top1": "action, top 1",
     "action_top5": "action, top 5",
+    "ek100_mir.avg_map": "EK-100 retrieval, mAP", "ek100_mir.avg_ndcg": "EK-100 retrieval, nDCG",
+    "charades_ego.map": "Charades-Ego, mAP", "egtea.mean_class": "EGTEA, mean class accuracy",
+    "egomcq.intra": "EgoMCQ, intra-video accuracy", "egomcq.inter": "EgoMCQ, inter-video accuracy",
+    "ek100_cls.top1": "EK-100 actions, top 1",
 }  # fmt: skip
 # Rows of the tables that differ only in the temporal module: attention, Mamba.
 PAIRS = ((4, 6), (5, 7))
@@ -123,7 +127,7 @@ def lines_of(recipes: Iterable[Recipe], references: Iterable[Reference], results
 
 
 def _name(row: Recipe | Reference) -> str:
-    return f"{row.name}, {VARIANTS[row.row]}" if row.table == 8 and row.row in VARIANTS else row.name
+    return f"{row.name}, {VARIANTS[row.row]}" if row.table in (8, "zeroshot") and row.row in VARIANTS else row.name
 
 
 def comparison(lines: Sequence[Line], task: str, *, demo: bool) -> Table:

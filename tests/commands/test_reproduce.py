@@ -38,10 +38,10 @@ def test_what_is_asked_for_is_shown(words, count, capsys, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "give one of --table (8, 9, 10, avion), --figure (5) and --recipe"),
+        ("", "give one of --table (8, 9, 10, avion, zeroshot), --figure (5) and --recipe"),
         ("--table 8 --figure 5", "give one of --table"),
         ("--table 8 --row 3", "no recipe for this row and task; there are --row 4 --task 'zero-shot retrieval'; "),
-        ("--table 7", "no recipes for it; there are tables 10, 8, 9, avion and figure 5"),
+        ("--table 7", "no recipes for it; there are tables 10, 8, 9, avion, zeroshot and figure 5"),
         ("--recipe table8_row66", "unknown key 'table8_row66': did you mean table8_row6"),
         ("--table 8 --row 6 --checkpoint x.pt", "--checkpoint: goes with --from-released"),
         ("--table 8 --row 6 --gpus 3", "--gpus 3: the batch of 512 clips of table8_row6 does not divide"),
@@ -67,7 +67,7 @@ def test_run_refuses_and_lists_what_is_missing(capsys, tmp_path, monkeypatch):
 def test_the_documented_table_is_that_of_the_recipes(capsys):
     assert main(["--list"]) == 0
     table = capsys.readouterr().out
-    assert table.count("\n") == 2 + 16
+    assert table.count("\n") == 2 + 21
     assert table in (Path(__file__).parents[2] / "docs/recipes.md").read_text(encoding="utf-8")
 
 

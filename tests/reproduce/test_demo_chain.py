@@ -37,7 +37,8 @@ def test_every_recipe_is_a_job_that_its_parser_takes(tmp_path, short):
     assert {f"{key}/seed0" for key in recipes} == {name for name in jobs if not name.startswith("longer_")}
     for name, job in jobs.items():
         args = parsed(job.words)
-        assert args.dataset == "demo" and args.workers == 0 and args.device == "cpu" and getattr(args, "seed", 0) == 0
+        assert args.dataset == "demo" or args.demo_root == str(tmp_path / "data")
+        assert args.workers == 0 and args.device == "cpu" and getattr(args, "seed", 0) == 0
         if hasattr(args, "epochs"):
             assert args.epochs == 1 if short else args.epochs > 1
         source = getattr(args, "pretrain_model", "") or getattr(args, "resume", "")
