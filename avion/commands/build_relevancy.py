@@ -23,7 +23,8 @@ from avion.data.relevancy import (
     write_relevancy,
 )
 from avion.engine.args import ToolParser
-from avion.errors import UserError, exit_status, say
+from avion.errors import exit_status, say
+from avion.targets import check_target
 
 # Files of float32 are within 1e-7 of the exact values; two different relevancies are more than 1e-3 apart.
 TOLERANCE = 1e-4
@@ -45,14 +46,14 @@ def build_parser() -> argparse.ArgumentParser:
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--output", metavar="FILE.pkl", help="pickle file that the relevancies are written to")
     task.add_argument("--check", metavar="FILE.pkl", help="existing pickle file that is compared with the CSVs")
-    parser.add_argument("--force", action="store_true", help="overwrite an existing --output")
+    parser.add_argument("--overwrite", "--force", action="store_true", help="replace an existing --output")
     parser.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.output and Path(args.output).exists() and not args.force:
-        raise UserError(f"{args.output}: exists already; give another name, or --force to overwrite it")
+    if args.output:
+        check_target(args.output, "--output", overwrite=args.overwrite, inputs=[args.clips, args.sentences])
     clips = read_ek100_retrieval(args.clips)
     ids, _ = read_sentences(args.sentences)
     classes = clip_classes(clips, args.clips)

@@ -9,11 +9,11 @@ activation and normalisation from it. The optimizer state is not copied.
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from avion.constants import NORM_STYLES
 from avion.engine.args import ToolParser
 from avion.errors import UserError, exit_status, say
+from avion.targets import check_target
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--norm-style", choices=sorted(NORM_STYLES), help="normalisation of the training, if the file does not state it"
     )
-    parser.add_argument("--force", action="store_true", help="overwrite an existing target file")
+    parser.add_argument("--overwrite", "--force", action="store_true", help="replace an existing target file")
     parser.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
     return parser
 
@@ -47,8 +47,7 @@ def convert(args: argparse.Namespace) -> str:
     from avion.engine.options.model_args import parse_model_args
     from avion.weights import Checkpoint, save_weights
 
-    if Path(args.target).exists() and not args.force:
-        raise UserError(f"{args.target}: exists already: give another name, or --force to overwrite it")
+    check_target(args.target, "target", overwrite=args.overwrite, inputs=[args.source])
     fields = parse_model_args(args.model_args, args.model)
     checkpoint = Checkpoint.open(args.source)
     facts = checkpoint.facts

@@ -15,6 +15,7 @@ from avion.engine.args import ToolParser
 from avion.errors import UserError, exit_status
 from avion.files import write_text
 from avion.resources import RECIPES, SLURM, resources
+from avion.targets import check_target_folder
 
 NAME = "avion files"
 _SUFFIXES = {RECIPES: (".yaml",), SLURM: (".sbatch", ".sh")}
@@ -26,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog=NAME, description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--copy", metavar="DIR", help="folder in which recipes/ and slurm/ are made")
-    parser.add_argument("--force", action="store_true", help="overwrite files that differ")
+    parser.add_argument("--overwrite", "--force", action="store_true", help="replace files that differ")
     parser.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
     return parser
 
@@ -41,12 +42,13 @@ def contents() -> dict[Path, Path]:
     return found
 
 
-def copy(target: Path, force: bool) -> int:
+def copy(target: Path, overwrite: bool) -> int:
     """Copy all files below `target`; how many. UserError for a file of other content, before anything is written."""
     files = {target / name: path.read_text(encoding="utf-8") for name, path in contents().items()}
+    check_target_folder(target, "--copy")
     differing = [path for path, text in files.items() if path.exists() and path.read_text(encoding="utf-8") != text]
-    if differing and not force:
-        raise UserError(f"--copy {target}: {differing[0]} is there with another content; --force overwrites it")
+    if differing and not overwrite:
+        raise UserError(f"--copy {target}: {differing[0]} is there with another content; --overwrite replaces it")
     for path, text in files.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.copy is None:
             print(resources(RECIPES), resources(SLURM), sep="\n")
         else:
-            print(f"{given.copy}: {copy(Path(given.copy), given.force)} files in {RECIPES}/ and {SLURM}/")
+            print(f"{given.copy}: {copy(Path(given.copy), given.overwrite)} files in {RECIPES}/ and {SLURM}/")
 
     return exit_status(NAME, body, debug=given.debug)

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from avion.data.video import INDEX_NAME, index_videos
+from avion.data.video.index_file import is_index
 from avion.engine.args import ToolParser
 from avion.errors import exit_status, say
 from avion.numbers import WORKERS
+from avion.targets import check_target
 
 _LISTED = 20  # files that are named; the others are counted
 
@@ -40,6 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.index and not is_index(args.index):
+        check_target(args.index, "--index")
     with tqdm(unit="file", disable=None, dynamic_ncols=True) as bar:
 
         def progress(done: int, total: int) -> None:

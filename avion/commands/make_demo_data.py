@@ -14,6 +14,7 @@ from pathlib import Path
 from avion.engine.args import ToolParser
 from avion.errors import exit_status, say
 from avion.numbers import SEED
+from avion.targets import check_target
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--contact-sheet", metavar="FILE", help="write a PNG with frames of every verb pair, and no dataset"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --contact-sheet")
     return parser
 
 
@@ -38,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from avion.data.demo.sheet import contact_sheet
 
         if given.contact_sheet:
+            check_target(given.contact_sheet, "--contact-sheet", suffix=".png", overwrite=given.overwrite)
             contact_sheet(Path(given.contact_sheet), given.seed)
             say(str(given.contact_sheet))
         else:

@@ -18,12 +18,13 @@ import numpy as np
 from avion.data.ek100 import check_ids_differ, read_ek100_retrieval, read_sentences
 from avion.data.ek100_actions import read_ek100_actions
 from avion.engine.args import ToolParser
-from avion.engine.predictions import action_zip, check_target, retrieval_zip, write_whole
+from avion.engine.predictions import action_zip, retrieval_zip, write_whole
 from avion.errors import UserError, exit_status, say
 from avion.evaluation.submission import SLS, SLS_LEVELS, action_submission, check_same_ids, retrieval_submission
 from avion.numbers import whole
 from avion.reading import open_file, read_npy
 from avion.safe_pickle import load_pickle
+from avion.targets import check_target
 
 _LEVELS = {"sls_pt": (2, "of pretraining"), "sls_tl": (3, "training labels"), "sls_td": (3, "training data")}
 
@@ -43,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
             "--" + name.replace("_", "-"), type=whole(0, 5), default=default, choices=SLS_LEVELS, metavar="0-5",
             help=f"supervision that the submission declares: {what} [{default}]",
         )  # fmt: skip
+    shared.add_argument("--overwrite", action="store_true", help="replace an existing output")
     shared.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
     tasks = parser.add_subparsers(dest="task", required=True)
 
@@ -126,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
 
     def body() -> None:
-        check_target(args.output, "output", ".zip")
+        inputs = [value for name, value in vars(args).items() if name != "output" and isinstance(value, str)]
+        check_target(args.output, "output", suffix=".zip", overwrite=args.overwrite, inputs=inputs, make_folder=True)
         say({"actions": make_actions, "retrieval": make_retrieval}[args.task](args))
 
     return exit_status("tools/make_submission.py", body, debug=args.debug)

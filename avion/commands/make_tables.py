@@ -9,10 +9,12 @@ says how to read the report.
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from avion.engine.args import ToolParser
 from avion.errors import exit_status, say
 from avion.reproduce.report import make_report
+from avion.targets import check_target, check_target_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,10 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", default="runs/tables", metavar="DIR", help="folder that the report is written to [%(default)s]"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace the report of an earlier call in --output")
     parser.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
     args = parser.parse_args(argv)
 
     def body() -> None:
+        check_target_folder(args.output, "--output")
+        for name in ("tables.md", "tables.html"):
+            check_target(Path(args.output) / name, "--output", overwrite=args.overwrite)
         runs, files = make_report(args.runs, args.output)
         for problem in runs.problems:
             say(f"in no table: {problem.path}: {problem.reason}", to_stderr=True)

@@ -21,6 +21,7 @@ from avion.engine.args import ToolParser
 from avion.errors import UserError, exit_status, say
 from avion.files import written_whole
 from avion.json_lines import read_json_lines
+from avion.targets import check_target
 
 if TYPE_CHECKING:  # matplotlib is imported where it draws: `--help` does not wait for it
     from matplotlib.axes import Axes
@@ -300,9 +301,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the --output-dir of a training run")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.png", help="PNG file that is written")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     given = parser.parse_args(argv)
 
     def body() -> None:
+        check_target(given.output, "--output", overwrite=given.overwrite)
         plot(given.runs, given.output)
         say(str(given.output))
 

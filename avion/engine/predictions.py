@@ -6,11 +6,14 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from avion.errors import UserError
 from avion.files import written_whole
+from avion.targets import check_target, remember_target
+
+if TYPE_CHECKING:
+    from .options.shared import TrainingOptions
 
 # numpy 2 pickles arrays under a module name that numpy 1 does not have. Both read arrays under the old name.
 _NUMPY_2, _NUMPY_1 = b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"
@@ -42,19 +45,29 @@ def retrieval_zip(submission: Mapping[str, Any]) -> bytes:
     return zipped("test.pkl", portable_pickle(dict(submission)))
 
 
-def check_target(path: str | os.PathLike, flag: str, suffix: str = "") -> None:
-    """Raise UserError unless a file can be written as `path`, before hours go into what is to be written."""
-    target = Path(path)
-    if suffix and target.suffix != suffix:
-        raise UserError(f"{flag} {path}: a {suffix} file is written; give a name that ends in {suffix}")
-    if target.is_dir():
-        raise UserError(f"{flag} {path}: is a folder; give the name of a file")
+def check_run_target(options: "TrainingOptions", path: str | None, flag: str, suffix: str = "") -> None:
+    """Check the file that `flag` of a run names to be written (None: none), before hours go into its content.
+
+    No file that another flag names is replaced. A training that goes on may replace what it wrote before.
+    """
+    if path is None:
+        return
+    given = options.values().values()
+    texts = [text for value in given for text in (value if isinstance(value, list) else [value])]
+    inputs = [text for text in texts if isinstance(text, str) and text and text != path]
+    check_target(
+        path, flag, suffix=suffix, overwrite=options.overwrite, inputs=inputs, run_folder=options.output_dir,
+        replace_own=not options.evaluate, make_folder=True,
+    )  # fmt: skip
+
+
+def write_of_run(options: "TrainingOptions", path: str, content: bytes, flag: str) -> None:
+    """Write the content of a file that `flag` of a run named, and remember that the run wrote it."""
+    write_whole(path, content, flag)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag} {path}: {target.parent} cannot be made ({error.strerror}); choose another") from error
-    if not os.access(target.parent, os.W_OK):
-        raise UserError(f"{flag} {path}: {target.parent} cannot be written to; choose another folder")
+        remember_target(options.output_dir, path)
+    except OSError as e:
+        raise UserError(f"--output-dir {options.output_dir}: cannot be written ({e.strerror}); free space") from e
 
 
 def write_whole(path: str | os.PathLike, content: bytes, flag: str) -> None:

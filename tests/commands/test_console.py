@@ -112,7 +112,7 @@ def test_the_files_are_copied_and_nothing_is_overwritten(tmp_path, capsys):
     (tmp_path / "mine/slurm/common.sh").write_text("mine")
     capsys.readouterr()
     assert files.main(["--copy", str(tmp_path / "mine")]) == 2
-    assert "common.sh is there with another content; --force" in capsys.readouterr().err
+    assert "common.sh is there with another content; --overwrite" in capsys.readouterr().err
     assert (tmp_path / "mine/slurm/common.sh").read_text() == "mine"
     assert files.main(["--copy", str(tmp_path / "mine"), "--force"]) == 0
     assert (tmp_path / "mine/slurm/common.sh").read_bytes() == (ROOT / "slurm/common.sh").read_bytes()

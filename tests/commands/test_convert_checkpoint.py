@@ -42,7 +42,7 @@ def test_the_copy_gives_what_upstream_computed(tmp_path, capsys, name, style, su
         (["{fixture}", "{tmp}/a.bin", *HEADS], "expected .pt, .pth or .safetensors"),
         (["{fixture}", "{tmp}/none/a.pt", *HEADS], "does not exist"),
         (["{fixture}", "{tmp}/a.pt", *HEADS, "--norm-style", "openai_legacy"], "give --norm-style openai"),
-        (["{fixture}", "{fixture}", *HEADS], "exists already"),
+        (["{fixture}", "{fixture}", *HEADS], "is a file that is read"),
         (["{fixture}", "{tmp}/a.pt", *HEADS, "depht=3"], "depht"),
     ],
 )

@@ -197,7 +197,7 @@ class TestViews:
         words = ["--num-clips", "2", "--num-crops", "3", "--pickle-filename", tmp_path / "p.pkl"]
         evaluate(tiny_actions.flags, trained / "checkpoint.pt", *words)
         found = pickle.loads((tmp_path / "p.pkl").read_bytes())["action_output"]
-        args = options([*tiny_actions.flags, "--evaluate", *words])
+        args = options([*tiny_actions.flags, "--evaluate", "--overwrite", *words])
         task = FinetuneClassification(args, World(), Checkpoint.open(trained / "checkpoint.pt"))
         model = task.build_model().eval()
         dataset, expected = task.val_dataset(ModelInputs.of(model.config, args)), []

@@ -220,6 +220,15 @@ class PacketIndex:
         return UserError(f"packet index {self.path}: {why}; {_CURE}")
 
 
+def is_index(path: str | os.PathLike) -> bool:
+    """Whether a file begins as an index does; an index may be replaced by another one."""
+    try:
+        with open_file(path) as file:
+            return file.read(_HEAD.size)[: len(MAGIC)] == MAGIC
+    except OSError:
+        return False
+
+
 def write_index(path: str | os.PathLike, entries: Iterable[Entry]) -> int:
     """Write an index, whole or not at all -> how many entries. One record at a time is in memory."""
     rows, names, at_name = [], [], 0

@@ -193,6 +193,10 @@ class RunOptions(Options):
         "./", "folder of checkpoints and logs; training resumes from a checkpoint.pt in it", metavar="DIR"
     )
     evaluate: bool = flag(False, "evaluate without training", off="")
+    overwrite: bool = flag(
+        False, "replace the files that --pickle-filename, --submission or --similarity-filename name where they exist",
+        off="",
+    )  # fmt: skip
     eval_freq: int = flag(1, "epochs between evaluations; the last epoch is always evaluated", COUNT)
     eval_batch_size: int = flag(0, "clips per forward pass in evaluation; 0: as many as --batch-size", COUNT_OR_OFF)
     save_steps: int = flag(

@@ -22,6 +22,7 @@ from avion.data.narrations import NarrationTable
 from avion.engine import encode, predictions
 from avion.engine.console import table
 from avion.engine.inputs import ModelInputs
+from avion.engine.options.shared import TrainingOptions
 from avion.engine.steps import Precision
 from avion.errors import UserError
 from avion.evaluation.ek100_mir import retrieval_metrics
@@ -75,7 +76,7 @@ class Evaluation:
             task.leave_out_unreadable(clips, self.flag, self.root)
             if world.is_main:
                 similarity = (encode.cosine(clips.values, texts.values) + 1) / 2  # 0.5 for what cannot be read
-                _write(task.similarity_file, similarity)
+                _write(task.options, task.similarity_file, similarity)
                 metrics = self.metrics(similarity, clips.readable)
                 metrics |= {"clips": len(clips.readable), "unreadable": len(clips.errors)}
         return world.broadcast(metrics)
@@ -178,9 +179,9 @@ def _count(metrics: dict[str, float], before: str, after: str) -> str:
     return f"{metrics['clips']} clips{left_out}"
 
 
-def _write(path: str | None, similarity: np.ndarray) -> None:
+def _write(options: TrainingOptions, path: str | None, similarity: np.ndarray) -> None:
     if path is not None:
         content = io.BytesIO()
         np.save(content, similarity)
-        predictions.write_whole(path, content.getvalue(), "--similarity-filename")
+        predictions.write_of_run(options, path, content.getvalue(), "--similarity-filename")
         logger.info("similarities of %d clips and %d sentences written to %s", *similarity.shape, path)

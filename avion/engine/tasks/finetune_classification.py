@@ -63,10 +63,11 @@ class FinetuneClassification(Task[FinetuneClassificationOptions]):
                 tail_verbs="tail_verbs", tail_nouns="tail_nouns", unseen_participants="unseen_participants",
             )  # fmt: skip
         super().__init__(options, world, checkpoint)
-        if world.is_main and options.pickle_filename is not None:
-            predictions.check_target(options.pickle_filename, "--pickle-filename")
-        if world.is_main and options.submission is not None:
-            predictions.check_target(options.submission, "--submission", ".zip")
+        if world.is_main:
+            predictions.check_run_target(options, options.pickle_filename, "--pickle-filename")
+            predictions.check_run_target(options, options.submission, "--submission", ".zip")
+            if options.submission is not None and options.submission == options.pickle_filename:
+                raise UserError(f"--submission {options.submission}: is --pickle-filename too; give two names")
         if options.frame_sampling == "uniform" and options.was_given("clip_stride"):
             logger.info("--clip-stride has no effect with --frame-sampling uniform (nor had it in AVION)")
         if options.use_multi_epochs_loader:
@@ -295,11 +296,13 @@ class FinetuneClassification(Task[FinetuneClassificationOptions]):
                 "actions": list(self.actions), "verb_class": self.clips.verb_class,
                 "noun_class": self.clips.noun_class, "errors": {ids[i]: e for i, e in scores.errors.items()},
             }  # fmt: skip
-            predictions.write_whole(options.pickle_filename, predictions.portable_pickle(content), "--pickle-filename")
+            predictions.write_of_run(
+                options, options.pickle_filename, predictions.portable_pickle(content), "--pickle-filename"
+            )
             logger.info("predictions of %d clips written to %s", len(ids), options.pickle_filename)
         if options.submission is not None:
             content = action_submission(ids, verbs, nouns, {name: getattr(options, name) for name in SLS})
-            predictions.write_whole(options.submission, predictions.action_zip(content), "--submission")
+            predictions.write_of_run(options, options.submission, predictions.action_zip(content), "--submission")
             logger.info("submission of %d clips written to %s", len(ids), options.submission)
 
     def summary(self, metrics: dict[str, float]) -> str:

@@ -51,6 +51,7 @@ class FinetuneRetrieval(RetrievalTask[FinetuneRetrievalOptions]):
     def __init__(self, options: FinetuneRetrievalOptions, world: World, checkpoint: Checkpoint | None = None):
         if options.dataset == "demo":
             options = on_demo_dataset(options, "ek100_videos", **DEMO_FILES)
+        self.check_similarity_file(options, options.similarity_filename, world)
         self.pairs, evaluation = _read(options)
         super().__init__(options, world, checkpoint, evaluation=evaluation, similarity_file=options.similarity_filename)
         loss = MaxMarginRankingLoss(

@@ -31,6 +31,12 @@ class RetrievalTask(Task[T]):
         similarity_file: The file that the similarities of an evaluation are written to, if there is one.
     """
 
+    @staticmethod
+    def check_similarity_file(options: TrainingOptions, path: str | None, world: World) -> None:
+        """Raise UserError where `--similarity-filename` cannot be written. Called before annotations are read."""
+        if world.is_main:
+            predictions.check_run_target(options, path, "--similarity-filename", ".npy")
+
     def __init__(
         self,
         options: T,
@@ -43,8 +49,6 @@ class RetrievalTask(Task[T]):
         super().__init__(options, world, checkpoint)
         if options.frame_sampling == "uniform" and options.was_given("clip_stride"):
             logger.info("--clip-stride has no effect with --frame-sampling uniform (nor had it in AVION)")
-        if world.is_main and similarity_file is not None:
-            predictions.check_target(similarity_file, "--similarity-filename", ".npy")
         self.similarity_file = similarity_file
         self.evaluation, self.metric = evaluation, evaluation.metric
 

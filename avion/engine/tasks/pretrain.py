@@ -36,6 +36,7 @@ class Pretrain(RetrievalTask[PretrainOptions]):
                 options, "train_videos", train_metadata="train_pickle", root_val="val_videos", val_metadata="val_csv",
                 relevancy_path="relevancy",
             )  # fmt: skip
+        self.check_similarity_file(options, options.similarity_filename, world)
         self.sources, evaluation = _read(options)
         super().__init__(options, world, checkpoint, evaluation=evaluation, similarity_file=options.similarity_filename)
         loss = ClipLoss(
