@@ -5,6 +5,7 @@ docs/checkpoints.md has the table of all flags.
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -93,8 +94,8 @@ def find_changes(
     return found
 
 
-def settle(changes: list[Change], path: str, allowed: list[str]) -> None:
-    """List changes as a warning.
+def settle(changes: list[Change], path: str, allowed: list[str], *, tell: bool = True) -> None:
+    """List changes as a warning, unless `tell` is false: one process of a run tells them.
 
     Args:
         changes: What `find_changes` returned.
@@ -111,25 +112,30 @@ def settle(changes: list[Change], path: str, allowed: list[str]) -> None:
             f"{path}: {_listed(refused)}: that would be another run; give what the checkpoint was trained with, "
             f"another --output-dir, or --allow-changes {flags}"
         )
-    if changes:
+    if changes and tell:
         logger.warning("going on from %s with other flags: %s", path, _listed(changes))
 
 
-def tell_schedule(changes: list[Change], before: float, after: float | None) -> None:
+def tell_schedule(changes: list[Change], before: float, after: float) -> None:
     """Say what the learning rate does where a flag of its schedule has changed.
 
     Args:
         changes: What `find_changes` returned.
         before: The learning rate of the last optimizer step.
-        after: That of the next one, None where there is none.
+        after: That of the next one.
     """
     names = [change.flag for change in changes if change.flag.replace("-", "_") in _SCHEDULE]
-    if names and after is not None:
-        ratio = f", {after / before:.3g} times as much" if before > 0 else ""
-        logger.warning(
-            "--%s changes the schedule: the learning rate of the last step was %.3g, that of the next step is %.3g%s",
-            ", --".join(names), before, after, ratio,
-        )  # fmt: skip
+    if not names:
+        return
+    flags = ", --".join(names)
+    if math.isclose(before, after, rel_tol=1e-3):
+        logger.info("--%s changes the schedule: the learning rate of the next step is still %.3g", flags, after)
+        return
+    ratio = f", {after / before:.3g} times as much" if before > 0 else ""
+    logger.warning(
+        "--%s changes the schedule: the learning rate of the last step was %.3g, that of the next step is %.3g%s",
+        flags, before, after, ratio,
+    )  # fmt: skip
 
 
 def _listed(changes: list[Change]) -> str:

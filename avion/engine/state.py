@@ -258,7 +258,7 @@ def restore(
         scaler.load_state_dict(saved.scaler)
     if len(saved.rng) == world.size:
         set_rng_state(saved.rng[world.rank], world.device)
-    elif saved.rng:
+    elif saved.rng and world.is_main:
         logger.warning(
             "%s was written by %d processes and goes on with %d: same data order, other dropout draws",
             source, len(saved.rng), world.size,

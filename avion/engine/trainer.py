@@ -119,7 +119,7 @@ def start_training(
     if checkpoint is not None:
         batches = (state.global_batch(checkpoint), sampler.global_batch)
         found = changes.find_changes(checkpoint, options, model, training.data, batches)
-        changes.settle(found, checkpoint.path, options.allow_changes)
+        changes.settle(found, checkpoint.path, options.allow_changes, tell=world.is_main)
         position = training.position = state.restore(checkpoint, start, options, world, optimizer, scaler)
         if position.step and not position.clips:  # a checkpoint that says neither clips nor batch size
             position.clips = position.step * sampler.global_batch
@@ -128,8 +128,8 @@ def start_training(
         if any(change.flag == "val-metadata" for change in found):  # values on other clips do not compare
             position.best, training.best, training.evaluates_anew = float("-inf"), float("-inf"), True
         schedule, done = learning_rate_schedule(task, options, sampler.steps), position.steps_done(sampler.steps)
-        last = optimizer.param_groups[0]["lr"]
-        changes.tell_schedule(found, float(last), float(schedule[done]) if done < len(schedule) else None)
+        if world.is_main and done < len(schedule):
+            changes.tell_schedule(found, float(optimizer.param_groups[0]["lr"]), float(schedule[done]))
         logger.info("going on from %s: epoch %d, step %d", checkpoint.path, position.epoch, position.step)
     return training
 

@@ -10,6 +10,7 @@ from avion.engine import changes
 from avion.engine.args import flag_fields
 from avion.engine.options import FinetuneClassificationOptions, FinetuneRetrievalOptions, PretrainOptions
 from avion.errors import UserError
+from avion.optim import cosine_scheduler
 from avion.weights import Checkpoint
 from tests.engine import quick
 from tests.engine.kill_points import _stable, rows
@@ -111,10 +112,18 @@ def test_more_epochs_say_what_the_learning_rate_does(begun, messages):
     last = contents(begun)["optimizer"]["param_groups"][0]["lr"]
     quick.run(begun, "--epochs", "4")
     line = next(r.message for r in messages.records if "changes the schedule" in r.message)
-    first = rows(begun / "steps.txt")[2]  # of optimizer steps 5 and 6: the first line after the change
-    assert line.startswith(f"--epochs changes the schedule: the learning rate of the last step was {last:.3g}, ")
-    said = float(line.split("next step is ")[1].split(",")[0])
-    assert said == pytest.approx(0.01, rel=0.01) and first["lr"] < said and f"{said / last:.3g} times as much" in line
+    assert line == "--epochs changes the schedule: the learning rate of the next step is still 0.01"
+    assert last == pytest.approx(0.01)
+    quick.run(begun, "--epochs", "12")  # from the end of the cosine back to its beginning
+    line = next(r.message for r in reversed(messages.records) if "changes the schedule" in r.message)
+    schedules = [
+        cosine_scheduler(1e-2, 1e-5, epochs, 4, warmup_epochs=1, start_warmup_value=1e-6) for epochs in (4, 12)
+    ]
+    before, after = schedules[0][15], schedules[1][16]
+    assert after > 10 * before
+    assert line.endswith(
+        f"of the last step was {before:.3g}, that of the next step is {after:.3g}, {after / before:.3g} times as much"
+    )
 
 
 def test_files_of_other_programs_are_not_compared(begun, tmp_path, messages):
