@@ -1,5 +1,7 @@
 import copy
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -22,19 +24,44 @@ def test_generators_go_on_where_they_were(tmp_path):
     assert draw() == expected
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_partial_one(tmp_path, monkeypatch):
+SAVE = """
+import resource, sys
+from pathlib import Path
+import torch
+from avion.engine.state import copy_atomically, save_atomically
+from avion.errors import UserError
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+folder = Path(sys.argv[1])
+for write in (
+    lambda: save_atomically({"x": torch.zeros(1 << 20)}, folder / "checkpoint.pt", before=lambda: print("too early")),
+    lambda: copy_atomically(folder / "large", folder / "checkpoint.pt"),
+):
+    try:
+        write()
+    except UserError as e:
+        print(e)
+"""
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_partial_one(tmp_path):
+    """What PyTorch's zip writer makes of a real limit on sizes; tests/test_files.py does the same on a full disk."""
     path = tmp_path / "checkpoint.pt"
     state.save_atomically({"epoch": 1}, path)
-
-    def disk_full(content, file):
-        file.write(b"half of it")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(UserError, match=r"checkpoint.pt: cannot be written \(No space left on device\)"):
-        state.save_atomically({"epoch": 2}, path)
+    (tmp_path / "large").write_bytes(bytes(1 << 21))
+    done = subprocess.run([sys.executable, "-c", SAVE, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    line = f"{path}: cannot be written (File too large); free space or change --output-dir\n"
+    assert done.stdout == 2 * line, done.stderr
     assert torch.load(path, weights_only=True) == {"epoch": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "large"]
+
+
+def test_an_interrupt_leaves_no_partial_file(tmp_path):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        state.save_atomically({"epoch": 1}, tmp_path / "checkpoint.pt", before=interrupt)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_copy_replaces_the_target_whole(tmp_path):
