@@ -31,7 +31,7 @@ _FREE = frozenset(
     dist_timeout data_timeout use_zero decode_threads video_index resume start_epoch grad_checkpointing compile
     overwrite similarity_filename pickle_filename submission sls_pt sls_tl sls_td use_multi_epochs_loader evaluate_task
     dataset_val model model_args clip_length context_length vocab_size project_embed_dim num_classes batch_size
-    update_freq
+    update_freq plugins
     """.split()
 )
 # A file of the same name is taken for the same file in another place.
