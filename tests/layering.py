@@ -33,7 +33,7 @@ _ALLOWED: dict[str, frozenset[str]] = {
     "avion.utils": LEAVES | {"avion.ops", "avion.engine", "avion.weights", *_MIDDLE},
 }
 # Import paths of people's scripts: these modules hand on, when they are asked, what lives on a floor above them.
-_HANDED_ON = {"avion.models.__init__": "avion.weights", "avion.models.model_clip": "avion.weights"}
+_HANDED_ON = dict.fromkeys(("avion.models.__init__", "avion.models.model_clip", "avion.models.clip"), "avion.weights")
 # Their names have to be literals, or there is nothing to read here.
 _IMPORT_CALLS = ("importlib.import_module", "import_module", "__import__")
 

@@ -45,7 +45,7 @@ def test_every_room_was_read():
         ("avion.data.demo", "import importlib\nimportlib.import_module('tools.demo')", "tools.demo"),
         ("avion.losses.losses", "from tests.layering import ROOT", "tests.layering.ROOT"),
         ("main_pretrain", "from avion.utils.misc import x", "avion.utils.misc.x"),
-        ("avion.models.clip", "from avion.weights import Checkpoint", "avion.weights.Checkpoint"),
+        ("avion.models.vim", "from avion.weights import Checkpoint", "avion.weights.Checkpoint"),
         ("avion.weights.zoo", "from avion.engine import state", "avion.engine.state"),
         ("tools.demo", "import benchmarks.bench", "benchmarks.bench"),
         ("tools.demo", "from avion.engine.args import ToolParser", "avion.engine.args.ToolParser"),

@@ -3,12 +3,16 @@
     python tools/convert_checkpoint.py hf:cg1177/video-mamba-suite/clip_timemamba_vanilla_base_ego4d4m_bs512_f4.pt \\
         timemamba.safetensors
 
-The new file describes itself: `model_from_checkpoint` reads the model's sizes, heads,
-activation and normalisation from it. The optimizer state is not copied.
+    python tools/convert_checkpoint.py runs/id6_cls/checkpoint_best.pt folder/
+
+A target without a suffix is a folder, which gets config.json, model.safetensors and a card, as `save_pretrained` writes
+them. Classifiers are converted too. The new file describes itself: `model_from_checkpoint` reads the model's sizes,
+heads, activation and normalisation from it. The optimizer state is not copied.
 """
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from avion.constants import NORM_STYLES
 from avion.engine.args import ToolParser
@@ -25,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", help="checkpoint to read: a path or hf:owner/repo/file")
-    parser.add_argument("target", help="file to write, .safetensors or .pt")
+    parser.add_argument("target", help="file to write, .safetensors or .pt, or a folder")
     parser.add_argument("--model", metavar="NAME", help="name of the checkpoint's model, if the file does not state it")
     parser.add_argument(
         "--model-args",
@@ -46,8 +50,11 @@ def convert(args: argparse.Namespace) -> str:
     """Write `args.target`; returns what was done, for the screen."""
     from avion.engine.options.model_args import parse_model_args
     from avion.weights import Checkpoint, save_weights
+    from avion.weights.hub import WEIGHTS
 
-    check_target(args.target, "target", overwrite=args.overwrite, inputs=[args.source])
+    as_folder = not Path(args.target).suffix
+    written = Path(args.target) / WEIGHTS if as_folder else Path(args.target)
+    check_target(written, "target", overwrite=args.overwrite, inputs=[args.source], make_folder=as_folder)
     fields = parse_model_args(args.model_args, args.model)
     checkpoint = Checkpoint.open(args.source)
     facts = checkpoint.facts
@@ -58,8 +65,13 @@ def convert(args: argparse.Namespace) -> str:
         checkpoint.check_norm_style(args.norm_style)
     known = facts.mean is not None
     mean, std = (facts.mean, facts.std) if known else NORM_STYLES[style]
-    model = checkpoint.build(name=args.model, **fields)
-    save_weights(model, args.target, {"norm_style": style, "mean": mean, "std": std})
+    build = checkpoint.build_classifier if checkpoint.is_classifier else checkpoint.build
+    model = build(name=args.model, **fields)
+    model.preprocess = {"norm_style": style, "mean": mean, "std": std}
+    if as_folder:
+        model.save_pretrained(args.target)
+    else:
+        save_weights(model, args.target, model.preprocess)
     count = sum(parameter.numel() for parameter in model.parameters())
     return (
         f"{model.load_report}\n{args.target}: {model.config.name}, {count:,} parameters, "

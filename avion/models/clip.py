@@ -5,15 +5,27 @@ Shapes: letters as in transformer.py.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
 from .config import ModelConfig
 from .names import rename_to_ours
 from .transformer import project
+
+_OF_THE_HUB = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+
+
+def _open(where: str | Path, more: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The checkpoint, and the fields of the configuration among the arguments of `from_pretrained`."""
+    from avion.weights import hub
+
+    download = {name: more[name] for name in _OF_THE_HUB if name in more}
+    return hub.open_pretrained(where, download), {k: v for k, v in more.items() if k not in download}
 
 
 class VideoTower(Protocol):
@@ -65,7 +77,51 @@ class _TakesUpstreamNames(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)
 
 
-class CLIP(_TakesUpstreamNames):
+class _Travels(PyTorchModelHubMixin):
+    """`save_pretrained`, `from_pretrained` and `push_to_hub` of the Hugging Face hub, in this project's format.
+
+    The work is done in `avion.weights.hub`, which lies above the models.
+
+    Attributes:
+        preprocess: How the input is normalised: {"norm_style", "mean", "std"}. None in a model that was not loaded.
+    """
+
+    preprocess: dict[str, Any] | None = None
+
+    def save_pretrained(self, save_directory: str | Path, *, norm_style: str = "", **more: Any) -> str | None:
+        """Write config.json, model.safetensors and a card (README.md) into a folder.
+
+        Args:
+            save_directory: The folder, which is made.
+            norm_style: How the input is normalised, where the model does not know it yet.
+            more: Arguments of `PyTorchModelHubMixin.save_pretrained`. `model_card_kwargs` are those of
+                `avion.weights.hub.card`: recipe, metrics, licence, title.
+
+        Returns:
+            The address of the commit, with push_to_hub=True.
+
+        Raises:
+            UserError: The model does not know how its input is normalised.
+        """
+        from avion.weights import hub
+
+        if norm_style:
+            self.preprocess = hub.preprocess_of(norm_style)
+        return super().save_pretrained(save_directory, **more)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from avion.weights import hub
+
+        hub.write_folder(cast("nn.Module", self), save_directory)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
+        """The card that `save_pretrained` writes where there is none."""
+        from avion.weights import hub
+
+        return hub.card(cast("nn.Module", self), *args, **kwargs)
+
+
+class CLIP(_TakesUpstreamNames, _Travels):
     """A video tower and a text tower with one embedding space (arXiv 2103.00020).
 
     `visual` maps (B, C, T, height, width) to (B, E), `textual` maps (B, L) to (B, E).
@@ -80,6 +136,21 @@ class CLIP(_TakesUpstreamNames):
         self.logit_scale = nn.Parameter(
             torch.tensor(math.log(1 / config.temperature_init)), requires_grad=not config.freeze_temperature
         )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **more: Any) -> "CLIP":
+        """The model of a folder or repository that `save_pretrained` or `push_to_hub` wrote, in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or owner/repo on the hub.
+            more: revision, token, cache_dir, force_download and local_files_only of the hub; fields of the
+                configuration to change, as in `model_from_checkpoint`.
+
+        Raises:
+            UserError: There is no such model, or it is a classifier.
+        """
+        checkpoint, fields = _open(pretrained_model_name_or_path, more)
+        return checkpoint.build(**fields).eval()
 
     def encode_image(self, video: torch.Tensor) -> torch.Tensor:
         """video (B, C, T, height, width) float, normalised → (B, E), of any length."""
@@ -104,7 +175,7 @@ class CLIP(_TakesUpstreamNames):
         return _state_matrices(self)
 
 
-class VideoClassifier(_TakesUpstreamNames):
+class VideoClassifier(_TakesUpstreamNames, _Travels):
     """A video tower with one linear head: (B, C, T, height, width) → logits (B, num_classes).
 
     vision_model: the `visual` of any registered model. Its projection into the shared embedding is
@@ -130,6 +201,12 @@ class VideoClassifier(_TakesUpstreamNames):
         self.fc_cls = nn.Linear(vision_model.width, num_classes)
         nn.init.normal_(self.fc_cls.weight, std=0.01)
         nn.init.zeros_(self.fc_cls.bias)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **more: Any) -> "VideoClassifier":
+        """The classifier of a folder or repository, in evaluation mode. Arguments as of `CLIP.from_pretrained`."""
+        checkpoint, fields = _open(pretrained_model_name_or_path, more)
+        return checkpoint.build_classifier(**fields).eval()
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
         return self.fc_cls(self.dropout(self.visual(video)))

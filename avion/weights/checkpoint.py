@@ -199,6 +199,7 @@ class Checkpoint:
         chosen, fields = described_model(self.contents, self.weights, self.facts, name, overrides)
         model = create_model(chosen, **fields)
         model.load_report = self.load(model)
+        model.preprocess = self.facts.preprocess()
         return model
 
     def build_classifier(self, *, name: str | None = None, dropout: float = 0.0, **overrides: Any) -> VideoClassifier:
@@ -218,6 +219,7 @@ class Checkpoint:
         towers = create_model(chosen, **fields)
         model = VideoClassifier(towers.visual, dropout, head.num_classes, config=towers.config, actions=head.actions)
         model.load_report = self.load(model)
+        model.preprocess = self.facts.preprocess()
         return model
 
 

@@ -46,6 +46,12 @@ class CheckpointFacts:
     layout: str | None = None
     path: str = "checkpoint"
 
+    def preprocess(self) -> dict[str, Any] | None:
+        """The normalisation as a model keeps it: {"norm_style", "mean", "std"}, or None where it is unknown."""
+        if self.norm_style is None or self.mean is None or self.std is None:
+            return None
+        return {"norm_style": self.norm_style, "mean": self.mean, "std": self.std}
+
 
 def facts_of(checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor], path: str) -> CheckpointFacts:
     """Read what a checkpoint says about itself.

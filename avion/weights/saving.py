@@ -33,7 +33,7 @@ def save_safetensors(model: nn.Module, path: str | os.PathLike, preprocess: Mapp
     Written beside and renamed; `read_checkpoint`, `load_checkpoint` and `model_from_checkpoint` read it.
     """
     model = unwrap(model)
-    fields = {**model_fields(model), "preprocess": _plain(preprocess, path)}
+    fields = {**model_fields(model), "preprocess": plain_preprocess(preprocess, path)}
     write_safetensors(model.state_dict(), path, **fields)
 
 
@@ -48,13 +48,14 @@ def save_weights(model: nn.Module, path: str | os.PathLike, preprocess: Mapping[
         contents = {
             "state_dict": weights,
             **model_fields(model),
-            "preprocess": _plain(preprocess, path),
+            "preprocess": plain_preprocess(preprocess, path),
         }
         write_pt(contents, path)
     else:
         raise UserError(f"{path}: suffix {suffix!r}, expected .pt, .pth or .safetensors")
 
 
-def _plain(preprocess: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Any]:
+def plain_preprocess(preprocess: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Any]:
+    """The field `preprocess` as JSON takes it. UserError, which names `path`, where it lacks something."""
     style, mean, std = parse_preprocess(preprocess, os.fspath(path))
     return {"norm_style": style, "mean": mean and list(mean), "std": std and list(std)}
