@@ -23,7 +23,8 @@ def build_model(options: PretrainOptions, checkpoint: Checkpoint | None) -> nn.M
 
     Args:
         options: The options of the run. Without `--model`, the checkpoint says which model it is; with `--model`, the
-            checkpoint must fit that model. Without a checkpoint, the weights come from `--pretrain-zoo`.
+            checkpoint must fit that model. Without a checkpoint, the weights come from `--pretrain-model` or from
+            `--pretrain-zoo`. The weights of `--pretrain-model` are used with `--clip-length` frames.
         checkpoint: The checkpoint to resume or to evaluate, if there is one.
 
     Raises:
@@ -31,6 +32,8 @@ def build_model(options: PretrainOptions, checkpoint: Checkpoint | None) -> nn.M
     """
     if checkpoint is not None:
         return _from_checkpoint(options, checkpoint)
+    if options.pretrain_model:
+        return _from_checkpoint(options, Checkpoint.open(options.pretrain_model), num_frames=options.clip_length)
     model = create_model(options.model, **sizes(options), num_frames=options.clip_length, **behaviour(options))
     logger.info("%s", load_pretrained(model, options.pretrain_zoo, options.pretrain_path))
     return model
@@ -61,7 +64,8 @@ def build_finetuned(options: TrainingOptions, pretrained: str | None, checkpoint
 
 def _refuse_pretraining(options: TrainingOptions, checkpoint: Checkpoint) -> None:
     """Raise UserError for a checkpoint of a pretraining: its optimizer and its epoch are of no use in a fine-tuning."""
-    if not options.evaluate and checkpoint.training is not None and "pretrain_model" not in checkpoint.args:
+    pretraining = "pretrain_zoo" in checkpoint.args or "pretrain_model" not in checkpoint.args
+    if not options.evaluate and checkpoint.training is not None and pretraining:
         raise UserError(
             f"{checkpoint.path}: was written in pretraining, and fine-tuning cannot go on from it; give it as "
             "--pretrain-model, with an --output-dir that holds no checkpoint.pt of another run"

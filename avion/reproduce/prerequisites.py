@@ -165,7 +165,7 @@ def _weights(recipe: Recipe, args: Any, here: bool) -> Iterator[Missing]:
         elif here:
             yield from _hub(str(source))
     zoo = getattr(args, "pretrain_zoo", "none")
-    if not evaluates and zoo == "openai" and here:
+    if not evaluates and not source and zoo == "openai" and here:
         yield from [*_file(args.pretrain_path)] if args.pretrain_path else _openai(recipe)
 
 

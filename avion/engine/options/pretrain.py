@@ -68,6 +68,10 @@ class PretrainOptions(CaptionOptions, TrainingOptions):
     freeze_temperature: bool = flag(False, "keep the logit scale at 1/0.07")
     pretrain_zoo: str = flag("openai", "initial weights", choices=["openai", "open_clip", "lavila", "none"])
     pretrain_path: str | None = flag(None, "file of the initial weights, or their tag in open_clip", metavar="PATH")
+    pretrain_model: str | None = flag(
+        None, "checkpoint whose weights a new run starts from, in place of --pretrain-zoo and --pretrain-path; "
+        "without --model it sets the model and its sizes: a path or hf:owner/repo/file", metavar="PATH",
+    )  # fmt: skip
     local_loss: bool = flag(
         False, "each process computes only the rows of its own clips in the loss: the same result with less work"
     )
@@ -80,8 +84,8 @@ class PretrainOptions(CaptionOptions, TrainingOptions):
             flags = " and ".join(f"--{name.replace('_', '-')} egoschema" for name in asked)
             raise UserError(f"{flags}: EgoSchema has an entry point of its own; run: {egoschema_command(self)}")
         check_scale_range(self.scale_range)
-        starts_anew = not self.resume and not checkpoints(self.output_dir)
-        if self.was_given("model") or starts_anew:  # otherwise the checkpoint sets the model and its sizes
+        known = self.resume or self.pretrain_model or checkpoints(self.output_dir)
+        if self.was_given("model") or not known:  # otherwise the checkpoint sets the model and its sizes
             check_model(self)
 
 
