@@ -26,7 +26,7 @@ class Encoding:
     better. preset: x264's effort.
     """
 
-    gop: int = 13
+    gop: int = 21
     bframes: int = 3
     refs: int = 1
     cabac: bool = False
