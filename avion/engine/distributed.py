@@ -8,7 +8,7 @@ the CPU, so that they never wait for the GPU.
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,10 +18,17 @@ from avion.errors import UserError
 
 from . import signals
 from .options.shared import DeviceOptions
-from .peers import PeerError, detect_launch
+from .peers import LostPeer, PeerError, detect_launch
 from .signals import Stopped
+from .watch import Watch
 
 _FAILED = 1 << 10  # as a message: larger than any signal's number
+
+
+def told(error: BaseException) -> str:
+    """An error in one line, for other processes."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0] if isinstance(error, UserError | Stopped) else f"{type(error).__name__}: {lines[0]}"
 
 
 def _seen(count: int) -> str:
@@ -76,6 +83,7 @@ class World:
         self.rank, self.size, self.device = rank, size, torch.device(device)
         self.how = how
         self._control = control
+        self.watch: Watch | None = None
 
     @property
     def is_main(self) -> bool:
@@ -86,7 +94,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._control)
+        self._reach(lambda: dist.all_gather_object(values, value, group=self._control))
         return values
 
     def broadcast(self, value: Any) -> Any:
@@ -94,7 +102,7 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._control)
+        self._reach(lambda: dist.broadcast_object_list(box, src=0, group=self._control))
         return box[0]
 
     def any(self, flag: bool) -> bool:
@@ -106,7 +114,7 @@ class World:
         if self.size == 1:
             return number
         value = torch.tensor([number], dtype=torch.int32)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._control)
+        self._reach(lambda: dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._control))
         return int(value.item())
 
     def go_on(self, error: Exception | None, what: str) -> int:
@@ -114,7 +122,7 @@ class World:
 
         Args:
             error: The error of this process, if there is one.
-            what: What another process could not do if it has an error, for the message.
+            what: What the process did where the error happened, for the message of the others.
 
         Returns:
             The number of the signal that asked some process to stop, the same on all processes; 0 if none did.
@@ -122,10 +130,17 @@ class World:
         Raises:
             PeerError: Another process has an error. A process with an error raises that error.
         """
+        if isinstance(error, Stopped):  # on account of a signal, which says it all
+            error = None
         number = self.most(signals.asked() if error is None else _FAILED)
-        if number >= _FAILED:
-            raise error or PeerError(f"another process could not {what}")
-        return number
+        if number < _FAILED:
+            return number
+        texts = self.gather(None if error is None else told(error))
+        if self.watch is not None:
+            self.watch.agreed()
+        if error is not None:
+            raise error
+        raise self._peer_error(what, {rank: text for rank, text in enumerate(texts) if text is not None})
 
     def stop_if_asked(self, where: str) -> None:
         """Raise Stopped on all processes if a signal asked one of them to stop, where nothing has to be written."""
@@ -138,7 +153,7 @@ class World:
         if self.size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self._control)
+        self._reach(lambda: dist.all_reduce(total, group=self._control))
         return (total / self.size).tolist()
 
     @contextlib.contextmanager
@@ -158,15 +173,56 @@ class World:
             error = e
         if self.size == 1:
             return
-        own = None if error is None else (isinstance(error, Stopped), str(error) or type(error).__name__)
+        own = None if error is None else (isinstance(error, Stopped), told(error))
         errors = [(rank, *e) for rank, e in enumerate(self.gather(own)) if e is not None]
+        if self.watch is not None and errors:
+            self.watch.agreed()
         if error is not None and not isinstance(error, Stopped):
             raise error
-        for rank, stopped, text in errors:
-            if not stopped:
-                raise PeerError(f"{what} failed on process {rank}: {text}")
+        failed = {rank: text for rank, stopped, text in errors if not stopped}
+        if failed:
+            raise self._peer_error(what, failed)
         if errors:
             raise Stopped(errors[0][2])
+
+    def _peer_error(self, what: str, errors: Mapping[int, str]) -> PeerError:
+        """The error of the processes without an error of their own, of which the first one tells people.
+
+        Args:
+            what: What the processes of the errors did.
+            errors: The errors by rank.
+        """
+        rank = min(errors)
+        first = next((r for r in range(self.size) if r not in errors), rank)
+        return PeerError(f"{what} failed on process {rank}: {errors[rank]}", quiet=self.rank != first)
+
+    def _reach(self, call: Callable[[], Any]) -> None:
+        """Call a function that talks to other processes. Raises LostPeer where one of them is gone."""
+        try:
+            call()
+        except RuntimeError as e:
+            raise self._lost() or e from e
+
+    def _lost(self) -> LostPeer | None:
+        """The error that names a process that is gone; None: none is, as far as is known."""
+        loss = None if self.watch is None else self.watch.find_loss()
+        return None if loss is None else LostPeer(self.watch.line(), quiet=not self.watch.tells())
+
+    def leave(self, error: BaseException | None) -> LostPeer | None:
+        """Say goodbye to the other processes.
+
+        Args:
+            error: Why this process leaves, if it does not leave at the end of its work.
+
+        Returns:
+            The error to be raised in its place, where it only follows from the loss of another process.
+        """
+        if self.watch is None:
+            return None
+        known = error is None or isinstance(error, Stopped | PeerError)
+        lost = None if known or isinstance(error, UserError) else self._lost()
+        self.watch.leave(None if known or lost is not None else told(error))
+        return lost
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Raise UserError on all processes where they differ in any of the named values."""
@@ -205,9 +261,10 @@ def init_world(options: DeviceOptions, env: Mapping[str, str] = os.environ) -> W
     timeout = datetime.timedelta(minutes=options.dist_timeout)
     backend = options.dist_backend if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(
-            backend, init_method=launch.url, rank=launch.rank, world_size=launch.size, timeout=timeout
-        )
+        with signals.leaving_at_once("before the processes had met"):
+            dist.init_process_group(
+                backend, init_method=launch.url, rank=launch.rank, world_size=launch.size, timeout=timeout
+            )
     except (RuntimeError, ValueError) as e:
         raise UserError(
             f"process {launch.rank} of {launch.size} ({launch.by}) could not meet the others at {launch.url}: "
@@ -215,6 +272,9 @@ def init_world(options: DeviceOptions, env: Mapping[str, str] = os.environ) -> W
         ) from e
     control = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else None
     world = World(launch.rank, launch.size, device, control, how=f"{launch.by}, {backend}")
+    address = launch.url.removeprefix("tcp://").rpartition(":")[0] if launch.url != "env://" else env["MASTER_ADDR"]
+    watch = Watch(launch.rank, launch.size, world.gather, address.strip("[]"))
+    world.watch = watch if watch.works else None
     if backend == "nccl":
         try:
             refuse_shared_gpus(world)
@@ -224,7 +284,7 @@ def init_world(options: DeviceOptions, env: Mapping[str, str] = os.environ) -> W
     return world
 
 
-def shutdown() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
+def shutdown(lost: bool = False) -> None:
+    """Leave the process group, if there is one. lost: a process is gone, for which nccl would wait."""
+    if dist.is_available() and dist.is_initialized() and not (lost and dist.get_backend() == "nccl"):
         dist.destroy_process_group()

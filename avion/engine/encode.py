@@ -13,7 +13,7 @@ from avion.errors import UserError
 
 from . import signals
 from .distributed import World
-from .loader import EvalBatchSampler, build_loader, read, to_device
+from .loader import DATA_TIMEOUT_S, EvalBatchSampler, batches_of, build_loader, read, to_device
 from .options import TrainingOptions
 from .steps import Precision
 
@@ -71,6 +71,7 @@ def encode_clips(
     batch_size: int,
     workers: int,
     norm_style: str,
+    timeout: float = DATA_TIMEOUT_S,
     strict: bool = False,
     prepare: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Features:
@@ -83,6 +84,7 @@ def encode_clips(
         precision: The settings of autocast.
         batch_size: Clips per forward pass.
         workers: Data-loading processes.
+        timeout: Seconds after which workers that send nothing are given up.
         norm_style: A key of NORM_STYLES.
         strict: Whether a clip that cannot be read is a UserError, instead of an entry of `errors`.
         prepare: A function that is applied to the normalised clips (B, 3, T, H, W) on the device.
@@ -95,7 +97,7 @@ def encode_clips(
     sampler = EvalBatchSampler(len(dataset), batch_size, rank=world.rank, size=world.size)
     indices, rows, errors = [], [], {}
     with world.together("encoding the clips"):
-        batches = iter(build_loader(dataset, sampler, workers=workers, device=world.device))
+        batches = batches_of(build_loader(dataset, sampler, workers=workers, device=world.device, timeout=timeout))
         for _ in range(len(sampler)):
             signals.raise_if_asked("while clips were encoded")
             batch = read(batches)
@@ -157,6 +159,7 @@ def settings(options: TrainingOptions) -> dict[str, Any]:
     return {
         "batch_size": options.eval_batch_size or options.batch_size,
         "workers": options.workers,
+        "timeout": options.data_timeout,
         "norm_style": options.norm_style,
         "strict": options.strict_data,
     }

@@ -37,7 +37,7 @@ from .egoschema.results import fingerprint
 from .feature_folder import Part
 from .feature_shards import STORED, Shards
 from .feature_videos import VideoFiles
-from .loader import build_loader, read
+from .loader import batches_of, build_loader, read
 from .options.features import FeatureOptions
 from .run import joined, shared_flags
 from .signals import Stopped, name
@@ -245,6 +245,7 @@ class _Run:
                 files, rows, finder, functools.partial(extract, self.model, kinds=self.kinds), self.world,
                 frames=self.frames, size=self.model.config.img_size, norm_style=options.norm_style,
                 precision=self.precision, dtype=options.dtype, batch_size=options.batch_size, workers=options.workers,
+                timeout=options.data_timeout,
             )  # fmt: skip
             return Report(len(files.own()), "videos", dict(files.errors))
 
@@ -286,8 +287,11 @@ def _extract_shards(shards: Shards, dataset: SpanDataset, run: _Run) -> None:
     )  # fmt: skip
     # Batches do not reach from one shard into the next, so that features do not depend on which shards are finished.
     plan = [(shard, batch) for shard in todo for batch in _batches(shards.rows(shard), options.batch_size)]
-    loader = build_loader(dataset, [batch for _, batch in plan], workers=options.workers, device=world.device)
-    samples = iter(loader) if plan else iter(())
+    loader = build_loader(
+        dataset, [batch for _, batch in plan], workers=options.workers, device=world.device,
+        timeout=options.data_timeout,
+    )  # fmt: skip
+    samples = batches_of(loader)
     parts: dict[str, list[torch.Tensor]] = {}
     entries: list[dict[str, Any]] = []
     started, at = time.perf_counter(), 0
@@ -305,8 +309,8 @@ def _extract_shards(shards: Shards, dataset: SpanDataset, run: _Run) -> None:
                 at += 1
             except Exception as e:  # raised below, once the other processes know
                 failure = e
-        asked = world.go_on(failure, "extract its features")
-        if asked and at < len(plan):
+        asked = world.go_on(failure, "extracting the features")
+        if asked:  # on all processes, those that are done too
             raise Stopped(f"{name(asked)} with {len(shards.todo())} shards left; {shards.folder} keeps the others")
 
 

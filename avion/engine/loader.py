@@ -1,13 +1,7 @@
 """Which process reads which sample when, which depends on seed and epoch alone; batches on their way to the device."""
 
-import contextlib
-import errno
+import functools
 import logging
-import multiprocessing.queues
-import os
-import re
-import resource
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +13,7 @@ from avion.data.mixture import drawn_rows, rows_per_epoch
 from avion.data.transforms import normalize_clip
 from avion.errors import UserError
 
-from . import signals
+from .workers import DATA_TIMEOUT_S, WatchedLoader, collate_in_worker, shortage
 
 logger = logging.getLogger(__name__)
 
@@ -157,83 +151,14 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def _collate_in_worker(samples: Sequence[dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:
-    """`collate`, its tensors already where the parent process will map them.
-
-    Left to the queue, this happens in a thread whose errors nobody sees, and the parent waits for a batch that is lost.
-    """
-    batch = collate(samples) if isinstance(samples, list) else samples
-    if torch.utils.data.get_worker_info() is None:
-        return batch
-    try:
-        for value in batch.values():
-            for tensor in value.values() if isinstance(value, dict) else [value]:
-                if isinstance(tensor, torch.Tensor):
-                    tensor.share_memory_()
-    except (RuntimeError, OSError) as e:
-        if cause := _shortage(str(e), getattr(e, "errno", None)):
-            return {"fatal": cause}
-        raise
-    return batch
-
-
-def _begin_worker(worker: int) -> None:
-    signals.obey_parent_only(worker)
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
-
-
-def _end_worker(error: BaseException, _item: Any) -> None:
-    """What a worker cannot send, the parent would wait for: end, with a status that says why."""
-    text = str(error)
-    os._exit(_NO_FILES if _TOO_MANY_FILES.search(text) else _NO_MEMORY if _FULL.search(text) else 1)
-
-
-_NO_FILES, _NO_MEMORY = 71, 72  # exit statuses of a worker
-_TOO_MANY_FILES = re.compile(r"too many open files|ancdata|exit code 71\b", re.IGNORECASE)
-_FULL = re.compile(
-    r"no space left|bus error|unable to (allocate|write|mmap|resize).*(shm|shared|torch_)|exit code 72\b", re.IGNORECASE
-)
-
-
-def _shortage(text: str, number: int | None = None) -> str | None:
-    """What this machine lacks for data-loading processes, and the cure, in one line. None: the error is another one."""
-    if number in (errno.EMFILE, errno.ENFILE) or _TOO_MANY_FILES.search(text):
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return (
-            f"too many files are open (this process may open {limit}): data-loading processes hand over batches as "
-            "open files; allow more with `ulimit -n 65536`, or lower --workers"
-        )
-    if number == errno.ENOSPC or _FULL.search(text):
-        free = ""
-        with contextlib.suppress(OSError):
-            usage = shutil.disk_usage("/dev/shm")
-            free = f" ({usage.free / 2**20:.0f} of {usage.total / 2**20:.0f} MiB are free)"
-        return (
-            f"/dev/shm is full{free}: data-loading processes hand over batches there; give it more room (`mount -o "
-            "remount,size=16G /dev/shm`; Docker: --shm-size=16g), or lower --workers or --batch-size"
-        )
-    return None
-
-
-class _Loader(DataLoader):
-    """A loader whose workers outlive the signals that a scheduler sends to all processes of a job."""
-
-    def __iter__(self) -> Iterator:
-        with signals.held():
-            try:
-                return super().__iter__()
-            except OSError as e:
-                if cause := _shortage(str(e), e.errno):
-                    raise UserError(cause) from e
-                raise
-
-
-# A worker that has sent nothing for this long is stuck on a dead file system or in a decoder.
-LOADER_TIMEOUT_S = 900
-
-
 def build_loader(
-    dataset: Dataset, sampler: Sampler | Sequence, *, workers: int, device: torch.device, large_samples: bool = False
+    dataset: Dataset,
+    sampler: Sampler | Sequence,
+    *,
+    workers: int,
+    device: torch.device,
+    timeout: float = DATA_TIMEOUT_S,
+    large_samples: bool = False,
 ) -> DataLoader:
     """A loader of the batches of a sampler. Its workers live as long as the loader.
 
@@ -244,35 +169,41 @@ def build_loader(
         sampler: The keys of each batch.
         workers: Data-loading processes; 0: this process loads the samples.
         device: The device that the batches are meant for.
+        timeout: Seconds after which workers that send nothing are given up (`--data-timeout`).
         large_samples: Whether a sample has hundreds of megabytes. Then the sampler gives single keys, samples are not
             collated, and each worker has at most one sample waiting.
     """
-    how = {"batch_sampler": sampler, "collate_fn": _collate_in_worker, "pin_memory": device.type == "cuda"}
+    how = {"batch_sampler": sampler, "collate_fn": functools.partial(collate_in_worker, collate)}
     if large_samples:
         how = {"sampler": sampler, "batch_size": None, "prefetch_factor": 1 if workers > 0 else None}
-        how["collate_fn"] = _collate_in_worker
-    return _Loader(
-        _ErrorsAsSamples(dataset), num_workers=workers, persistent_workers=workers > 0,
-        timeout=LOADER_TIMEOUT_S if workers > 0 else 0, worker_init_fn=_begin_worker, **how,
+        how["collate_fn"] = functools.partial(collate_in_worker, None)
+    return WatchedLoader(
+        _ErrorsAsSamples(dataset), timeout, device, num_workers=workers, persistent_workers=workers > 0, **how,
         # A generator of its own: the start of an epoch must not advance the generator that dropout draws from.
         generator=torch.Generator(),
     )  # fmt: skip
 
 
+def batches_of(loader: DataLoader) -> Iterator[dict[str, Any]]:
+    """The batches of an epoch. The workers start when the first batch is read, so that `read` tells their errors."""
+    yield from loader
+
+
 def read(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
-    """The next batch. Raises UserError for what went wrong in the dataset or in its workers."""
+    """The next batch of `batches_of`.
+
+    Raises:
+        UserError: Something went wrong in the dataset, or with the workers, in one line.
+        Stopped: A signal asked this process to stop while no batch was there.
+    """
     try:
         batch = next(batches)
     except (RuntimeError, OSError) as e:
-        # PyTorch tells a worker's exit status in the error that it raises first, and only its number in the second.
-        text = f"{e} {e.__cause__ or ''} {e.__context__ or ''}"
-        if cause := _shortage(text, getattr(e, "errno", None)):
+        if cause := shortage(f"{e} {e.__cause__ or ''} {e.__context__ or ''}", getattr(e, "errno", None)):
             raise UserError(cause) from e
-        if "DataLoader" not in text:
-            raise
-        raise UserError(
-            f"a data-loading process died or hung ({str(e).splitlines()[0]}); lower --workers if memory ran out"
-        ) from e
+        if "DataLoader worker" in str(e):  # one that died before this process watched it
+            raise UserError(f"a data-loading process died: {str(e).splitlines()[0]}") from e
+        raise
     if "fatal" in batch:
         raise UserError(batch["fatal"])
     return batch

@@ -17,7 +17,18 @@ LOCAL_HOST = "127.0.0.1"
 
 
 class PeerError(UserError):
-    """Another process failed. That process reports the error; this process only leaves because of it."""
+    """Another process failed. That process reports the error; this process only leaves because of it.
+
+    quiet: Whether it is another process, too, that tells people why processes like this one leave.
+    """
+
+    def __init__(self, text: str, quiet: bool = False):
+        super().__init__(text)
+        self.quiet = quiet
+
+
+class LostPeer(PeerError):
+    """Another process died or was stopped, and can report nothing. No message can reach all processes any more."""
 
 
 @dataclass(frozen=True)

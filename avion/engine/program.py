@@ -31,8 +31,8 @@ def run_program(
         doc: The docstring of the file of the program; `--help` shows its first line.
 
     Returns:
-        The exit status: 0; 2 after one line on stderr for a mistake of the user; 75 where SIGTERM or SIGUSR1 asked the
-        program to stop, and the same command would go on.
+        The exit status: 0; 2 after one line on stderr for a mistake of the user; 75 where SIGTERM, SIGUSR1 or SIGINT
+        (Ctrl-C) asked the program to stop, and the same command would go on.
     """
     description = (doc or "").partition("\n")[0]
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
@@ -42,12 +42,13 @@ def run_program(
             with signals.heeded():
                 body(parse(options_class, argv, prog, description))
         except Stopped as e:
-            logger.info("%s; leaving with status %d: the same command goes on from there", e, STOPPED)
+            logger.info("%s; leaving with status %d: run the same command again to go on", e, STOPPED)
             return STOPPED
         except PeerError as e:
             if debug:
                 raise
-            print(f"{prog}: stopped because {e}", file=sys.stderr, flush=True)
+            if not e.quiet:
+                print(f"{prog}: stopped because {e}", file=sys.stderr, flush=True)
             return USER_ERROR
         return 0
 

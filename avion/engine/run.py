@@ -21,6 +21,7 @@ from .console import setup_logging
 from .distributed import World
 from .inputs import ModelInputs
 from .options import DeviceOptions, TrainingOptions
+from .peers import LostPeer
 from .resume import Start, find_start
 from .steps import Precision
 from .tasks.base import Task
@@ -73,6 +74,7 @@ def joined(options: DeviceOptions, log_dir: str | None) -> Iterator[World]:
             a process of an earlier run still writes there, no other run begins. None: the run writes no log file.
     """
     world = distributed.init_world(options)
+    lost = False
     with contextlib.ExitStack() as held:
         try:
             with world.together("opening the log"):
@@ -84,8 +86,15 @@ def joined(options: DeviceOptions, log_dir: str | None) -> Iterator[World]:
                     remove_partial_files(log_dir, *_WRITTEN)
                 setup_logging(world, log_dir)
             yield world
+            world.leave(None)
+        except BaseException as e:
+            instead = world.leave(e)
+            lost = isinstance(instead or e, LostPeer)
+            if instead is not None:
+                raise instead from e
+            raise
         finally:
-            distributed.shutdown()
+            distributed.shutdown(lost)
 
 
 def shared_flags(options: Options) -> dict[str, Any]:

@@ -25,8 +25,9 @@ from avion.weights import Checkpoint
 from . import changes, signals, state
 from .console import Progress, sums_of_all
 from .distributed import World
-from .loader import ReplacedClips, TrainBatchSampler, build_loader, read, to_device
+from .loader import ReplacedClips, TrainBatchSampler, batches_of, build_loader, read, to_device
 from .options import DeviceOptions, ModelOptions, OptimOptions, TrainingOptions
+from .peers import LostPeer
 from .resume import Start
 from .sinks import EPOCHS, EVALUATIONS, RunLog
 from .steps import Precision
@@ -176,14 +177,16 @@ class Trainer:
         self.task, self.training, self.model, self.sampler = task, training, model, sampler
         self.options, self.world, self.precision, self.log = options, world, precision, log
         self.output = Path(options.output_dir)
-        self.loader = build_loader(dataset, sampler, workers=options.workers, device=world.device)
+        self.loader = build_loader(
+            dataset, sampler, workers=options.workers, device=world.device, timeout=options.data_timeout
+        )
         self.schedule = learning_rate_schedule(task, options, sampler.steps)
         self.replaced = ReplacedClips()
         self._stored_best = self.position.best
         self.position.best = max(self.position.best, training.best)
         self._sums = self._stored_sums
         self._skipped_in_a_row = 0
-        self._saved = self.done
+        self._saved = self._began = self.done
 
     @property
     def position(self) -> state.Position:
@@ -279,9 +282,24 @@ class Trainer:
         """Leave between two steps, after a checkpoint."""
         if self._saved != self.done:
             self.save()
-        raise signals.Stopped(
-            f"{signals.name(number)} at epoch {self.position.epoch}, step {self.position.step} of "
-            f"{self.sampler.steps}, which the checkpoint in {self.output} holds"
+        where = f"at epoch {self.position.epoch}, step {self.position.step} of {self.sampler.steps}"
+        if self.done == self._began:
+            where += ", before the first optimizer step: there was nothing to save"
+        else:
+            where += f", which the checkpoint in {self.output} holds"
+        raise signals.Stopped(f"{signals.name(number)} {where}")
+
+    def _keep(self) -> None:
+        """Write a checkpoint of the steps that were made before an error ends the run."""
+        if self._saved == self.done:
+            return
+        try:
+            self.save()
+        except UserError as e:
+            logger.warning("%s", e)
+            return
+        logger.info(
+            "the checkpoint in %s holds epoch %d, step %d", self.output, self.position.epoch, self.position.step
         )
 
     def evaluate(self, epoch: int) -> dict[str, float]:
@@ -315,7 +333,7 @@ class Trainer:
             return sums_of_all(self.world.gather(progress.sums()), sum(replaced))
 
         self._sums = sums
-        batches = iter(self.loader)
+        batches = batches_of(self.loader)
         for step in range(first, self.sampler.steps):
             micro_batches, asked = self._micro_batches(batches)
             if asked:
@@ -358,7 +376,13 @@ class Trainer:
                 micro_batches.append(read(batches))
         except Exception as e:
             error = e
-        asked = self.world.go_on(error, "read its data")
+        try:
+            asked = self.world.go_on(error, "reading the data")
+        except LostPeer:
+            raise
+        except Exception:  # all processes come here together
+            self._keep()
+            raise
         self.replaced.report(micro_batches)
         return [to_device(b, self.world.device, self.options.norm_style) for b in micro_batches], asked
 

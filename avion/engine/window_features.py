@@ -24,7 +24,7 @@ from .console import duration
 from .distributed import World
 from .feature_shards import STORED
 from .feature_videos import VideoFiles
-from .loader import build_loader, read
+from .loader import batches_of, build_loader, read
 from .signals import Stopped, name
 from .steps import Precision
 
@@ -161,6 +161,7 @@ def extract_rows(
     dtype: str,
     batch_size: int,
     workers: int,
+    timeout: float,
 ) -> None:
     """Write the features of all videos of this part that are not finished. All processes go in step.
 
@@ -174,6 +175,7 @@ def extract_rows(
         norm_style, precision, dtype: As the flags of these names.
         batch_size: Clips per forward pass.
         workers: Data-loading processes.
+        timeout: Seconds after which workers that send nothing are given up.
 
     Raises:
         UserError: A file cannot be written, or the data-loading processes failed.
@@ -183,8 +185,10 @@ def extract_rows(
     logger.info("%d videos, %d of them finished before", len(files.own()), len(files.own()) - todo)
     plan = _Plan(files, rows, finder, batch_size, ahead=2 * max(workers, 1))
     dataset = BlockDataset(rows.videos, finder, num_frames=frames, size=size)
-    loader = build_loader(dataset, plan, workers=workers, device=world.device, large_samples=True)
-    batches: Iterator | None = None
+    loader = build_loader(
+        dataset, plan, workers=workers, device=world.device, timeout=timeout, large_samples=True
+    )  # fmt: skip
+    batches = batches_of(loader)
     started = told = time.perf_counter()
     done = clips = 0
     working = True
@@ -192,7 +196,6 @@ def extract_rows(
         failure: Exception | None = None
         try:
             if working:
-                batches = iter(loader) if batches is None else batches
                 batch = read(batches)
                 with precision.autocast():
                     found = encode(normalize_clip(batch["video"].to(world.device), norm_style))
@@ -202,7 +205,7 @@ def extract_rows(
             working = False
         except Exception as e:  # raised below, once the other processes know
             failure = e
-        asked = world.go_on(failure, "extract its features")
+        asked = world.go_on(failure, "extracting the features")
         if asked:
             raise Stopped(f"{name(asked)} with {len(files.todo())} videos left; {files.folder} keeps the others")
         if done and time.perf_counter() - told > _TELL_EVERY_S:

@@ -327,7 +327,7 @@ def _stopping(rank, size):
         for body in (
             lambda: world.stop_if_asked("here"),
             lambda: _together(world, lambda: signals.raise_if_asked("inside")),
-            lambda: world.go_on(UserError("no such file") if rank == 0 else None, "read its data"),
+            lambda: world.go_on(UserError("no such file") if rank == 0 else None, "reading the data"),
             lambda: _together(world, lambda: _both(rank)),
         ):
             try:
@@ -356,7 +356,7 @@ def test_a_signal_to_one_process_stops_all_and_an_error_comes_first(tmp_path):
     ]  # fmt: skip
     mine = (UserError, "no such file")
     assert first == [*same, mine, mine]
-    peers = "another process could not read its data", "reading failed on process 0: no such file"
+    peers = "reading the data failed on process 0: no such file", "reading failed on process 0: no such file"
     assert second == [*same, *((PeerError, text) for text in peers)]
 
 

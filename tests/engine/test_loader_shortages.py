@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from avion.engine.loader import _shortage
+from avion.engine.workers import shortage
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,7 +17,7 @@ import resource, sys
 sys.path.insert(0, {root!r})
 import torch
 from torch.utils.data import Dataset
-from avion.engine.loader import build_loader, read
+from avion.engine.loader import batches_of, build_loader, read
 from avion.errors import UserError
 
 class Clips(Dataset):
@@ -30,7 +30,7 @@ class Clips(Dataset):
 if {files}:
     resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files}))
 try:
-    batches = iter(build_loader(Clips(), [[k % 40, 0] for k in range(100)], workers=2,
+    batches = batches_of(build_loader(Clips(), [[k % 40, 0] for k in range(100)], workers=2,
                                 device=torch.device("cpu"), large_samples=False))
     held = [read(batches) for _ in range(100)]
     print("read", len(held))
@@ -67,6 +67,6 @@ def test_a_full_dev_shm():
 
 
 def test_other_errors_are_no_shortages():
-    assert _shortage("CUDA out of memory") is None and _shortage("no such file", 2) is None
-    assert "/dev/shm" in _shortage("DataLoader worker is killed by signal: Bus error.")
-    assert "ulimit" in _shortage("received 0 items of ancdata")
+    assert shortage("CUDA out of memory") is None and shortage("no such file", 2) is None
+    assert "/dev/shm" in shortage("DataLoader worker is killed by signal: Bus error.")
+    assert "ulimit" in shortage("received 0 items of ancdata")

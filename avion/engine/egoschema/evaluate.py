@@ -24,7 +24,7 @@ from avion.engine.build import build_as_saved
 from avion.engine.console import duration
 from avion.engine.demo_data import on_demo_dataset
 from avion.engine.distributed import World
-from avion.engine.loader import build_loader, read
+from avion.engine.loader import batches_of, build_loader, read
 from avion.engine.options import EgoSchemaOptions
 from avion.engine.run import joined, shared_flags
 from avion.engine.signals import Stopped, name
@@ -199,8 +199,15 @@ class _Run:
         texts = encode_options(self.model, self.questions, self.options.prompt, world, self.precision)
         self._tell_memory()
         own = todo[world.rank :: world.size]
-        loader = build_loader(self.videos, own, workers=self.options.workers, device=world.device, large_samples=True)
-        samples = iter(loader)
+        loader = build_loader(
+            self.videos,
+            own,
+            workers=self.options.workers,
+            device=world.device,
+            timeout=self.options.data_timeout,
+            large_samples=True,
+        )
+        samples = batches_of(loader)
         results: dict[str, Scores] = {}
         errors: dict[str, str] = {}
         start = time.perf_counter()
@@ -212,9 +219,9 @@ class _Run:
                     self._answer_one(read(samples), texts, results, errors)
                 except Exception as e:  # raised below, once the other processes know
                     failure = e
-            asked = world.go_on(failure, "answer its question")
-            if asked and done < rounds:
-                left = len(todo) - done * world.size
+            asked = world.go_on(failure, "answering the question")
+            if asked:
+                left = max(len(todo) - done * world.size, 0)
                 raise Stopped(f"{name(asked)} with {left} videos left; {self.folder} keeps the answers so far")
             if done % self.options.print_freq == 0 or done == rounds:
                 pace = (time.perf_counter() - start) / done

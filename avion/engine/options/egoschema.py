@@ -76,5 +76,6 @@ class EgoSchemaOptions(SavedModelOptions, DeviceOptions):
         2,
         "decoding processes per process; each of them holds up to two videos, 0.15 MB per frame",
     )
+    data_timeout: float = other_default(RunOptions, "data_timeout", 900.0)
     print_freq: int = other_default(RunOptions, "print_freq", 10, "videos between progress lines")
     debug: bool = other_default(RunOptions, "debug", False)

@@ -56,6 +56,7 @@ class FeatureOptions(SavedModelOptions, DeviceOptions):
     retry: bool = flag(False, "try again what could not be read before", off="")
     batch_size: int = flag(16, "clips per forward pass", COUNT)
     workers: int = other_default(RunOptions, "workers", 2, "data-loading processes")
+    data_timeout: float = other_default(RunOptions, "data_timeout", 900.0)
 
     video_chunk_length: int = other_default(
         VideoOptions, "video_chunk_length", 15, "length of a video chunk in seconds, for videos in chunks"

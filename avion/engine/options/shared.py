@@ -229,6 +229,10 @@ class RunOptions(Options):
         WORKERS,
         names=["-j"],
     )
+    data_timeout: float = flag(
+        900.0, "seconds after which data-loading processes that send nothing count as stuck, and the run ends",
+        Number(float, 0, 10**7, above=True), metavar="S",
+    )  # fmt: skip
     seed: int = flag(0, "seed of initialisation, data order and augmentation", SEED)
     debug: bool = flag(False, "show the traceback of every error", off="")
 
