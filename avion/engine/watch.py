@@ -7,7 +7,7 @@ So each process has a thread and a connection to process 0, the hub:
 - A process that fails by itself says so before it leaves, with its error.
 - The processes of one machine look at each other's state in /proc: one that stays stopped (SIGSTOP) is told to the
   hub and killed, since nothing that it could still do is waited for. One that a debugger has stopped is left alone.
-- TCP's keep-alive, which the kernels answer, tells of a machine that is gone.
+- TCP's keep-alive, which the kernels answer, is there for a machine that goes down.
 
 A thread that knows ends its process soon, if the main thread does not do so by itself.
 """

@@ -124,7 +124,7 @@ class Run:
 
 
 def run_child(words: Sequence[str]) -> int:
-    """Run a command and return its exit status. SIGTERM and SIGUSR1 to this process are passed on to the command."""
+    """Run a command and return its exit status. Signals that ask this process to stop are passed on to the command."""
     with subprocess.Popen(list(words)) as child:
         handlers = {n: signal.signal(n, lambda number, _: child.send_signal(number)) for n in _HANDED_ON}
         try:
@@ -135,4 +135,5 @@ def run_child(words: Sequence[str]) -> int:
     return status if status >= 0 else 128 - status
 
 
-_HANDED_ON = (signal.SIGTERM, signal.SIGUSR1)
+# A terminal sends its Ctrl-C to both processes: the command hears it twice, as one request.
+_HANDED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

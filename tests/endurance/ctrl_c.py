@@ -23,7 +23,7 @@ def once(trial: frame.Trial) -> None:
 
 
 def twice(trial: frame.Trial) -> None:
-    """While the main thread cannot leave: its workers are stopped, and it writes to a folder that does not answer."""
+    """The second one may come when the run is about to leave by itself."""
     with hurt.run(trial, "--workers", 0, "--batch-size", 12) as run:
         run.reach(1)
         run.process.send_signal(signal.SIGINT)
