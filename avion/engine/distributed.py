@@ -7,6 +7,7 @@ the CPU, so that they never wait for the GPU.
 
 import contextlib
 import datetime
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -21,6 +22,8 @@ from .options.shared import DeviceOptions
 from .peers import LostPeer, PeerError, detect_launch
 from .signals import Stopped
 from .watch import Watch
+
+logger = logging.getLogger(__name__)
 
 _FAILED = 1 << 10  # as a message: larger than any signal's number
 
@@ -272,9 +275,11 @@ def init_world(options: DeviceOptions, env: Mapping[str, str] = os.environ) -> W
         ) from e
     control = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else None
     world = World(launch.rank, launch.size, device, control, how=f"{launch.by}, {backend}")
-    address = launch.url.removeprefix("tcp://").rpartition(":")[0] if launch.url != "env://" else env["MASTER_ADDR"]
-    watch = Watch(launch.rank, launch.size, world.gather, address.strip("[]"))
-    world.watch = watch if watch.works else None
+    watch = Watch(launch.rank, launch.size, world.gather, _hub(launch.url, env))
+    if watch.works:
+        world.watch = watch
+    elif world.is_main:
+        logger.warning("no process can reach process 0 a second time: a process that dies is noticed late")
     if backend == "nccl":
         try:
             refuse_shared_gpus(world)
@@ -282,6 +287,13 @@ def init_world(options: DeviceOptions, env: Mapping[str, str] = os.environ) -> W
             shutdown()
             raise
     return world
+
+
+def _hub(url: str, env: Mapping[str, str]) -> str:
+    """The host or address of process 0, where the processes met; "" where `url` does not say it."""
+    if url == "env://":
+        return env.get("MASTER_ADDR", "")
+    return url.removeprefix("tcp://").rpartition(":")[0].strip("[]") if url.startswith("tcp://") else ""
 
 
 def shutdown(lost: bool = False) -> None:

@@ -97,10 +97,12 @@ class _Watch(threading.Thread):
             os.write(self.writes, b"\0")
 
     def run(self) -> None:
+        poll = select.poll()
+        poll.register(self._reads, select.POLLIN)
         while not self._ending:
             bound = self._bound
             wait = None if bound is None else max(bound[0] - time.monotonic(), 0.0)
-            if select.select([self._reads], [], [], wait)[0]:
+            if poll.poll(None if wait is None else 1000 * wait):
                 for number in os.read(self._reads, 4096):
                     if number in _SIGNALS:
                         self._hear(number)

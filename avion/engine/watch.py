@@ -36,7 +36,6 @@ _GRACE_S = 1.5  # for the main thread, to leave by itself
 _LEAVING_S = 4.0  # once the main thread is about to leave because of the loss
 _CLOSING_S = 60.0  # once all have agreed on an error: logs are closed and sent away
 _KEEP_ALIVE_S = 10
-_LONGEST_LINE = 4096
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Watch:
         rank: The number of this process.
         size: The number of processes.
         gather: Gathers a value of every process, in rank order. It is called while this is built.
-        hub: The host name or address of process 0.
+        hub: The host name or address of process 0; "": it is not known, and nobody watches.
     """
 
     def __init__(self, rank: int, size: int, gather: Callable[[Any], list[Any]], hub: str):
@@ -92,7 +91,7 @@ class Watch:
         self._leaving = self._agreed = False
         self._links: dict[int, socket.socket] = {}
         self._unread: dict[int, bytes] = {}
-        server = _listen() if rank == 0 else None
+        server = _listen() if rank == 0 and hub else None
         port = server.getsockname()[1] if server is not None else 0
         facts = gather({"peer": asdict(this_process(rank)), "port": port, "word": secrets.token_hex(16)})
         self.peers = [Peer(**f["peer"]) for f in facts]
@@ -150,11 +149,11 @@ class Watch:
         last = time.monotonic()
         while not self._ended.is_set():
             links = {link.fileno(): rank for rank, link in list(self._links.items())}
-            try:
-                ready = select.select([fd for fd in links if fd >= 0], [], [], _LOOK_EVERY_S)[0]
-            except (OSError, ValueError):  # closed by `leave` just now
-                continue
-            for fd in ready:
+            poll = select.poll()
+            for fd in links:
+                if fd >= 0:  # not closed by `leave` just now
+                    poll.register(fd, select.POLLIN)
+            for fd, _ in poll.poll(1000 * _LOOK_EVERY_S):
                 self._hear(links[fd])
             now = time.monotonic()
             self._look(stopped_for, now - last)
@@ -221,7 +220,7 @@ class Watch:
     # --- for the main thread
 
     def _send(self, message: dict[str, Any]) -> None:
-        data = json.dumps(message)[:_LONGEST_LINE].encode() + b"\n"
+        data = json.dumps(message).encode() + b"\n"
         for link in list(self._links.values()):
             with contextlib.suppress(OSError):
                 link.sendall(data)

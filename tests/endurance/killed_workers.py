@@ -54,7 +54,7 @@ if __name__ == "__main__":
     frame.main(
         __doc__,
         {
-            "killed in training": (in_training, 20, 1),
+            "killed in training": (in_training, 20, 0),
             "killed with two ranks": (of_one_of_two_ranks, 30, 1),
             "killed as an evaluation begins": (as_evaluations_begin, 20, 0),
         },

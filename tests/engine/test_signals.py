@@ -196,6 +196,64 @@ def test_a_second_signal_ends_at_once_and_an_echo_does_not(echo, status):
     assert done.returncode == status
 
 
+STUCK = """
+import ctypes, os, signal, subprocess, sys
+from avion.engine import signals
+signals.ECHO_S = 0.3
+libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(256)
+libc.pthread_mutex_init(lock, None)
+libc.pthread_mutex_lock(lock)
+with signals.heeded():
+    kill = f"kill -{sys.argv[1]} {os.getpid()}"
+    subprocess.Popen(["sh", "-c", f"sleep 0.5; {kill}; sleep 1; {kill}"], stdout=subprocess.DEVNULL)
+    if sys.argv[2] == "at once":
+        with signals.leaving_at_once("before it began"):
+            libc.pthread_mutex_lock(lock)
+    libc.pthread_mutex_lock(lock)  # Python's handlers do not run until it returns, which it does not
+"""
+
+
+@pytest.mark.parametrize("number", ["TERM", "USR1", "INT"])
+def test_the_second_signal_ends_a_process_that_waits_in_c(number):
+    """As a collective waits for another process."""
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK, number, ""], cwd=ROOT, timeout=60, stderr=subprocess.PIPE, text=True
+    )
+    assert done.returncode == 128 + signal.Signals[f"SIG{number}"]
+    assert done.stderr.strip().endswith(f": SIG{number} after SIG{number}: left at once")
+    assert done.stderr.count("\n") == 1
+        done.stderr.strip().endswith(f": SIG{number} after SIG{number}: left at once") and done.stderr.count("\n") == 1
+    )
+
+
+def test_the_first_signal_ends_a_process_that_has_nothing_to_write():
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK, "TERM", "at once"], cwd=ROOT, timeout=60, stderr=subprocess.PIPE, text=True
+    )
+    assert done.returncode == 75 and "SIGTERM before it began; leaving with status 75" in done.stderr
+
+
+def test_ctrl_c_writes_a_checkpoint_and_nothing_claims_one_before_the_first_step(tiny_flags, tmp_path):
+    words = [*tiny_flags, "--output-dir", str(tmp_path)]
+    with signalled(trainer_module, "batches_of", 1, to_me(signal.SIGINT)):
+        assert main_pretrain.main(words) == 75
+    log = (tmp_path / "train.log").read_text()
+    assert "SIGINT at epoch 0, step 0 of 6, before the first optimizer step: there was nothing to save; leaving" in log
+    assert "holds" not in log and not (tmp_path / "checkpoint.pt").exists()
+    with signalled(trainer_module.Trainer, "optimizer_step", 4, to_me(signal.SIGINT)):
+        assert main_pretrain.main(words) == 75
+    assert "SIGINT at epoch 0, step 4 of 6, which the checkpoint" in (tmp_path / "train.log").read_text()
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=False)
+    assert (checkpoint["epoch"], checkpoint["step"]) == (0, 4)
+
+
+def test_a_sigint_that_is_ignored_stays_ignored():
+    code = "import os, signal; from avion.engine import signals\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    code += "with signals.heeded(): os.kill(os.getpid(), signal.SIGINT); print(signals.asked())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "0")
+
+
 def test_in_a_thread_nothing_is_heeded_and_nothing_fails():
     before, found = [signal.getsignal(number) for number in ALL], []
 

@@ -104,7 +104,12 @@ def test_a_signal_is_heeded_while_workers_are_stuck(tmp_path, how, number):
     body = STUCK[how].replace("loader(", "loader(timeout=600, keys=")
     body += f"after(0.5, lambda: os.kill(os.getpid(), signal.{number}))\ntold(b, 60)"
     lines, errors, status, seconds = run(body, tmp_path)
-    assert lines and lines[0].startswith("Stopped") and lines[0].endswith(f"{number} while data were read") and errors == ""
+    assert (
+        lines
+        and lines[0].startswith("Stopped")
+        and lines[0].endswith(f"{number} while data were read")
+        and errors == ""
+    )
     assert float(lines[0].split()[2]) < 10 and status == 0 and seconds < 10
 
 
