@@ -9,6 +9,12 @@ from pathlib import Path
 
 import pytest
 
+import main_egoschema
+import main_pretrain
+from avion.commands import extract_features
+from avion.engine import loader
+from tests.engine.egoschema.case import write_egoschema
+
 ROOT = Path(__file__).parents[2]
 CODE = """
 import faulthandler, os, signal, sys, threading, time
@@ -99,7 +105,7 @@ def test_stuck_workers_are_told_and_not_waited_for(tmp_path, how):
     assert 2.0 < float(found.split()[2]) < 13 and status == 0 and seconds < 10 and end == "end"
 
 
-@pytest.mark.parametrize(("how", "number"), zip(STUCK, ["SIGTERM", "SIGINT", "SIGUSR1"], strict=True))
+@pytest.mark.parametrize(("how", "number"), [*zip(STUCK, ["SIGTERM", "SIGINT", "SIGUSR1"], strict=True)])
 def test_a_signal_is_heeded_while_workers_are_stuck(tmp_path, how, number):
     body = STUCK[how].replace("loader(", "loader(timeout=600, keys=")
     body += f"after(0.5, lambda: os.kill(os.getpid(), signal.{number}))\ntold(b, 60)"
@@ -156,3 +162,25 @@ os.kill(os.getpid(), signal.SIGKILL)"""
     while any(Path(f"/proc/{pid}").exists() for pid in lines[0].split()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in lines[0].split() if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.parametrize("program", ["training", "evaluation", "EgoSchema", "features"])
+def test_in_every_program_a_killed_worker_is_one_line(program, tiny_flags, tmp_path, monkeypatch, capsys):
+    def killed(self, key):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(loader._ErrorsAsSamples, "__getitem__", killed)  # the workers are forks of this process
+    output = ["--output-dir", str(tmp_path / "run"), "--workers", "1"]
+    if program in ("training", "evaluation"):
+        status = main_pretrain.main([*tiny_flags, *output, *(["--evaluate"] if program == "evaluation" else [])])
+    else:
+        case = write_egoschema(tmp_path)
+        if program == "EgoSchema":
+            status = main_egoschema.main([*case.flags, "--frames", "4", *output])
+        else:
+            (tmp_path / "list.txt").write_text("\n".join(path.name for path in (tmp_path / "videos").iterdir()))
+            words = ["--checkpoint", case.checkpoint, "--videos", tmp_path / "list.txt", "--root", tmp_path / "videos"]
+            status = extract_features.main([*map(str, words), *output, "--device", "cpu"])
+    lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+    assert status == 2 and len(lines) == 1
+    assert "a data-loading process (pid " in lines[0] and "was ended by SIGKILL" in lines[0]

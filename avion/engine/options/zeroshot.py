@@ -78,6 +78,7 @@ class ZeroShotOptions(SavedModelOptions, DeviceOptions):
     )  # fmt: skip
     batch_size: int = flag(32, "windows and crops of clips per forward pass", COUNT)
     workers: int = other_default(RunOptions, "workers", 8, "data-loading processes per process")
+    data_timeout: float = other_default(RunOptions, "data_timeout", 900.0)
     print_freq: int = other_default(RunOptions, "print_freq", 10, "batches between progress lines")
     strict_data: bool = other_default(VideoOptions, "strict_data", False, "stop at the first clip that cannot be read")
     video_chunk_length: int = other_default(VideoOptions, "video_chunk_length", 15)

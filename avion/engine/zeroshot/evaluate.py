@@ -25,7 +25,7 @@ from avion.engine.distributed import World
 from avion.engine.egoschema.results import fingerprint
 from avion.engine.features import extract
 from avion.engine.inputs import ModelInputs, warn_of_small_vocabulary
-from avion.engine.loader import build_loader, read
+from avion.engine.loader import batches_of, build_loader, read
 from avion.engine.options import ZeroShotOptions
 from avion.engine.run import joined, shared_flags
 from avion.engine.signals import Stopped, name
@@ -165,7 +165,11 @@ class _Run:
         world, start = self.world, time.perf_counter()
         own = todo[world.rank :: world.size]
         # The batches are the same for any number of processes, and a clip is in one of them.
-        samples = iter(build_loader(dataset, [plan[k] for k in own], workers=self.options.workers, device=world.device))
+        loader = build_loader(
+            dataset, [plan[k] for k in own], workers=self.options.workers, device=world.device,
+            timeout=self.options.data_timeout,
+        )  # fmt: skip
+        samples = batches_of(loader)
         found: dict[int, Batch] = {}
         errors: dict[int, str] = {}
         rounds = math.ceil(len(todo) / world.size)
@@ -180,9 +184,9 @@ class _Run:
                         log.append(number, found[number])
                 except Exception as e:  # raised below, once the other processes know
                     failure = e
-            asked = world.go_on(failure, f"encode its clips of {bench.name}")
-            if asked and done < rounds:
-                left = len(todo) - done * world.size
+            asked = world.go_on(failure, f"encoding the clips of {bench.name}")
+            if asked:
+                left = max(len(todo) - done * world.size, 0)
                 raise Stopped(f"{name(asked)} with {left} batches of {bench.name} left; {self.folder} keeps the others")
             if done % self.options.print_freq == 0 or done == rounds:
                 pace = (time.perf_counter() - start) / done
