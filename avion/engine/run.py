@@ -26,6 +26,7 @@ from .resume import Start, find_start
 from .steps import Precision
 from .tasks.base import Task
 from .trainer import Trainer, choose_precision, start_training, train_sampler, wrapped
+from .workers import end_all_workers
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ def joined(options: DeviceOptions, log_dir: str | None) -> Iterator[World]:
                 raise instead from e
             raise
         finally:
+            end_all_workers()
             distributed.shutdown(lost)
 
 

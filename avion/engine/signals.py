@@ -213,19 +213,23 @@ def held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def obey_parent_only(worker: int) -> None:
+def obey_parent_only(worker: int, owner: int | None = None) -> None:
     """Let only the SIGTERM of its parent end a data-loading process that was started within `held`.
 
     A scheduler sends its signal to every process of a job, and a terminal its Ctrl-C. A worker that ended because of
     it would end the run before the checkpoint is written. Workers end with their parent. This is part of the
     `worker_init_fn` of a DataLoader.
+
+    Args:
+        worker: The number of the worker.
+        owner: The process that asked for this worker, where a fork server is the parent.
     """
     if not hasattr(signal, "sigwaitinfo"):  # on macOS, where no such scheduler runs
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return
 
     def listen() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid not in (owner, os.getppid()):
             pass
         os._exit(0)
 

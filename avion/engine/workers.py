@@ -74,7 +74,7 @@ def _begin_worker(parent: int | None, worker: int) -> None:
     """parent: the process id of the process that the worker must not outlive; None: its threads may end before it."""
     if parent == os.getppid():  # not of a fork server, which outlives the process that it serves
         die_with(parent)
-    signals.obey_parent_only(worker)
+    signals.obey_parent_only(worker, parent)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
 
 
@@ -297,6 +297,7 @@ _iterators: weakref.WeakSet[_Batches] = weakref.WeakSet()
 
 
 @atexit.register  # before multiprocessing's own, which was registered when the module was imported
-def _end_all() -> None:
+def end_all_workers() -> None:
+    """End the workers of all loaders of this process. What still refers to a loader keeps its workers otherwise."""
     for iterator in list(_iterators):
         iterator._shutdown_workers()
