@@ -273,6 +273,8 @@ def restore(
 
 def global_batch(checkpoint: Checkpoint) -> int:
     """The clips of an optimizer step of the run that wrote a checkpoint; 0 where the checkpoint does not say it."""
+    if checkpoint.training is None:  # weights alone
+        return 0
     args, processes = checkpoint.args, len(checkpoint.training.rng)
     try:
         return int(args["batch_size"]) * int(args.get("update_freq", 1)) * max(processes, 1)
