@@ -6,7 +6,7 @@ REQUIREMENTS := requirements.txt requirements-dev.txt pyproject.toml
 STAMP := .venv/.installed-$(firstword $(shell cat $(REQUIREMENTS) | cksum))
 PYTHON_IN := .venv/bin/python
 # The rooms in which every parameter has a type.
-STRICT := 'avion/models/*.py' 'avion/evaluation/*.py'
+STRICT := 'avion/models/*.py' 'avion/ops/**/*.py' 'avion/evaluation/*.py'
 # The number of processes that share the tests; each process uses one thread.
 TEST_WORKERS ?= auto
 

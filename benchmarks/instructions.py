@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from avion.errors import UserError
 from avion.ops.causal_conv import triton_backend as conv
 from avion.ops.selective_scan import triton_launch as scan
-from avion.ops.selective_scan.inputs import ScanInputs
+from avion.ops.selective_scan.inputs import ScanInputs, Time
 from benchmarks.machine_code import CLASSES, Launch, count_by_class, launches
 from benchmarks.measure import markdown_table
 
@@ -85,7 +85,7 @@ def scan_work(case: str, processors: int, guess_only: bool) -> Iterator[tuple[st
     backward = scan.backward_plans_for((rows, steps, channels), states, processors)
     # Only in training's shape both: the code of the second direction, which has the gate to do, is the longer one.
     for second in (False, True) if case == "training" else (True,):
-        time, name = scan.Time(reverse=second), f"{case}, {'second' if second else 'first'} direction"
+        time, name = Time(reverse=second), f"{case}, {'second' if second else 'first'} direction"
         for plan in forward[: 1 if guess_only else None]:
             gate = scan.Gate(z, add=True) if second else None
             yield name, _describe(plan), functools.partial(scan.forward, p, plan, y, True, time, gate)
@@ -104,18 +104,18 @@ def conv_work() -> Iterator[tuple[str, str, Callable[[], object]]]:
     """Both directions of the convolution in one launch."""
     rows, steps, channels, _ = SHAPES["training"]
     weight, bias = torch.empty(channels, 4, device="meta"), torch.empty(channels, device="meta")
-    x, both = half(rows, steps, 2 * channels)[..., :channels], ([weight, weight], [bias, bias])
-    yield "convolution", "", lambda: conv._forward(x, *both, 1)
-    yield "convolution", "", lambda: conv._backward([half(rows, steps, channels)] * 2, x, *both, 1)
+    x, both = half(rows, steps, 2 * channels)[..., :channels], [(weight, bias), (weight, bias)]
+    yield "convolution", "", lambda: conv.forward(x, both, 1)
+    yield "convolution", "", lambda: conv.backward([half(rows, steps, channels)] * 2, x, both, 1)
 
 
 def count(case: str, plan: str, launch: Launch, processors: int, clock: float) -> Count:
     """A launch's numbers. `clock` in GHz."""
     constants = launch.constants
     rows, steps, channels, _ = SHAPES["training" if case == "convolution" else case.split(",")[0]]
-    states = constants.get("N", 1)
-    chunk = constants.get("CHUNK", constants.get("BLOCK_T", 1))
-    per_thread = constants.get("BLOCK_D", constants.get("BLOCK", 32)) / (32 * launch.warps)
+    states = constants.get("n", 1)
+    chunk = constants.get("chunk", constants.get("block_t", 1))
+    per_thread = constants.get("block_d", constants.get("BLOCK", 32)) / (32 * launch.warps)
     if launch.kernel == "join_kernel":
         states = 1
     numbers: Counter[str] = Counter()

@@ -4,6 +4,7 @@
 GPU would get it: what Triton specialises on, such as alignments and strides of 1, included.
 """
 
+import dataclasses
 import re
 import subprocess
 import tempfile
@@ -85,7 +86,8 @@ def launches(work: Callable[[], object], capability: int = 90) -> list[Launch]:
 
     def compile_only(self, *args, grid, warmup, **options):
         compiled = run(self, *args, grid=grid, warmup=True, **options)
-        found.append(_launch(self.fn.__name__, options, grid[0], compiled))
+        named = dict(zip(self.arg_names, args, strict=False)) | options
+        found.append(_launch(self.fn.__name__, _constants(self, named), grid[0], compiled))
         return compiled
 
     driver.set_active(_Target(capability))
@@ -115,6 +117,13 @@ class _Target:
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("meta")
+
+
+def _constants(kernel: JITFunction, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values for which the kernel is compiled; those of a record under the names of its fields."""
+    values = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr}
+    records = [dataclasses.asdict(value) for value in values.values() if dataclasses.is_dataclass(value)]
+    return {name: value for part in (values, *records) for name, value in part.items()}
 
 
 def _launch(kernel: str, constants: dict, programs: int, compiled: Any) -> Launch:

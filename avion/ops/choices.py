@@ -1,7 +1,7 @@
-"""Which backend `auto` takes on a GPU, where it was measured: a file beside the tuned plans.
+"""Which backend of the scan was measured to be the fastest on a GPU: a file beside the tuned plans.
 
-A benchmark on the GPU writes it, `avion.ops.selective_scan.dispatch` reads it. Without the file, for shapes that
-were not measured, on a CPU, and with `AVION_TUNE=0`, `auto` goes by its own order.
+A benchmark on the GPU writes the file, and `avion.ops.selective_scan.dispatch` reads it. Without the file, for shapes
+that were not measured, on a CPU, and with `AVION_TUNE=0`, the backend `auto` is the first one that can run.
 """
 
 import functools
@@ -19,7 +19,13 @@ from .tuning import cache_file
 
 
 class Choice(NamedTuple):
-    """The fastest backend of one class of shapes, milliseconds of each that was measured, and when."""
+    """What was measured for one class of shapes.
+
+    Attributes:
+        backend: the fastest backend.
+        milliseconds: the time of each backend that was measured.
+        date: the day of the measurement.
+    """
 
     backend: str
     milliseconds: dict[str, float]
@@ -31,21 +37,29 @@ class Choice(NamedTuple):
 
 
 def shape_class(steps: int, channels: int, states: int, dtype: torch.dtype) -> str:
-    """Rows do not count: what decides is how long they are, in classes a factor of two wide."""
+    """Names the class of shapes: T within a factor of two, D, N and the dtype. The number of rows does not matter."""
     return f"T<{1 << steps.bit_length()}, D={channels}, N={states}, {str(dtype).removeprefix('torch.')}"
 
 
 def fastest(device: torch.device, steps: int, channels: int, states: int, dtype: torch.dtype) -> Choice | None:
-    """What was measured for such tensors on this kind of GPU, None where nothing was."""
+    """Returns what was measured for such tensors on this kind of GPU; None where nothing was measured."""
     if device.type != "cuda" or os.environ.get("AVION_TUNE") == "0":
         return None
     return _stored(torch.cuda.get_device_name(device)).get(shape_class(steps, channels, states, dtype))
 
 
 def store(device: str, choices: Mapping[str, Choice]) -> str:
-    """Adds the choices, by shape class, to the file for GPUs of the name `device`; returns the file's path.
+    """Adds choices to the file of a kind of GPU.
 
-    Raises OSError or UserError where it cannot be written.
+    Args:
+        device: the GPU's name.
+        choices: the choices by class of shapes, as `shape_class` names it.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        OSError, UserError: the file cannot be written.
     """
     path = cache_file("backends", device)
     _stored.cache_clear()
@@ -59,7 +73,7 @@ def store(device: str, choices: Mapping[str, Choice]) -> str:
 
 @functools.cache
 def _stored(device: str) -> dict[str, Choice]:
-    """The file's choices; those that are not what `store` writes are passed by."""
+    """Returns the choices in the file, without those that `store` cannot have written."""
     try:
         content = parse_json(read_text(cache_file("backends", device)))
     except (OSError, ValueError):

@@ -1,9 +1,9 @@
-"""Choosing among a kernel's few ways to cut its work: by measuring them once, on the device and shape at hand.
+"""Chooses among the few ways to cut a kernel's work: each is measured once, on the device and shape at hand.
 
-The choice is kept for the process and in a file, `$XDG_CACHE_HOME/avion/` (`~/.cache/avion/`), so that later runs
-on this kind of GPU take the same one: results then agree bit for bit between runs, and nothing is measured twice.
-Nothing is measured where there is no choice, while a CUDA graph is being captured, or with `AVION_TUNE=0`; the
-first plan, the guess, is taken then.
+The choice is kept for the process and in a file in `$XDG_CACHE_HOME/avion/` (`~/.cache/avion/`). Later runs on this
+kind of GPU take the same plan, so that the results of runs agree bit for bit and nothing is measured twice. Nothing is
+measured where there is no choice, while a CUDA graph is being captured, or with `AVION_TUNE=0`; then the first plan is
+taken, which is the guess.
 """
 
 import hashlib
@@ -25,34 +25,63 @@ from avion.reading import parse_json, read_text
 _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 _ROUNDS = 7
-_chosen: dict[tuple, NamedTuple] = {}  # by device, op, shape class and what was on offer
+Plan = TypeVar("Plan", bound=tuple[Any, ...])
 
 
-def tuned(op: str, like: Tensor, states: int, plans: Sequence[NamedTuple], run: Callable[[Any], Result]) -> Result:
-    """`run` with the fastest of `plans` for this op on tensors like `like` (R, T, D) with N states.
+class _Case(NamedTuple):
+    """What a choice is made for: an op on a class of shapes, and the plans to choose from."""
 
-    `run(plan)` must give the same result however often it is called. Plans that the GPU has no room for are passed by.
+    op: str
+    row_bits: int  # R and T in classes a factor of two wide
+    step_bits: int
+    channels: int
+    states: int
+    dtype: torch.dtype
+    plans: tuple[tuple[Any, ...], ...]
+
+    def key(self) -> str:
+        """Names the case in the file. The plans are part of the name, so that a choice among others is not used."""
+        offered = hashlib.sha256(repr([tuple(plan) for plan in self.plans]).encode()).hexdigest()[:8]
+        shape = f"R<2^{self.row_bits}, T<2^{self.step_bits}, D={self.channels}, N={self.states}"
+        return f"{self.op}, {shape}, {self.dtype}, {offered}"
+
+
+_chosen: dict[tuple[torch.device, _Case], Any] = {}
+
+
+def tuned(op: str, like: Tensor, states: int, plans: Sequence[Plan], run: Callable[[Plan], Result]) -> Result:
+    """Runs an op with the plan that is the fastest for such tensors.
+
+    Args:
+        op: the name of the op.
+        like: a tensor (R, T, D) of the op.
+        states: N, the number of states per channel.
+        plans: the plans to choose from, the best guess first. A plan for which the GPU has no room is left out.
+        run: runs the op with a plan; it must give the same result however often it is called.
+
+    Returns:
+        The result of `run`.
     """
     if len(plans) == 1 or os.environ.get("AVION_TUNE") == "0" or torch.cuda.is_current_stream_capturing():
         return run(plans[0])
     rows, steps, channels = like.shape
-    # Shapes in classes a factor of two wide.
-    case = (op, rows.bit_length(), steps.bit_length(), channels, states, like.dtype, tuple(plans))
+    case = _Case(op, rows.bit_length(), steps.bit_length(), channels, states, like.dtype, tuple(plans))
     if (like.device, case) not in _chosen:
-        device, key = torch.cuda.get_device_name(like.device), _key(*case)
+        device, key = torch.cuda.get_device_name(like.device), case.key()
         stored = _stored(device).get(key)
         known = [plan for plan in plans if stored is not None and list(plan) == stored]
-        _chosen[like.device, case] = known[0] if known else _measured(op, device, key, plans, run, _milliseconds)
+        _chosen[like.device, case] = known[0] if known else _measured(op, device, key, plans, run)
     return run(_chosen[like.device, case])
 
 
-def _key(op: str, row_bits: int, step_bits: int, channels: int, states: int, dtype, plans: tuple) -> str:
-    """The case in the file, with the plans themselves: others would make the choice stale."""
-    offered = hashlib.sha256(repr([tuple(plan) for plan in plans]).encode()).hexdigest()[:8]
-    return f"{op}, R<2^{row_bits}, T<2^{step_bits}, D={channels}, N={states}, {dtype}, {offered}"
-
-
-def _measured(op: str, device: str, key: str, plans: Sequence, run: Callable, milliseconds: Callable) -> NamedTuple:
+def _measured(
+    op: str,
+    device: str,
+    key: str,
+    plans: Sequence[Plan],
+    run: Callable[[Plan], object],
+) -> Plan:
+    """Returns the fastest plan, and stores it."""
     from triton import OutOfResources
 
     times: dict[int, float] = {}
@@ -69,8 +98,8 @@ def _measured(op: str, device: str, key: str, plans: Sequence, run: Callable, mi
     return best
 
 
-def _milliseconds(run: Callable[[], object]) -> float:
-    """Median over a few rounds, by CUDA events, after the compilation and a warm-up."""
+def milliseconds(run: Callable[[], object]) -> float:
+    """Times `run` with CUDA events, after the compilation and a warm-up; returns the median over a few rounds."""
     run()
     times = []
     for _ in range(_ROUNDS):
@@ -84,13 +113,23 @@ def _milliseconds(run: Callable[[], object]) -> float:
 
 
 def cache_file(kind: str, device: str) -> Path:
-    """The file of what was measured on GPUs of this name, under this version of PyTorch."""
+    """Returns the path of a file of measurements on GPUs of this name, under this version of PyTorch.
+
+    Args:
+        kind: what was measured: "plans" or "backends".
+        device: the GPU's name.
+    """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avion"
     return root / f"{kind}, {device}, torch {torch.__version__}.json".replace("/", "_")
 
 
-def _stored(device: str) -> dict[str, list]:
-    """What earlier runs chose; nothing where the file is missing or is not what `_store` writes."""
+def forget_choices() -> None:
+    """Forgets the choices of this process, so that the next call reads the file again."""
+    _chosen.clear()
+
+
+def _stored(device: str) -> dict[str, list[Any]]:
+    """Returns what earlier runs chose; nothing where the file is missing or is not what `_store` writes."""
     try:
         content = parse_json(read_text(cache_file("plans", device)))
     except (OSError, ValueError):
@@ -98,8 +137,8 @@ def _stored(device: str) -> dict[str, list]:
     return content if isinstance(content, dict) else {}
 
 
-def _store(device: str, key: str, plan: list) -> None:
-    """Adds a choice to the file. Where several processes do, the last one wins: what is lost is measured again."""
+def _store(device: str, key: str, plan: list[Any]) -> None:
+    """Adds a choice to the file. Where several processes do so, the last one wins; what is lost is measured again."""
     path = cache_file("plans", device)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ def test_a_wrong_backend_is_a_problem_where_auto_takes_it(doctor, capsys, monkey
     def wrong(*arguments):
         return dispatch.selective_scan_reference(*arguments) * 1.01
 
-    monkeypatch.setitem(dispatch._BACKENDS, "torch", dispatch.Backend(wrong))
+    monkeypatch.setitem(dispatch.BACKENDS, "torch", dispatch.Backend(wrong))
     assert doctor.main(["--device", "cpu"]) == 1
     printed = capsys.readouterr().out
     assert "WRONG, largest relative error 1e-02" in printed
@@ -49,7 +49,7 @@ def test_a_backend_that_throws_is_named(doctor, capsys, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("no kernel image\nsecond line")
 
-    monkeypatch.setitem(dispatch._BACKENDS, "broken", dispatch.Backend(broken))
+    monkeypatch.setitem(dispatch.BACKENDS, "broken", dispatch.Backend(broken))
     assert doctor.main(["--device", "cpu"]) == 0  # `auto` takes another one
     assert "fails: no kernel image; give another one as --scan-backend" in lines(capsys)["broken"]
 

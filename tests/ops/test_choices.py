@@ -23,9 +23,9 @@ def a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU / 1")
     monkeypatch.setattr(dispatch, "_logged_picks", set())
     for name in ("triton", "mamba_ssm"):
-        backend = dispatch._BACKENDS[name]
+        backend = dispatch.BACKENDS[name]
         anywhere = dispatch.Backend(backend.run, auto_on=backend.auto_on, float64=backend.float64)
-        monkeypatch.setitem(dispatch._BACKENDS, name, anywhere)
+        monkeypatch.setitem(dispatch.BACKENDS, name, anywhere)
     choices._stored.cache_clear()
     yield
     choices._stored.cache_clear()
@@ -70,8 +70,8 @@ def test_a_name_and_avion_tune_0_overrule_it(monkeypatch):
 
 def test_what_cannot_run_is_not_taken(monkeypatch):
     stored()
-    gone = dispatch.Backend(dispatch._BACKENDS["mamba_ssm"].run, lambda device: "not installed")
-    monkeypatch.setitem(dispatch._BACKENDS, "mamba_ssm", gone)
+    gone = dispatch.Backend(dispatch.BACKENDS["mamba_ssm"].run, lambda device: "not installed")
+    monkeypatch.setitem(dispatch.BACKENDS, "mamba_ssm", gone)
     assert resolved() == "triton"
     stored(CHOICE._replace(backend="no such"))
     assert resolved() == "triton"

@@ -221,3 +221,13 @@ def test_compiled_and_checkpointed_mixers_give_the_same_gradients(checkpointed, 
     changed = gradients(again if checkpointed else torch.compile(mixer, fullgraph=True, backend="aot_eager"))
     for actual, expected in zip(changed, plain, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_directions_without_a_bias(backend):
+    case = Case(2, 3, 5, 4)
+    no_bias = [p._replace(delta_bias=None) for p in (case.ahead, case.behind)]
+    zero_bias = [p._replace(delta_bias=torch.zeros_like(p.D)) for p in (case.ahead, case.behind)]
+    out, expected = (gated_bidirectional_scan(*p, case.z, backend=backend) for p in (no_bias, zero_bias))
+    assert_close("out", out, expected, 0)
+    for name, a, b in zip(NAMES, *(torch.autograd.grad(y, case.ahead[:6], case.weight) for y in (out, expected))):
+        assert_close(f"d {name}", a, b, 0)

@@ -23,7 +23,7 @@ def poison():
 def small_blocks(monkeypatch):
     """Several blocks in a group, several groups, several blocks of time."""
     monkeypatch.setattr(torch_blocks, "MAX_STEPS", 4)
-    monkeypatch.setattr(torch_blocks, "_budget", lambda device: torch_blocks._Budget(block=160, group=80))
+    monkeypatch.setattr(torch_blocks, "budget", lambda device: torch_blocks.Budget(block=160, group=80))
 
 
 def both(ahead: dict, behind: dict, z: torch.Tensor, backend: str = "torch") -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from avion.ops.causal_conv.torch_backend import causal_conv_silu_torch
 from avion.ops.selective_scan import mamba_ssm
+from avion.ops.selective_scan.inputs import ScanInputs, Time
 from tests.ops.named import assert_close
 from tests.ops.test_selective_scan import NAMES, random_inputs, scan
 
@@ -49,7 +50,7 @@ def packages(monkeypatch):
 
 
 def run(inputs, reverse=False, softplus=True):
-    return mamba_ssm.selective_scan_mamba_ssm(*(inputs[name] for name in NAMES), softplus, reverse)
+    return mamba_ssm.selective_scan_mamba_ssm(ScanInputs(**inputs), Time(softplus, reverse))
 
 
 @pytest.mark.parametrize("reverse", [False, True])

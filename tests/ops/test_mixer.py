@@ -22,7 +22,7 @@ def poison():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks in a group and several groups, the last ones smaller."""
-    monkeypatch.setattr(torch_blocks, "_budget", lambda device: torch_blocks._Budget(block=160, group=80))
+    monkeypatch.setattr(torch_blocks, "budget", lambda device: torch_blocks.Budget(block=160, group=80))
 
 
 def random_case(rows, steps, channels, states, taps=4, rank=3, dtype=torch.float64):

@@ -41,7 +41,7 @@ def small_blocks(monkeypatch):
     """Several blocks, ragged ones among them, in a group; several groups; several blocks of time."""
     monkeypatch.setattr(torch_blocks, "MAX_STEPS", 4)
     monkeypatch.setattr(
-        torch_blocks, "_budget", lambda device: torch_blocks._Budget(block=2 * 4 * 5 * 4, group=2 * 2 * 4 * 5)
+        torch_blocks, "budget", lambda device: torch_blocks.Budget(block=2 * 4 * 5 * 4, group=2 * 2 * 4 * 5)
     )
 
 
@@ -244,8 +244,8 @@ def with_state(inputs: dict[str, torch.Tensor | None], backend: str, **options) 
 @pytest.mark.parametrize("backend", ["reference", "torch", "by steps"])
 def test_pieces_handed_on_by_their_state_are_the_whole(backend, reverse, small_blocks, monkeypatch):
     if backend == "by steps":  # as for kernels that know no states
-        backend, entry = "torch", dispatch._BACKENDS["torch"]
-        monkeypatch.setitem(dispatch._BACKENDS, "torch", dataclasses.replace(entry, run_with_state=None))
+        backend, entry = "torch", dispatch.BACKENDS["torch"]
+        monkeypatch.setitem(dispatch.BACKENDS, "torch", dataclasses.replace(entry, run_with_state=None))
     inputs = random_inputs(5, 14, 4, 3)
     expected = scan(inputs, "reference", reverse=reverse)
     state, pieces, cuts = None, [], [slice(0, 1), slice(1, 10), slice(10, 14)]
@@ -322,16 +322,16 @@ def allocations_of_forward_and_backward(rows, steps, channels, states) -> tuple[
 
 def test_nothing_of_size_rows_times_steps_times_channels_times_states_is_made(monkeypatch):
     rows, steps, channels, states = 40, 4, 24, 8
-    budget = torch_blocks._Budget(block=4 * channels * states, group=rows * steps * channels)
-    monkeypatch.setattr(torch_blocks, "_budget", lambda device: budget)
+    budget = torch_blocks.Budget(block=4 * channels * states, group=rows * steps * channels)
+    monkeypatch.setattr(torch_blocks, "budget", lambda device: budget)
     for made in allocations_of_forward_and_backward(rows, steps, channels, states):
         assert 0 < made.largest <= rows * steps * channels
 
 
 def test_memory_is_linear_in_long_time_and_far_from_a_state_per_step(monkeypatch):
     rows, channels, states = 1, 48, 16
-    budget = torch_blocks._Budget(block=32 * channels * states, group=32 * channels)
-    monkeypatch.setattr(torch_blocks, "_budget", lambda device: budget)
+    budget = torch_blocks.Budget(block=32 * channels * states, group=32 * channels)
+    monkeypatch.setattr(torch_blocks, "budget", lambda device: budget)
     half = allocations_of_forward_and_backward(rows, 4096, channels, states)
     whole = allocations_of_forward_and_backward(rows, 8192, channels, states)
     for made, before in zip(whole, half, strict=True):
@@ -402,7 +402,7 @@ def test_unknown_backend_names_the_near_ones():
 
 def test_a_backend_that_cannot_run_says_why_and_auto_passes_it_by(monkeypatch):
     broken = dispatch.Backend(pytest.fail, lambda device: f"no {device.type} kernels were built")
-    monkeypatch.setattr(dispatch, "_BACKENDS", {"broken": broken} | dispatch._BACKENDS)
+    monkeypatch.setattr(dispatch, "BACKENDS", {"broken": broken} | dispatch.BACKENDS)
     with pytest.raises(
         UserError, match="'broken' cannot run on cpu: no cpu kernels were built; use (triton or )?torch or reference"
     ):

@@ -104,7 +104,7 @@ def test_counts_are_per_step_state_and_channel_by_hand():
     """An inner loop over chunks of 4 steps within one over rows of 7, 2 states, 2 channels to a thread."""
     texts, labels = machine_code.parse(CODE)
     loops = machine_code.find_loops(texts, labels)
-    constants = {"N": 2, "CHUNK": 4, "BLOCK_D": 64}
+    constants = {"n": 2, "chunk": 4, "block_d": 64}
     launch = machine_code.Launch("forward_kernel", constants, 1, 1, 8, 0, texts, loops)
     found = instructions.count("ragged, second direction", "", launch, processors=2, clock=1.0)
     assert found.classes["MUFU"] == pytest.approx(1 / (4 * 2 * 2))

@@ -22,7 +22,7 @@ LIKE = torch.empty(6, 4, 8)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("AVION_TUNE", raising=False)
-    monkeypatch.setattr(tuning, "_chosen", {})
+    tuning.forget_choices()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU / 1")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
@@ -36,7 +36,7 @@ def measured(monkeypatch):
         seen.append(run())
         return {Plan(32, 1): 3.0, Plan(64, 2): 1.0, Plan(128, 4): 2.0}[seen[-1]]
 
-    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
     return seen
 
 
@@ -51,7 +51,7 @@ def test_the_fastest_plan_is_taken_and_measured_once(measured):
 
 def test_a_later_process_takes_the_same_one_without_measuring(measured, monkeypatch, tmp_path):
     choose()
-    monkeypatch.setattr(tuning, "_chosen", {})  # as in a new process
+    tuning.forget_choices()  # as in a new process
     assert choose() == Plan(64, 2) and len(measured) == 3
     (file,) = (tmp_path / "avion").iterdir()
     assert "/" not in file.name and list(json.loads(file.read_text()).values()) == [[64, 2]]
@@ -92,7 +92,7 @@ def test_a_stored_plan_that_is_not_on_offer_is_not_taken(measured):
     path = tuning.cache_file("plans", "GPU / 1")
     (key,) = json.loads(path.read_text())
     path.write_text(json.dumps({key: [4096, 64]}))
-    tuning._chosen.clear()
+    tuning.forget_choices()
     assert choose() == Plan(64, 2) and len(measured) == 6
 
 
@@ -104,7 +104,7 @@ def test_plans_that_do_not_fit_are_passed_by(monkeypatch):
             raise triton.OutOfResources(300_000, 200_000, "shared memory")
         return 1.0
 
-    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
     assert choose() == Plan(128, 4)
     with pytest.raises(RuntimeError, match="none of 2 ways to cut the work fits GPU / 1"):
         choose(plans=PLANS[:2])

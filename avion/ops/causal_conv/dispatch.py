@@ -1,4 +1,4 @@
-"""`causal_conv_silu` and the choice of its backend, which goes with the scan's."""
+"""`causal_conv_silu`, which runs on the backend that the selective scan would run on."""
 
 import torch
 from torch import Tensor
@@ -6,20 +6,32 @@ from torch import Tensor
 from avion.ops.selective_scan import resolve_backend
 from avion.ops.selective_scan.mamba_ssm import causal_conv_silu_mamba_ssm
 
+from .autograd import Taps
 from .torch_backend import causal_conv_silu_both_torch, causal_conv_silu_torch
 
-# Of the kernels that are not plain PyTorch.
+# The numbers of taps for which there are kernels; plain PyTorch takes any.
 _TAPS = range(2, 5)
 
 
 def causal_conv_silu(
     x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = False, backend: str = "auto"
 ) -> Tensor:
-    """x (R, T, D) of any strides, weight (D, K), bias (D,) -> (R, T, D) in x's dtype.
+    """Convolves over time, causally and per channel, and applies the SiLU. Gradients flow to every tensor.
 
-    The sums are float32 (float64 where an argument is float64). `backend`: one of the scan's;
-    "triton" and "mamba_ssm" have kernels for this too (for K from 2 to 4 and some rows), with the others
-    it is plain operators. Raises ValueError for shapes that do not fit.
+    Args:
+        x: the input, (R, T, D), of any strides.
+        weight: the taps, (D, K).
+        bias: (D,).
+        reverse: whether time runs from the last step to the first.
+        backend: the name of a backend of the selective scan, or `auto`. "triton" and "mamba_ssm" have kernels for K
+            from 2 to 4; in all other cases plain operators compute the result.
+
+    Returns:
+        y, (R, T, D) in x's dtype. The sums are computed in float32, or in float64 where an argument is float64.
+
+    Raises:
+        UserError: the backend does not exist or cannot run.
+        ValueError: the shapes do not fit.
     """
     _check_shapes(x, weight, bias)
     float64 = torch.float64 in (x.dtype, weight.dtype, bias.dtype)
@@ -33,10 +45,22 @@ def causal_conv_silu(
     return causal_conv_silu_torch(x, weight, bias, reverse)
 
 
-def causal_conv_silu_both(
-    x: Tensor, forward: tuple[Tensor, Tensor], backward: tuple[Tensor, Tensor], *, backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    """`causal_conv_silu` of x with the weight and bias `forward`, and with those of `backward` in reverse."""
+def causal_conv_silu_both(x: Tensor, forward: Taps, backward: Taps, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Computes `causal_conv_silu` of x in both directions of time.
+
+    Args:
+        x: the input, (R, T, D), of any strides.
+        forward: weight (D, K) and bias (D,) of the direction along time.
+        backward: weight and bias of the direction from the end of time.
+        backend: as in `causal_conv_silu`.
+
+    Returns:
+        y of each direction, (R, T, D) in x's dtype.
+
+    Raises:
+        UserError: the backend does not exist or cannot run.
+        ValueError: the shapes do not fit.
+    """
     _check_shapes(x, *forward)
     _check_shapes(x, *backward)
     float64 = torch.float64 in {t.dtype for t in (x, *forward, *backward)}

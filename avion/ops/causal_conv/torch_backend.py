@@ -1,5 +1,7 @@
-"""The `torch` backend: K shifted multiply-adds on blocks that fit the cache, on any device; nn.Conv1d would want the
-layout (R, D, T). Backward recomputes what is before the SiLU from x, so that x alone is kept.
+"""The `torch` backend: K shifted multiply-adds on blocks that fit the cache, on any device.
+
+nn.Conv1d would need the layout (R, D, T). The backward pass recomputes what is before the SiLU from x, so that only x
+and the parameters are kept.
 """
 
 from collections.abc import Iterator
@@ -8,19 +10,17 @@ import torch
 from torch import Tensor
 
 from avion.ops.buffers import Buffers, borrowed_buffers
+from avion.ops.selective_scan.inputs import compute_dtype
 
-from .autograd import differentiable, differentiable_both
+from .autograd import Taps, differentiable, differentiable_both
 
-_BLOCK_ELEMENTS = 200_000  # of a block's (rows, steps, D) on a CPU, so that its few buffers fit the cache
+# The number of elements of a block (rows, steps, D): on a CPU the few buffers of a block fit the cache.
+_BLOCK_ELEMENTS = 200_000
 _BLOCK_ELEMENTS_ELSEWHERE = 64_000_000
 
 
-def _compute_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in {t.dtype for t in tensors} else torch.float32
-
-
 def _blocks(x: Tensor) -> Iterator[tuple[slice, int, int]]:
-    """Rows, first step and end of each block."""
+    """Yields the rows, the first step and the end of each block."""
     rows, steps, channels = x.shape
     budget = _BLOCK_ELEMENTS if x.device.type == "cpu" else _BLOCK_ELEMENTS_ELSEWHERE
     in_steps = max(1, min(steps, budget // channels))
@@ -31,8 +31,12 @@ def _blocks(x: Tensor) -> Iterator[tuple[slice, int, int]]:
 
 
 def _overlap(start: int, stop: int, shift: int, low: int, high: int) -> tuple[slice, slice] | None:
-    """Steps t of [start, stop) with t - shift in [low, high): as a slice from `start`, and of t - shift
-    from `low`; None where there are none."""
+    """Finds the steps t of [start, stop) for which t - shift is in [low, high).
+
+    Returns:
+        The steps t as a slice that counts from `start`, and the steps t - shift as a slice that counts from `low`; None
+        where there are no such steps.
+    """
     first, end = max(start, low + shift), min(stop, high + shift)
     if first >= end:
         return None
@@ -40,15 +44,16 @@ def _overlap(start: int, stop: int, shift: int, low: int, high: int) -> tuple[sl
 
 
 class _Direction:
-    """One direction's taps, of x_t, x_{t ∓ 1}, … (D,) each, and bias, in the compute dtype."""
+    """The bias of one direction and its taps of x_t, x_{t ∓ 1}, …, (D,) each, in the compute dtype."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, reverse: bool, dtype: torch.dtype):
+    def __init__(self, parameters: Taps, reverse: bool, dtype: torch.dtype):
+        weight, bias = parameters
         self.taps = list(weight.to(dtype).t().flip(0).contiguous().unbind(0))
         self.bias = bias.to(dtype)
         self.reverse, self.sign, self.halo = reverse, -1 if reverse else 1, len(self.taps) - 1
 
     def convolve(self, x: Tensor, start: int, stop: int, out: Tensor) -> None:
-        """Steps [start, stop) of x (rows, T, D), before the SiLU."""
+        """Writes the steps [start, stop) of x (rows, T, D), convolved, without the SiLU, to `out`."""
         torch.addcmul(self.bias, x[:, start:stop], self.taps[0], out=out)
         for s, tap in enumerate(self.taps[1:], 1):
             overlap = _overlap(start, stop, self.sign * s, 0, x.shape[1])
@@ -66,14 +71,14 @@ def _forward(x: Tensor, directions: list[_Direction], outputs: list[Tensor], dty
                 y[rows, start:stop] = torch.nn.functional.silu(conv, inplace=True)
 
 
-def _with_halo(x: Tensor, rows: slice, start: int, stop: int, halo: int, dtype: torch.dtype):
-    """Rows of x with up to `halo` steps around [start, stop), in the compute dtype, and their first step."""
+def _with_halo(x: Tensor, rows: slice, start: int, stop: int, halo: int, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """Returns rows of x with up to `halo` steps around [start, stop), in the compute dtype, and the first step."""
     first = max(0, start - halo)
     return x[rows, first : min(stop + halo, x.shape[1])].to(dtype), first
 
 
 class _Gradients:
-    """What a direction's backward fills, in the compute dtype."""
+    """The gradients of a direction's parameters, in the compute dtype."""
 
     def __init__(self, p: _Direction):
         self.taps = torch.stack(p.taps).zero_()
@@ -86,7 +91,7 @@ class _Gradients:
 def _backward(
     x: Tensor, directions: list[_Direction], by_y: list[Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, list[_Gradients]]:
-    """dx, all directions' together, and the gradients of each direction's taps and bias."""
+    """Returns dx, summed over the directions, and the gradients of each direction's taps and bias."""
     dx, grads = x.new_empty(x.shape), [_Gradients(p) for p in directions]
     with borrowed_buffers(dtype, x.device) as buffers:
         for rows, start, stop in _blocks(x):
@@ -106,9 +111,9 @@ def _backward_block(
     grad: _Gradients,
     buffers: Buffers,
 ) -> None:
-    """Adds to d_block, the gradient of x at the block, and to `grad`."""
+    """Adds one direction's share to d_block, the gradient of x at the block, and to `grad`."""
     rows, start, stop = at
-    # The steps of y that x_t reaches, t in [start, stop): up to `halo` later ones, earlier in reverse.
+    # The steps of y that x_t reaches, t in [start, stop): up to `halo` later ones, or earlier ones in reverse.
     low = max(0, start - p.halo) if p.reverse else start
     high = stop if p.reverse else min(stop + p.halo, x.shape[1])
     block, first = _with_halo(x, rows, low, high, p.halo, d_block.dtype)
@@ -117,9 +122,9 @@ def _backward_block(
     p.convolve(block, low - first, high - first, out=conv)
     torch.ops.aten.silu_backward.grad_input(dy[rows, low:high].to(conv.dtype), conv, grad_input=d_conv)
 
-    own = d_conv[:, start - low : stop - low]  # a step's weight gradients belong to one block
+    own = d_conv[:, start - low : stop - low]  # the weight gradients of a step are counted in one block
     grad.bias += own.sum((0, 1))
-    product = conv[:, : stop - start]  # conv is done with
+    product = conv[:, : stop - start]  # conv is not needed any more
     for s, tap in enumerate(p.taps):
         seen = _overlap(start, stop, p.sign * s, first, first + block.shape[1])
         if seen is not None:
@@ -134,13 +139,13 @@ def _backward_block(
 
 @torch.library.custom_op("avion::causal_conv_silu", mutates_args=())
 def _conv_silu(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
-    dtype, y = _compute_dtype(x, weight, bias), x.new_empty(x.shape)
-    _forward(x, [_Direction(weight, bias, reverse, dtype)], [y], dtype)
+    dtype, y = compute_dtype(x, weight, bias), x.new_empty(x.shape)
+    _forward(x, [_Direction((weight, bias), reverse, dtype)], [y], dtype)
     return y
 
 
 @_conv_silu.register_fake
-def _(x, weight, bias, reverse):
+def _(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -148,9 +153,9 @@ def _(x, weight, bias, reverse):
 def _conv_silu_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias."""
-    dtype = _compute_dtype(x, weight, bias)
-    dx, (grad,) = _backward(x, [_Direction(weight, bias, reverse, dtype)], [dy], dtype)
+    """Returns the gradients of x, weight and bias."""
+    dtype = compute_dtype(x, weight, bias)
+    dx, (grad,) = _backward(x, [_Direction((weight, bias), reverse, dtype)], [dy], dtype)
     return dx, *grad.as_inputs(weight, bias)
 
 
@@ -159,20 +164,20 @@ differentiable(_conv_silu, _conv_silu_backward)
 
 @torch.library.custom_op("avion::causal_conv_silu_both", mutates_args=())
 def _conv_silu_both(x: Tensor, weight: Tensor, bias: Tensor, weight_b: Tensor, bias_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both directions of time, x read once."""
-    dtype, directions = _both(x, weight, bias, weight_b, bias_b)
+    """Returns y of both directions of time; x is read once."""
+    dtype, directions = _both(x, (weight, bias), (weight_b, bias_b))
     outputs = [x.new_empty(x.shape) for _ in directions]
     _forward(x, directions, outputs, dtype)
     return outputs[0], outputs[1]
 
 
-def _both(x: Tensor, *parameters: Tensor) -> tuple[torch.dtype, list[_Direction]]:
-    dtype = _compute_dtype(x, *parameters)
-    return dtype, [_Direction(*parameters[:2], False, dtype), _Direction(*parameters[2:], True, dtype)]
+def _both(x: Tensor, ahead: Taps, behind: Taps) -> tuple[torch.dtype, list[_Direction]]:
+    dtype = compute_dtype(x, *ahead, *behind)
+    return dtype, [_Direction(ahead, False, dtype), _Direction(behind, True, dtype)]
 
 
 @_conv_silu_both.register_fake
-def _(x, weight, bias, weight_b, bias_b):
+def _(x: Tensor, weight: Tensor, bias: Tensor, weight_b: Tensor, bias_b: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
@@ -180,8 +185,8 @@ def _(x, weight, bias, weight_b, bias_b):
 def _conv_silu_both_backward(
     dy: Tensor, dy_b: Tensor, x: Tensor, weight: Tensor, bias: Tensor, weight_b: Tensor, bias_b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x and of the parameters."""
-    dtype, directions = _both(x, weight, bias, weight_b, bias_b)
+    """Returns the gradients of x and of the parameters."""
+    dtype, directions = _both(x, (weight, bias), (weight_b, bias_b))
     dx, (ahead, behind) = _backward(x, directions, [dy, dy_b], dtype)
     return dx, *ahead.as_inputs(weight, bias), *behind.as_inputs(weight_b, bias_b)
 
@@ -190,12 +195,10 @@ differentiable_both(_conv_silu_both, _conv_silu_both_backward)
 
 
 def causal_conv_silu_torch(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
-    """See the package's docstring."""
+    """Computes y, (R, T, D) in x's dtype. The package's docstring has the maths."""
     return _conv_silu(x, weight, bias, reverse)
 
 
-def causal_conv_silu_both_torch(
-    x: Tensor, ahead: tuple[Tensor, Tensor], behind: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Both directions, weight and bias of each."""
+def causal_conv_silu_both_torch(x: Tensor, ahead: Taps, behind: Taps) -> tuple[Tensor, Tensor]:
+    """Computes y of both directions, (R, T, D) each in x's dtype."""
     return _conv_silu_both(x, *ahead, *behind)

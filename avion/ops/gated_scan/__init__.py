@@ -2,9 +2,9 @@
 
     out = (scan of `forward` + scan of `backward`, time walked from its end) · SiLU(z)
 
-Each direction brings its own `ScanInputs`, tensors as `avion.ops.selective_scan` has them: u, delta (R, T, D),
-A (D, N), B, C (R, T, N), D, delta_bias (D,). z is (R, T, D), and so is the output, in u's dtype. Backends are the
-scan's; one without a kernel for the whole of it runs two scans and plain operators.
+Each direction brings its own `ScanInputs`, with tensors as `avion.ops.selective_scan` has them: u, delta (R, T, D),
+A (D, N), B, C (R, T, N), D, delta_bias (D,). z is (R, T, D), and so is the output, in u's dtype. The backends are those
+of the scan; a backend that has no kernel for this function runs two scans and plain operators.
 """
 
 from avion.ops.selective_scan.inputs import ScanInputs

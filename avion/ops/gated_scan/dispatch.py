@@ -1,4 +1,4 @@
-"""`gated_bidirectional_scan` and the choice of its backend, which goes with the scan's."""
+"""`gated_bidirectional_scan`, which runs on the backend that the selective scan would run on."""
 
 import torch
 import torch.nn.functional as F
@@ -12,27 +12,42 @@ from .torch_backend import gated_scan_torch
 
 
 def gated_bidirectional_scan(forward: ScanInputs, backward: ScanInputs, z: Tensor, *, backend: str = "auto") -> Tensor:
-    """(y forward + y backward) · SiLU(z), (R, T, D) in u's dtype; gradients flow to every tensor.
+    """Computes (y forward + y backward) · SiLU(z). Gradients flow to every tensor.
 
-    Raises UserError for a backend that does not exist or cannot run, ValueError for shapes that do not fit.
+    Args:
+        forward: the inputs of the scan along time.
+        backward: the inputs of the scan from the end of time.
+        z: the gate before its SiLU, (R, T, D).
+        backend: a backend's name, or `auto`.
+
+    Returns:
+        The gated sum, (R, T, D) in u's dtype.
+
+    Raises:
+        UserError: the backend does not exist or cannot run.
+        ValueError: the shapes do not fit.
     """
     for direction in (forward, backward):
-        check_shapes(*direction)
+        check_shapes(direction)
     if backward.u.shape != forward.u.shape:
         both = f"{tuple(forward.u.shape)} and {tuple(backward.u.shape)}"
         raise ValueError(f"gated_bidirectional_scan: u must be (R, T, D) in both directions alike, got {both}")
     if z.shape != forward.u.shape:
         raise ValueError(f"gated_bidirectional_scan: z must be {tuple(forward.u.shape)} as u is, got {tuple(z.shape)}")
-    float64 = any(t.dtype == torch.float64 for t in (*forward, *backward, z))
-    u, states = forward.u, forward.A.shape[1]
-    name = resolve_backend(backend, z.device, float64=float64, like=u, states=states)
+    float64 = any(t.dtype == torch.float64 for t in (*forward.given(), *backward.given(), z))
+    name = resolve_backend(backend, z.device, float64=float64, like=forward.u, states=forward.states)
     if name == "triton":
         from .triton_backend import gated_scan_triton  # only where there is a GPU for it
 
-        return gated_scan_triton(forward, backward, z)
+        return gated_scan_triton(_tensors(forward), _tensors(backward), z)
     if name == "torch":
-        return gated_scan_torch(forward, backward, z)
+        return gated_scan_torch(_tensors(forward), _tensors(backward), z)
     return _composed(forward, backward, z, name)
+
+
+def _tensors(p: ScanInputs) -> list[Tensor]:
+    """Returns the seven tensors as the custom operators take them: a bias is among them in any case."""
+    return [*p[:6], p.D.new_zeros(p.D.shape) if p.delta_bias is None else p.delta_bias]
 
 
 def _composed(forward: ScanInputs, backward: ScanInputs, z: Tensor, backend: str) -> Tensor:

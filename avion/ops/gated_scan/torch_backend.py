@@ -1,7 +1,7 @@
-"""The `torch` backend: two scans in blocks (`avion.ops.selective_scan.torch_blocks`), the gate while a block is hot.
+"""The `torch` backend: two scans in blocks (`avion.ops.selective_scan.torch_blocks`), the gate while a block is cached.
 
-Kept for backward are the inputs, the sum of both scans, and for T > 32 the states that enter each direction's later
-blocks of time.
+Kept for the backward pass are the inputs, the sum of both scans, and for T > 32 the states that enter the later blocks
+of time of each direction.
 """
 
 from collections.abc import Sequence
@@ -9,13 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from avion.ops.selective_scan.torch_blocks import Group, Inputs, backward, compute_dtype, entering_shape, forward
+from avion.ops.selective_scan.inputs import ScanInputs, Time
+from avion.ops.selective_scan.torch_blocks import Direction, Group, backward, entering_shape, forward
 
 from .autograd import differentiable
 
 
-def _directions(ahead: Sequence[Tensor], behind: Sequence[Tensor]) -> tuple[Inputs, Inputs]:
-    return Inputs(*ahead), Inputs(*behind, reverse=True)
+def _directions(ahead: Sequence[Tensor], behind: Sequence[Tensor]) -> tuple[Direction, Direction]:
+    return Direction(ScanInputs(*ahead), Time()), Direction(ScanInputs(*behind), Time(reverse=True))
 
 
 def _silu(z: Tensor, out: Tensor) -> Tensor:
@@ -26,14 +27,17 @@ def _silu(z: Tensor, out: Tensor) -> Tensor:
 def _gated_scan(
     ahead: Sequence[Tensor], behind: Sequence[Tensor], z: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output (R, T, D); and if `keep` the sum of the scans (R, T, D), and the states that enter each direction's
-    later blocks of time, (R, blocks - 1, N, D)."""
+    """Returns the output (R, T, D), and what the backward pass needs, which is empty unless `keep`.
+
+    The latter is the sum of the scans (R, T, D), and for each direction the states that enter the later blocks of time,
+    (R, blocks - 1, N, D).
+    """
     with torch.autocast(z.device.type, enabled=False):
         first, second = _directions(ahead, behind)
-        out = z.new_empty(z.shape, dtype=first.u.dtype)
-        # In the compute dtype where it is summed up: y, not its rounding, is what the gate multiplies.
+        out = z.new_empty(z.shape, dtype=first.inputs.u.dtype)
+        # Summed up in the compute dtype, so that the gate multiplies y before it is rounded.
         total = z.new_empty(z.shape, dtype=first.dtype)
-        entering = [x.A.new_empty(entering_shape(x.u, x.states, keep)) for x in (first, second)]
+        entering = [x.A.new_empty(entering_shape(x.inputs.u, x.states, keep)) for x in (first, second)]
 
         def close(y: Tensor, spare: Tensor, group: Group) -> None:
             sum_at = group.view(total)
@@ -44,28 +48,26 @@ def _gated_scan(
 
         forward(first, lambda y, _, group: group.view(total).copy_(y), entering[0])
         forward(second, close, entering[1])
-        return out, total if keep else total.new_empty(0), *entering
+        return out, total if keep else total.new_empty(0), entering[0], entering[1]
 
 
 @_gated_scan.register_fake
-def _(ahead, behind, z, keep):
-    dtypes = [compute_dtype(*tensors) for tensors in (ahead, behind)]
-    entering = [
-        z.new_empty(entering_shape(p[0], p[2].shape[1], keep), dtype=dtype)
-        for p, dtype in zip((ahead, behind), dtypes, strict=True)
-    ]
-    return (
-        z.new_empty(z.shape, dtype=ahead[0].dtype),
-        z.new_empty(z.shape if keep else 0, dtype=dtypes[0]),
-        *entering,
+def _(
+    ahead: Sequence[Tensor], behind: Sequence[Tensor], z: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first, second = ScanInputs(*ahead), ScanInputs(*behind)
+    by_first, by_second = (
+        z.new_empty(entering_shape(p.u, p.states, keep), dtype=p.compute_dtype) for p in (first, second)
     )
+    out = z.new_empty(z.shape, dtype=first.u.dtype)
+    return out, z.new_empty(z.shape if keep else 0, dtype=first.compute_dtype), by_first, by_second
 
 
 @torch.library.custom_op("avion::gated_scan_backward", mutates_args=())
 def _gated_scan_backward(
     d_out: Tensor, ahead: Sequence[Tensor], behind: Sequence[Tensor], z: Tensor, kept: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Gradients of the tensors of `ahead`, of those of `behind`, and of z."""
+    """Returns the gradients of the tensors of `ahead`, of those of `behind`, and of z."""
     total, *entering = kept
     dz = z.new_empty(z.shape)
 
@@ -80,13 +82,9 @@ def _gated_scan_backward(
         through_gate(out, spare, group)
 
     with torch.autocast(z.device.type, enabled=False):
-        grads = []
-        for p, x, load, states in zip(
-            (ahead, behind), _directions(ahead, behind), (through_gate_to_z, through_gate), entering, strict=True
-        ):
-            grads.extend(backward(x, load, states).as_inputs(p[2], p[5], p[6]))
-        return [*grads, dz]
+        first, second = _directions(ahead, behind)
+        by_first = backward(first, through_gate_to_z, entering[0])
+        return [*by_first, *backward(second, through_gate, entering[1]), dz]
 
 
-# Inputs of one direction are float64 where the other's are.
 gated_scan_torch = differentiable(_gated_scan, _gated_scan_backward)

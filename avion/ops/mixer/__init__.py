@@ -1,12 +1,13 @@
 """All of a bidirectional Mamba mixer (ViM, arXiv 2401.09417) between its input and its output projection, at once.
 
-With x, z the halves of xz (R, T, 2I), Q the rank of the step size, and each direction's own `MixerWeights`:
+x and z are the halves of xz (R, T, 2I), Q is the rank of the step size, and each direction has its own `MixerWeights`:
 
     u = SiLU(depthwise causal conv(x))      dt, B, C = x_proj u      y = scan of u with step softplus(dt_proj dt + bias)
     out = (y forward + y backward, time walked from its end) · SiLU(z)                             (R, T, I), xz's dtype
 
-The same as `causal_conv`, two products and `gated_scan`, for short rows on a CPU: there the tensors between them cost
-as much as the scan itself. `runs_whole` says whether it is made for a case; elsewhere the parts are called one by one.
+The result is that of `causal_conv`, two products and `gated_scan`. This package is for short rows on a CPU, where the
+tensors between these functions cost as much as the scan itself. `runs_whole` says whether a case is such a case; in all
+others the functions are called one by one.
 """
 
 from .torch_backend import MixerWeights, mixer_of_whole_rows, runs_whole

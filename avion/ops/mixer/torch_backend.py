@@ -1,11 +1,12 @@
-"""Plain PyTorch operators, a group of rows at a time: what lies between the projections never leaves the cache.
+"""Plain PyTorch operators, a group of rows at a time, so that what lies between the projections stays in the cache.
 
-Kept for backward are xz, the outputs of x_proj and the sum of both scans; u, the steps and the states are recomputed.
-The matrix products are in xz's dtype, as they are outside under autocast, all else in float32 (float64).
+Kept for the backward pass are xz, the outputs of x_proj and the sum of both scans; u, the step sizes and the states are
+recomputed. The matrix products are computed in xz's dtype, as autocast would do, and all else in float32, or in float64
+where an input is float64.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +14,23 @@ from torch import Tensor
 from avion.ops.buffers import Buffers, borrowed_buffers
 from avion.ops.gated_scan.autograd import differentiable
 from avion.ops.selective_scan import resolve_backend
-from avion.ops.selective_scan.torch_blocks import MAX_STEPS, Group, compute_dtype, whole_rows
+from avion.ops.selective_scan.inputs import Time, compute_dtype
+from avion.ops.selective_scan.torch_blocks import MAX_STEPS, Group, Kind, whole_rows
 from avion.ops.selective_scan.torch_walk import BackwardScratch, ParameterGradients, Parameters, Scratch
 
 
 class MixerWeights(NamedTuple):
-    """One direction's: conv (I, K), x_proj (Q+2N, I), dt_proj (I, Q), A (I, N); conv_bias, D and delta_bias (I,)."""
+    """The parameters of one direction.
+
+    Attributes:
+        conv: the taps of the convolution, (I, K).
+        conv_bias: (I,).
+        x_proj: the projection of u to dt, B and C, (Q + 2N, I).
+        dt_proj: the projection of dt to the step sizes, (I, Q).
+        A: negative decay rates, (I, N).
+        D: skip weights, (I,).
+        delta_bias: what is added to the step size before the softplus, (I,).
+    """
 
     conv: Tensor
     conv_bias: Tensor
@@ -30,7 +42,7 @@ class MixerWeights(NamedTuple):
 
 
 def runs_whole(xz: Tensor, backend: str) -> bool:
-    """Whether `mixer_of_whole_rows` is for this case: the torch backend on a CPU, rows of one block of time."""
+    """Returns whether `mixer_of_whole_rows` is for this case: the torch backend on a CPU, rows of one block of time."""
     float64 = xz.dtype == torch.float64
     on_cpu = xz.device.type == "cpu" and xz.shape[1] <= MAX_STEPS
     return on_cpu and resolve_backend(backend, xz.device, float64=float64) == "torch"
@@ -40,12 +52,13 @@ def runs_whole(xz: Tensor, backend: str) -> bool:
 
 
 class _Direction(Parameters):
-    """One direction's parameters: of the products in `linear`, the others in the compute dtype."""
+    """The parameters of one direction: those of the matrix products in the dtype `linear`, the others in `dtype`."""
 
     def __init__(self, tensors: Sequence[Tensor], reverse: bool, dtype: torch.dtype, linear: torch.dtype):
         conv, conv_bias, x_proj, dt_proj, A, D, delta_bias = tensors
-        super().__init__(A, D, delta_bias, dtype, reverse=reverse)
-        self.taps = list(conv.to(dtype).t().flip(0).contiguous().unbind(0))  # of x_t, of the step before, …
+        super().__init__(A, D, delta_bias, dtype, Time(reverse=reverse))
+        self.delta_bias = delta_bias.to(dtype)
+        self.taps = list(conv.to(dtype).t().flip(0).contiguous().unbind(0))  # the taps of x_t, of x_{t-1}, …
         self.conv_bias = conv_bias.to(dtype)
         self.x_proj, self.dt_proj = x_proj.to(linear), dt_proj.to(linear)
 
@@ -54,13 +67,13 @@ class _Direction(Parameters):
         return self.dt_proj.shape[1]
 
     def shifts(self, steps: int) -> Iterator[tuple[int, slice, slice]]:
-        """Each tap's number, the steps of y that it serves and the steps of x that it reads."""
+        """Yields the number of each tap, the steps of y to which the tap adds and the steps of x that it reads."""
         for s in range(min(len(self.taps), steps)):
             late, early = slice(s, steps), slice(0, steps - s)
-            yield (s, early, late) if self.reverse else (s, late, early)
+            yield (s, early, late) if self.time.reverse else (s, late, early)
 
     def convolve(self, x: Tensor, out: Tensor) -> None:
-        """x and out (blocks, steps, rows, I); before the SiLU."""
+        """Writes x, convolved, without the SiLU, to `out`; both are (blocks, steps, rows, I)."""
         for s, served, read in self.shifts(x.shape[1]):
             if s == 0:
                 torch.addcmul(self.conv_bias, x, self.taps[0], out=out)
@@ -68,17 +81,21 @@ class _Direction(Parameters):
                 out[:, served].addcmul_(x[:, read], self.taps[s])
 
 
-def _directions(ahead, behind, xz: Tensor) -> tuple[_Direction, _Direction]:
+def _directions(ahead: Sequence[Tensor], behind: Sequence[Tensor], xz: Tensor) -> tuple[_Direction, _Direction]:
     dtype = compute_dtype(xz, *ahead, *behind)
     return _Direction(ahead, False, dtype, xz.dtype), _Direction(behind, True, dtype, xz.dtype)
 
 
-class _Space:
-    """The buffers of a group that both directions share, (blocks, steps, rows, I) and flat (M, I) of its M tokens, and
-    each direction's walk through its blocks, all in the same memory."""
+class _Space(Generic[Kind]):
+    """The buffers of a group, all in the same memory.
 
-    def __init__(self, kind: type[Scratch], buffers: Buffers, directions: Sequence[_Direction], group: Group):
+    Both directions share conv and u, (blocks, steps, rows, I), and u_flat, (M, I) with the group's M tokens. Each
+    direction has a walk through the group's blocks.
+    """
+
+    def __init__(self, kind: type[Kind], buffers: Buffers, directions: Sequence[_Direction], group: Group):
         shape = (group.blocks, group.steps.stop, group.rows)
+        self.directions = directions
         self.walks = [kind(buffers, p, *shape) for p in directions]
         channels = directions[0].A.shape[1]
         self.conv, self.u = (buffers.view(name, *shape, channels) for name in ("conv", "u"))
@@ -86,25 +103,24 @@ class _Space:
         for walk in self.walks:
             walk.u = self.u
 
-    def steps_of(self, walk: Scratch, projected: Tensor) -> None:
-        """All that the walk wants, from `projected`, dt, B and C of the group's tokens."""
-        p: _Direction = walk.p
+    def steps_of(self, p: _Direction, walk: Scratch, projected: Tensor) -> None:
+        """Fills the buffers of a direction's walk from `projected`: dt, B and C of the group's tokens."""
         dt, B, C = projected.split([p.rank, p.states, p.states], dim=-1)
         raw = walk.raw.flatten(0, 2)
         if dt.dtype == raw.dtype:
-            torch.addmm(p.bias, dt, p.dt_proj.t(), out=raw)
+            torch.addmm(p.delta_bias, dt, p.dt_proj.t(), out=raw)
         else:
-            torch.add(dt @ p.dt_proj.t(), p.bias, out=raw)
+            torch.add(dt @ p.dt_proj.t(), p.delta_bias, out=raw)
         walk.B.flatten(0, 2).copy_(B)
         walk.C.flatten(0, 2).copy_(C)
         walk.derive()
 
 
 def _spaces(
-    kind: type[Scratch], buffers: Buffers, directions: Sequence[_Direction], xz: Tensor
-) -> Iterator[tuple[Group, slice, _Space]]:
-    """Every group of rows, its tokens among all, and buffers for it."""
-    made: dict[tuple[int, int], _Space] = {}
+    kind: type[Kind], buffers: Buffers, directions: Sequence[_Direction], xz: Tensor
+) -> Iterator[tuple[Group, slice, _Space[Kind]]]:
+    """Yields every group of rows, the places of the group's tokens among all tokens, and buffers for the group."""
+    made: dict[tuple[int, int], _Space[Kind]] = {}
     shape = torch.Size((*xz.shape[:2], xz.shape[2] // 2))
     for group in whole_rows(shape, directions[0].states, xz.device):
         key = (group.blocks, group.rows)
@@ -115,7 +131,7 @@ def _spaces(
 
 
 def _halves(xz: Tensor, group: Group, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x and z of the group, (blocks, steps, rows, I), in the compute dtype."""
+    """Returns x and z of the group, (blocks, steps, rows, I), in the compute dtype."""
     x, z = group.view(xz).chunk(2, dim=-1)
     return x.to(dtype), z.to(dtype)
 
@@ -127,8 +143,11 @@ def _halves(xz: Tensor, group: Group, dtype: torch.dtype) -> tuple[Tensor, Tenso
 def _mixer(
     ahead: Sequence[Tensor], behind: Sequence[Tensor], xz: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output (R, T, I); and if `keep` the sum of the scans (R·T, I) and each direction's output of x_proj
-    (R·T, Q+2N), tokens in the order of the groups' buffers."""
+    """Returns the output (R, T, I), and what the backward pass needs, which is empty unless `keep`.
+
+    The latter is the sum of the scans (R·T, I) and each direction's output of x_proj (R·T, Q+2N), with the tokens in
+    the order of the groups' buffers.
+    """
     with torch.autocast(xz.device.type, enabled=False):
         directions = _directions(ahead, behind, xz)
         dtype, tokens, channels = directions[0].dtype, xz.shape[0] * xz.shape[1], xz.shape[2] // 2
@@ -139,8 +158,8 @@ def _mixer(
             for group, at, space in _spaces(Scratch, buffers, directions, xz):
                 x, z = _halves(xz, group, dtype)
                 both = total[at].view_as(space.u) if keep else buffers.view("total", *space.u.shape)
-                for walk, of_x in zip(space.walks, projected, strict=True):
-                    y = _forward_group(space, walk, x, of_x[at])
+                for p, walk, of_x in zip(directions, space.walks, projected, strict=True):
+                    y = _forward_group(space, p, walk, x, of_x[at])
                     if walk is space.walks[0]:
                         both.copy_(y)
                     else:
@@ -149,35 +168,34 @@ def _mixer(
                 group.view(out).copy_(gate.mul_(both))
         if not keep:
             projected = [p.new_empty(0, p.shape[1]) for p in projected]
-        return out, total, *projected
+        return out, total, projected[0], projected[1]
 
 
-def _forward_group(space: _Space, walk: Scratch, x: Tensor, projected: Tensor) -> Tensor:
-    """y of the group; writes `projected`."""
-    p: _Direction = walk.p
+def _forward_group(space: _Space[Scratch], p: _Direction, walk: Scratch, x: Tensor, projected: Tensor) -> Tensor:
+    """Returns y of the group; writes `projected`."""
     p.convolve(x, out=space.conv)
     torch.ops.aten.silu.out(space.conv, out=space.u)
     torch.mm(space.u_flat.to(projected.dtype), p.x_proj.t(), out=projected)
-    space.steps_of(walk, projected)
+    space.steps_of(p, walk, projected)
     return walk.forward()
 
 
 @_mixer.register_fake
-def _(ahead, behind, xz, keep):
+def _(
+    ahead: Sequence[Tensor], behind: Sequence[Tensor], xz: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, steps, channels = xz.shape[0], xz.shape[1], xz.shape[2] // 2
     tokens = rows * steps if keep else 0
-    return (
-        xz.new_empty(rows, steps, channels),
-        xz.new_empty(tokens, channels, dtype=compute_dtype(xz, *ahead, *behind)),
-        *(xz.new_empty(tokens, len(p[2])) for p in (ahead, behind)),
-    )
+    by_ahead, by_behind = (xz.new_empty(tokens, len(MixerWeights(*p).x_proj)) for p in (ahead, behind))
+    total = xz.new_empty(tokens, channels, dtype=compute_dtype(xz, *ahead, *behind))
+    return xz.new_empty(rows, steps, channels), total, by_ahead, by_behind
 
 
 # ---- backward --------------------------------------------------------------------------------------------
 
 
 class _Gradients(ParameterGradients):
-    """Those of all of a direction's parameters."""
+    """The running sums of the gradients of all parameters of a direction."""
 
     def __init__(self, p: _Direction):
         super().__init__(p)
@@ -185,9 +203,8 @@ class _Gradients(ParameterGradients):
         self.x_proj, self.dt_proj = (torch.zeros_like(w, dtype=p.dtype) for w in (p.x_proj, p.dt_proj))
 
     def as_inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        found = (
-            self.taps.flip(0).t(), self.conv_bias, self.x_proj, self.dt_proj, self.A.t(), self.D, self.bias
-        )  # fmt: skip
+        taps = self.taps.flip(0).t()
+        found = MixerWeights(taps, self.conv_bias, self.x_proj, self.dt_proj, self.A.t(), self.D, self.bias)
         return [gradient.contiguous().to(t.dtype) for gradient, t in zip(found, tensors, strict=True)]
 
 
@@ -195,7 +212,7 @@ class _Gradients(ParameterGradients):
 def _mixer_backward(
     d_out: Tensor, ahead: Sequence[Tensor], behind: Sequence[Tensor], xz: Tensor, kept: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Gradients of the tensors of `ahead`, of those of `behind`, and of xz."""
+    """Returns the gradients of the tensors of `ahead`, of those of `behind`, and of xz."""
     total, *projected = kept
     with torch.autocast(xz.device.type, enabled=False):
         directions = _directions(ahead, behind, xz)
@@ -207,35 +224,41 @@ def _mixer_backward(
                 _through_gate(space, group.view(d_out), total[at].view_as(space.u), z, out=dx)
                 to_x, to_z = group.view(d_xz).chunk(2, dim=-1)
                 to_z.copy_(dx)
-                for walk, of_x, grad in zip(space.walks, projected, grads, strict=True):
-                    _recompute(space, walk, x, of_x[at])
-                    _backward_group(space, walk, of_x[at], grad, buffers)
-                    _convolve_backward(walk, space, x, dx, grad)
+                for p, walk, of_x, grad in zip(directions, space.walks, projected, grads, strict=True):
+                    _recompute(space, p, walk, x, of_x[at])
+                    _backward_group(space, p, walk, of_x[at], grad, buffers)
+                    _convolve_backward(space, p, walk, x, dx, grad)
                 to_x.copy_(dx)
         by_direction = (g.as_inputs(p) for g, p in zip(grads, (ahead, behind), strict=True))
         return [*(tensor for tensors in by_direction for tensor in tensors), d_xz]
 
 
-def _through_gate(space: _Space, d_out: Tensor, total: Tensor, z: Tensor, out: Tensor) -> None:
-    """The gradient of z in `out`, that of both scans in their dy."""
+def _through_gate(space: _Space[BackwardScratch], d_out: Tensor, total: Tensor, z: Tensor, out: Tensor) -> None:
+    """Writes the gradient of z to `out`, and the gradient of the sum of both scans to their common buffer dy."""
     dy = space.walks[0].dy
     torch.mul(d_out, total, out=dy)
     torch.ops.aten.silu_backward.grad_input(dy, z, grad_input=out)
     torch.ops.aten.silu.out(z, out=dy).mul_(d_out)
 
 
-def _recompute(space: _Space, walk: BackwardScratch, x: Tensor, projected: Tensor) -> None:
-    """Everything that forward had but the states."""
-    walk.p.convolve(x, out=space.conv)
+def _recompute(
+    space: _Space[BackwardScratch], p: _Direction, walk: BackwardScratch, x: Tensor, projected: Tensor
+) -> None:
+    """Recomputes everything that the forward pass had, except for the states."""
+    p.convolve(x, out=space.conv)
     torch.ops.aten.silu.out(space.conv, out=space.u)
-    space.steps_of(walk, projected)
+    space.steps_of(p, walk, projected)
 
 
 def _backward_group(
-    space: _Space, walk: BackwardScratch, projected: Tensor, grads: _Gradients, buffers: Buffers
+    space: _Space[BackwardScratch],
+    p: _Direction,
+    walk: BackwardScratch,
+    projected: Tensor,
+    grads: _Gradients,
+    buffers: Buffers,
 ) -> None:
-    """The gradient of u, in walk.d_step_u; adds to the parameters' but for the convolution's."""
-    p: _Direction = walk.p
+    """Writes the gradient of u to walk.d_step_u, and adds to the parameters' gradients except the convolution's."""
     walk.backward(None, None, grads)
     d_raw, du = (t.flatten(0, 2) for t in (walk.d_step, walk.d_step_u))
     linear = projected.dtype
@@ -256,19 +279,22 @@ def _backward_group(
     du.add_(d_projected @ p.x_proj)
 
 
-def _convolve_backward(walk: BackwardScratch, space: _Space, x: Tensor, dx: Tensor, grads: _Gradients) -> None:
-    """Adds the gradients of the convolution's parameters; that of x is written to `dx` by the direction ahead, added by
-    the other."""
-    p: _Direction = walk.p
+def _convolve_backward(
+    space: _Space[BackwardScratch], p: _Direction, walk: BackwardScratch, x: Tensor, dx: Tensor, grads: _Gradients
+) -> None:
+    """Adds the gradients of the convolution's parameters.
+
+    The direction ahead writes its gradient of x to `dx`; the direction behind adds its own.
+    """
     d_conv = walk.d_step
     torch.ops.aten.silu_backward.grad_input(walk.d_step_u, space.conv, grad_input=d_conv)
     grads.conv_bias += d_conv.sum((0, 1, 2))
     for s, served, read in p.shifts(x.shape[1]):
         of_y = d_conv[:, served]
-        # In one piece, whatever the steps: sums over slices take ten times as long.
+        # In one piece for any number of steps, because sums over slices take ten times as long.
         product = space.u.view(-1)[: of_y.numel()].view(of_y.shape)
         grads.taps[s] += torch.mul(of_y, x[:, read], out=product).sum((0, 1, 2))
-        if s == 0 and not p.reverse:
+        if s == 0 and not p.time.reverse:
             torch.mul(of_y, p.taps[0], out=dx)
         else:
             dx[:, read].addcmul_(of_y, p.taps[s])
@@ -278,15 +304,15 @@ _run = differentiable(_mixer, _mixer_backward)
 
 
 def mixer_of_whole_rows(xz: Tensor, forward: MixerWeights, backward: MixerWeights) -> Tensor:
-    """The package's docstring has the maths; T at most 32.
+    """Computes a bidirectional mixer between its projections. The package's docstring has the maths.
 
     Args:
-        xz: (R, T, 2I), any strides.
+        xz: the output of the input projection, (R, T, 2I), of any strides; T is at most 32.
         forward: the parameters of the direction along time.
-        backward: those of the direction from its end.
+        backward: the parameters of the direction from the end of time.
 
     Returns:
-        (R, T, I) in xz's dtype; gradients flow to xz and every parameter.
+        The input of the output projection, (R, T, I) in xz's dtype. Gradients flow to xz and every parameter.
 
     Raises:
         ValueError: T is 0, or more than 32.

@@ -1,4 +1,4 @@
-"""`selective_scan` and the table of its backends. The package's docstring has the shapes and the maths."""
+"""`selective_scan` and the table of its backends. The docstring of the package has the shapes and the maths."""
 
 import difflib
 import functools
@@ -14,6 +14,7 @@ from avion.errors import UserError
 from avion.ops import choices
 
 from . import mamba_ssm
+from .inputs import ScanInputs, Time
 from .reference import selective_scan_reference, selective_scan_with_state_reference
 from .state_steps import with_state_by_steps
 from .torch_backend import selective_scan_torch, selective_scan_with_state_torch
@@ -30,18 +31,25 @@ def _runs_anywhere(device: torch.device) -> str | None:
 
 @dataclass(frozen=True)
 class Backend:
-    """`run` takes selective_scan's arguments less `backend`, positionally; `unavailable(device)` gives the
-    reason why it cannot run on that device, or None where it can. `auto_on`: the types of device on which `auto`
-    considers it (None: all). `float64`: whether it computes in float64 where an input is. `run_with_state` takes the
-    initial state after run's arguments and returns (y, final state); None where the kernels know no such states."""
+    """One way to compute the scan.
 
-    run: Callable[..., torch.Tensor]
+    Attributes:
+        run: computes y from the inputs.
+        unavailable: returns the reason why the backend cannot run on a device, None where it can.
+        auto_on: the types of device on which `auto` considers the backend; None means all.
+        float64: whether the backend computes in float64 where an input is float64.
+        run_with_state: takes an initial state as well, and returns y and the final state; None where the kernels take
+            and return no states.
+    """
+
+    run: Callable[[ScanInputs, Time], torch.Tensor]
     unavailable: Callable[[torch.device], str | None] = _runs_anywhere
     auto_on: tuple[str, ...] | None = None
     float64: bool = True
-    run_with_state: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+    run_with_state: Callable[[ScanInputs, Time, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def in_auto(self, device: torch.device) -> bool:
+        """Returns whether `auto` may take this backend on the device."""
         return (self.auto_on is None or device.type in self.auto_on) and self.unavailable(device) is None
 
 
@@ -53,16 +61,15 @@ def _triton_unavailable(device: torch.device) -> str | None:
     return "its kernels are for GPUs (on a CPU for tests only, slowly, with TRITON_INTERPRET=1)"
 
 
-def _run_triton(*arguments) -> torch.Tensor:
-    from .triton_backend import (
-        selective_scan_triton,
-    )  # only where there is a GPU for it: triton takes a while to import
+def _run_triton(inputs: ScanInputs, time: Time) -> torch.Tensor:
+    # Imported only where there is a GPU for it, because the import of triton takes a while.
+    from .triton_backend import selective_scan_triton
 
-    return selective_scan_triton(*arguments)
+    return selective_scan_triton(inputs, time)
 
 
-# `auto` takes the first one that can run, the fastest come first, unless measurements on this GPU say otherwise.
-_BACKENDS: dict[str, Backend] = {
+# The fastest come first: `auto` takes the first one that can run, unless measurements on this GPU say otherwise.
+BACKENDS: dict[str, Backend] = {
     "triton": Backend(_run_triton, _triton_unavailable, auto_on=("cuda",), float64=False),
     "mamba_ssm": Backend(
         mamba_ssm.selective_scan_mamba_ssm,
@@ -77,21 +84,25 @@ _logged_picks: set[tuple[str, str]] = set()
 
 
 def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
-    """Names of the backends that can run on `device`, in the order in which `auto` prefers them."""
+    """Returns the names of the backends that can run on `device`, in the order in which `auto` prefers them."""
     device = torch.device(device)
-    return tuple(name for name, backend in _BACKENDS.items() if backend.unavailable(device) is None)
+    return tuple(name for name, backend in BACKENDS.items() if backend.unavailable(device) is None)
 
 
 def backend_names() -> tuple[str, ...]:
-    """Names of all backends, whether they can run here or not."""
-    return tuple(_BACKENDS)
+    """Returns the names of all backends, whether they can run here or not."""
+    return tuple(BACKENDS)
 
 
 def check_backend_name(name: str) -> None:
-    """Raises UserError with the near names where `name` is neither `auto` nor a backend's."""
-    if name == "auto" or name in _BACKENDS:
+    """Checks that a backend has this name, or that the name is `auto`.
+
+    Raises:
+        UserError: no backend has this name; the message lists similar names.
+    """
+    if name == "auto" or name in BACKENDS:
         return
-    names = ["auto", *_BACKENDS]
+    names = ["auto", *BACKENDS]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names
     raise UserError(f"scan backend {name!r} does not exist: did you mean {' or '.join(near)}?")
 
@@ -104,18 +115,24 @@ def resolve_backend(
     like: torch.Tensor | None = None,
     states: int = 0,
 ) -> str:
-    """The name of the backend that `name` means on `device`, where `float64` says whether an input is of that dtype.
+    """Returns the name of the backend that runs on `device` when the user asks for `name`.
 
-    For tensors like `like` (R, T, D) with N states, `auto` takes what was measured to be the fastest on this GPU, if
-    anything was (`avion.ops.choices`).
+    Args:
+        name: a backend's name, or `auto`.
+        device: where the tensors are.
+        float64: whether an input is float64.
+        like: a tensor (R, T, D) of the scan. With it `auto` takes the backend that was measured to be the fastest for
+            such tensors on this GPU, if any was (`avion.ops.choices`).
+        states: N, the number of states per channel.
 
-    Raises UserError for an unknown name (with the near ones) and for one that cannot run there (with the reason).
+    Raises:
+        UserError: no backend has this name, or the backend cannot run there; the message gives the reason.
     """
     device = torch.device(device)
     check_backend_name(name)
     if name != "auto":
-        reason = _BACKENDS[name].unavailable(device)
-        if reason is None and float64 and not _BACKENDS[name].float64:
+        reason = BACKENDS[name].unavailable(device)
+        if reason is None and float64 and not BACKENDS[name].float64:
             reason = "it computes in float32 and an input is float64"
         if reason is not None:
             runnable = " or ".join(n for n in available_backends(device) if n != name)
@@ -124,14 +141,14 @@ def resolve_backend(
     measured = None if like is None or float64 else _measured_choice(device, like, states)
     if measured is not None:
         return measured
-    for candidate, backend in _BACKENDS.items():
+    for candidate, backend in BACKENDS.items():
         if backend.in_auto(device) and (backend.float64 or not float64):
             _log_pick(device.type, candidate)
             return candidate
     raise AssertionError("the reference runs everywhere")
 
 
-# A compiled graph takes what is found when it is compiled: the file is not read within it.
+# The file is read when a graph is compiled, not when the graph runs.
 @torch.compiler.assume_constant_result
 def _fastest_of_class(device: torch.device, steps: int, channels: int, states: int, dtype: torch.dtype) -> str | None:
     choice = choices.fastest(device, steps, channels, states, dtype)
@@ -142,7 +159,7 @@ def _fastest_of_class(device: torch.device, steps: int, channels: int, states: i
 
 
 def _measured_choice(device: torch.device, like: torch.Tensor, states: int) -> str | None:
-    if device.type != "cuda" or not isinstance(like.shape[1], int):  # in graphs for any T nothing is known of it
+    if device.type != "cuda" or not isinstance(like.shape[1], int):  # a graph for any T knows no T
         return None
     return _fastest_of_class(device, like.shape[1], like.shape[2], states, like.dtype)
 
@@ -167,14 +184,31 @@ def selective_scan(
     reverse: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """y (R, T, D) of the recurrence; gradients flow to every tensor argument.
+    """Computes the selective scan (Mamba, arXiv 2312.00752, section 3.3). Gradients flow to every tensor.
 
-    Raises UserError for a backend that does not exist or cannot run, ValueError for shapes that do not fit.
+    Args:
+        u: the input, (R, T, D).
+        delta: the step size before bias and softplus, (R, T, D).
+        A: negative decay rates, (D, N).
+        B: input vectors, (R, T, N).
+        C: output vectors, (R, T, N).
+        D: skip weights, (D,).
+        delta_bias: what is added to delta before the softplus, (D,), or None.
+        delta_softplus: whether the step size is the softplus of delta and its bias, or their plain sum.
+        reverse: whether time is walked from the last step to the first.
+        backend: a backend's name, or `auto`.
+
+    Returns:
+        y, (R, T, D) in u's dtype.
+
+    Raises:
+        UserError: the backend does not exist or cannot run.
+        ValueError: the shapes do not fit.
     """
-    check_shapes(u, delta, A, B, C, D, delta_bias)
-    float64 = any(x is not None and x.dtype == torch.float64 for x in (u, delta, A, B, C, D, delta_bias))
-    run = _BACKENDS[resolve_backend(backend, u.device, float64=float64, like=u, states=A.shape[1])].run
-    return run(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
+    inputs = ScanInputs(u, delta, A, B, C, D, delta_bias)
+    check_shapes(inputs)
+    name = resolve_backend(backend, u.device, float64=_is_float64(inputs), like=u, states=inputs.states)
+    return BACKENDS[name].run(inputs, Time(delta_softplus, reverse))
 
 
 def selective_scan_with_state(
@@ -191,31 +225,60 @@ def selective_scan_with_state(
     initial_state: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One piece of a sequence: y (R, T, D), and the state (R, N, D) after the last step in walking order, in float32
-    (float64 where an input is). `initial_state`: what the piece before returned, None for zeros.
+    """Scans one piece of a long sequence, for inference.
 
-    Inference only: raises ValueError where a gradient would be expected, else as `selective_scan`.
+    Args:
+        u: the input, (R, T, D).
+        delta: the step size before bias and softplus, (R, T, D).
+        A: negative decay rates, (D, N).
+        B: input vectors, (R, T, N).
+        C: output vectors, (R, T, N).
+        D: skip weights, (D,).
+        delta_bias: what is added to delta before the softplus, (D,), or None.
+        delta_softplus: whether the step size is the softplus of delta and its bias, or their plain sum.
+        reverse: whether time is walked from the last step to the first.
+        initial_state: the state that the call for the piece before returned, (R, N, D); None means zeros.
+        backend: a backend's name, or `auto`.
+
+    Returns:
+        y, (R, T, D) in u's dtype, and the state (R, N, D) after the last step in walking order, in float32 (float64
+        where an input is float64).
+
+    Raises:
+        UserError: the backend does not exist or cannot run.
+        ValueError: the shapes do not fit, or a gradient would be expected.
     """
-    check_shapes(u, delta, A, B, C, D, delta_bias)
+    inputs = ScanInputs(u, delta, A, B, C, D, delta_bias)
+    check_shapes(inputs)
     state_shape = (u.shape[0], A.shape[1], A.shape[0])
     if initial_state is not None and initial_state.shape != state_shape:
         raise ValueError(f"selective_scan: initial_state must be {state_shape}, got {_shape(initial_state)}")
-    given = [x for x in (u, delta, A, B, C, D, delta_bias, initial_state) if x is not None]
+    given = inputs.given() + ([] if initial_state is None else [initial_state])
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):
         raise ValueError("selective_scan_with_state: no gradient flows through states; call it under torch.no_grad()")
     name = resolve_backend(backend, u.device, float64=any(x.dtype == torch.float64 for x in given))
-    arguments = (u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, initial_state)
-    run = _BACKENDS[name].run_with_state
-    return with_state_by_steps(_BACKENDS[name].run, *arguments) if run is None else run(*arguments)
+    run, time = BACKENDS[name].run_with_state, Time(delta_softplus, reverse)
+    if run is None:
+        return with_state_by_steps(BACKENDS[name].run, inputs, time, initial_state)
+    return run(inputs, time, initial_state)
 
 
-def check_shapes(u, delta, A, B, C, D, delta_bias) -> None:
-    """Raises ValueError, naming the tensor, where shapes are not those of the package's docstring."""
+def _is_float64(inputs: ScanInputs) -> bool:
+    return inputs.compute_dtype == torch.float64
+
+
+def check_shapes(inputs: ScanInputs) -> None:
+    """Checks that the shapes are those of the package's docstring.
+
+    Raises:
+        ValueError: a shape does not fit; the message names the tensor.
+    """
+    u, delta, A, B, C, D, delta_bias = inputs
     if u.ndim != 3 or A.ndim != 2:
         raise ValueError(f"selective_scan: u must be (R, T, D) and A (D, N), got {_shape(u)} and {_shape(A)}")
     rows, steps, channels = u.shape
     states = A.shape[1]
-    expected = {
+    expected: dict[str, tuple[torch.Tensor | None, tuple[int, ...]]] = {
         "delta": (delta, (rows, steps, channels)),
         "A": (A, (channels, states)),
         "B": (B, (rows, steps, states)),

@@ -1,18 +1,20 @@
 """The scan with plain PyTorch operators, in blocks small enough for the cache, on any device.
 
-A block is some rows × up to MAX_STEPS steps. Blocks are prepared in groups, since the (rows, steps, D)-sized work
-around them is too little for a block at a time. Scratch (`torch_walk.py`), and all views of it, are made once per call,
-and on a CPU its memory is kept for the next call. `docs/scan.md` has the maths and the measurements.
+A block is some rows × up to MAX_STEPS steps. Blocks are prepared in groups, because the work of size (rows, steps, D)
+around a block is too little for one call of an operator. The scratch memory (`torch_walk.py`) and all views of it are
+made once per call, and on a CPU the memory is kept for the next call. `docs/scan.md` has the maths and the
+measurements.
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from avion.ops.buffers import Buffers, borrowed_buffers
 
+from .inputs import ScanGradients, ScanInputs, Time
 from .torch_walk import BackwardScratch, ParameterGradients, Parameters, Scratch
 
 MAX_STEPS = 32  # per block; the states kept for backward take N / MAX_STEPS of u's size
@@ -21,23 +23,29 @@ MAX_STEPS = 32  # per block; the states kept for backward take N / MAX_STEPS of 
 # ---- how the work is cut ---------------------------------------------------------------------------------
 
 
-class _Budget(NamedTuple):
-    """Elements of one scratch buffer of (steps, rows, N, D) and of one of a group's (…, D) buffers."""
+class Budget(NamedTuple):
+    """How large buffers may be.
+
+    Attributes:
+        block: the number of elements of one scratch buffer of a block, (steps, rows, N, D).
+        group: the number of elements of one buffer of a group, (…, D).
+    """
 
     block: int
     group: int
 
 
-def _budget(device: torch.device) -> _Budget:
+def budget(device: torch.device) -> Budget:
+    """Returns how large buffers may be on a device."""
     if device.type == "cpu":
-        # With fewer elements calls cost more than their work, with more the scratch leaves the cache.
-        return _Budget(block=400_000 * torch.get_num_threads(), group=200_000 * torch.get_num_threads())
+        # With fewer elements the calls cost more than their work; with more the scratch memory leaves the cache.
+        return Budget(block=400_000 * torch.get_num_threads(), group=200_000 * torch.get_num_threads())
     # Launching kernels costs more than memory traffic saves.
-    return _Budget(block=32_000_000, group=32_000_000)
+    return Budget(block=32_000_000, group=32_000_000)
 
 
 class Group(NamedTuple):
-    """`blocks` blocks of `rows` rows from row `start` on, all over the steps `steps`."""
+    """`blocks` blocks of `rows` rows each, from row `start` on, all over the steps `steps`."""
 
     start: int
     blocks: int
@@ -46,18 +54,19 @@ class Group(NamedTuple):
 
     @property
     def slice(self) -> slice:
+        """The rows of the group."""
         return slice(self.start, self.start + self.blocks * self.rows)
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The group's part of `tensor` (R, T, X), as (blocks, steps, rows, X)."""
+        """Returns the group's part of `tensor` (R, T, X) as a view (blocks, steps, rows, X)."""
         return tensor[self.slice, self.steps].unflatten(0, (self.blocks, self.rows)).transpose(1, 2)
 
 
-def _cut_rows(u_shape: torch.Size, states: int, budget: _Budget) -> Iterator[tuple[int, int, int]]:
-    """Start, blocks and rows of a block, of each group."""
+def _cut_rows(u_shape: torch.Size, states: int, limits: Budget) -> Iterator[tuple[int, int, int]]:
+    """Yields, for each group, the first row, the number of blocks and the rows of a block."""
     rows, steps, channels = u_shape[0], min(u_shape[1], MAX_STEPS), u_shape[2]
-    in_block = max(1, min(rows, budget.block // (steps * states * channels)))
-    in_group = max(1, budget.group // (steps * channels * in_block))
+    in_block = max(1, min(rows, limits.block // (steps * states * channels)))
+    in_group = max(1, limits.group // (steps * channels * in_block))
     start = 0
     while start < rows:
         blocks = min(in_group, (rows - start) // in_block)
@@ -66,59 +75,63 @@ def _cut_rows(u_shape: torch.Size, states: int, budget: _Budget) -> Iterator[tup
 
 
 def whole_rows(shape: torch.Size, states: int, device: torch.device) -> Iterator[Group]:
-    """The groups of (R, T, D), T at most MAX_STEPS: each row's time in one piece."""
-    for start, blocks, rows in _cut_rows(shape, states, _budget(device)):
+    """Yields the groups of a tensor (R, T, D), T at most MAX_STEPS: each row's time is in one piece."""
+    for start, blocks, rows in _cut_rows(shape, states, budget(device)):
         yield Group(start, blocks, rows, slice(0, shape[1]))
 
 
 def _cut_steps(steps: int, reverse: bool) -> list[slice]:
-    """Time in blocks of MAX_STEPS, in walking order."""
+    """Cuts time into blocks of MAX_STEPS, in walking order."""
     cuts = [slice(t, min(t + MAX_STEPS, steps)) for t in range(0, steps, MAX_STEPS)]
     return cuts[::-1] if reverse else cuts
 
 
 def entering_shape(u: Tensor, states: int, keep: bool) -> tuple[int, ...]:
-    """Of the states that enter the second and later blocks of time, (R, blocks - 1, N, D)."""
+    """Returns the shape of the states that enter the second and later blocks of time, (R, blocks - 1, N, D).
+
+    Args:
+        u: the input, (R, T, D).
+        states: N, the number of states per channel.
+        keep: whether the states are kept; without it there are no blocks.
+    """
     later_blocks = (u.shape[1] + MAX_STEPS - 1) // MAX_STEPS - 1 if keep else 0
     return (u.shape[0], later_blocks, states, u.shape[2])
 
 
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if double else torch.float32
+class Direction(Parameters):
+    """The inputs of one direction, those without rows in the compute dtype, and how the rows and steps are cut."""
 
-
-class Inputs(Parameters):
-    """One direction's inputs, those without rows in the compute dtype."""
-
-    def __init__(self, u, delta, A, B, C, D, delta_bias, softplus: bool = True, reverse: bool = False):
-        super().__init__(A, D, delta_bias, compute_dtype(u, delta, A, B, C, D, delta_bias), softplus, reverse)
-        self.u, self.delta, self.B, self.C = u, delta, B, C
-        self.steps = _cut_steps(u.shape[1], reverse)
-        self.rows = list(_cut_rows(u.shape, A.shape[1], _budget(u.device)))
+    def __init__(self, inputs: ScanInputs, time: Time):
+        super().__init__(inputs.A, inputs.D, inputs.delta_bias, inputs.compute_dtype, time)
+        self.inputs = inputs
+        self.steps = _cut_steps(inputs.u.shape[1], time.reverse)
+        self.rows = list(_cut_rows(inputs.u.shape, inputs.states, budget(inputs.u.device)))
 
     def load(self, scratch: Scratch, group: Group) -> None:
-        """Fills the group's buffers; u is read where it lies."""
-        u = group.view(self.u)
+        """Fills the group's buffers; u is not copied."""
+        u = group.view(self.inputs.u)
         scratch.u = u if u.dtype == self.dtype else u.to(self.dtype)
-        delta = group.view(self.delta)
+        delta = group.view(self.inputs.delta)
         if self.bias is None:
             scratch.raw.copy_(delta)
         else:
             torch.add(delta, self.bias, out=scratch.raw)
-        scratch.B.copy_(group.view(self.B))
-        scratch.C.copy_(group.view(self.C))
+        scratch.B.copy_(group.view(self.inputs.B))
+        scratch.C.copy_(group.view(self.inputs.C))
         scratch.derive()
 
 
-class _Scratches:
-    """Scratch for each group shape that occurs, all in the same memory."""
+Kind = TypeVar("Kind", bound=Scratch)
 
-    def __init__(self, kind: type[Scratch], buffers: Buffers, x: Inputs):
+
+class _Scratches(Generic[Kind]):
+    """The scratch memory of each group shape that occurs, all of it in the same buffers."""
+
+    def __init__(self, kind: type[Kind], buffers: Buffers, x: Direction):
         self._make, self._buffers, self._x = kind, buffers, x
-        self._by_shape: dict[tuple[int, int, int], Scratch] = {}
+        self._by_shape: dict[tuple[int, int, int], Kind] = {}
 
-    def loaded(self, group: Group) -> Scratch:
+    def loaded(self, group: Group) -> Kind:
         shape = (group.blocks, group.steps.stop - group.steps.start, group.rows)
         if shape not in self._by_shape:
             self._by_shape[shape] = self._make(self._buffers, self._x, *shape)
@@ -129,16 +142,27 @@ class _Scratches:
 
 # ---- forward ---------------------------------------------------------------------------------------------
 
-# store(y, spare, group): y of the group, (blocks, steps, rows, D), and a buffer like it.
-Store = Callable[[Tensor, Tensor, Group], None]
+# store(y, spare, group): y of the group, (blocks, steps, rows, D), and a spare buffer of this shape.
+Store = Callable[[Tensor, Tensor, Group], object]
 
 
 def forward(
-    x: Inputs, store: Store, entering: Tensor | None = None, initial: Tensor | None = None, final: Tensor | None = None
+    x: Direction,
+    store: Store,
+    entering: Tensor | None = None,
+    initial: Tensor | None = None,
+    final: Tensor | None = None,
 ) -> None:
-    """Hands y to `store`, group by group. Writes `entering`, of entering_shape, and `final` (R, N, D), the state after
-    the last step in walking order. `initial` (R, N, D) is the state before the first one."""
-    with borrowed_buffers(x.dtype, x.u.device) as buffers:
+    """Walks one direction forward.
+
+    Args:
+        x: the direction.
+        store: is called with y of each group.
+        entering: where the states are written that enter the second and later blocks of time, of `entering_shape`.
+        initial: the state before the first step, (R, N, D); None means zeros.
+        final: where the state after the last step in walking order is written, (R, N, D).
+    """
+    with borrowed_buffers(x.dtype, x.inputs.u.device) as buffers:
         scratches = _Scratches(Scratch, buffers, x)
         for start, blocks, rows in x.rows:
             carry = None if initial is None else initial[start : start + blocks * rows]
@@ -158,34 +182,47 @@ def forward(
 
 # ---- backward --------------------------------------------------------------------------------------------
 
-# load_dy(out, spare, group): writes the gradient of y at the group, (blocks, steps, rows, D).
-LoadDy = Callable[[Tensor, Tensor, Group], None]
+# load_dy(out, spare, group): writes the gradient of y at the group, (blocks, steps, rows, D), to `out`.
+LoadDy = Callable[[Tensor, Tensor, Group], object]
 
 
 class Gradients(ParameterGradients):
-    """What backward fills: full-size gradients in their inputs' dtypes, and running sums."""
+    """What the backward pass fills: gradients in the dtypes of the inputs, and the running sums of the parameters'."""
 
-    def __init__(self, x: Inputs):
+    def __init__(self, x: Direction):
         super().__init__(x)
-        self.u, self.delta = x.u.new_empty(x.u.shape), x.delta.new_empty(x.delta.shape)
-        self.B, self.C = x.B.new_empty(x.B.shape), x.C.new_empty(x.C.shape)
+        self._inputs = x.inputs
+        self.u, self.delta, self.B, self.C = (
+            t.new_empty(t.shape) for t in (x.inputs.u, x.inputs.delta, x.inputs.B, x.inputs.C)
+        )
 
     def store(self, scratch: BackwardScratch, group: Group) -> None:
+        """Takes the gradients of u, delta, B and C at the group."""
         group.view(self.u).copy_(scratch.d_step_u)
         group.view(self.delta).copy_(scratch.d_step)
         group.view(self.B).copy_(scratch.dB)
         group.view(self.C).copy_(scratch.dC)
 
-    def as_inputs(self, A: Tensor, D: Tensor, delta_bias: Tensor | None) -> tuple[Tensor, ...]:
-        """Gradients of u, delta, A, B, C, D and delta_bias (of shape (0,) where there is none)."""
+    def of_inputs(self) -> ScanGradients:
+        """Returns the gradients of u, delta, A, B, C, D and delta_bias, which is (0,) where there is no bias."""
+        A, D, delta_bias = self._inputs.A, self._inputs.D, self._inputs.delta_bias
         bias = D.new_empty(0) if delta_bias is None else self.bias.to(delta_bias.dtype)
         return self.u, self.delta, self.A.t().contiguous().to(A.dtype), self.B, self.C, self.D.to(D.dtype), bias
 
 
-def backward(x: Inputs, load_dy: LoadDy, entering: Tensor) -> Gradients:
-    """`entering`: as `forward` has written it."""
+def backward(x: Direction, load_dy: LoadDy, entering: Tensor) -> ScanGradients:
+    """Walks one direction back.
+
+    Args:
+        x: the direction.
+        load_dy: writes the gradient of y at a group.
+        entering: the states that `forward` wrote.
+
+    Returns:
+        The gradients of u, delta, A, B, C, D and delta_bias; the last one has the shape (0,) where there is no bias.
+    """
     grads = Gradients(x)
-    with borrowed_buffers(x.dtype, x.u.device) as buffers:
+    with borrowed_buffers(x.dtype, x.inputs.u.device) as buffers:
         scratches = _Scratches(BackwardScratch, buffers, x)
         for start, blocks, rows in x.rows:
             adjoint = None
@@ -198,4 +235,4 @@ def backward(x: Inputs, load_dy: LoadDy, entering: Tensor) -> Gradients:
                 carry = entering[group.slice, index - 1] if index > 0 else None
                 scratch.backward(carry, adjoint, grads)
                 grads.store(scratch, group)
-    return grads
+    return grads.of_inputs()

@@ -1,9 +1,9 @@
 """The scan of a group of blocks with plain PyTorch operators: scratch memory, and the walks through it.
 
-In a block the state is kept apart from what a step adds to it, b_t = Δ_t u_t B_t, as what it carries over from the step
-before, c_t = exp(Δ_t A) s_{t-1}, so that s_t = c_t + b_t. All that b_t brings to y and to the gradients of B, C and Δu
-are products of vectors, B_t·C_t and dy_t·Δu_t; only c_t needs operators over (steps, rows, N, D), and the first step
-of a row has none. `docs/scan.md` has the maths.
+The state is computed as a sum, s_t = c_t + b_t: c_t = exp(Δ_t A) s_{t-1} is carried over from the step before, and
+b_t = Δ_t u_t B_t is what the step adds. All that b_t contributes to y and to the gradients of B, C and Δu are products
+of vectors, B_t·C_t and dy_t·Δu_t. Only c_t needs operators over (steps, rows, N, D), and the first step of a row has no
+c_t. `docs/scan.md` has the maths.
 """
 
 from typing import NamedTuple
@@ -13,27 +13,29 @@ from torch import Tensor
 
 from avion.ops.buffers import Buffers
 
+from .inputs import Time
+
 _LOG2_E = 1.4426950408889634
 
 
 class Parameters:
-    """One direction's parameters, in the compute dtype."""
+    """The parameters of one direction, in the compute dtype."""
 
-    def __init__(self, A, D, delta_bias, dtype: torch.dtype, softplus: bool = True, reverse: bool = False):
-        self.dtype = dtype
+    def __init__(self, A: Tensor, D: Tensor, delta_bias: Tensor | None, dtype: torch.dtype, time: Time):
+        self.dtype, self.time = dtype, time
         self.A = A.to(dtype).t().contiguous()  # (N, D)
         self.A_log2 = self.A * _LOG2_E  # exp(ΔA) = exp2(Δ·A_log2), the faster of the two on CPUs
         self.D = D.to(dtype)
         self.bias = None if delta_bias is None else delta_bias.to(dtype)
-        self.softplus, self.reverse = softplus, reverse
 
     @property
     def states(self) -> int:
+        """N, the number of states per channel."""
         return self.A.shape[0]
 
 
 class ParameterGradients:
-    """Running sums, in the compute dtype."""
+    """Running sums of the parameters' gradients, in the compute dtype."""
 
     def __init__(self, p: Parameters):
         self.A = torch.zeros_like(p.A)  # (N, D)
@@ -41,9 +43,12 @@ class ParameterGradients:
 
 
 class _Block(NamedTuple):
-    """Views of a group's buffers at one of its blocks. Dictionaries: by whether a state enters the block."""
+    """Views of a group's buffers at one of the group's blocks.
 
-    step: dict[bool, Tensor]  # Δ (live, rows, 1, D) of the steps that something is carried into
+    The keys of the dictionaries say whether a state enters the block.
+    """
+
+    step: dict[bool, Tensor]  # Δ (live, rows, 1, D) of the steps into which something is carried
     step_u: Tensor  # (steps, rows, 1, D)
     step_u_at: tuple[Tensor, ...]  # of each step, (rows, 1, D)
     B: Tensor  # (steps, rows, N, 1)
@@ -58,13 +63,13 @@ class _BackwardBlock(NamedTuple):
     dy_row: dict[bool, Tensor]  # (live · rows, 1, D)
     dC_row: dict[bool, Tensor]  # (live · rows, 1, N)
     d_step: dict[bool, Tensor]  # (live, rows, D)
-    # Of all steps but the last, whose states others read; and of the last one.
+    # Of all steps but the last, whose states other steps read; and of the last step.
     to_later: "_Products"
     to_leaving: "_Products"
 
 
 class _Products(NamedTuple):
-    """(M, 1, D) and (M, 1, N) of M = steps · rows: vectors to multiply an adjoint with, and what comes of it."""
+    """Vectors to multiply an adjoint with, and the products: (M, 1, D) and (M, 1, N) with M = steps · rows."""
 
     step_u: Tensor
     B: Tensor
@@ -72,33 +77,37 @@ class _Products(NamedTuple):
     dB: Tensor
 
     def of(self, adjoint: Tensor) -> None:
-        """adjoint (M, N, D)."""
-        # By the transpose: the product of a column is eight times slower on CPUs than that of a row.
+        """Fills d_step_u and dB from the adjoint (M, N, D)."""
+        # The transpose is used because the product of a column is eight times slower on CPUs than that of a row.
         torch.bmm(self.step_u, adjoint.mT, out=self.dB)
         torch.bmm(self.B, adjoint, out=self.d_step_u)
 
 
 def softplus(x: Tensor, out: Tensor) -> None:
-    """out = log(1 + exp(x)). PyTorch's own threshold, beyond which it returns x, is too low for float64."""
+    """Writes log(1 + exp(x)) to `out`.
+
+    PyTorch's default threshold, beyond which x itself is returned, is too low for float64.
+    """
     torch.ops.aten.softplus.out(x, 1, 40, out=out)
 
 
 def _as_rows(block: Tensor) -> Tensor:
-    """(steps, rows, X) → (M, 1, X), the row vectors of a batched product."""
+    """(steps, rows, X) → (M, 1, X): the row vectors of a batched product."""
     return block.flatten(0, 1)[:, None]
 
 
 def _at(states: Tensor | None, i: int, rows: int) -> Tensor | None:
-    """Block i's part of a group's states (R', N, D)."""
+    """Returns the part of a group's states (R', N, D) that belongs to block i."""
     return None if states is None else states[i * rows : (i + 1) * rows]
 
 
 class Scratch:
-    """Buffers for one shape of group, and the walk forward.
+    """The buffers for one shape of group, and the walk forward.
 
-    Of the group, (blocks, steps, rows, D): raw (delta + bias), step (Δ), step_u (Δu), y, and the caller's u; with N in
-    place of D: B, C; with 1: BC, B_t · C_t. Of a block, (steps, rows, N, D): decay exp(ΔA) and states. `first` and
-    `last` are steps in walking order, `rest` all but the first and `before` all but the last.
+    Buffers of the group, (blocks, steps, rows, D): raw (delta + bias), step (Δ), step_u (Δu), y, and u, which the
+    caller sets. B and C have N in place of D, and BC, B_t · C_t, has 1. Buffers of a block, (steps, rows, N, D): decay,
+    exp(ΔA), and states. `first` and `last` are steps in walking order, `rest` is all steps but the first, and `before`
+    is all steps but the last.
     """
 
     u: Tensor
@@ -107,15 +116,15 @@ class Scratch:
         self.p, self.shape = p, (blocks, steps, rows)
         self._buffers = buffers
         self.raw, self.step, self.step_u = (self._wide(name) for name in ("raw", "step", "step_u"))
-        self.y = self.raw  # forward needs no raw once there is a step
+        self.y = self.raw  # the forward pass does not read raw once it has computed step
         self.B, self.C, self.spare = (self._narrow(name) for name in ("B", "C", "spare"))
         self.BC = buffers.view("BC", *self.shape, 1)
         self.decay, self.states = (self._block_buffer(name) for name in ("decay", "states"))
         self.decay_at, self.states_at = self.decay.unbind(0), self.states.unbind(0)
-        order = range(steps - 1, -1, -1) if p.reverse else range(steps)
+        order = range(steps - 1, -1, -1) if p.time.reverse else range(steps)
         self.first, self.last = order[0], order[-1]
         self.rest, self.before = slice(1, steps), slice(0, steps - 1)
-        if p.reverse:
+        if p.time.reverse:
             self.rest, self.before = self.before, self.rest
         self.live = {True: slice(None), False: self.rest}
         self.live_decay = self._of_live(self.decay)
@@ -148,8 +157,8 @@ class Scratch:
         )
 
     def derive(self) -> None:
-        """Fills step, step_u and BC, from raw, u, B and C."""
-        if self.p.softplus:
+        """Fills step, step_u and BC from raw, u, B and C."""
+        if self.p.time.softplus:
             softplus(self.raw, out=self.step)
         else:
             self.step.copy_(self.raw)
@@ -157,15 +166,23 @@ class Scratch:
         torch.sum(torch.mul(self.B, self.C, out=self.spare), -1, keepdim=True, out=self.BC)
 
     def forward(self, carry: Tensor | None = None, leaving: Tensor | None = None) -> Tensor:
-        """y of the group, (blocks, steps, rows, D), after `derive`. `carry` and `leaving` (R', N, D), the states before
-        and after the group's steps, may be the same tensor, or None."""
+        """Walks the steps forward, after `derive`.
+
+        Args:
+            carry: the state before the first step, (R', N, D); None means zeros.
+            leaving: where the state after the last step is written, (R', N, D); it may be `carry`, or None.
+
+        Returns:
+            y of the group, (blocks, steps, rows, D): a buffer.
+        """
         rows, enters = self.shape[2], carry is not None
         for i, block in enumerate(self.blocks):
             self._decays(block, enters)
-            self._walk(block, _at(carry, i, rows), leaving is not None)
+            to = _at(leaving, i, rows)
+            self._walk(block, _at(carry, i, rows), to is not None)
             torch.bmm(block.C_row[enters], self.live_decay_flat[enters], out=block.y_row[enters])
-            if leaving is not None:
-                _at(leaving, i, rows).copy_(self.states_at[self.last])
+            if to is not None:
+                to.copy_(self.states_at[self.last])
         if not enters:
             self.y[:, self.first].zero_()
         return self.y.addcmul_(self.step_u, self.BC).addcmul_(self.u, self.p.D)
@@ -174,7 +191,7 @@ class Scratch:
         torch.mul(block.step[enters], self.p.A_log2, out=self.live_decay[enters]).exp2_()
 
     def _walk(self, block: _Block, carry: Tensor | None, leaves: bool) -> None:
-        """The decays become what is carried over; `states` is right but for the last step's, unless `leaves`."""
+        """Turns the decays into what is carried over. The last step's `states` are right only if `leaves` is set."""
         part = slice(None) if leaves else self.before
         torch.mul(block.step_u[part], block.B[part], out=self.states[part])
         if carry is not None:
@@ -189,8 +206,11 @@ class Scratch:
 
 
 class BackwardScratch(Scratch):
-    """Adds dy, d_step, d_step_u (…, D) and dB, dC (…, N) of the group, and of a block grad, the adjoint of the states.
-    `states` holds what is carried over."""
+    """The buffers of `Scratch` and those of the backward pass, and the walk back.
+
+    Buffers of the group: dy, d_step and d_step_u (…, D), dB and dC (…, N). The buffer `grad` of a block holds the
+    adjoint of the states. `states` holds what is carried over.
+    """
 
     def __init__(self, buffers: Buffers, p: Parameters, blocks: int, steps: int, rows: int):
         super().__init__(buffers, p, blocks, steps, rows)
@@ -221,14 +241,21 @@ class BackwardScratch(Scratch):
         return _Products(*(_as_rows(t[i][steps]) for t in (self.step_u, self.B, self.d_step_u, self.dB)))
 
     def backward(self, carry: Tensor | None, adjoint: Tensor | None, grads: ParameterGradients) -> None:
-        """After `derive`, with dy: leaves the gradients of raw in d_step, of u in d_step_u, and dB, dC; adds to
-        `grads`. raw and step_u are lost. `adjoint` (R', N, D), unless None: the gradient of the states that leave the
-        group comes in, that of the states `carry` goes out."""
+        """Walks the steps back, after `derive`, with dy filled.
+
+        Leaves the gradient of raw in d_step, the gradient of u in d_step_u, and dB and dC. Overwrites raw and step_u.
+
+        Args:
+            carry: the state before the first step, (R', N, D); None means zeros.
+            adjoint: the gradient of the states that leave the group, (R', N, D); it is overwritten with the gradient
+                of `carry`. None means that no state leaves.
+            grads: the parameters' gradients, to which this group's are added.
+        """
         rows = self.shape[2]
         torch.sum(torch.mul(self.dy, self.step_u, out=self.d_step), -1, keepdim=True, out=self.seen)
         for i in range(len(self.blocks)):
             self._walk_back(i, _at(carry, i, rows), _at(adjoint, i, rows), grads)
-        # What b_t brings in, and the places that no walk has reached.
+        # Add the contribution of b_t, and clear what no walk has reached.
         if carry is None:
             self.d_step[:, self.first].zero_()
             self.dC[:, self.first].zero_()
@@ -240,7 +267,7 @@ class BackwardScratch(Scratch):
         self.dC.addcmul_(self.B, self.seen)
 
         self.d_step.addcmul_(self.d_step_u, self.u)
-        if self.p.softplus:
+        if self.p.time.softplus:
             self.d_step.mul_(self.raw.sigmoid_())
         self.d_step_u.mul_(self.step).addcmul_(self.dy, self.p.D)
         grads.bias += self.d_step.sum((0, 1, 2))
@@ -252,7 +279,7 @@ class BackwardScratch(Scratch):
         self._recompute(block, carry)
         torch.bmm(own.dy_row[enters], self.carried_T[enters], out=own.dC_row[enters])
 
-        # grad: of the states, from the last step to the first; decay becomes decay · grad, one step earlier's share.
+        # grad is computed from the last step to the first; decay becomes decay · grad, the share of the step before.
         torch.mul(own.dy_at[self.last], own.C_at[self.last], out=self.grad_at[self.last])
         if adjoint is not None:
             own.to_leaving.of(adjoint)
@@ -274,7 +301,7 @@ class BackwardScratch(Scratch):
         torch.sum(exponent.mul_(self.p.A), 2, out=own.d_step[enters])
 
     def _recompute(self, block: _Block, carry: Tensor | None) -> None:
-        """Fills `states` with what is carried over; the states themselves pass through `grad`."""
+        """Fills `states` with what is carried over; `grad` serves as memory for the states themselves."""
         if carry is not None:
             torch.mul(self.decay_at[self.first], carry, out=self.carried_at[self.first])
         for now, after in self.pairs:

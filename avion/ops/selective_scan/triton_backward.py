@@ -1,16 +1,23 @@
 """The backward kernel of the selective scan, one direction. `triton_pieces.py` says how a program works.
 
-A chunk of steps is taken in two halves of work. What belongs to a step and channel (Δ, the gate, the gradients of u, Δ
-and z) is computed once for all steps; between its beginning and its end the states are taken GROUP at a time: a group's
-states are recomputed in registers, then its adjoint walks the chunk backward. All states at once would not fit the
-registers with two channels to a thread, and two channels halve both the exchanges between threads (for dB and dC, sums
-over channels) and the conversions of B and C.
+The work on a chunk of steps has two halves. What belongs to a step and channel (Δ, the gate, the gradients of u, Δ and
+z) is computed once for all steps. In between, the states are taken `group` at a time: a group's states are recomputed
+in registers, then the group's adjoint walks the chunk backward. All states at once would not fit the registers with two
+channels to a thread, and two channels halve both the exchanges between threads (for dB and dC, sums over channels) and
+the conversions of B and C.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
+from avion.ops.kernel_types import Flag, Int, Pointer, Scalar, Values, constexpr
+
+from .inputs import ScanInputs
 from .triton_pieces import (
+    Cut,
+    Strides,
     channels_of,
     fold,
     load,
@@ -34,54 +41,134 @@ from .triton_pieces import (
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
+class Gradients(NamedTuple):
+    """Where the gradients of u, delta and z are written, (R, T, D) each, contiguous; dz only where there is a gate."""
+
+    du: Pointer
+    d_delta: Pointer
+    dz: Pointer
+
+
+class PartialSums(NamedTuple):
+    """Sums over a program's rows or channels, for the caller to add up.
+
+    Attributes:
+        by_state: dC and dB side by side, (blocks of channels, R, T, 2 · N).
+        dA: (programs, N, D).
+        dD: (programs, D).
+        d_bias: the gradient of the bias, (programs, D).
+    """
+
+    by_state: Pointer
+    dA: Pointer
+    dD: Pointer
+    d_bias: Pointer
+
+
+class Reads(NamedTuple):
+    """The tensors that the steps of a chunk read: addresses at the chunk's first step."""
+
+    dy: Pointer
+    u: Pointer
+    delta: Pointer
+    B: Pointer
+    C: Pointer
+    z: Pointer
+
+
+class Steps(NamedTuple):
+    """Values per channel, one for each step of a chunk.
+
+    Attributes:
+        sizes: Δ.
+        drives: Δu.
+        slopes: dΔ / d(delta).
+        dys: the gradient of y.
+        by_zs: the factor of y in the gradient of z.
+    """
+
+    sizes: Values
+    drives: Values
+    slopes: Values
+    dys: Values
+    by_zs: Values
+
+
+class Sums(NamedTuple):
+    """Sums over the states so far, one for each step of a chunk.
+
+    Attributes:
+        by_drives: the gradient of Δu.
+        by_sizes: the gradient of ΔA, times A.
+        ys: y, where there is a gate.
+    """
+
+    by_drives: Values
+    by_sizes: Values
+    ys: Values
+
+
+class Totals(NamedTuple):
+    """The sums of a program over its rows.
+
+    Attributes:
+        A: dA, one value per channel and state.
+        D: dD, one value per channel.
+        bias: the gradient of the bias, one value per channel.
+    """
+
+    A: Values
+    D: tl.tensor
+    bias: tl.tensor
+
+
 @piece
-def step_values(
-    dy, u, delta, z, strides, shift, left, in_d,
-    CHUNK: tl.constexpr, SIGN: tl.constexpr, SOFTPLUS: tl.constexpr, GATE: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """Of each step of a chunk: Δ, Δu, dΔ/d(delta), the gradient of y, and what y is multiplied by in z's gradient."""
+def step_values(at: Reads, strides: Strides, shift: tl.tensor, left: Scalar, in_d: tl.tensor, cut: "Cut") -> Steps:
+    """Computes what belongs to the steps of a chunk and to no state."""
+    CHUNK: Int = cut.chunk
     sizes, drives, slopes, dys, by_zs = (), (), (), (), ()
     for j in tl.static_range(CHUNK):
         alive = j < left
         mask = where_both(alive, in_d)
-        u_now = load(u + SIGN * j * strides.u[1], mask, EXACT)
-        raw, size = step_size(delta + SIGN * j * strides.delta[1], shift, mask, SOFTPLUS, EXACT)
-        slope = sigmoid(raw) if SOFTPLUS else tl.full(raw.shape, 1.0, tl.float32)
-        dy_now = load(dy + SIGN * j * strides.dy[1], mask, EXACT)
+        u_now = load(at.u + cut.sign * j * strides.u[1], mask, cut.exact)
+        raw, size = step_size(at.delta + cut.sign * j * strides.delta[1], shift, mask, cut.softplus, cut.exact)
+        slope = sigmoid(raw) if cut.softplus else tl.full(raw.shape, 1.0, tl.float32)
+        dy_now = load(at.dy + cut.sign * j * strides.dy[1], mask, cut.exact)
         by_z = dy_now
-        if GATE:
-            z_now = load(z + SIGN * j * strides.z[1], mask, EXACT)
+        if cut.gate:
+            z_now = load(at.z + cut.sign * j * strides.z[1], mask, cut.exact)
             gate = sigmoid(z_now)
             by_z = dy_now * gate * (1.0 + z_now * (1.0 - gate))
             dy_now = dy_now * z_now * gate
         sizes, drives = sizes + (size,), drives + (size * u_now,)
         slopes, dys, by_zs = slopes + (slope,), dys + (dy_now,), by_zs + (by_z,)
-    return sizes, drives, slopes, dys, by_zs
+    return Steps(sizes, drives, slopes, dys, by_zs)
 
 
 @piece
 def store_by_state(
-    by_C, by_B, target, alive, FIRST: tl.constexpr, COUNT: tl.constexpr, N: tl.constexpr, STACK: tl.constexpr,
-    BLOCK_D: tl.constexpr, LANES: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """A step's dC and dB of COUNT states, summed over the program's channels, into the step's 2 · N numbers."""
-    HALF: tl.constexpr = triton.next_power_of_2(COUNT)
+    by_C: Values, by_B: Values, target: Pointer, alive: tl.tensor, FIRST: Int, COUNT: Int, cut: "Cut"
+) -> None:
+    """Stores dC and dB of a step, summed over the program's channels, for COUNT of the states."""
+    LANES: Int = cut.lanes
+    STACK: Int = cut.stack
+    HALF: Int = triton.next_power_of_2(COUNT)
     padding = zeros(HALF - COUNT, LANES, STACK)
     sums_B, sums_C = (), ()
     for k in tl.static_range(COUNT):
-        sums_B = sums_B + (fold(by_B[k], LANES, BLOCK_D, STACK),)
-        sums_C = sums_C + (fold(by_C[k], LANES, BLOCK_D, STACK),)
+        sums_B = sums_B + (fold(by_B[k], LANES, cut.block_d, STACK),)
+        sums_C = sums_C + (fold(by_C[k], LANES, cut.block_d, STACK),)
     values = sum_over_lanes(sums_C + padding + sums_B + padding, 2 * HALF, LANES, STACK)
     lane = channels_of(0, LANES, STACK)
-    PER_LANE: tl.constexpr = 2 * HALF // LANES if 2 * HALF > LANES else 1
-    SHARERS: tl.constexpr = LANES // (2 * HALF) if 2 * HALF < LANES else 1  # lanes that hold the same sum
+    PER_LANE: Int = 2 * HALF // LANES if 2 * HALF > LANES else 1
+    SHARERS: Int = LANES // (2 * HALF) if 2 * HALF < LANES else 1  # lanes that hold the same sum
     for k in tl.static_range(PER_LANE):
         number = lane // SHARERS * PER_LANE + k
-        own, place = number % HALF, target + number // HALF * N
+        own, place = number % HALF, target + number // HALF * cut.n
         if STACK > 1:
-            n, there = stack_of(FIRST + own, N, STACK)
+            n, there = stack_of(FIRST + own, cut.n, STACK)
             tl.store(place + n, values[k], mask=where_both(alive, tl.where(own < COUNT, there, False)))
-        elif EXACT and HALF == COUNT:
+        elif cut.exact and HALF == COUNT:
             tl.store(place + (FIRST + own), values[k])
         else:
             tl.store(place + (FIRST + own), values[k], mask=where_both(alive, own < COUNT))
@@ -89,196 +176,295 @@ def store_by_state(
 
 @piece
 def group_states(
-    state, B, B_t, B_n, sizes, drives, a, left,
-    FIRST: tl.constexpr, COUNT: tl.constexpr, N: tl.constexpr, STACK: tl.constexpr, CHUNK: tl.constexpr,
-    SIGN: tl.constexpr, IS_FIRST: tl.constexpr, WORDS: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """A group's states before the first step of a chunk, `state`, and after each of its steps."""
+    state: Values,
+    B: Pointer,
+    strides: Strides,
+    steps: Steps,
+    a: Values,
+    left: Scalar,
+    FIRST: Int,
+    COUNT: Int,
+    cut: "Cut",
+    IS_FIRST: Flag,
+) -> tuple[Values, ...]:
+    """Returns a group's states before the first step of a chunk, `state`, and after each of its steps."""
+    CHUNK: Int = cut.chunk
     states = (state,)
     for j in tl.static_range(CHUNK):
-        b = load_weights(B + SIGN * j * B_t, B_n, j < left, FIRST, COUNT, N, STACK, WORDS, EXACT)
-        states = states + (next_states(states[j], sizes[j], drives[j], a, b, COUNT, IS_FIRST and j == 0),)
+        b = load_weights(B + cut.sign * j * strides.B[1], strides.B[2], j < left, FIRST, COUNT, cut)
+        now = next_states(states[j], steps.sizes[j], steps.drives[j], a, b, COUNT, IS_FIRST and j == 0)
+        states = states + (now,)
     return states
 
 
 @piece
 def group_gradients(
-    carry, sum_A, A, before, B, C, target, strides, pitch, sizes, drives, dys, by_drives, by_sizes, ys, left, in_d,
-    FIRST: tl.constexpr, COUNT: tl.constexpr, CHANNELS: tl.constexpr, N: tl.constexpr, STACK: tl.constexpr,
-    BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr, SIGN: tl.constexpr, GATE: tl.constexpr,
-    IS_FIRST: tl.constexpr, WORDS: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """The states FIRST … FIRST + COUNT - 1 of a chunk, and their adjoint from the last step back to the first. Stores
-    dB and dC. Returns the adjoint of the state before the chunk, dA so far, and per step the sums over states so far:
-    the gradient by Δu, the one by ΔA times A, and y."""
-    a = load_states(A, CHANNELS, in_d, FIRST, COUNT, N, STACK, EXACT)
-    state = zeros(COUNT, BLOCK_D, STACK)
+    carry: Values,
+    sum_A: Values,
+    sums: Sums,
+    A: Pointer,
+    before: Pointer,
+    pitch: Scalar,
+    at: Reads,
+    target: Pointer,
+    strides: Strides,
+    steps: Steps,
+    left: Scalar,
+    in_d: tl.tensor,
+    cut: "Cut",
+    FIRST: Int,
+    COUNT: Int,
+    IS_FIRST: Flag,
+) -> tuple[Values, Values, Sums]:
+    """Takes the states FIRST … FIRST + COUNT - 1 of a chunk, and their adjoint from the last step back to the first.
+
+    Stores dB and dC. Returns the adjoint of the state before the chunk, dA so far, and the sums over states so far.
+    """
+    CHUNK: Int = cut.chunk
+    a = load_states(A, cut.channels, in_d, FIRST, COUNT, cut.n, cut.stack, cut.exact)
+    state = zeros(COUNT, cut.block_d, cut.stack)
     if not IS_FIRST:
-        state = load_states(before, pitch, in_d, FIRST, COUNT, N, STACK, EXACT)
-    states = group_states(state, B, strides.B[1], strides.B[2], sizes, drives, a, left,
-                          FIRST, COUNT, N, STACK, CHUNK, SIGN, IS_FIRST, WORDS, EXACT)  # fmt: skip
+        state = load_states(before, pitch, in_d, FIRST, COUNT, cut.n, cut.stack, cut.exact)
+    states = group_states(state, at.B, strides, steps, a, left, FIRST, COUNT, cut, IS_FIRST)
     all_drives, all_sizes, all_ys = (), (), ()
     for j in tl.static_range(CHUNK - 1, -1, -1):
         alive = j < left
-        b = load_weights(B + SIGN * j * strides.B[1], strides.B[2], alive, FIRST, COUNT, N, STACK, WORDS, EXACT)
-        c = load_weights(C + SIGN * j * strides.C[1], strides.C[2], alive, FIRST, COUNT, N, STACK, WORDS, EXACT)
-        by_drive, by_size, y = by_drives[j], by_sizes[j], ys[j]
+        b = load_weights(at.B + cut.sign * j * strides.B[1], strides.B[2], alive, FIRST, COUNT, cut)
+        c = load_weights(at.C + cut.sign * j * strides.C[1], strides.C[2], alive, FIRST, COUNT, cut)
+        size, drive, dy = steps.sizes[j], steps.drives[j], steps.dys[j]
+        by_drive, by_size, y = sums.by_drives[j], sums.by_sizes[j], sums.ys[j]
         by_B, by_C, new_carry, new_A = (), (), (), ()
         for k in tl.static_range(COUNT):
-            adjoint = c[k] * dys[j] + carry[k]
-            by_B, by_C = by_B + (adjoint * drives[j],), by_C + (states[j + 1][k] * dys[j],)
-            by_drive += sum_over_stack(adjoint * b[k], STACK)
-            if GATE:
-                y += sum_over_stack(states[j + 1][k] * c[k], STACK)
+            adjoint = c[k] * dy + carry[k]
+            by_B, by_C = by_B + (adjoint * drive,), by_C + (states[j + 1][k] * dy,)
+            by_drive += sum_over_stack(adjoint * b[k], cut.stack)
+            if cut.gate:
+                y += sum_over_stack(states[j + 1][k] * c[k], cut.stack)
             if IS_FIRST and j == 0:
                 new_carry, new_A = new_carry + (carry[k],), new_A + (sum_A[k],)
             else:
-                handed = tl.exp2(sizes[j] * a[k]) * adjoint
+                handed = tl.exp2(size * a[k]) * adjoint
                 by_exponent = handed * states[j][k]
-                by_size += sum_over_stack(by_exponent * a[k], STACK)
-                new_carry, new_A = new_carry + (handed,), new_A + (sum_A[k] + by_exponent * sizes[j],)
+                by_size += sum_over_stack(by_exponent * a[k], cut.stack)
+                new_carry, new_A = new_carry + (handed,), new_A + (sum_A[k] + by_exponent * size,)
         carry, sum_A = new_carry, new_A
         all_drives, all_sizes, all_ys = (by_drive,) + all_drives, (by_size,) + all_sizes, (y,) + all_ys
-        store_by_state(by_C, by_B, target + SIGN * j * 2 * N, alive, FIRST, COUNT, N, STACK, BLOCK_D, LANES, EXACT)
-    return carry, sum_A, all_drives, all_sizes, all_ys
+        store_by_state(by_C, by_B, target + cut.sign * j * 2 * cut.n, alive, FIRST, COUNT, cut)
+    return carry, sum_A, Sums(all_drives, all_sizes, all_ys)
 
 
 @piece
 def chunk_gradients(
-    dy, u, delta, B, C, z, du, d_delta, dz, target, before, pitch, strides, carry, sum_A, sum_D, sum_bias,
-    A, skip, shift, left, in_d,
-    CHANNELS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STACK: tl.constexpr, BLOCK_D: tl.constexpr,
-    CHUNK: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-    ADD: tl.constexpr, GATE: tl.constexpr, IS_FIRST: tl.constexpr, WORDS: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """A chunk's steps, from the last back to the first: the adjoint of the state before it, and the sums with the
-    chunk's shares. Pointers are to the first step; `before`: to the state before it, `pitch` between states."""
-    SIGN: tl.constexpr = -1 if REVERSE else 1
-    sizes, drives, slopes, dys, by_zs = step_values(
-        dy, u, delta, z, strides, shift, left, in_d, CHUNK, SIGN, SOFTPLUS, GATE, EXACT
-    )
+    carry: Values,
+    totals: Totals,
+    at: Reads,
+    to: Gradients,
+    target: Pointer,
+    before: Pointer,
+    pitch: Scalar,
+    strides: Strides,
+    A: Pointer,
+    skip: tl.tensor,
+    shift: tl.tensor,
+    left: Scalar,
+    in_d: tl.tensor,
+    cut: "Cut",
+    IS_FIRST: Flag,
+) -> tuple[Values, Totals]:
+    """Takes a chunk's steps from the last one back to the first.
+
+    Returns the adjoint of the state before the chunk, and the totals with the chunk's shares. The pointers are to the
+    chunk's first step; `before` points to the state before this step, with `pitch` between states.
+    """
+    GROUP: Int = cut.group
+    CHUNK: Int = cut.chunk
+    K: Int = cut.stacks
+    steps = step_values(at, strides, shift, left, in_d, cut)
     none = ()
     for _ in tl.static_range(CHUNK):
         none = none + (tl.zeros_like(shift),)
-    by_drives, by_sizes, ys = none, none, none
+    sums = Sums(none, none, none)
     new_carry, new_A = (), ()
     for FIRST in tl.static_range(0, K, GROUP):
         own_carry, own_A = (), ()
         for n in tl.static_range(FIRST, FIRST + GROUP):
             if n < K:
-                own_carry, own_A = own_carry + (carry[n],), own_A + (sum_A[n],)
-        own_carry, own_A, by_drives, by_sizes, ys = group_gradients(
-            own_carry, own_A, A, before, B, C, target, strides, pitch, sizes, drives, dys, by_drives, by_sizes, ys,
-            left, in_d, FIRST, GROUP if FIRST + GROUP <= K else K - FIRST, CHANNELS, N, STACK, BLOCK_D, CHUNK, LANES,
-            SIGN, GATE, IS_FIRST, WORDS, EXACT)  # fmt: skip
+                own_carry, own_A = own_carry + (carry[n],), own_A + (totals.A[n],)
+        own_carry, own_A, sums = group_gradients(
+            own_carry,
+            own_A,
+            sums,
+            A,
+            before,
+            pitch,
+            at,
+            target,
+            strides,
+            steps,
+            left,
+            in_d,
+            cut,
+            FIRST,
+            GROUP if FIRST + GROUP <= K else K - FIRST,
+            IS_FIRST,
+        )
         new_carry, new_A = new_carry + own_carry, new_A + own_A
+    sum_D, sum_bias = totals.D, totals.bias
     for j in tl.static_range(CHUNK):
-        mask, k = where_both(j < left, in_d), SIGN * j * CHANNELS
-        u_now = load(u + SIGN * j * strides.u[1], mask, EXACT)  # once more: it would not fit the registers
-        if GATE:
-            by_z = by_zs[j] * (ys[j] + skip * u_now)
-            if ADD:
-                by_z += load(dz + k, mask, EXACT)
-            store(dz + k, by_z, mask, EXACT)
-        by_raw = (by_drives[j] * u_now + by_sizes[j] * _LN_2) * slopes[j]  # A comes times log2(e)
-        store(d_delta + k, by_raw, mask, EXACT)
-        store(du + k, by_drives[j] * sizes[j] + skip * dys[j], mask, EXACT)
-        sum_D += u_now * dys[j]
+        mask, k = where_both(j < left, in_d), cut.sign * j * cut.channels
+        u_now = load(at.u + cut.sign * j * strides.u[1], mask, cut.exact)  # again: it would not fit the registers
+        if cut.gate:
+            by_z = steps.by_zs[j] * (sums.ys[j] + skip * u_now)
+            if cut.add:
+                by_z += load(to.dz + k, mask, cut.exact)
+            store(to.dz + k, by_z, mask, cut.exact)
+        by_raw = (sums.by_drives[j] * u_now + sums.by_sizes[j] * _LN_2) * steps.slopes[j]  # A comes times log2(e)
+        store(to.d_delta + k, by_raw, mask, cut.exact)
+        store(to.du + k, sums.by_drives[j] * steps.sizes[j] + skip * steps.dys[j], mask, cut.exact)
+        sum_D += u_now * steps.dys[j]
         sum_bias += by_raw
-    return new_carry, new_A, sum_D, sum_bias
+    return new_carry, Totals(new_A, sum_D, sum_bias)
 
 
 @piece
 def store_chunk_states(
-    scratch, pitch, state, u, delta, B, strides, A, shift, start, chunks, steps, in_d,
-    CHANNELS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STACK: tl.constexpr, CHUNK: tl.constexpr,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, WORDS: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """The state before each chunk of a segment, from the one before the first. u, delta and B point to the row."""
-    SIGN: tl.constexpr = -1 if REVERSE else 1
+    scratch: Pointer,
+    pitch: Scalar,
+    state: Values,
+    row: Reads,
+    strides: Strides,
+    A: Pointer,
+    shift: tl.tensor,
+    start: Scalar,
+    chunks: Scalar,
+    steps: Scalar,
+    in_d: tl.tensor,
+    cut: "Cut",
+) -> None:
+    """Stores the state before each chunk of a segment, beginning with `state` before the first chunk.
+
+    The pointers of `row` are to the beginning of the row.
+    """
+    CHUNK: Int = cut.chunk
+    N: Int = cut.n
+    K: Int = cut.stacks
     tl.debug_barrier()  # other threads may still read what was stored for the segment or row before
-    a = load_states(A, CHANNELS, in_d, 0, K, N, STACK, EXACT)
+    a = load_states(A, cut.channels, in_d, 0, K, N, cut.stack, cut.exact)
     for c in range(chunks):
-        store_states(scratch + c * N * pitch, pitch, state, in_d, K, N, STACK, EXACT)
-        first = start + c * CHUNK
-        t = time_of(first, steps, REVERSE)
+        store_states(scratch + c * N * pitch, pitch, state, in_d, K, N, cut.stack, cut.exact)
+        first = start + c * cut.chunk
+        t = time_of(first, steps, cut.reverse)
         for j in tl.static_range(CHUNK):
-            alive, at = first + j < steps, t + SIGN * j
+            alive, at = first + j < steps, t + cut.sign * j
             mask = where_both(alive, in_d)
-            u_now = load(u + at * strides.u[1], mask, EXACT)
-            _, size = step_size(delta + at * strides.delta[1], shift, mask, SOFTPLUS, EXACT)
-            b = load_weights(B + at * strides.B[1], strides.B[2], alive, 0, K, N, STACK, WORDS, EXACT)
+            u_now = load(row.u + at * strides.u[1], mask, cut.exact)
+            _, size = step_size(row.delta + at * strides.delta[1], shift, mask, cut.softplus, cut.exact)
+            b = load_weights(row.B + at * strides.B[1], strides.B[2], alive, 0, K, cut)
             state = next_states(state, size, size * u_now, a, b, K, False)
     tl.debug_barrier()  # a thread may read what another one wrote
 
 
 @triton.jit
 def backward_kernel(
-    x, z_base, strides, dy, entering, carried, scratch, du, d_delta, dz, by_state, dA, dD, d_bias,
-    items, steps, part_steps, programs,
-    CHANNELS: tl.constexpr, N: tl.constexpr, STACK: tl.constexpr, BLOCK_D: tl.constexpr, LANES: tl.constexpr,
-    CHUNK: tl.constexpr, GROUP: tl.constexpr, SEGMENT: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-    ADD: tl.constexpr, GATE: tl.constexpr, ONE_CHUNK: tl.constexpr, KEPT: tl.constexpr, PARTED: tl.constexpr,
-    WORDS: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """All gradients. Program (p, block of channels) takes items p, p + programs, … one after the other; an item is a
-    row, or a part of one.
+    x: ScanInputs,
+    z_base: Pointer,
+    strides: Strides,
+    dy: Pointer,
+    entering: Pointer,
+    carried: Pointer,
+    scratch: Pointer,
+    to: Gradients,
+    partial: PartialSums,
+    items: Scalar,
+    steps: Scalar,
+    part_steps: Scalar,
+    programs: Scalar,
+    cut: constexpr,
+) -> None:
+    """Computes all gradients. With `cut.add`, dz is added to.
 
-    Per segment of time, last one first: the state before each chunk goes to `scratch` (programs · blocks, SEGMENT /
-    CHUNK, N, BLOCK_D); then chunk by chunk from the end the gradients follow. A single chunk needs no scratch.
-
-    du, d_delta, dz (R, T, D) contiguous. Partial sums, for the caller to add up: dC and dB side by side, `by_state`
-    (blocks, R, T, 2 · N); dA (programs, N, D), dD and d_bias (programs, D). dz is added to with ADD.
+    Program (p, block of channels) takes the items p, p + programs, … one after the other; an item is a row, or a part
+    of a row. In each segment of time, from the last one to the first, the state before each chunk is written to
+    `scratch` (programs · blocks, segment / chunk, N, block_d); then the gradients follow chunk by chunk, from the end.
+    A single chunk needs no scratch memory.
     """
-    blocks: tl.constexpr = (CHANNELS + BLOCK_D - 1) // BLOCK_D
-    K: tl.constexpr = (N + STACK - 1) // STACK  # stacks of states
-    block = (tl.program_id(0) % blocks).to(tl.int64)
-    d = channels_of(block, BLOCK_D, STACK)
-    in_d = d < CHANNELS
+    N: Int = cut.n
+    K: Int = cut.stacks
+    block = (tl.program_id(0) % cut.blocks).to(tl.int64)
+    d = channels_of(block, cut.block_d, cut.stack)
+    in_d = d < cut.channels
     A = x.A + d
-    scratch += tl.program_id(0).to(tl.int64) * (SEGMENT // CHUNK * N * BLOCK_D) + channels_of(0, BLOCK_D, STACK)
+    own_scratch = tl.program_id(0).to(tl.int64) * (cut.segment // cut.chunk * N * cut.block_d)
+    scratch += own_scratch + channels_of(0, cut.block_d, cut.stack)
     parts = tl.cdiv(steps, part_steps)
     rows = items // parts
 
-    sum_A, sum_D = zeros(K, BLOCK_D, STACK), tl.zeros(d.shape, tl.float32)
-    sum_bias = sum_D
-    for item in range(tl.program_id(0) // blocks, items, programs):
-        row, part, part_start, end = span(item, steps, part_steps, PARTED)
+    sum_D = tl.zeros(d.shape, tl.float32)
+    totals = Totals(zeros(K, cut.block_d, cut.stack), sum_D, sum_D)
+    for item in range(tl.program_id(0) // cut.blocks, items, programs):
+        row, part, part_start, end = span(item, steps, part_steps, cut.parted)
         # Loaded for every item: kept, they would not fit the registers.
-        skip, shift = load(x.D + d, in_d, EXACT), load(x.delta_bias + d, in_d, EXACT)
+        skip, shift = load(x.D + d, in_d, cut.exact), load(x.delta_bias + d, in_d, cut.exact)
         u, delta = x.u + row * strides.u[0] + d * strides.u[2], x.delta + row * strides.delta[0] + d * strides.delta[2]
         B, C = x.B + row * strides.B[0], x.C + row * strides.C[0]
-        z, dy_ = z_base + row * strides.z[0] + d * strides.z[2], dy + row * strides.dy[0] + d * strides.dy[2]
-        place, target = row * steps * CHANNELS + d, by_state + (block * rows + row) * steps * (2 * N)
-        carry = zeros(K, BLOCK_D, STACK)
-        if PARTED:
-            handed = carried + (row * (parts - 1) + part) * N * CHANNELS + d
-            carry = load_states(handed, CHANNELS, where_both(part < parts - 1, in_d), 0, K, N, STACK, False)
-        segments = 1 if ONE_CHUNK else tl.cdiv(end - part_start, SEGMENT)
+        z, dy_row = z_base + row * strides.z[0] + d * strides.z[2], dy + row * strides.dy[0] + d * strides.dy[2]
+        of_row = Reads(dy_row, u, delta, B, C, z)
+        place, target = row * steps * cut.channels + d, partial.by_state + (block * rows + row) * steps * (2 * N)
+        carry = zeros(K, cut.block_d, cut.stack)
+        if cut.parted:
+            handed = carried + (row * (parts - 1) + part) * N * cut.channels + d
+            has_later = where_both(part < parts - 1, in_d)
+            carry = load_states(handed, cut.channels, has_later, 0, K, N, cut.stack, False)
+        segments = 1 if cut.one_chunk else tl.cdiv(end - part_start, cut.segment)
         for back in range(segments):
-            start = part_start + (segments - 1 - back) * SEGMENT
-            chunks = 1 if ONE_CHUNK else tl.cdiv(tl.minimum(SEGMENT, end - start), CHUNK)
-            if not ONE_CHUNK:
-                before = zeros(K, BLOCK_D, STACK)
-                if KEPT:
-                    slot = row * ((steps - 1) // SEGMENT) + start // SEGMENT - 1
-                    kept = entering + slot * N * CHANNELS + d
-                    before = load_states(kept, CHANNELS, where_both(start > 0, in_d), 0, K, N, STACK, False)
-                store_chunk_states(scratch, BLOCK_D, before, u, delta, B, strides, A, shift, start, chunks, steps, in_d,
-                                   CHANNELS, N, K, STACK, CHUNK, SOFTPLUS, REVERSE, WORDS, EXACT)  # fmt: skip
+            start = part_start + (segments - 1 - back) * cut.segment
+            chunks = 1 if cut.one_chunk else tl.cdiv(tl.minimum(cut.segment, end - start), cut.chunk)
+            if not cut.one_chunk:
+                before = zeros(K, cut.block_d, cut.stack)
+                if cut.kept:
+                    slot = row * ((steps - 1) // cut.segment) + start // cut.segment - 1
+                    kept = entering + slot * N * cut.channels + d
+                    before = load_states(kept, cut.channels, where_both(start > 0, in_d), 0, K, N, cut.stack, False)
+                store_chunk_states(
+                    scratch, cut.block_d, before, of_row, strides, A, shift, start, chunks, steps, in_d, cut
+                )
             for c_back in range(chunks):
                 c = chunks - 1 - c_back
-                t = time_of(start + c * CHUNK, steps, REVERSE)
-                carry, sum_A, sum_D, sum_bias = chunk_gradients(
-                    dy_ + t * strides.dy[1], u + t * strides.u[1], delta + t * strides.delta[1],
-                    B + t * strides.B[1], C + t * strides.C[1], z + t * strides.z[1],
-                    du + place + t * CHANNELS, d_delta + place + t * CHANNELS, dz + place + t * CHANNELS,
-                    target + t * (2 * N), scratch + c * N * BLOCK_D, BLOCK_D, strides,
-                    carry, sum_A, sum_D, sum_bias, A, skip, shift, steps - start - c * CHUNK, in_d,
-                    CHANNELS, N, K, STACK, BLOCK_D, CHUNK, GROUP, LANES, SOFTPLUS, REVERSE, ADD, GATE, ONE_CHUNK,
-                    WORDS, EXACT)  # fmt: skip
-    # In 32 bits, which are enough for these tensors: nothing of it is kept in registers over the loop.
-    d, p = channels_of(tl.program_id(0) % blocks, BLOCK_D, STACK), tl.program_id(0) // blocks
-    store_states(dA + p * N * CHANNELS + d, CHANNELS, sum_A, in_d, K, N, STACK, EXACT)
-    store(dD + p * CHANNELS + d, sum_D, in_d, EXACT)
-    store(d_bias + p * CHANNELS + d, sum_bias, in_d, EXACT)
+                t = time_of(start + c * cut.chunk, steps, cut.reverse)
+                at = Reads(
+                    dy_row + t * strides.dy[1],
+                    u + t * strides.u[1],
+                    delta + t * strides.delta[1],
+                    B + t * strides.B[1],
+                    C + t * strides.C[1],
+                    z + t * strides.z[1],
+                )
+                own = Gradients(
+                    to.du + place + t * cut.channels,
+                    to.d_delta + place + t * cut.channels,
+                    to.dz + place + t * cut.channels,
+                )
+                of_t, before_c = target + t * (2 * N), scratch + c * N * cut.block_d
+                left = steps - start - c * cut.chunk
+                carry, totals = chunk_gradients(
+                    carry,
+                    totals,
+                    at,
+                    own,
+                    of_t,
+                    before_c,
+                    cut.block_d,
+                    strides,
+                    A,
+                    skip,
+                    shift,
+                    left,
+                    in_d,
+                    cut,
+                    cut.one_chunk,
+                )
+    # In 32 bits, which are enough for these tensors, so that nothing of it is kept in registers over the loop.
+    d, p = channels_of(tl.program_id(0) % cut.blocks, cut.block_d, cut.stack), tl.program_id(0) // cut.blocks
+    store_states(partial.dA + p * N * cut.channels + d, cut.channels, totals.A, in_d, K, N, cut.stack, cut.exact)
+    store(partial.dD + p * cut.channels + d, totals.D, in_d, cut.exact)
+    store(partial.d_bias + p * cut.channels + d, totals.bias, in_d, cut.exact)

@@ -1,19 +1,27 @@
 """The forward kernels of the selective scan, one direction each. `triton_pieces.py` says how a program works.
 
-With GATE the output is y · SiLU(z), and with ADD y is first added to what the output holds already, the other
-direction's y: both directions and the gate in two launches, and no tensor in between.
+With `gate` the output is y · SiLU(z). With `add` y is first added to what the output holds already, which is y of the
+other direction. Both directions and the gate then take two launches, with no tensor in between.
 
-With PARTED a row's time is cut into parts of `part_steps` that run side by side, for few and long rows: `part_kernel`
-finds what each part would hand on if it began with nothing, `join_kernel` joins these along the row, and the others
-begin with what it found, `carried` (R, parts - 1, N, D). Of the state forward, of its adjoint in backward.
+With `parted` the time of a row is cut into parts of `part_steps` steps that run side by side, for few and long rows.
+`part_kernel` finds what each part would hand on if it began with nothing, and `join_kernel` joins these along the row.
+The other kernels begin with the result, `carried` (R, parts - 1, N, D): the states in the forward pass, their adjoint
+in the backward pass.
 
-x: `ScanInputs`, with A as (N, D) times log2(e), so that exp(ΔA) is one exp2; strides: `triton_launch.Strides`.
+The kernels take `ScanInputs` with A as (N, D) times log2(e), so that exp(ΔA) is one exp2.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
+from avion.ops.kernel_types import Flag, Int, Pointer, Scalar, Values, constexpr
+
+from .inputs import ScanInputs
 from .triton_pieces import (
+    Cut,
+    Strides,
     channels_of,
     load,
     load_states,
@@ -34,98 +42,165 @@ from .triton_pieces import (
 
 @piece
 def forward_chunk(
-    state, u, delta, B, C, z, out, strides, a, skip, shift, left, in_d,
-    CHANNELS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STACK: tl.constexpr, CHUNK: tl.constexpr,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr, IS_FIRST: tl.constexpr,
-    WORDS: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """The state after a chunk, whose steps' outputs are stored. Pointers are to its first step; `left`: steps until the
-    end; IS_FIRST: nothing came before, so that the first step needs no decay."""
-    SIGN: tl.constexpr = -1 if REVERSE else 1
+    state: Values,
+    u: Pointer,
+    delta: Pointer,
+    B: Pointer,
+    C: Pointer,
+    z: Pointer,
+    out: Pointer,
+    strides: Strides,
+    a: Values,
+    skip: tl.tensor,
+    shift: tl.tensor,
+    left: Scalar,
+    in_d: tl.tensor,
+    cut: "Cut",
+    IS_FIRST: Flag,
+) -> Values:
+    """Stores the outputs of a chunk's steps and returns the state after the chunk.
+
+    The pointers are to the first step of the chunk; `left` steps are left until the end. With IS_FIRST nothing came
+    before the chunk, so that its first step needs no decay.
+    """
+    CHUNK: Int = cut.chunk
+    K: Int = cut.stacks
     for j in tl.static_range(CHUNK):
         alive = j < left
         mask = where_both(alive, in_d)
-        u_now = load(u + SIGN * j * strides.u[1], mask, EXACT)
-        _, size = step_size(delta + SIGN * j * strides.delta[1], shift, mask, SOFTPLUS, EXACT)
-        b = load_weights(B + SIGN * j * strides.B[1], strides.B[2], alive, 0, K, N, STACK, WORDS, EXACT)
-        c = load_weights(C + SIGN * j * strides.C[1], strides.C[2], alive, 0, K, N, STACK, WORDS, EXACT)
+        u_now = load(u + cut.sign * j * strides.u[1], mask, cut.exact)
+        _, size = step_size(delta + cut.sign * j * strides.delta[1], shift, mask, cut.softplus, cut.exact)
+        b = load_weights(B + cut.sign * j * strides.B[1], strides.B[2], alive, 0, K, cut)
+        c = load_weights(C + cut.sign * j * strides.C[1], strides.C[2], alive, 0, K, cut)
         y = skip * u_now
-        if ADD:
-            y += load(out + SIGN * j * CHANNELS, mask, EXACT)
+        if cut.add:
+            y += load(out + cut.sign * j * cut.channels, mask, cut.exact)
         state = next_states(state, size, size * u_now, a, b, K, IS_FIRST and j == 0)
         for k in tl.static_range(K):
-            y += sum_over_stack(state[k] * c[k], STACK)
-        if GATE:
-            z_now = load(z + SIGN * j * strides.z[1], mask, EXACT)
+            y += sum_over_stack(state[k] * c[k], cut.stack)
+        if cut.gate:
+            z_now = load(z + cut.sign * j * strides.z[1], mask, cut.exact)
             y *= z_now * sigmoid(z_now)
-        store(out + SIGN * j * CHANNELS, y, mask, EXACT)
+        store(out + cut.sign * j * cut.channels, y, mask, cut.exact)
     return state
 
 
 @triton.jit
 def forward_kernel(
-    x, z_base, strides, y, entering, carried, items, steps, part_steps, programs,
-    CHANNELS: tl.constexpr, N: tl.constexpr, STACK: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
-    SEGMENT: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr,
-    ONE_CHUNK: tl.constexpr, KEEP: tl.constexpr, PARTED: tl.constexpr, WORDS: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """y (R, T, D) contiguous; with KEEP also `entering` (R, segments - 1, N, D), the state before each later segment of
-    SEGMENT steps. Program (p, block of channels) takes items p, p + programs, …; an item is a row or a part of one."""
-    blocks: tl.constexpr = (CHANNELS + BLOCK_D - 1) // BLOCK_D
-    K: tl.constexpr = (N + STACK - 1) // STACK  # stacks of states
-    block, p = (tl.program_id(0) % blocks).to(tl.int64), (tl.program_id(0) // blocks).to(tl.int64)
-    d = channels_of(block, BLOCK_D, STACK)
-    in_d = d < CHANNELS
-    a = load_states(x.A + d, CHANNELS, in_d, 0, K, N, STACK, EXACT)
-    skip, shift = load(x.D + d, in_d, EXACT), load(x.delta_bias + d, in_d, EXACT)
+    x: ScanInputs,
+    z_base: Pointer,
+    strides: Strides,
+    y: Pointer,
+    entering: Pointer,
+    carried: Pointer,
+    items: Scalar,
+    steps: Scalar,
+    part_steps: Scalar,
+    programs: Scalar,
+    cut: constexpr,
+) -> None:
+    """Writes y (R, T, D), contiguous.
+
+    With `cut.kept` it also writes `entering` (R, segments - 1, N, D), the state before each later segment of steps.
+    Program (p, block of channels) takes the items p, p + programs, …; an item is a row or a part of a row.
+    """
+    N: Int = cut.n
+    K: Int = cut.stacks
+    block, p = (tl.program_id(0) % cut.blocks).to(tl.int64), (tl.program_id(0) // cut.blocks).to(tl.int64)
+    d = channels_of(block, cut.block_d, cut.stack)
+    in_d = d < cut.channels
+    a = load_states(x.A + d, cut.channels, in_d, 0, K, N, cut.stack, cut.exact)
+    skip, shift = load(x.D + d, in_d, cut.exact), load(x.delta_bias + d, in_d, cut.exact)
     for item in range(p, items, programs):
-        row, part, start, end = span(item, steps, part_steps, PARTED)
+        row, part, start, end = span(item, steps, part_steps, cut.parted)
         u, delta = x.u + row * strides.u[0] + d * strides.u[2], x.delta + row * strides.delta[0] + d * strides.delta[2]
         B, C = x.B + row * strides.B[0], x.C + row * strides.C[0]
-        z, out = z_base + row * strides.z[0] + d * strides.z[2], y + row * steps * CHANNELS + d
-        state = zeros(K, BLOCK_D, STACK)
-        if PARTED:
+        z, out = z_base + row * strides.z[0] + d * strides.z[2], y + row * steps * cut.channels + d
+        state = zeros(K, cut.block_d, cut.stack)
+        if cut.parted:
             slot = row * (tl.cdiv(steps, part_steps) - 1) + part - 1
-            state = load_states(
-                carried + slot * N * CHANNELS + d, CHANNELS, where_both(part > 0, in_d), 0, K, N, STACK, False
-            )
-        if ONE_CHUNK:
-            t = time_of(0, steps, REVERSE)
-            forward_chunk(
-                state, u + t * strides.u[1], delta + t * strides.delta[1], B + t * strides.B[1], C + t * strides.C[1],
-                z + t * strides.z[1], out + t * CHANNELS, strides, a, skip, shift, steps, in_d,
-                CHANNELS, N, K, STACK, CHUNK, SOFTPLUS, REVERSE, ADD, GATE, True, WORDS, EXACT)  # fmt: skip
+            before = carried + slot * N * cut.channels + d
+            state = load_states(before, cut.channels, where_both(part > 0, in_d), 0, K, N, cut.stack, False)
+        if cut.one_chunk:
+            t = time_of(0, steps, cut.reverse)
+            u, delta = u + t * strides.u[1], delta + t * strides.delta[1]
+            B, C = B + t * strides.B[1], C + t * strides.C[1]
+            z, out = z + t * strides.z[1], out + t * cut.channels
+            forward_chunk(state, u, delta, B, C, z, out, strides, a, skip, shift, steps, in_d, cut, True)
         else:
-            for first in range(start, end, CHUNK):
-                if KEEP and first > 0 and first % SEGMENT == 0:
-                    slot = row * ((steps - 1) // SEGMENT) + first // SEGMENT - 1
-                    store_states(entering + slot * N * CHANNELS + d, CHANNELS, state, in_d, K, N, STACK, EXACT)
-                t = time_of(first, steps, REVERSE)
+            for first in range(start, end, cut.chunk):
+                if cut.kept and first > 0 and first % cut.segment == 0:
+                    slot = row * ((steps - 1) // cut.segment) + first // cut.segment - 1
+                    kept = entering + slot * N * cut.channels + d
+                    store_states(kept, cut.channels, state, in_d, K, N, cut.stack, cut.exact)
+                t = time_of(first, steps, cut.reverse)
+                u_t, delta_t = u + t * strides.u[1], delta + t * strides.delta[1]
+                B_t, C_t = B + t * strides.B[1], C + t * strides.C[1]
+                z_t, out_t, left = z + t * strides.z[1], out + t * cut.channels, end - first
                 state = forward_chunk(
-                    state, u + t * strides.u[1], delta + t * strides.delta[1], B + t * strides.B[1],
-                    C + t * strides.C[1], z + t * strides.z[1], out + t * CHANNELS, strides, a, skip, shift,
-                    end - first, in_d,
-                    CHANNELS, N, K, STACK, CHUNK, SOFTPLUS, REVERSE, ADD, GATE, False, WORDS, EXACT)  # fmt: skip
+                    state, u_t, delta_t, B_t, C_t, z_t, out_t, strides, a, skip, shift, left, in_d, cut, False
+                )
+
+
+class Part(NamedTuple):
+    """What `part_kernel` reads.
+
+    It is the state that is handed on, with v = u and W = B; or its adjoint, with v = dy and W = C.
+
+    Attributes:
+        v: (R, T, D).
+        delta: the step size before bias and softplus, (R, T, D).
+        A: (N, D), times log2(e).
+        W: (R, T, N).
+        delta_bias: (D,).
+        z: the gate before its SiLU, by which v is multiplied, (R, T, D); it is read only where there is a gate.
+    """
+
+    v: Pointer
+    delta: Pointer
+    A: Pointer
+    W: Pointer
+    delta_bias: Pointer
+    z: Pointer
+
+
+class PartStrides(NamedTuple):
+    """The strides of the tensors of a `Part` that have rows, (row, step, channel or state)."""
+
+    v: tuple[int, ...]
+    delta: tuple[int, ...]
+    W: tuple[int, ...]
+    z: tuple[int, ...]
 
 
 @piece
 def part_chunk(
-    state, sizes, v, delta, W, z, v_t, delta_t, W_t, z_t, W_n, a, shift, left, in_d,
-    N: tl.constexpr, K: tl.constexpr, STACK: tl.constexpr, CHUNK: tl.constexpr, SIGN: tl.constexpr,
-    SOFTPLUS: tl.constexpr, GATE: tl.constexpr, ADJOINT: tl.constexpr, WORDS: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """The state, or its adjoint, and the sum of Δ after a chunk. Pointers are to its first step."""
+    state: Values,
+    sizes: tl.tensor,
+    at: Part,
+    strides: PartStrides,
+    a: Values,
+    shift: tl.tensor,
+    left: Scalar,
+    in_d: tl.tensor,
+    cut: "Cut",
+    SIGN: Int,
+    ADJOINT: Flag,
+) -> tuple[Values, tl.tensor]:
+    """Returns the state, or its adjoint, and the sum of Δ after a chunk. The pointers are to the chunk's first step."""
+    CHUNK: Int = cut.chunk
+    K: Int = cut.stacks
     for j in tl.static_range(CHUNK):
         alive = j < left
         mask = where_both(alive, in_d)
-        _, size = step_size(delta + SIGN * j * delta_t, shift, mask, SOFTPLUS, EXACT)
-        if not EXACT:
+        _, size = step_size(at.delta + SIGN * j * strides.delta[1], shift, mask, cut.softplus, cut.exact)
+        if not cut.exact:
             size = tl.where(alive, size, 0.0)  # a dead step changes nothing
-        v_now = load(v + SIGN * j * v_t, mask, EXACT)
-        if GATE:
-            z_now = load(z + SIGN * j * z_t, mask, EXACT)
+        v_now = load(at.v + SIGN * j * strides.v[1], mask, cut.exact)
+        if cut.gate:
+            z_now = load(at.z + SIGN * j * strides.z[1], mask, cut.exact)
             v_now *= z_now * sigmoid(z_now)
-        w = load_weights(W + SIGN * j * W_t, W_n, alive, 0, K, N, STACK, WORDS, EXACT)
+        w = load_weights(at.W + SIGN * j * strides.W[1], strides.W[2], alive, 0, K, cut)
         if ADJOINT:
             new = ()
             for k in tl.static_range(K):
@@ -139,49 +214,64 @@ def part_chunk(
 
 @triton.jit
 def part_kernel(
-    v, delta, A, W, delta_bias, z, v_strides, delta_strides, W_strides, z_strides, carried, total, steps, part_steps,
-    CHANNELS: tl.constexpr, N: tl.constexpr, STACK: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, GATE: tl.constexpr, ADJOINT: tl.constexpr,
-    WORDS: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """What a part hands on if it begins with nothing, into its slot of `carried`, and the sum of its Δ, `total`
-    (R, parts - 1, D). The state, from v = u and W = B; with ADJOINT its adjoint, walked from the part's end, from
-    v = dy (with GATE times SiLU(z)) and W = C. Program (row, slot, block of channels)."""
-    SIGN: tl.constexpr = 1 if REVERSE == ADJOINT else -1
-    blocks: tl.constexpr = (CHANNELS + BLOCK_D - 1) // BLOCK_D
-    K: tl.constexpr = (N + STACK - 1) // STACK  # stacks of states
+    x: Part,
+    strides: PartStrides,
+    carried: Pointer,
+    total: Pointer,
+    steps: Scalar,
+    part_steps: Scalar,
+    cut: constexpr,
+    ADJOINT: constexpr,
+) -> None:
+    """Writes what a part hands on if it begins with nothing to the part's slot of `carried`, and the sum of its Δ.
+
+    The sums, `total`, are (R, parts - 1, D). With ADJOINT it is the adjoint of the state, walked from the part's end.
+    Program (row, slot, block of channels).
+    """
+    SIGN: Int = 1 if cut.reverse == ADJOINT else -1
+    N: Int = cut.n
+    K: Int = cut.stacks
     slots = tl.cdiv(steps, part_steps) - 1
-    item = (tl.program_id(0) // blocks).to(tl.int64)
+    item = (tl.program_id(0) // cut.blocks).to(tl.int64)
     row, slot = item // slots, item % slots
     start = (slot + 1 if ADJOINT else slot) * part_steps  # the last part hands on nothing; of the adjoint, the first
     end = tl.minimum(start + part_steps, steps)
-    d = channels_of((tl.program_id(0) % blocks).to(tl.int64), BLOCK_D, STACK)
-    in_d = d < CHANNELS
-    a = load_states(A + d, CHANNELS, in_d, 0, K, N, STACK, EXACT)
-    shift = load(delta_bias + d, in_d, EXACT)
-    v += row * v_strides[0] + d * v_strides[2]
-    delta += row * delta_strides[0] + d * delta_strides[2]
-    W += row * W_strides[0]
-    z += row * z_strides[0] + d * z_strides[2]
+    d = channels_of((tl.program_id(0) % cut.blocks).to(tl.int64), cut.block_d, cut.stack)
+    in_d = d < cut.channels
+    a = load_states(x.A + d, cut.channels, in_d, 0, K, N, cut.stack, cut.exact)
+    shift = load(x.delta_bias + d, in_d, cut.exact)
+    v = x.v + (row * strides.v[0] + d * strides.v[2])
+    delta = x.delta + (row * strides.delta[0] + d * strides.delta[2])
+    W = x.W + row * strides.W[0]
+    z = x.z + (row * strides.z[0] + d * strides.z[2])
 
-    state, sizes = zeros(K, BLOCK_D, STACK), tl.zeros_like(shift)
-    for walked in range(0, end - start, CHUNK):
-        t = time_of(end - 1 - walked if ADJOINT else start + walked, steps, REVERSE)
-        state, sizes = part_chunk(
-            state, sizes, v + t * v_strides[1], delta + t * delta_strides[1], W + t * W_strides[1],
-            z + t * z_strides[1], v_strides[1], delta_strides[1], W_strides[1], z_strides[1], W_strides[2],
-            a, shift, end - start - walked, in_d,
-            N, K, STACK, CHUNK, SIGN, SOFTPLUS, GATE, ADJOINT, WORDS, EXACT)  # fmt: skip
-    store_states(carried + item * N * CHANNELS + d, CHANNELS, state, in_d, K, N, STACK, EXACT)
-    tl.store(total + item * CHANNELS + d, sizes, mask=in_d)
+    state, sizes = zeros(K, cut.block_d, cut.stack), tl.zeros_like(shift)
+    for walked in range(0, end - start, cut.chunk):
+        t = time_of(end - 1 - walked if ADJOINT else start + walked, steps, cut.reverse)
+        v_t, delta_t = v + t * strides.v[1], delta + t * strides.delta[1]
+        at = Part(v_t, delta_t, x.A, W + t * strides.W[1], x.delta_bias, z + t * strides.z[1])
+        state, sizes = part_chunk(state, sizes, at, strides, a, shift, end - start - walked, in_d, cut, SIGN, ADJOINT)
+    store_states(carried + item * N * cut.channels + d, cut.channels, state, in_d, K, N, cut.stack, cut.exact)
+    tl.store(total + item * cut.channels + d, sizes, mask=in_d)
 
 
 @triton.jit
-def join_kernel(carried, total, A, slots, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
-                ADJOINT: tl.constexpr):  # fmt: skip
-    """`carried` in place: from what each part alone hands on to what it does after those before it (with ADJOINT,
-    those behind it). Program (row, BLOCK of the states and channels, N · CHANNELS of them)."""
-    blocks: tl.constexpr = (N * CHANNELS + BLOCK - 1) // BLOCK
+def join_kernel(
+    carried: Pointer,
+    total: Pointer,
+    A: Pointer,
+    slots: Scalar,
+    CHANNELS: constexpr,
+    BLOCK: constexpr,
+    N: constexpr,
+    ADJOINT: constexpr,
+) -> None:
+    """Turns, in place, what each part alone hands on into what it hands on after the parts before it.
+
+    With ADJOINT it is what the part hands on after the parts behind it. Program (row, BLOCK of the N · CHANNELS states
+    and channels).
+    """
+    blocks: Int = (N * CHANNELS + BLOCK - 1) // BLOCK
     row = (tl.program_id(0) // blocks).to(tl.int64)
     place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = place < N * CHANNELS

@@ -1,37 +1,47 @@
 """How the Triton kernels of the scan are launched: one direction of time, with or without the gate.
 
-`forward` and `backward` take a plan, how the work is cut; `forward_plans` and `backward_plans` list the few that make
-sense for a shape, best guess first. The caller chooses (`avion.ops.tuning`).
+`forward` and `backward` take a plan, which says how the work is cut. `forward_plans` and `backward_plans` list the few
+plans that make sense for a shape, the best guess first. The caller chooses one (`avion.ops.tuning`).
 """
 
+import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from .inputs import ScanInputs
-from .triton_backward import backward_kernel
-from .triton_forward import forward_kernel, join_kernel, part_kernel
+from .inputs import ScanGradients, ScanInputs, Time
+from .triton_backward import Gradients, PartialSums, backward_kernel
+from .triton_forward import Part, PartStrides, forward_kernel, join_kernel, part_kernel
+from .triton_pieces import Cut, Strides
 
 _LOG2_E = math.log2(math.e)
 SEGMENT = 32  # steps between the states that are kept for backward
-# A program is one warp and a chain of dependent steps. So many of them hide each other's latencies, per multiprocessor
-# of a GPU; in backward no more find room, since each takes all registers that a thread can have.
+# A program is one warp and a chain of dependent steps. This many programs per multiprocessor of a GPU hide the
+# latencies of each other. In the backward pass there is room for no more, because each takes all registers that a
+# thread can have.
 _WARPS_TO_KEEP_BUSY = 8
-# Forward programs per multiprocessor: several times what it holds at once, so that all end at about the same time, and
-# few enough that what a program loads once (A) does not count.
+# Forward programs per multiprocessor: several times what a multiprocessor holds at once, so that all end at about the
+# same time, and few enough that what a program loads once (A) does not count.
 _FORWARD_PROGRAMS = 64
-# One stage: pipelining a loop over rows would double the registers that are short already. Multiply-adds are fused:
-# half of the arithmetic is of them, and a fused one is rounded once instead of twice.
-_OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
+# One stage, because pipelining a loop over rows would double the number of registers, which are short already.
+# Multiply-adds are fused: half of the arithmetic consists of them, and a fused one is rounded once instead of twice.
+_OPTIONS: dict[str, Any] = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
 
 
 class Plan(NamedTuple):
-    """Channels of a program (of one warp), steps of a chunk, states that backward takes at a time, parts that a row's
-    time is cut into, and programs per block of channels (each takes every so-many-th row, or part of one). `stack`: the
-    states of one tensor, more than 1 in the interpreter only."""
+    """How the work of a launch is cut.
+
+    Attributes:
+        block_d: the number of channels of a program, which is one warp.
+        chunk: the number of steps that are taken at a time.
+        group: the number of states that the backward pass takes at a time.
+        parts: the number of parts into which the time of a row is cut.
+        programs: the number of programs per block of channels; each takes several rows, or parts of rows.
+        stack: the number of states in one tensor; more than 1 in the interpreter only.
+    """
 
     block_d: int
     chunk: int
@@ -41,42 +51,34 @@ class Plan(NamedTuple):
     stack: int = 1
 
 
-class Time(NamedTuple):
-    """What a scan does with its steps: softplus of the step sizes or not, from the first step or from the last."""
-
-    softplus: bool = True
-    reverse: bool = False
-
-
 class Gate(NamedTuple):
-    """z (R, T, D), and whether the other direction's share is in the output (dz, in backward) already."""
+    """The gate of an output y · SiLU(z).
+
+    Attributes:
+        z: (R, T, D).
+        add: whether the output (dz, in the backward pass) holds the share of the other direction already.
+    """
 
     z: Tensor
     add: bool
 
 
-class Strides(NamedTuple):
-    """Of each tensor (row, step, channel or state), as the kernels take them."""
-
-    u: tuple[int, ...]
-    delta: tuple[int, ...]
-    B: tuple[int, ...]
-    C: tuple[int, ...]
-    z: tuple[int, ...]
-    dy: tuple[int, ...]
-
-
 def forward_plans(u: Tensor, states: int) -> list[Plan]:
-    """u (R, T, D). The first one is the guess."""
+    """Lists plans for the forward kernel, the best guess first.
+
+    Args:
+        u: the input, (R, T, D).
+        states: N, the number of states per channel.
+    """
     if not u.is_cuda:
         return [_interpreter_plan(u, states)]
     return forward_plans_for(tuple(u.shape), _processors(u))
 
 
 def forward_plans_for(shape: tuple[int, ...], processors: int) -> list[Plan]:
-    """For a GPU with so many multiprocessors."""
+    """Lists plans for the forward kernel on (R, T, D), for a GPU with that many multiprocessors."""
     rows, steps, channels = shape
-    # Four channels to a thread share the conversions of B and C; fewer leave more programs, and registers.
+    # Four channels of a thread share the conversions of B and C; fewer channels leave more programs, and registers.
     blocks = (128, 64, 32)
     if rows * channels < 128 * _WARPS_TO_KEEP_BUSY * processors:
         blocks = blocks[::-1]
@@ -89,17 +91,22 @@ def forward_plans_for(shape: tuple[int, ...], processors: int) -> list[Plan]:
 
 
 def backward_plans(u: Tensor, states: int) -> list[Plan]:
-    """u (R, T, D). The first one is the guess."""
+    """Lists plans for the backward kernel, the best guess first.
+
+    Args:
+        u: the input, (R, T, D).
+        states: N, the number of states per channel.
+    """
     if not u.is_cuda:
         return [_interpreter_plan(u, states)]
     return backward_plans_for(tuple(u.shape), states, _processors(u))
 
 
 def backward_plans_for(shape: tuple[int, ...], states: int, processors: int) -> list[Plan]:
-    """For a GPU with so many multiprocessors."""
+    """Lists plans for the backward kernel on (R, T, D), for a GPU with that many multiprocessors."""
     rows, steps, channels = shape
-    # (channels, steps of a chunk, states at a time.) dA of all states stays in registers, and beyond one chunk the
-    # adjoint does: with 16 states two channels of a thread leave room for so much more.
+    # (channels, steps of a chunk, states at a time.) dA of all states stays in registers, and with more than one chunk
+    # the adjoint as well. With 16 states and two channels to a thread these numbers are what the other registers hold.
     if states > 16:
         cuts = ((32, 2, 4), (32, 4, 4))
     elif steps <= 4:
@@ -119,7 +126,7 @@ def _processors(u: Tensor) -> int:
 
 
 def _interpreter_plan(u: Tensor, states: int) -> Plan:
-    """Small enough to reach every branch at small sizes: several blocks, programs, chunks, parts, groups of states."""
+    """Returns a plan that reaches every branch at small sizes: several blocks, programs, chunks, parts, groups."""
     rows, steps, _ = u.shape
     parts = min(3, triton.cdiv(steps, SEGMENT)) if rows <= 2 else 1
     stack = max(1, triton.next_power_of_2(states) // 2)
@@ -127,22 +134,22 @@ def _interpreter_plan(u: Tensor, states: int) -> Plan:
 
 
 def _parts(shape: tuple[int, ...], processors: int) -> list[int]:
-    """Numbers of parts worth trying: one, unless the rows alone leave the GPU idle."""
+    """Lists the numbers of parts that are worth trying: one, unless the rows alone leave the GPU idle."""
     rows, steps, channels = shape
     warps = max(1, rows * triton.cdiv(channels, 32))
     wanted = _WARPS_TO_KEEP_BUSY * processors / warps
-    most = steps // (2 * SEGMENT)  # shorter parts cost more than they bring: each is walked twice
+    most = steps // (2 * SEGMENT)  # shorter parts cost more than they gain, because each is walked twice
     found = {max(1, min(most, round(factor * wanted))) for factor in (1, 2)}
     return sorted(found | {1}, reverse=True) if wanted > 1 else sorted(found)[:1]
 
 
 def _part_steps(steps: int, parts: int) -> int:
-    """Of all parts but the last: whole segments, so that chunks end where parts do."""
+    """Returns the steps of all parts but the last: whole segments, so that chunks end where parts do."""
     return steps if parts == 1 else SEGMENT * triton.cdiv(triton.cdiv(steps, SEGMENT), parts)
 
 
-def _prepared(p: ScanInputs) -> ScanInputs:
-    """For the kernels: A as (N, D) times log2(e), D and the bias in float32, zeros where there is no bias."""
+def prepared(p: ScanInputs) -> ScanInputs:
+    """Prepares inputs for the kernels: A as (N, D) times log2(e), D and the bias in float32, zeros without a bias."""
     skip = p.D.float().contiguous()
     bias = torch.zeros_like(skip) if p.delta_bias is None else p.delta_bias.float().contiguous()
     return p._replace(A=(p.A.float() * _LOG2_E).t().contiguous(), D=skip, delta_bias=bias)
@@ -153,69 +160,102 @@ def _strides(p: ScanInputs, z: Tensor, dy: Tensor) -> Strides:
 
 
 def _in_words(weights: Tensor, group: int) -> bool:
-    """Whether a step's numbers of `weights` (R, T, N), and those of a group, can be read as whole 64-bit words."""
+    """Returns whether the numbers of a step of `weights` (R, T, N), and those of a group, fill whole 64-bit words."""
     per_word = 8 // weights.element_size()
     whole = all(count % per_word == 0 for count in (weights.shape[2], group, *weights.stride()[:2]))
     return whole and weights.stride(2) == 1 and weights.data_ptr() % 8 == 0
 
 
-def _constants(p: ScanInputs, time: Time, plan: Plan) -> dict:
-    steps, channels = p.u.shape[1:]
-    return {
-        "CHANNELS": channels, "N": p.A.shape[1], "STACK": plan.stack, "BLOCK_D": plan.block_d, "CHUNK": plan.chunk,
-        "SOFTPLUS": time.softplus, "REVERSE": time.reverse,
-        "EXACT": channels % plan.block_d == 0 and steps % plan.chunk == 0, **_OPTIONS,
-    }  # fmt: skip
+def _cut(p: ScanInputs, time: Time, plan: Plan) -> Cut:
+    """Returns what all kernels of a launch are compiled for."""
+    _, steps, channels = p.u.shape
+    return Cut(
+        channels,
+        n=p.states,
+        stack=plan.stack,
+        block_d=plan.block_d,
+        chunk=plan.chunk,
+        softplus=time.softplus,
+        reverse=time.reverse,
+        exact=channels % plan.block_d == 0 and steps % plan.chunk == 0,
+        parted=_part_steps(steps, plan.parts) < steps,
+        one_chunk=steps <= plan.chunk,
+        segment=SEGMENT,
+        group=plan.group,
+        lanes=32 if plan.block_d >= 32 else max(1, plan.block_d // 2),
+    )
 
 
 def kept_shape(u: Tensor, states: int, keep: bool) -> tuple[int, ...]:
-    """Of the states that enter the later segments, (R, segments - 1, N, D)."""
+    """Returns the shape of the states that enter the later segments, (R, segments - 1, N, D).
+
+    Args:
+        u: the input, (R, T, D).
+        states: N, the number of states per channel.
+        keep: whether the states are kept; without it there are no segments.
+    """
     return (u.shape[0], (u.shape[1] - 1) // SEGMENT if keep else 0, states, u.shape[2])
 
 
-def _join_parts(
-    p: ScanInputs, x: ScanInputs, time: Time, plan: Plan, v: Tensor, W: Tensor, z: Tensor | None, adjoint: bool
-) -> Tensor:
-    """`carried` (R, parts - 1, N, D): what enters the parts, of the state (v = u, W = B) or of its adjoint (dy, C)."""
+def _join_parts(x: ScanInputs, plan: Plan, cut: Cut, v: Tensor, W: Tensor, gate: Gate | None, adjoint: bool) -> Tensor:
+    """Returns `carried` (R, parts - 1, N, D), what enters the parts.
+
+    It is the state, from v = u and W = B; with `adjoint` its adjoint, from v = dy and W = C.
+    """
     rows, steps, channels = v.shape
-    states = p.A.shape[1]
     part_steps = _part_steps(steps, plan.parts)
     slots = triton.cdiv(steps, part_steps) - 1
-    carried = v.new_empty((rows, slots, states, channels), dtype=torch.float32)
+    carried = v.new_empty((rows, slots, cut.n, channels), dtype=torch.float32)
     if slots == 0:
         return carried
     total = v.new_empty((rows, slots, channels), dtype=torch.float32)
-    gate = v if z is None else z
-    strides = (v.stride(), x.delta.stride(), W.stride(), gate.stride())
-    part_kernel[(rows * slots * triton.cdiv(channels, plan.block_d),)](
-        v, x.delta, x.A, W, x.delta_bias, gate, *strides, carried, total, steps, part_steps,
-        GATE=z is not None, ADJOINT=adjoint, WORDS=_in_words(W, 0), **_constants(p, time, plan),
-    )  # fmt: skip
-    block = min(128, triton.next_power_of_2(states * channels))
-    join_kernel[(rows * triton.cdiv(states * channels, block),)](
-        carried, total, x.A, slots, CHANNELS=channels, BLOCK=block, N=states, ADJOINT=adjoint, **_OPTIONS
+    z = v if gate is None else gate.z
+    part = Part(v, x.delta, x.A, W, x.delta_bias, z)
+    strides = PartStrides(*(t.stride() for t in (v, x.delta, W, z)))
+    # A kernel is compiled for every cut that differs: what this one does not read is the same for all.
+    cut = dataclasses.replace(cut, gate=gate is not None, add=False, words=_in_words(W, 0), kept=False)
+    part_kernel[(rows * slots * cut.blocks,)](
+        part, strides, carried, total, steps, part_steps, cut, adjoint, **_OPTIONS
+    )
+    block = min(128, triton.next_power_of_2(cut.n * channels))
+    join_kernel[(rows * triton.cdiv(cut.n * channels, block),)](
+        carried, total, x.A, slots, channels, block, cut.n, adjoint, **_OPTIONS
     )
     return carried
 
 
 def forward(p: ScanInputs, plan: Plan, y: Tensor, keep: bool, time: Time, gate: Gate | None = None) -> Tensor:
-    """Writes y (R, T, D) contiguous, or adds to it. Returns the states that enter the later segments."""
-    rows, steps, channels = p.u.shape
-    states = p.A.shape[1]
-    entering = p.u.new_empty(kept_shape(p.u, states, keep), dtype=torch.float32)
+    """Scans one direction.
+
+    Args:
+        p: the inputs.
+        plan: how the work is cut.
+        y: where the output is written, (R, T, D), contiguous; with a gate whose `add` is set, the output is added to.
+        keep: whether the states that enter the later segments are kept.
+        time: how the steps are walked.
+        gate: the gate of the output.
+
+    Returns:
+        The states that enter the later segments, of `kept_shape`.
+    """
+    rows, steps, _ = p.u.shape
+    entering = p.u.new_empty(kept_shape(p.u, p.states, keep), dtype=torch.float32)
     if y.numel() == 0:
         return entering
-    x = _prepared(p)
+    x, cut = prepared(p), _cut(p, time, plan)
     part_steps = _part_steps(steps, plan.parts)
-    parts = triton.cdiv(steps, part_steps)
-    carried = _join_parts(p, x, time, plan, p.u, p.B, None, adjoint=False)
-    z = p.u if gate is None else gate.z
-    forward_kernel[(plan.programs * triton.cdiv(channels, plan.block_d),)](
-        x, z, _strides(p, z, y), y, entering, carried, rows * parts, steps, part_steps, plan.programs,
-        **_constants(p, time, plan), SEGMENT=SEGMENT, ONE_CHUNK=steps <= plan.chunk, KEEP=entering.numel() > 0,
-        PARTED=parts > 1, GATE=gate is not None, ADD=gate is not None and gate.add,
-        WORDS=_in_words(p.B, 0) and _in_words(p.C, 0),
-    )  # fmt: skip
+    carried = _join_parts(x, plan, cut, p.u, p.B, None, adjoint=False)
+    z, items = p.u if gate is None else gate.z, rows * triton.cdiv(steps, part_steps)
+    cut = dataclasses.replace(
+        cut,
+        gate=gate is not None,
+        add=gate is not None and gate.add,
+        words=_in_words(p.B, 0) and _in_words(p.C, 0),
+        kept=entering.numel() > 0,
+    )
+    forward_kernel[(plan.programs * cut.blocks,)](
+        x, z, _strides(p, z, y), y, entering, carried, items, steps, part_steps, plan.programs, cut, **_OPTIONS
+    )
     return entering
 
 
@@ -227,39 +267,67 @@ def backward(
     time: Time,
     gate: Gate | None = None,
     dz: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """Gradients of u, delta, A, B, C, D and delta_bias (of shape (0,) where there is none). With a gate, dy is the
-    gradient of y · SiLU(z), and dz (R, T, D) contiguous is written, or added to."""
+) -> ScanGradients:
+    """Computes the gradients of one direction.
+
+    Args:
+        p: the inputs.
+        plan: how the work is cut.
+        dy: the gradient of y, or with a gate of y · SiLU(z), (R, T, D).
+        entering: what `forward` returned.
+        time: how the steps are walked.
+        gate: the gate of the output.
+        dz: where the gradient of z is written, (R, T, D), contiguous; with a gate whose `add` is set, it is added to.
+
+    Returns:
+        The gradients of u, delta, A, B, C, D and delta_bias; the last one has the shape (0,) where there is no bias.
+    """
     rows, steps, channels = p.u.shape
-    states = p.A.shape[1]
+    states = p.states
     du, d_delta = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (p.u, p.delta))
     if du.numel() == 0:
-        zeros = [torch.zeros_like(t) for t in (p.A, p.B, p.C, p.D)]
+        dA, dB, dC, dD = (torch.zeros_like(t) for t in (p.A, p.B, p.C, p.D))
         bias = p.D.new_empty(0) if p.delta_bias is None else torch.zeros_like(p.delta_bias)
-        return du, d_delta, *zeros, bias
-    x = _prepared(p)
+        return du, d_delta, dA, dB, dC, dD, bias
+    x, cut = prepared(p), _cut(p, time, plan)
     part_steps = _part_steps(steps, plan.parts)
-    parts = triton.cdiv(steps, part_steps)
-    z = None if gate is None else gate.z
-    carried = _join_parts(p, x, time, plan, dy, p.C, z, adjoint=True)
-    blocks = triton.cdiv(channels, plan.block_d)
+    carried = _join_parts(x, plan, cut, dy, p.C, gate, adjoint=True)
+    items = rows * triton.cdiv(steps, part_steps)
 
-    def partial(*shape: int) -> Tensor:
+    def empty(*shape: int) -> Tensor:
         return p.u.new_empty(shape, dtype=torch.float32)
 
-    scratch = partial(plan.programs * blocks, SEGMENT // plan.chunk, states, plan.block_d)
-    by_state, dA = partial(blocks, rows, steps, 2 * states), partial(plan.programs, states, channels)
-    dD, d_bias = partial(plan.programs, channels), partial(plan.programs, channels)
-    read_z, write_dz = (dy, du) if z is None else (z, dz)
-    backward_kernel[(plan.programs * blocks,)](
-        x, read_z, _strides(p, read_z, dy), dy, entering, carried, scratch,
-        du, d_delta, write_dz, by_state, dA, dD, d_bias, rows * parts, steps, part_steps, plan.programs,
-        **_constants(p, time, plan), LANES=32 if plan.block_d >= 32 else max(1, plan.block_d // 2), GROUP=plan.group,
-        SEGMENT=SEGMENT, ONE_CHUNK=steps <= plan.chunk, KEPT=entering.numel() > 0, PARTED=parts > 1,
-        GATE=z is not None, ADD=gate is not None and gate.add,
-        WORDS=_in_words(p.B, plan.group) and _in_words(p.C, plan.group),
-    )  # fmt: skip
-    bias = p.D.new_empty(0) if p.delta_bias is None else d_bias.sum(0).to(p.delta_bias.dtype)
-    dC, dB = by_state[..., :states].sum(0), by_state[..., states:].sum(0)
-    by_A = dA.sum(0).t().contiguous().to(p.A.dtype)
-    return du, d_delta, by_A, dB.to(p.B.dtype), dC.to(p.C.dtype), dD.sum(0).to(p.D.dtype), bias
+    scratch = empty(plan.programs * cut.blocks, SEGMENT // plan.chunk, states, plan.block_d)
+    by_state, by_A = empty(cut.blocks, rows, steps, 2 * states), empty(plan.programs, states, channels)
+    by_D, by_bias = empty(plan.programs, channels), empty(plan.programs, channels)
+    # Without a gate nothing is read from z and nothing is written to dz.
+    z, to_z = (dy, du) if gate is None or dz is None else (gate.z, dz)
+    cut = dataclasses.replace(
+        cut,
+        gate=gate is not None,
+        add=gate is not None and gate.add,
+        words=_in_words(p.B, plan.group) and _in_words(p.C, plan.group),
+        kept=entering.numel() > 0,
+    )
+    to, partial = Gradients(du, d_delta, to_z), PartialSums(by_state, by_A, by_D, by_bias)
+    backward_kernel[(plan.programs * cut.blocks,)](
+        x,
+        z,
+        _strides(p, z, dy),
+        dy,
+        entering,
+        carried,
+        scratch,
+        to,
+        partial,
+        items,
+        steps,
+        part_steps,
+        plan.programs,
+        cut,
+        **_OPTIONS,
+    )
+    bias = p.D.new_empty(0) if p.delta_bias is None else by_bias.sum(0).to(p.delta_bias.dtype)
+    dC, dB = by_state[..., :states].sum(0).to(p.C.dtype), by_state[..., states:].sum(0).to(p.B.dtype)
+    dA = by_A.sum(0).t().contiguous().to(p.A.dtype)
+    return du, d_delta, dA, dB, dC, by_D.sum(0).to(p.D.dtype), bias

@@ -1,39 +1,120 @@
 """What the Triton kernels of the selective scan are made of.
 
-A program takes BLOCK_D channels, one to four of them per thread. A value per channel is a (BLOCK_D,) tensor; a value
-per channel and state is a tuple of such tensors, one per state, so that a thread holds all states of its channels:
-sums over states need no exchange between threads, and softplus, gate and addresses are computed once per channel.
-B and C, one number per state, are scalars that all threads read.
+A program takes `block_d` channels, one to four of them per thread. A value per channel is a (block_d,) tensor; a value
+per channel and state is a tuple of such tensors, one per state, so that a thread holds all states of its channels. Sums
+over states then need no exchange between threads, and softplus, gate and addresses are computed once per channel. B and
+C, one number per state, are scalars that all threads read.
 
-That is STACK = 1, what a GPU runs. The interpreter takes as long for a tensor of one state as for one of many: there
-tensors hold STACK states each. A value per channel is then (1, BLOCK_D), one per state (STACK, BLOCK_D), B and C are
-(STACK, 1), and "a state" in a tuple is a stack of them, the last one padded with zeros.
+This is what a GPU runs, with `stack` = 1. The interpreter takes as long for a tensor of one state as for a tensor of
+many, so there a tensor holds `stack` states. A value per channel is then (1, block_d), a value per channel and state
+(stack, block_d), B and C are (stack, 1), and "a state" in a tuple is a stack of states, the last one padded with zeros.
 
-Walking order: step i = 0 … T-1 is t = i, or t = T-1-i with REVERSE. Steps are taken CHUNK at a time, unrolled. In the
-last chunk steps past the end are dead: they load zeros, and nothing of them is stored. With EXACT there are no dead
-steps and no channels past the last one, and no load is masked.
+Walking order: step i = 0 … T-1 is t = i, or t = T-1-i with `reverse`. Steps are taken `chunk` at a time, unrolled. In
+the last chunk the steps past the end are dead: they load zeros, and nothing of them is stored. With `exact` there are
+no dead steps and no channels past the last one, and no load is masked.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import triton
 import triton.language as tl
 
+from avion.ops.kernel_types import Block, Dtype, Flag, Int, Pointer, Scalar, Values
+
+Function = TypeVar("Function", bound=Callable[..., object])
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def piece(function: Callable) -> Callable:
-    """A function that kernels call: compiled with them. In the interpreter it stays a Python function, since a call of
-    a jit function takes 0.3 ms there."""
-    return function if triton.knobs.runtime.interpret else triton.jit(function)
+class Strides(NamedTuple):
+    """The strides of each tensor, (row, step, channel or state), as the kernels take them."""
+
+    u: tuple[int, ...]
+    delta: tuple[int, ...]
+    B: tuple[int, ...]
+    C: tuple[int, ...]
+    z: tuple[int, ...]
+    dy: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """All that is known of a launch when its kernel is compiled.
+
+    It is no tuple, because a tuple loses its properties in a kernel. Annotations of kernels and pieces quote this name,
+    because Triton looks up the names in annotations and refuses this one.
+
+    Attributes:
+        channels: D.
+        n: N, the number of states per channel.
+        stack: the number of states in one tensor; more than 1 in the interpreter only.
+        block_d: the number of channels of a program.
+        chunk: the number of steps that are taken at a time.
+        softplus: whether the step size is the softplus of delta and its bias, or their plain sum.
+        reverse: whether time is walked from the last step to the first.
+        exact: whether the blocks of channels and the chunks of steps are all full.
+        parted: whether the time of a row is cut into parts that run side by side.
+        one_chunk: whether all steps fit one chunk.
+        kept: whether the states that enter the later segments are kept.
+        gate: whether y is multiplied by SiLU(z).
+        add: whether the output (dz, in the backward pass) holds the share of the other direction already.
+        words: whether B and C can be read in 64-bit words.
+        segment: the number of steps between the states that are kept for the backward pass.
+        group: the number of states, or stacks of states, that the backward pass takes at a time.
+        lanes: the number of threads over which the backward pass sums.
+    """
+
+    channels: int
+    n: int
+    stack: int
+    block_d: int
+    chunk: int
+    softplus: bool
+    reverse: bool
+    exact: bool
+    parted: bool
+    one_chunk: bool = False
+    kept: bool = False
+    gate: bool = False
+    add: bool = False
+    words: bool = False
+    segment: int = 0
+    group: int = 0
+    lanes: int = 0
+
+    @property
+    def stacks(self) -> int:
+        """The number of stacks of states."""
+        return (self.n + self.stack - 1) // self.stack
+
+    @property
+    def sign(self) -> int:
+        """The difference in time between a step and the step after it in walking order."""
+        return -1 if self.reverse else 1
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks of channels."""
+        return (self.channels + self.block_d - 1) // self.block_d
+
+
+def piece(function: Function) -> Function:
+    """Makes a function that kernels call, and that is compiled with them.
+
+    In the interpreter it stays a Python function, because the call of a jit function takes 0.3 ms there.
+    """
+    jitted: Any = triton.jit(function)
+    return function if triton.knobs.runtime.interpret else jitted
 
 
 @piece
-def softplus(x):
-    """log(1 + exp(x)), within 3e-7 of it in relative terms, also where exp(x) is tiny.
+def softplus(x: tl.tensor) -> tl.tensor:
+    """Computes log(1 + exp(x)) within a relative error of 3e-7, also where exp(x) is tiny.
 
-    max(x, 0) + log1p(e) with e = exp(-|x|); log1p(e) / e is a polynomial on [0, 1] whose constant term is 1, fitted by
-    weighted least squares to a relative error of 4e-8."""
+    The result is max(x, 0) + log1p(e) with e = exp(-|x|). log1p(e) / e is computed as a polynomial on [0, 1] whose
+    constant term is 1, fitted by weighted least squares to a relative error of 4e-8.
+    """
     e = tl.exp2(tl.abs(x) * -_LOG2_E)
     p = e * 0.005364794749766588 - 0.03006567433476448
     p = p * e + 0.07920434325933456
@@ -46,22 +127,22 @@ def softplus(x):
 
 
 @piece
-def sigmoid(x):
-    """1 / (1 + exp(-x)). The reciprocal square root is one instruction, a division would be ten."""
+def sigmoid(x: tl.tensor) -> tl.tensor:
+    """Computes 1 / (1 + exp(-x)). The reciprocal square root is one instruction, and a division would be ten."""
     root = tl.rsqrt(1.0 + tl.exp2(x * -_LOG2_E))
     return root * root
 
 
 @piece
-def time_of(i, steps, REVERSE: tl.constexpr):
-    """Of step i: its t, 64 bits wide since offsets can be beyond 2^31. Within a chunk they are few steps from there."""
+def time_of(i: Scalar, steps: Scalar, REVERSE: Flag) -> Scalar:
+    """Returns t of step i. It is 64 bits wide, because offsets can be beyond 2^31."""
     i = tl.full((), 0, tl.int64) + i
     return steps - 1 - i if REVERSE else i
 
 
 @piece
-def span(item, steps, part_steps, PARTED: tl.constexpr):
-    """Row, part, the part's first step and its end, of a (row, part)."""
+def span(item: Scalar, steps: Scalar, part_steps: Scalar, PARTED: Flag) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+    """Returns the row and the part of an item, and the first step and the end of the part."""
     item = tl.full((), 0, tl.int64) + item
     if PARTED:
         parts = tl.cdiv(steps, part_steps)
@@ -73,21 +154,21 @@ def span(item, steps, part_steps, PARTED: tl.constexpr):
 
 
 @piece
-def where_both(condition, mask):
-    """A scalar condition and a mask. (The interpreter's `&` does not give a mask.)"""
+def where_both(condition: Block, mask: tl.tensor) -> tl.tensor:
+    """Combines a scalar condition with a mask. (In the interpreter `&` does not give a mask.)"""
     return tl.where(condition, mask, False)
 
 
 @piece
-def channels_of(block, BLOCK_D: tl.constexpr, STACK: tl.constexpr):
-    """The channels of a block, of the shape that a value per channel has."""
+def channels_of(block: Scalar, BLOCK_D: Int, STACK: Int) -> tl.tensor:
+    """Returns the channels of a block, in the shape of a value per channel."""
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     return d if STACK == 1 else d[None, :]
 
 
 @piece
-def load(pointer, mask, EXACT: tl.constexpr):
-    """In float32; zeros where the mask is not set, as that of a dead step or of no channel. EXACT: it is set."""
+def load(pointer: Pointer, mask: tl.tensor, EXACT: Flag) -> tl.tensor:
+    """Loads values in float32, and zeros where the mask is not set. With EXACT the mask is set everywhere."""
     if EXACT:
         return tl.load(pointer).to(tl.float32)
     else:
@@ -95,7 +176,8 @@ def load(pointer, mask, EXACT: tl.constexpr):
 
 
 @piece
-def store(pointer, value, mask, EXACT: tl.constexpr):
+def store(pointer: Pointer, value: tl.tensor, mask: tl.tensor, EXACT: Flag) -> None:
+    """Stores values where the mask is set, in the pointer's dtype. With EXACT the mask is set everywhere."""
     if EXACT:
         tl.store(pointer, value.to(pointer.dtype.element_ty))
     else:
@@ -103,8 +185,8 @@ def store(pointer, value, mask, EXACT: tl.constexpr):
 
 
 @piece
-def zeros(COUNT: tl.constexpr, SIZE: tl.constexpr, STACK: tl.constexpr):
-    """Of COUNT states."""
+def zeros(COUNT: Int, SIZE: Int, STACK: Int) -> Values:
+    """Returns zeros for COUNT stacks of states and SIZE channels."""
     values = ()
     for _ in tl.static_range(COUNT):
         values = values + (tl.zeros((SIZE,) if STACK == 1 else (STACK, SIZE), tl.float32),)
@@ -112,18 +194,17 @@ def zeros(COUNT: tl.constexpr, SIZE: tl.constexpr, STACK: tl.constexpr):
 
 
 @piece
-def stack_of(k, N: tl.constexpr, STACK: tl.constexpr):
-    """The numbers of the states in a stack, (STACK, 1), and which of them there are."""
+def stack_of(k: Scalar, N: Int, STACK: Int) -> tuple[tl.tensor, tl.tensor]:
+    """Returns the numbers of the states in a stack, (STACK, 1), and which of these states exist."""
     n = k * STACK + tl.arange(0, STACK)[:, None]
     return n, n < N
 
 
 @piece
 def load_states(
-    pointer, pitch, mask, FIRST: tl.constexpr, COUNT: tl.constexpr, N: tl.constexpr, STACK: tl.constexpr,
-    EXACT: tl.constexpr,
-):  # fmt: skip
-    """States FIRST … FIRST + COUNT - 1 of float32 numbers per state and channel, `pitch` between states."""
+    pointer: Pointer, pitch: Scalar, mask: tl.tensor, FIRST: Int, COUNT: Int, N: Int, STACK: Int, EXACT: Flag
+) -> Values:
+    """Loads the states FIRST … FIRST + COUNT - 1 of float32 numbers per state and channel, `pitch` between states."""
     values = ()
     for k in tl.static_range(FIRST, FIRST + COUNT):
         if STACK > 1:
@@ -138,8 +219,9 @@ def load_states(
 
 @piece
 def store_states(
-    pointer, pitch, values, mask, COUNT: tl.constexpr, N: tl.constexpr, STACK: tl.constexpr, EXACT: tl.constexpr
-):  # fmt: skip
+    pointer: Pointer, pitch: Scalar, values: Values, mask: tl.tensor, COUNT: Int, N: Int, STACK: Int, EXACT: Flag
+) -> None:
+    """Stores the first COUNT states, with `pitch` between states."""
     for k in tl.static_range(COUNT):
         if STACK > 1:
             n, there = stack_of(k, N, STACK)
@@ -151,8 +233,8 @@ def store_states(
 
 
 @piece
-def _unpacked(word, kind: tl.constexpr):
-    """The numbers of 64 bits, in float32. A bfloat16 is the upper half of a float32: one instruction each."""
+def _unpacked(word: tl.tensor, kind: Dtype) -> Values:
+    """Returns the numbers in 64 bits, in float32. A bfloat16 is the upper half of a float32: one instruction each."""
     values = ()
     for half in tl.static_range(2):
         bits = (word >> (32 * half)).to(tl.int32)
@@ -171,30 +253,29 @@ def _unpacked(word, kind: tl.constexpr):
 
 
 @piece
-def load_weights(
-    pointer, stride, alive, FIRST: tl.constexpr, COUNT: tl.constexpr, N: tl.constexpr, STACK: tl.constexpr,
-    WORDS: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """A step's B or C of the states FIRST … FIRST + COUNT - 1: float32 scalars. WORDS: they lie next to each other, in
-    whole 64-bit words, which are read as such."""
+def load_weights(pointer: Pointer, stride: Scalar, alive: tl.tensor, FIRST: Int, COUNT: Int, cut: "Cut") -> Values:
+    """Loads B or C of a step, for the states FIRST … FIRST + COUNT - 1, as float32 scalars.
+
+    Where the numbers lie next to each other in whole 64-bit words, they are read in such words.
+    """
     values = ()
-    if STACK > 1:
+    if cut.stack > 1:
         for k in tl.static_range(FIRST, FIRST + COUNT):
-            n, there = stack_of(k, N, STACK)
-            mask = there if EXACT else tl.where(alive, there, False)
+            n, there = stack_of(k, cut.n, cut.stack)
+            mask = there if cut.exact else tl.where(alive, there, False)
             values = values + (tl.load(pointer + n * stride, mask=mask, other=0.0).to(tl.float32),)
-    elif WORDS:
-        kind: tl.constexpr = pointer.dtype.element_ty
-        per_word: tl.constexpr = 64 // kind.primitive_bitwidth
+    elif cut.words:
+        kind: Dtype = pointer.dtype.element_ty
+        per_word: Int = 64 // kind.primitive_bitwidth
         words = pointer.to(tl.pointer_type(tl.int64), bitcast=True)
         for i in tl.static_range(FIRST // per_word, (FIRST + COUNT) // per_word):
-            if EXACT:
+            if cut.exact:
                 values = values + _unpacked(tl.load(words + i), kind)
             else:
                 values = values + _unpacked(tl.load(words + i, mask=alive, other=0), kind)
     else:
         for n in tl.static_range(FIRST, FIRST + COUNT):
-            if EXACT:
+            if cut.exact:
                 values = values + (tl.load(pointer + n * stride).to(tl.float32),)
             else:
                 values = values + (tl.load(pointer + n * stride, mask=alive, other=0.0).to(tl.float32),)
@@ -202,15 +283,18 @@ def load_weights(
 
 
 @piece
-def sum_over_stack(x, STACK: tl.constexpr):
-    """The sum over the states of a stack."""
+def sum_over_stack(x: tl.tensor, STACK: Int) -> Block:
+    """Returns the sum over the states of a stack."""
     return x if STACK == 1 else tl.sum(x, axis=0, keep_dims=True)
 
 
 @piece
-def _exchange(values, lane, COUNT: tl.constexpr, MASK: tl.constexpr, AXIS: tl.constexpr):
-    """Adds up the values of lanes that differ in bit MASK: each lane of a pair gives away one half of the values and
-    keeps the sums of the other half. A single value both of them keep."""
+def _exchange(values: Values, lane: tl.tensor, COUNT: Int, MASK: Int, AXIS: Int) -> Values:
+    """Adds up the values of lanes that differ in bit MASK.
+
+    Each lane of a pair gives away one half of the values and keeps the sums of the other half. Both lanes keep the sum
+    of a single value.
+    """
     if COUNT == 1:
         sums = (values[0] + tl.gather(values[0], lane ^ MASK, AXIS),)
     else:
@@ -224,11 +308,12 @@ def _exchange(values, lane, COUNT: tl.constexpr, MASK: tl.constexpr, AXIS: tl.co
 
 
 @piece
-def sum_over_lanes(values, COUNT: tl.constexpr, LANES: tl.constexpr, STACK: tl.constexpr):
-    """COUNT tensors, each summed over its LANES last elements; COUNT and LANES powers of two, LANES at most 32.
+def sum_over_lanes(values: Values, COUNT: Int, LANES: Int, STACK: Int) -> Values:
+    """Sums each of COUNT tensors over its last LANES elements; COUNT and LANES are powers of two, LANES at most 32.
 
-    A butterfly that transposes: COUNT - 1 exchanges where COUNT sums one by one would take 5 · COUNT. Returns
-    max(1, COUNT / LANES) tensors: element l of tensor k is sum number l · COUNT / LANES + k, rounded down."""
+    This is a butterfly that transposes: it takes COUNT - 1 exchanges where COUNT sums one by one would take 5 · COUNT.
+    Returns max(1, COUNT / LANES) tensors: element l of tensor k is the sum number l · COUNT / LANES + k, rounded down.
+    """
     lane = tl.arange(0, LANES)
     if STACK > 1:
         lane = lane[None, :] + tl.zeros((STACK, LANES), tl.int32)
@@ -241,8 +326,8 @@ def sum_over_lanes(values, COUNT: tl.constexpr, LANES: tl.constexpr, STACK: tl.c
 
 
 @piece
-def fold(x, LANES: tl.constexpr, BLOCK_D: tl.constexpr, STACK: tl.constexpr):
-    """BLOCK_D last elements → LANES: the sum over the channels of a thread."""
+def fold(x: tl.tensor, LANES: Int, BLOCK_D: Int, STACK: Int) -> Block:
+    """Sums over the channels of a thread: the last BLOCK_D elements become LANES."""
     if BLOCK_D == LANES:
         return x
     elif STACK == 1:
@@ -252,8 +337,10 @@ def fold(x, LANES: tl.constexpr, BLOCK_D: tl.constexpr, STACK: tl.constexpr):
 
 
 @piece
-def next_states(state, size, drive, a, b, COUNT: tl.constexpr, IS_FIRST: tl.constexpr):
-    """exp(ΔA) · state + B · Δu for COUNT states. IS_FIRST: nothing came before."""
+def next_states(
+    state: Values, size: tl.tensor, drive: tl.tensor, a: Values, b: Values, COUNT: Int, IS_FIRST: Flag
+) -> Values:
+    """Computes exp(ΔA) · state + B · Δu for COUNT states. With IS_FIRST no state came before."""
     new = ()
     for n in tl.static_range(COUNT):
         now = b[n] * drive
@@ -264,7 +351,9 @@ def next_states(state, size, drive, a, b, COUNT: tl.constexpr, IS_FIRST: tl.cons
 
 
 @piece
-def step_size(delta, shift, mask, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr):
-    """Δ before and after the softplus."""
+def step_size(
+    delta: Pointer, shift: tl.tensor, mask: tl.tensor, SOFTPLUS: Flag, EXACT: Flag
+) -> tuple[tl.tensor, tl.tensor]:
+    """Returns Δ before and after the softplus."""
     raw = load(delta, mask, EXACT) + shift
     return raw, (softplus(raw) if SOFTPLUS else raw)
