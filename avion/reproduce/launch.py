@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from avion.engine.options import EgoSchemaOptions, TrainingOptions, ZeroShotOptions
 from avion.errors import UserError
 from avion.files import write_text
 from avion.json_lines import read_json_lines
 from avion.reading import parse_json, read_text
 
 from .commands import command, executable
-from .recipe import BENCHMARKS, CHECKPOINT, Recipe
+from .recipe import CHECKPOINT, Recipe, weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,28 +49,28 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """Return the content of recipe.json, by which the tables know what a folder holds."""
-        recipe, args = self.recipe, self.recipe.args()
-        if hasattr(args, "epochs") and self.evaluated == TRAINED:
-            checkpoint, more = str(self.folder / CHECKPOINT), {"epochs": args.epochs}
-        else:
-            checkpoint, more = getattr(args, "pretrain_model", "") or getattr(args, "resume", ""), {}
-        return {
-            "recipe": recipe.key, "scale": recipe.scale, "seed": recipe.seed or 0,
-            "evaluated": self.evaluated, "checkpoint": checkpoint, **more,
-        }  # fmt: skip
+        recipe, options = self.recipe, self.recipe.args()
+        record: dict[str, Any] = {"recipe": recipe.key, "scale": recipe.scale, "seed": recipe.seed or 0}
+        record["evaluated"] = self.evaluated
+        if isinstance(options, TrainingOptions) and self.evaluated == TRAINED:
+            return {**record, "checkpoint": str(self.folder / CHECKPOINT), "epochs": options.epochs}
+        return {**record, "checkpoint": weights_of(options) or ""}
 
     def finished(self) -> bool:
-        """Whether the run's metrics exist. A folder without recipe.json counts as this run's, started by hand."""
+        """Return whether the run's metrics exist.
+
+        A folder without recipe.json counts as a folder of this run, which was then started by hand.
+        """
         if self._found() not in (None, self.record()):
             return False
-        rows, args = read_json_lines(self.folder / EVALUATIONS).objects, self.recipe.args()
-        if self.recipe.task == BENCHMARKS:
-            return set(args.dataset) <= {row.get("dataset") for row in rows}
-        if self.recipe.task == "egoschema":
-            return set(args.frames) <= {row.get("frames") for row in rows}
+        rows, options = read_json_lines(self.folder / EVALUATIONS).objects, self.recipe.args()
+        if isinstance(options, EgoSchemaOptions):
+            return set(options.frames) <= {row.get("frames") for row in rows}
+        if isinstance(options, ZeroShotOptions):
+            return set(options.dataset) <= {row.get("dataset") for row in rows}
         if self.evaluated == RELEASED:
             return any("epoch" not in row for row in rows)
-        return any(row.get("epoch") == args.epochs - 1 for row in rows)
+        return any(row.get("epoch") == options.epochs - 1 for row in rows)
 
     def check_folder(self) -> None:
         """Raise UserError if the folder holds another run, which this run would take for its own beginning."""

@@ -5,14 +5,20 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from avion.data.ek100 import sentence_path
 from avion.data.video import resolve_decoder
+from avion.engine.options import (
+    EgoSchemaOptions,
+    FinetuneClassificationOptions,
+    FinetuneRetrievalOptions,
+    PretrainOptions,
+    SavedModelOptions,
+    ZeroShotOptions,
+)
 from avion.errors import UserError
 
-from .commands import EGOSCHEMA, ZERO_SHOT
-from .recipe import Recipe
+from .recipe import Recipe, TaskOptions
 
 _EK100 = "github.com/epic-kitchens/epic-kitchens-100-annotations"
 _CURES = {
@@ -42,11 +48,14 @@ class Missing:
 def missing(recipe: Recipe, device: str = "auto", *, here: bool = True) -> list[Missing]:
     """Return all that this machine lacks for running the recipe, except the checkpoint of another recipe.
 
-    here: False if the recipe will run on another machine, whose GPUs and packages cannot be checked.
+    Args:
+        recipe: The recipe as it will be run.
+        device: The device that the user asked for: auto, cpu or cuda.
+        here: False if the recipe will run on another machine, whose GPUs and packages cannot be checked.
     """
-    args = recipe.args()
+    options = recipe.args()
     found = [*_packages(), *_gpus(recipe, device)] if here else []
-    return [*found, *_data(recipe, args), *_weights(recipe, args, here)]
+    return [*found, *_data(options), *_weights(recipe, options, here)]
 
 
 def _packages() -> Iterator[Missing]:
@@ -78,58 +87,77 @@ def _gpus(recipe: Recipe, device: str) -> Iterator[Missing]:
 # ---- data ------------------------------------------------------------------------------------
 
 
-def _data(recipe: Recipe, args: Any) -> Iterator[Missing]:
-    if args.dataset == "demo" or getattr(args, "demo_root", ""):
-        return  # it is made where it is missing
-    for flag, path, kind in sorted(set(_paths(recipe, args)), key=lambda entry: entry[:2]):
+def _data(options: TaskOptions) -> Iterator[Missing]:
+    if options.dataset == "demo" or (isinstance(options, ZeroShotOptions) and options.demo_root):
+        return  # the demo dataset is made where it is missing
+    for flag, path, kind in sorted(set(_paths(options)), key=lambda entry: entry[:2]):
         there = Path(path).is_dir() if kind == "videos" else Path(path).is_file()
         if not there:
             yield Missing(f"{'folder' if kind == 'videos' else 'file'} {path} ({flag})", _CURES[kind])
 
 
-def _paths(recipe: Recipe, args: Any) -> Iterator[tuple[str, str, str]]:
-    """(flag, path, kind) of every file and folder that the run reads, kinds as in `_CURES`."""
+def _paths(options: TaskOptions) -> Iterator[tuple[str, str, str]]:
+    """Yield (flag, path, kind) of every file and folder that the run reads; the kinds are the keys of `_CURES`."""
+    if isinstance(options, EgoSchemaOptions):
+        yield from _paths_of_egoschema(options)
+    elif isinstance(options, ZeroShotOptions):
+        for name in options.dataset:
+            yield from _benchmark_paths(name, options)
+    elif isinstance(options, PretrainOptions):
+        yield from _paths_of_pretraining(options)
+    elif isinstance(options, FinetuneRetrievalOptions):
+        yield from _paths_of_retrieval(options)
+    else:
+        yield from _paths_of_actions(options)
+
+
+def _paths_of_egoschema(options: EgoSchemaOptions) -> Iterator[tuple[str, str, str]]:
+    yield "--root", options.root, "videos"
+    yield "--questions", options.questions, "egoschema"
+    if options.answers:
+        yield "--answers", options.answers, "egoschema"
+
+
+def _paths_of_pretraining(options: PretrainOptions) -> Iterator[tuple[str, str, str]]:
     from avion.engine.tasks.finetune_retrieval import relevancy_file
 
-    trains = not getattr(args, "evaluate", False)
-    if recipe.entry_point == ZERO_SHOT:
-        for name in args.dataset:
-            yield from _benchmark_paths(name, args)
-        return
-    if recipe.entry_point == EGOSCHEMA:
-        yield "--root", args.root, "videos"
-        yield "--questions", args.questions, "egoschema"
-        if args.answers:
-            yield "--answers", args.answers, "egoschema"
-        return
-    if recipe.task == "zero-shot retrieval":
-        yield "--root-val", args.root_val, "videos"
-        if trains:
-            yield "--root", args.root, "videos"
-            for path in (args.train_metadata, *args.train_metadata_aux):
-                yield "--train-metadata", path, "ego4d"
-    else:
-        yield "--root", args.root, "videos"
-    yield "--val-metadata", args.val_metadata, "ek100"
-    if recipe.task == "actions":
-        if trains or not args.action_metadata:  # a released classifier holds no list of its classes
-            yield "--train-metadata", args.train_metadata, "ek100"
-        return
-    yield "beside --val-metadata", str(sentence_path(args.val_metadata)), "ek100"
-    yield "--relevancy-path", relevancy_file(args.relevancy_path, "test"), "relevancy"
-    if recipe.task == "retrieval" and trains:
-        yield "--train-metadata", args.train_metadata, "ek100"
-        yield "beside --train-metadata", str(sentence_path(args.train_metadata)), "ek100"
-        path = args.train_relevancy_path or relevancy_file(args.relevancy_path, "train")
+    yield "--root-val", options.root_val, "videos"
+    if not options.evaluate:
+        yield "--root", options.root, "videos"
+        for path in (options.train_metadata, *options.train_metadata_aux):
+            yield "--train-metadata", path, "ego4d"
+    yield "--val-metadata", options.val_metadata, "ek100"
+    yield "beside --val-metadata", str(sentence_path(options.val_metadata)), "ek100"
+    yield "--relevancy-path", relevancy_file(options.relevancy_path, "test"), "relevancy"
+
+
+def _paths_of_retrieval(options: FinetuneRetrievalOptions) -> Iterator[tuple[str, str, str]]:
+    from avion.engine.tasks.finetune_retrieval import relevancy_file
+
+    yield "--root", options.root, "videos"
+    yield "--val-metadata", options.val_metadata, "ek100"
+    yield "beside --val-metadata", str(sentence_path(options.val_metadata)), "ek100"
+    yield "--relevancy-path", relevancy_file(options.relevancy_path, "test"), "relevancy"
+    if not options.evaluate:
+        yield "--train-metadata", options.train_metadata, "ek100"
+        yield "beside --train-metadata", str(sentence_path(options.train_metadata)), "ek100"
+        path = options.train_relevancy_path or relevancy_file(options.relevancy_path, "train")
         yield "--train-relevancy-path", path, "relevancy"
 
 
-def _benchmark_paths(name: str, args: Any) -> Iterator[tuple[str, str, str]]:
-    """What a benchmark of main_zeroshot.py reads."""
-    folder = Path(args.ek100_annotations)
+def _paths_of_actions(options: FinetuneClassificationOptions) -> Iterator[tuple[str, str, str]]:
+    yield "--root", options.root, "videos"
+    yield "--val-metadata", options.val_metadata, "ek100"
+    if not options.evaluate or not options.action_metadata:  # a released classifier holds no list of its classes
+        yield "--train-metadata", options.train_metadata, "ek100"
+
+
+def _benchmark_paths(name: str, options: ZeroShotOptions) -> Iterator[tuple[str, str, str]]:
+    """Yield what a benchmark of main_zeroshot.py reads."""
+    folder = Path(options.ek100_annotations)
     split = folder / "retrieval_annotations"
     if name.startswith("ek100"):
-        yield "--ek100-root", args.ek100_root, "videos"
+        yield "--ek100-root", options.ek100_root, "videos"
     if name == "ek100_mir":
         for file in ("EPIC_100_retrieval_test.csv", "EPIC_100_retrieval_test_sentence.csv"):
             yield "--ek100-annotations", str(split / file), "ek100"
@@ -139,34 +167,36 @@ def _benchmark_paths(name: str, args: Any) -> Iterator[tuple[str, str, str]]:
         for file in ("EPIC_100_train.csv", "EPIC_100_validation.csv"):
             yield "--ek100-annotations", str(folder / file), "ek100"
     elif name == "egomcq":
-        yield "--egomcq-root", args.egomcq_root, "videos"
-        yield "--egomcq-questions", args.egomcq_questions, "egomcq"
+        yield "--egomcq-root", options.egomcq_root, "videos"
+        yield "--egomcq-questions", options.egomcq_questions, "egomcq"
     elif name == "retrieval":
-        yield "--retrieval-root", args.retrieval_root, "videos"
-        yield "--retrieval-captions", args.retrieval_captions, "benchmark"
+        yield "--retrieval-root", options.retrieval_root, "videos"
+        yield "--retrieval-captions", options.retrieval_captions, "benchmark"
     else:
         short = name.removesuffix("_ego")
-        yield f"--{short}-root", getattr(args, f"{short}_root"), "videos"
+        yield f"--{short}-root", getattr(options, f"{short}_root"), "videos"
         for kind in ("split", "classes"):
-            yield f"--{short}-{kind}", getattr(args, f"{short}_{kind}"), "benchmark"
+            yield f"--{short}-{kind}", getattr(options, f"{short}_{kind}"), "benchmark"
 
 
 # ---- weights ---------------------------------------------------------------------------------
 
 
-def _weights(recipe: Recipe, args: Any, here: bool) -> Iterator[Missing]:
+def _weights(recipe: Recipe, options: TaskOptions, here: bool) -> Iterator[Missing]:
     from avion.weights.files import HF_PREFIX
 
-    evaluates = getattr(args, "evaluate", False)
-    source = args.resume if evaluates else getattr(args, "pretrain_model", None)
+    evaluates = not isinstance(options, SavedModelOptions) and options.evaluate
+    if not isinstance(options, SavedModelOptions) and evaluates:
+        source = options.resume
+    else:
+        source = options.pretrain_model
     if source and recipe.starts_from is None:
-        if not str(source).startswith(HF_PREFIX):
-            yield from _file(str(source))
+        if not source.startswith(HF_PREFIX):
+            yield from _file(source)
         elif here:
-            yield from _hub(str(source))
-    zoo = getattr(args, "pretrain_zoo", "none")
-    if not evaluates and not source and zoo == "openai" and here:
-        yield from [*_file(args.pretrain_path)] if args.pretrain_path else _openai(recipe)
+            yield from _hub(source)
+    if isinstance(options, PretrainOptions) and options.pretrain_zoo == "openai" and not (evaluates or source) and here:
+        yield from [*_file(options.pretrain_path)] if options.pretrain_path else _openai(recipe)
 
 
 def _file(path: str) -> Iterator[Missing]:
@@ -191,7 +221,7 @@ def _openai(recipe: Recipe) -> Iterator[Missing]:
 
     files = openai_files(model_config(recipe.model))
     problem = _hub_problem(*files) if files else None
-    if problem:
+    if files and problem:
         where = f"{files[0]} ({' or '.join(files[1])})"
         yield Missing(
             f"OpenAI's CLIP weights, {where}",

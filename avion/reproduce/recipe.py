@@ -9,6 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from avion.engine.args import build_parser, flag_words, read_yaml_mapping, recipe_flags, unknown_key
+from avion.engine.options import (
+    EgoSchemaOptions,
+    FinetuneClassificationOptions,
+    FinetuneRetrievalOptions,
+    PretrainOptions,
+    ZeroShotOptions,
+)
 from avion.engine.submit import ENTRY_POINTS
 from avion.errors import UserError
 from avion.resources import RECIPES as FOLDER
@@ -21,6 +28,10 @@ FULL = "full"
 # The file from which later runs start: it holds the weights after the last epoch, as in the tables.
 CHECKPOINT = "checkpoint.pt"
 
+# The options of the entry points.
+TaskOptions = (
+    PretrainOptions | FinetuneRetrievalOptions | FinetuneClassificationOptions | EgoSchemaOptions | ZeroShotOptions
+)
 Figures = Mapping[str | int, float]
 
 
@@ -53,20 +64,22 @@ class Recipe:
 
     @property
     def key(self) -> str:
+        """The name of the recipe's file without its ending."""
         return self.path.stem
 
     @property
-    def options(self) -> type:
+    def options(self) -> type[TaskOptions]:
         """The dataclass of the entry point's flags."""
         return ENTRY_POINTS[self.entry_point]
 
     @property
     def output_dir(self) -> Path:
+        """The folder of the run."""
         return Path(self.flags["output-dir"])
 
     @property
     def where(self) -> str:
-        """Return the place in the paper for people: "Table 8, row 7"."""
+        """The place in the paper, for people: "Table 8, row 7"."""
         part = f"Figure {self.figure}" if self.figure is not None else f"Table {self.table}"
         if self.table == "avion":
             return "AVION's baseline"
@@ -81,16 +94,23 @@ class Recipe:
         return None if batch is None else batch * self.flags.get("update-freq", 1) * self.gpus
 
     def words(self) -> list[str]:
-        """The entry point's command line."""
+        """Return the words that the entry point is called with."""
         return flag_words(f"recipe {self.path}", dict(self.flags), self.options)
 
-    def args(self) -> Any:
-        """The entry point's configuration that these words are read as, without `given`."""
+    def args(self) -> TaskOptions:
+        """Return the options as which the entry point reads these words; they do not know which flags were given."""
         return self.options(**vars(parser_of(self.entry_point).parse_args(self.words())))
 
     def with_flags(self, changes: Mapping[str, Any]) -> "Recipe":
         """Return the recipe with changed flags. None removes a flag; a mapping changes single entries of a mapping."""
         return dataclasses.replace(self, flags=merged(self.flags, changes))
+
+
+def weights_of(options: TaskOptions) -> str | None:
+    """Return the checkpoint that a run reads its first weights from; None or an empty text if there is none."""
+    if isinstance(options, (EgoSchemaOptions, ZeroShotOptions)):
+        return options.pretrain_model
+    return options.pretrain_model or options.resume
 
 
 @dataclass(frozen=True)

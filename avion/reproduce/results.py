@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from avion.engine.options import EgoSchemaOptions, TrainingOptions, ZeroShotOptions
 from avion.errors import UserError
 from avion.json_lines import read_json_lines
 from avion.reading import parse_json, read_text
@@ -112,13 +113,13 @@ def read_run(folder: Path, recipes: Mapping[str, Recipe]) -> Result:
         raise _Unusable(f"recipe.json: no recipe is called {record['recipe']!r}")
     rows, notes = _json_lines(folder / EVALUATIONS)
     common = {name: record[name] for name in ("scale", "seed", "evaluated")}
-    if recipe.task == BENCHMARKS:
-        figures, more = _benchmarks(rows, _scaled(recipe, record["scale"]).args().dataset)
+    options = _scaled(recipe, record["scale"]).args() if recipe.task in ("egoschema", BENCHMARKS) else None
+    if isinstance(options, ZeroShotOptions):
+        figures, more = _benchmarks(rows, options.dataset)
         return Result(folder, recipe, **common, figures=figures, notes=(*notes, *more))
-    if recipe.task == "egoschema":
-        args = _scaled(recipe, record["scale"]).args()
-        rows, others = _of_sampling(rows, args.sampling)
-        figures, more = _accuracies(rows, args.frames)
+    if isinstance(options, EgoSchemaOptions):
+        rows, others = _of_sampling(rows, options.sampling)
+        figures, more = _accuracies(rows, options.frames)
         notes += others
         return Result(folder, recipe, **common, figures=figures, notes=(*notes, *more))
     if record["evaluated"] == RELEASED:
@@ -192,7 +193,7 @@ def _finished(
     """The last epoch and the best evaluation of a run that has trained all of its epochs."""
     if not rows:
         raise _Unusable("eval_log.txt: no evaluation of a training run in it")
-    due = _scaled(recipe, scale).args().epochs if epochs is None else epochs
+    due = _epochs(_scaled(recipe, scale)) if epochs is None else epochs
     if not _is_whole(due) or due < 1:
         raise _Unusable(f"recipe.json: epochs is {due!r}, expected a positive number")
     last = rows[-1]["epoch"]
@@ -204,6 +205,11 @@ def _finished(
     scores = [(row["epoch"], row.get(metric)) for row in rows if _is_whole(row["epoch"])]
     scores = [(epoch, 100 * score) for epoch, score in scores if _is_fraction(score)]
     return last, max(scores, key=lambda pair: pair[1], default=None)
+
+
+def _epochs(recipe: Recipe) -> int | None:
+    options = recipe.args()
+    return options.epochs if isinstance(options, TrainingOptions) else None
 
 
 def _scaled(recipe: Recipe, scale: str) -> Recipe:
