@@ -55,9 +55,14 @@ class Case:
 
         A = -torch.arange(1, states + 1, device=device) * (1 + 0.1 * torch.rand(channels, states, device=device))
         return ScanInputs(
-            half(rows, steps, channels), half(rows, steps, channels, scale=0.5), A, half(rows, steps, states),
-            half(rows, steps, states), torch.ones(channels, device=device), torch.randn(channels, device=device) - 4,
-        )  # fmt: skip
+            half(rows, steps, channels),
+            half(rows, steps, channels, scale=0.5),
+            A,
+            half(rows, steps, states),
+            half(rows, steps, states),
+            torch.ones(channels, device=device),
+            torch.randn(channels, device=device) - 4,
+        )
 
     def tensors(self) -> list[torch.Tensor]:
         return [*self.directions[0], *self.directions[1], self.z]
@@ -141,11 +146,19 @@ def measure(shape: tuple[int, int], args: argparse.Namespace, ceilings: Ceilings
     for what in WHAT:
         found = medians({b: functools.partial(getattr(case, what), b) for b in errors}, args.rounds, args.device)
         for backend, ms in found.items():
-            records.append({
-                "R": shape[0], "T": shape[1], "what": what, "backend": backend, "error": errors[backend], "ms": ms,
-                "floor_ms": floor_ms(case.shape, ceilings, backward=what == "both"), "peer_ms": found.get(PEER),
-                "peak_mb": peak_mb(case, backend) if what == "both" and case.z.is_cuda else None,
-            })  # fmt: skip
+            records.append(
+                {
+                    "R": shape[0],
+                    "T": shape[1],
+                    "what": what,
+                    "backend": backend,
+                    "error": errors[backend],
+                    "ms": ms,
+                    "floor_ms": floor_ms(case.shape, ceilings, backward=what == "both"),
+                    "peer_ms": found.get(PEER),
+                    "peak_mb": peak_mb(case, backend) if what == "both" and case.z.is_cuda else None,
+                }
+            )
     return records
 
 

@@ -68,9 +68,12 @@ class Step:
     def run(self, batch: dict[str, torch.Tensor]) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         contrastive_step(
-            self.model, [batch], lambda video, text, scale, _: self.loss(video, text, scale), self.precision,
+            self.model,
+            [batch],
+            lambda video, text, scale, _: self.loss(video, text, scale),
+            self.precision,
             lambda loss: loss,
-        )  # fmt: skip
+        )
         self.optimizer.step()
 
     def flops_per_clip(self, batch: dict[str, torch.Tensor]) -> float:
@@ -158,10 +161,14 @@ def table_row(record: dict) -> list[str]:
     if record["out_of_memory"]:
         return [record["name"], "out of memory", "", "", "", "", ""]
     return [
-        record["name"], shown("ms", "{:.1f}"), shown("clips_per_s", "{:.1f}"), shown("to_id4", "{:.2f} ×"),
-        shown("to_peer", "{:.2f} ×"), shown("peak_gb", "{:.2f}"),
+        record["name"],
+        shown("ms", "{:.1f}"),
+        shown("clips_per_s", "{:.1f}"),
+        shown("to_id4", "{:.2f} ×"),
+        shown("to_peer", "{:.2f} ×"),
+        shown("peak_gb", "{:.2f}"),
         "–" if record["mfu"] is None else f"{100 * record['mfu']:.1f}",
-    ]  # fmt: skip
+    ]
 
 
 def measure(args: argparse.Namespace) -> tuple[list[dict], str]:

@@ -94,9 +94,13 @@ class Build:
         }  # fmt: skip
         with self.log.open("w", encoding="utf-8") as out:
             self._process = subprocess.Popen(
-                ["nice", *command] if shutil.which("nice") else command, env=env, stdin=subprocess.DEVNULL, stdout=out,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                ["nice", *command] if shutil.which("nice") else command,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def _nvcc(self) -> str | None:
         home = self.env.get("CUDA_HOME") or self.env.get("CUDA_PATH")

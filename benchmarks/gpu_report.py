@@ -86,9 +86,12 @@ class Report:
 
     def write(self) -> None:
         content = {
-            "started": self.started, "dry_run": self.dry_run, "notes": self.notes, "sections": self.sections,
+            "started": self.started,
+            "dry_run": self.dry_run,
+            "notes": self.notes,
+            "sections": self.sections,
             "verdicts": [verdict._asdict() for verdict in verdicts(self.sections)],
-        }  # fmt: skip
+        }
         write_text(self.folder / "report.json", json.dumps(content, indent=1), cure="change --output")
         write_text(self.folder / "report.md", self._markdown(), cure="change --output")
 
@@ -116,9 +119,14 @@ def group(command: list[str], log: Path, env: dict[str, str]) -> Iterator[subpro
     """The command in a process group of its own, of which nothing is left afterwards."""
     with log.open("w", encoding="utf-8") as out:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+            command,
+            cwd=ROOT,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
-        )  # fmt: skip
+        )
     try:
         yield process
     finally:
@@ -217,9 +225,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything; limits grow and shrink with it")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, at toy sizes")
     parser.add_argument(
-        "--build-peer", action="store_true",
+        "--build-peer",
+        action="store_true",
         help="build mamba-ssm and causal-conv1d from the package index's source, for this GPU alone, in the background",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--sections", nargs="*", choices=[plan.name for plan in PLANS], help="only these (and the device)"
     )

@@ -197,9 +197,13 @@ def steps(section: Section, rows: str, clips: str, frames: str, checkpointing: s
     records, setting = bench_train_step.measure(args)
     shown = ", ".join(f"{r['name']} {r['to_id4']:.2f} x ID4" for r in records if r.get("to_id4") and r["row"] != "ID4")
     section.tell(
-        status="ok", line=shown or "measured", markdown=f"{setting}\n\n{bench_train_step.table(records)}",
-        records=records, clips=args.clips, frames=args.frames,
-    )  # fmt: skip
+        status="ok",
+        line=shown or "measured",
+        markdown=f"{setting}\n\n{bench_train_step.table(records)}",
+        records=records,
+        clips=args.clips,
+        frames=args.frames,
+    )
 
 
 def pretraining(section: Section) -> None:

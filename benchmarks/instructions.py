@@ -137,9 +137,7 @@ def count(case: str, plan: str, launch: Launch, processors: int, clock: float) -
     if launch.kernel == "join_kernel":  # walks over parts, not over steps
         bound = None
     classes = {name: numbers[name] for name in CLASSES}
-    return Count(
-        case, launch.kernel, plan, launch.registers, launch.local_bytes, total, classes, once, bound, floor
-    )  # fmt: skip
+    return Count(case, launch.kernel, plan, launch.registers, launch.local_bytes, total, classes, once, bound, floor)
 
 
 def counts(cases: list[str], processors: int, clock: float, guess_only: bool) -> Iterator[Count]:
@@ -157,8 +155,20 @@ def as_table(found: list[Count]) -> str:
         classes = [f"{c.classes[name]:.2f}" for name in CLASSES]
         ratio = "" if c.floor_ms is None else f"{c.ms / c.floor_ms:.1f} ×"
         spilled = f"{c.local_bytes} B" if c.local_bytes else "none"
-        rows.append([c.case, c.kernel, c.plan, str(c.registers), spilled, f"{c.total:.2f}", *classes,
-                     str(c.once), "" if c.ms is None else f"{c.ms:.3f}", ratio])  # fmt: skip
+        rows.append(
+            [
+                c.case,
+                c.kernel,
+                c.plan,
+                str(c.registers),
+                spilled,
+                f"{c.total:.2f}",
+                *classes,
+                str(c.once),
+                "" if c.ms is None else f"{c.ms:.3f}",
+                ratio,
+            ]
+        )
     return markdown_table(columns, rows)
 
 

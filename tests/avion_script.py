@@ -122,9 +122,14 @@ def loader(args, dataset, train, multi_epochs=False):
     sampler = DistributedSampler(dataset, shuffle=train) if args.distributed else None
     cls = MultiEpochsDataLoader if multi_epochs else DataLoader
     return cls(
-        dataset, batch_size=args.batch_size, shuffle=train and sampler is None, num_workers=args.workers,
-        pin_memory=False, sampler=sampler, drop_last=train,
-    )  # fmt: skip
+        dataset,
+        batch_size=args.batch_size,
+        shuffle=train and sampler is None,
+        num_workers=args.workers,
+        pin_memory=False,
+        sampler=sampler,
+        drop_last=train,
+    )
 
 
 def train_one_epoch(batches, model, optimizer, scaler, lr_schedule, epoch, args, names, step):
@@ -232,27 +237,44 @@ def pretrain(args):
     sources = [args.train_metadata, *(args.train_metadata_aux or [])]
     datasets = [
         VideoCaptionDatasetCLIP(
-            args.dataset, args.root, source,
-            transform=train_transform, is_training=True, tokenizer=tokenizer,
-            clip_length=args.clip_length, clip_stride=args.clip_stride,
-            chunk_len=args.video_chunk_length, threads=args.decode_threads,
-            fast_rrc=args.fused_decode_crop, rrc_params=(CROP, (0.5, 1.0)),
+            args.dataset,
+            args.root,
+            source,
+            transform=train_transform,
+            is_training=True,
+            tokenizer=tokenizer,
+            clip_length=args.clip_length,
+            clip_stride=args.clip_stride,
+            chunk_len=args.video_chunk_length,
+            threads=args.decode_threads,
+            fast_rrc=args.fused_decode_crop,
+            rrc_params=(CROP, (0.5, 1.0)),
         )
         for source in sources
-    ]  # fmt: skip
+    ]
     val_dataset = VideoCaptionDatasetCLIP(
-        "ek100_mir", args.root_val, args.val_metadata,
-        transform=val_transform, is_training=False, tokenizer=tokenizer,
-        clip_length=args.clip_length, clip_stride=args.clip_stride,
+        "ek100_mir",
+        args.root_val,
+        args.val_metadata,
+        transform=val_transform,
+        is_training=False,
+        tokenizer=tokenizer,
+        clip_length=args.clip_length,
+        clip_stride=args.clip_stride,
         chunk_len=args.video_chunk_length,
-        fast_rcc=args.fused_decode_crop, rcc_params=(CROP,),
-    )  # fmt: skip
+        fast_rcc=args.fused_decode_crop,
+        rcc_params=(CROP,),
+    )
     train_loader = loader(args, ConcatDataset(datasets) if len(datasets) > 1 else datasets[0], train=True)
     val_loader = loader(args, val_dataset, train=False)
     lr_schedule = cosine_scheduler(
-        args.lr, args.lr_end, args.epochs, len(train_loader),
-        warmup_epochs=args.warmup_epochs, start_warmup_value=args.lr_start,
-    )  # fmt: skip
+        args.lr,
+        args.lr_end,
+        args.epochs,
+        len(train_loader),
+        warmup_epochs=args.warmup_epochs,
+        start_warmup_value=args.lr_start,
+    )
 
     def train_step(inputs):
         inputs.pop()  # the relevancy, which pretraining does not use
@@ -268,9 +290,7 @@ def pretrain(args):
     found, best = [validate(val_loader, model, args, names, val_step)], 0.0
     losses = []
     for epoch in range(args.start_epoch, args.epochs):
-        stats = train_one_epoch(
-            train_loader, model, optimizer, scaler, lr_schedule, epoch, args, names, train_step
-        )  # fmt: skip
+        stats = train_one_epoch(train_loader, model, optimizer, scaler, lr_schedule, epoch, args, names, train_step)
         losses.append(stats["loss"])
         found.append(validate(val_loader, model, args, names, val_step))
         is_best = found[-1]["avg_map"] > best
@@ -309,25 +329,42 @@ def finetune_mir(args):
     tokenizer = partial(tokenize, context_length=old_args.context_length)
     train_transform, val_transform = transforms(args.fused_decode_crop)
     train_dataset = VideoCaptionDatasetCLIP(
-        args.dataset, args.root, args.train_metadata,
-        transform=train_transform, is_training=True, tokenizer=tokenizer,
-        clip_length=args.clip_length, clip_stride=args.clip_stride,
-        chunk_len=args.video_chunk_length, threads=args.decode_threads,
-        fast_rrc=args.fused_decode_crop, rrc_params=(CROP, (0.5, 1.0)),
-    )  # fmt: skip
-    val_dataset = VideoCaptionDatasetCLIP(
-        args.dataset, args.root, args.val_metadata,
-        transform=val_transform, is_training=False, tokenizer=tokenizer,
-        clip_length=args.clip_length, clip_stride=args.clip_stride,
+        args.dataset,
+        args.root,
+        args.train_metadata,
+        transform=train_transform,
+        is_training=True,
+        tokenizer=tokenizer,
+        clip_length=args.clip_length,
+        clip_stride=args.clip_stride,
         chunk_len=args.video_chunk_length,
-        fast_rcc=args.fused_decode_crop, rcc_params=(CROP,),
-    )  # fmt: skip
+        threads=args.decode_threads,
+        fast_rrc=args.fused_decode_crop,
+        rrc_params=(CROP, (0.5, 1.0)),
+    )
+    val_dataset = VideoCaptionDatasetCLIP(
+        args.dataset,
+        args.root,
+        args.val_metadata,
+        transform=val_transform,
+        is_training=False,
+        tokenizer=tokenizer,
+        clip_length=args.clip_length,
+        clip_stride=args.clip_stride,
+        chunk_len=args.video_chunk_length,
+        fast_rcc=args.fused_decode_crop,
+        rcc_params=(CROP,),
+    )
     train_loader = loader(args, train_dataset, train=True, multi_epochs=args.workers > 0)
     val_loader = loader(args, val_dataset, train=False)
     lr_schedule = cosine_scheduler(
-        args.lr, args.lr_end, args.epochs, len(train_loader),
-        warmup_epochs=args.warmup_epochs, start_warmup_value=args.lr_start,
-    )  # fmt: skip
+        args.lr,
+        args.lr_end,
+        args.epochs,
+        len(train_loader),
+        warmup_epochs=args.warmup_epochs,
+        start_warmup_value=args.lr_start,
+    )
 
     def train_step(inputs):
         relevancies = inputs.pop()
@@ -342,9 +379,7 @@ def finetune_mir(args):
     names = ["loss", "max_margin_loss"]
     found, losses = [validate(val_loader, model, args, names, val_step)], []
     for epoch in range(args.start_epoch, args.epochs):
-        stats = train_one_epoch(
-            train_loader, model, optimizer, scaler, lr_schedule, epoch, args, names, train_step
-        )  # fmt: skip
+        stats = train_one_epoch(train_loader, model, optimizer, scaler, lr_schedule, epoch, args, names, train_step)
         losses.append(stats["loss"])
         found.append(validate(val_loader, model, args, names, val_step))
         save(args, epoch, model, optimizer, scaler, found[-1]["avg_map"], True)

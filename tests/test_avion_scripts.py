@@ -26,10 +26,15 @@ def demo(tmp_path_factory):
 def pretraining(demo, output_dir, **changed):
     paths, clip = demo
     return avion_script.flags(
-        root=str(paths.train_videos), root_val=str(paths.val_videos), train_metadata=str(paths.train_pickle),
-        val_metadata=str(paths.val_csv), relevancy_path=str(paths.relevancy), pretrain_path=clip,
-        output_dir=str(output_dir), **changed,
-    )  # fmt: skip
+        root=str(paths.train_videos),
+        root_val=str(paths.val_videos),
+        train_metadata=str(paths.train_pickle),
+        val_metadata=str(paths.val_csv),
+        relevancy_path=str(paths.relevancy),
+        pretrain_path=clip,
+        output_dir=str(output_dir),
+        **changed,
+    )
 
 
 def _run(rank, size, job, args, alone):
@@ -67,10 +72,17 @@ def test_pretraining_and_retrieval_in_one_process(demo, tmp_path, monkeypatch):
 
     paths = demo[0]
     mir = avion_script.flags(
-        dataset="ek100_mir", root=str(paths.ek100_videos), train_metadata=str(paths.train_csv),
-        val_metadata=str(paths.val_csv), relevancy_path=str(paths.relevancy), clip_length=4, workers=1, epochs=1,
-        pretrain_model=str(tmp_path / "out/checkpoint.pt"), output_dir=str(tmp_path / "mir"),
-    )  # fmt: skip
+        dataset="ek100_mir",
+        root=str(paths.ek100_videos),
+        train_metadata=str(paths.train_csv),
+        val_metadata=str(paths.val_csv),
+        relevancy_path=str(paths.relevancy),
+        clip_length=4,
+        workers=1,
+        epochs=1,
+        pretrain_model=str(tmp_path / "out/checkpoint.pt"),
+        output_dir=str(tmp_path / "mir"),
+    )
     ((result, distributed, size, *_),) = run("finetune_mir", [mir], tmp_path / "c")
     assert_finished(result, 1)
     assert (distributed, size) == (True, 1)
@@ -106,10 +118,16 @@ def test_retrieval_in_two_processes(demo, tmp_path):
     paths = demo[0]
     ((_, *_),) = run("pretrain", [pretraining(demo, tmp_path / "out", epochs=1)], tmp_path / "a")
     mir = avion_script.flags(
-        dataset="ek100_mir", root=str(paths.ek100_videos), train_metadata=str(paths.train_csv),
-        val_metadata=str(paths.val_csv), relevancy_path=str(paths.relevancy), batch_size=2, epochs=1,
-        pretrain_model=str(tmp_path / "out/checkpoint.pt"), output_dir=str(tmp_path / "mir"),
-    )  # fmt: skip
+        dataset="ek100_mir",
+        root=str(paths.ek100_videos),
+        train_metadata=str(paths.train_csv),
+        val_metadata=str(paths.val_csv),
+        relevancy_path=str(paths.relevancy),
+        batch_size=2,
+        epochs=1,
+        pretrain_model=str(tmp_path / "out/checkpoint.pt"),
+        output_dir=str(tmp_path / "mir"),
+    )
     (first, *_), (second, *_) = run("finetune_mir", [mir], tmp_path / "b", size=2)
     assert_finished(first, 1)
     assert first["losses"] == second["losses"]
@@ -120,9 +138,14 @@ def test_action_recognition(demo, tmp_path):
     """Labels are the places of "verb:noun" in the list of actions; three crops give three lists of logits."""
     paths, clip = demo
     args = avion_script.flags(
-        dataset="ek100_cls", root=str(paths.ek100_videos), train_metadata=str(paths.action_train_csv),
-        val_metadata=str(paths.action_validation_csv), num_clips=1, num_crops=3, pretrain_path=clip,
-    )  # fmt: skip
+        dataset="ek100_cls",
+        root=str(paths.ek100_videos),
+        train_metadata=str(paths.action_train_csv),
+        val_metadata=str(paths.action_validation_csv),
+        num_clips=1,
+        num_crops=3,
+        pretrain_path=clip,
+    )
     (((clips, labels, logits, views), *_),) = run("downstream", [args, str(paths.annotations)], tmp_path)
     with open(paths.action_train_csv, newline="") as file:
         rows = list(csv.DictReader(file))

@@ -34,9 +34,12 @@ class Process(subprocess.Popen):
 
     def __init__(self, folder, *words, **environment):
         super().__init__(
-            [sys.executable, "-c", HOLD, str(folder), *words], stdout=subprocess.PIPE, text=True,
-            env={**os.environ, **environment}, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, "-c", HOLD, str(folder), *words],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
         assert self.stdout.readline()
 
     def __exit__(self, *error):
@@ -98,10 +101,15 @@ def test_a_process_does_not_take_its_own_folder_twice_and_keeps_it(tmp_path):
         with pytest.raises(UserError, match="this process has a run there already"), held(tmp_path):
             raise AssertionError("held twice")
         done = subprocess.run(
-            [sys.executable, "-c", "import sys; from avion.folder_lock import held\n"
-             "with held(sys.argv[1], patience_s=0): print('taken')", str(tmp_path)],
-            capture_output=True, text=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-c",
+                "import sys; from avion.folder_lock import held\nwith held(sys.argv[1], patience_s=0): print('taken')",
+                str(tmp_path),
+            ],
+            capture_output=True,
+            text=True,
+        )
         assert "UserError" in done.stderr and "taken" not in done.stdout
     with held(tmp_path):
         assert os.listdir(tmp_path) == [LOCK_FILE]

@@ -37,9 +37,12 @@ PROGRAMS = [
 
 def run(how, program, *words):
     result = subprocess.run(
-        [sys.executable, "-c", RUNNER, how, program, *words], cwd=ROOT, env={"PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", RUNNER, how, program, *words],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 

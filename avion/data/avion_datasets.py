@@ -38,10 +38,22 @@ class _AvionDataset(Dataset):
     """
 
     def __init__(
-        self, dataset: str, root, metadata, transform, is_training: bool, chunk_len: int, clip_length: int,
-        clip_stride: int, threads: int, fast_rrc: bool, rrc_params: tuple, fast_rcc: bool, rcc_params: tuple,
+        self,
+        dataset: str,
+        root,
+        metadata,
+        transform,
+        is_training: bool,
+        chunk_len: int,
+        clip_length: int,
+        clip_stride: int,
+        threads: int,
+        fast_rrc: bool,
+        rrc_params: tuple,
+        fast_rcc: bool,
+        rcc_params: tuple,
         subsample_stride: int | None = None,
-    ):  # fmt: skip
+    ):
         if fast_rrc and fast_rcc:
             raise UserError("fast_rrc and fast_rcc: only one of the two crops can be taken")
         if clip_length < 1:
@@ -120,9 +132,21 @@ class VideoCaptionDatasetCLIP(_AvionDataset):
         subsample_stride: int | None = None,
     ):
         super().__init__(
-            dataset, root, metadata, transform, is_training, chunk_len, clip_length, clip_stride, threads,
-            fast_rrc, rrc_params, fast_rcc, rcc_params, subsample_stride,
-        )  # fmt: skip
+            dataset,
+            root,
+            metadata,
+            transform,
+            is_training,
+            chunk_len,
+            clip_length,
+            clip_stride,
+            threads,
+            fast_rrc,
+            rrc_params,
+            fast_rcc,
+            rcc_params,
+            subsample_stride,
+        )
         self.tokenizer = tokenizer
         if dataset == "ek100_mir" and is_training:
             self.samples = _with_positives(self.samples, metadata, subsample_stride or 1)
@@ -180,9 +204,20 @@ class VideoClassyDataset(_AvionDataset):
                 "not look at them; main_finetune_classification.py --num-clips evaluates several clips of an action"
             )
         super().__init__(
-            dataset, root, metadata, transform, is_training, chunk_len, clip_length, clip_stride, threads,
-            fast_rrc, rrc_params, fast_rcc, rcc_params,
-        )  # fmt: skip
+            dataset,
+            root,
+            metadata,
+            transform,
+            is_training,
+            chunk_len,
+            clip_length,
+            clip_stride,
+            threads,
+            fast_rrc,
+            rrc_params,
+            fast_rcc,
+            rcc_params,
+        )
         if label_mapping is not None:
             unknown = next((label for label in self.labels if label not in label_mapping), None)
             if unknown is not None:
@@ -214,12 +249,21 @@ def get_downstream_dataset(
     training = subset == "train"
     crop = "fast_rrc" if training else "fast_rcc"
     return VideoClassyDataset(
-        args.dataset, args.root, args.train_metadata if training else args.val_metadata, transform,
-        is_training=training, label_mapping=label_mapping, num_clips=args.num_clips,
-        chunk_len=args.video_chunk_length, clip_length=args.clip_length, clip_stride=args.clip_stride,
-        threads=args.decode_threads, rrc_params=(crop_size, (0.5, 1.0)), rcc_params=(crop_size,),
+        args.dataset,
+        args.root,
+        args.train_metadata if training else args.val_metadata,
+        transform,
+        is_training=training,
+        label_mapping=label_mapping,
+        num_clips=args.num_clips,
+        chunk_len=args.video_chunk_length,
+        clip_length=args.clip_length,
+        clip_stride=args.clip_stride,
+        threads=args.decode_threads,
+        rrc_params=(crop_size, (0.5, 1.0)),
+        rcc_params=(crop_size,),
         **{crop: args.fused_decode_crop},
-    )  # fmt: skip
+    )
 
 
 # ---- annotations ---------------------------------------------------------------------------------

@@ -128,9 +128,15 @@ class ClipDataset(Dataset):
         narration = self.table[row]
         text, more = self._caption(row, narration, rng)
         video, clamped = read_transformed(
-            self.store, narration, self.num_frames, self.transform, rng,
-            jitter=self.train, sampling=self.sampling, stride=self.stride,
-        )  # fmt: skip
+            self.store,
+            narration,
+            self.num_frames,
+            self.transform,
+            rng,
+            jitter=self.train,
+            sampling=self.sampling,
+            stride=self.stride,
+        )
         return {"video": video, **self._tokens(text), **more, "clamped": clamped}
 
     def _caption(self, row: int, narration: Narration, rng: np.random.Generator) -> tuple[str, dict[str, torch.Tensor]]:
@@ -160,7 +166,12 @@ def read_transformed(
     """
     fused = getattr(transform, "fused", False) and hasattr(transform, "scaling")
     clip = store.read_clip(
-        row.video, row.start, row.end, num_frames, rng=rng if jitter else None, **sampling,
+        row.video,
+        row.start,
+        row.end,
+        num_frames,
+        rng=rng if jitter else None,
+        **sampling,
         scaling=functools.partial(transform.scaling, rng=rng) if fused else None,
-    )  # fmt: skip
+    )
     return transform.from_scaled(clip.frames) if fused else transform(clip.frames, rng), clip.clamped

@@ -119,8 +119,10 @@ def sentence_texts(clips: EK100Table, path: str | os.PathLike) -> list[str]:
     if different := sum(a != b for a, b in zip(texts, spoken, strict=True)):
         logger.info(
             "sentences %s: %d of %d read otherwise than the clip of their id, whose narration is used",
-            path, different, len(texts),
-        )  # fmt: skip
+            path,
+            different,
+            len(texts),
+        )
     return spoken
 
 

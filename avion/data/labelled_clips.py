@@ -68,9 +68,15 @@ class ClipViews(Dataset):
         row, error = self.table[index], ""
         try:
             crops, _clamped = read_transformed(
-                self.store, row, self.num_frames, self.transform, None,
-                sampling=self.sampling, stride=self.stride, views=self.num_clips,
-            )  # fmt: skip
+                self.store,
+                row,
+                self.num_frames,
+                self.transform,
+                None,
+                sampling=self.sampling,
+                stride=self.stride,
+                views=self.num_clips,
+            )
         except VideoError as failure:
             side = self.transform.crop_size
             frames = np.zeros((self.num_clips * self.num_frames, side, side, 3), dtype=np.uint8)

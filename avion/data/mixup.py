@@ -34,9 +34,15 @@ class VideoMixup:
             raise UserError(f"cutmix minmax: two ascending shares of 0 to 1 are required, found {list(cutmix_minmax)}")
         self.minmax = cutmix_minmax
         self.mix = Mixup(
-            mixup_alpha=mixup, cutmix_alpha=cutmix, cutmix_minmax=cutmix_minmax, prob=prob, switch_prob=switch_prob,
-            mode=mode, label_smoothing=smoothing, num_classes=num_classes,
-        )  # fmt: skip
+            mixup_alpha=mixup,
+            cutmix_alpha=cutmix,
+            cutmix_minmax=cutmix_minmax,
+            prob=prob,
+            switch_prob=switch_prob,
+            mode=mode,
+            label_smoothing=smoothing,
+            num_classes=num_classes,
+        )
 
     def __call__(self, video: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if len(video) % 2:

@@ -110,11 +110,14 @@ class NarrationTable(Sequence):
         used, video = np.unique(self.video[kept], return_inverse=True)
         texts = [self[int(i)].texts for i in kept]
         return NarrationTable(
-            [self.videos[v] for v in used], video.astype(np.int32).reshape(-1), self.start[kept], self.end[kept],
+            [self.videos[v] for v in used],
+            video.astype(np.int32).reshape(-1),
+            self.start[kept],
+            self.end[kept],
             StringColumn.of([text for row in texts for text in row]),
             np.cumsum([len(row) for row in texts], dtype=np.int64),
             None if self.narration_ids is None else StringColumn.of([self.narration_ids[int(i)] for i in kept]),
-        )  # fmt: skip
+        )
 
     def fingerprint(self) -> str:
         """A text that changes with the clips, their order and their texts; it takes a second per GB."""

@@ -62,9 +62,7 @@ def retrieval_submission(
 
 def check_same_ids(found: Sequence[str], expected: Sequence[str], source: str) -> None:
     """Raise UserError unless `found` are the ids `expected`, in any order."""
-    missing, foreign = (
-        sorted(set(a) - set(b)) for a, b in ((expected, found), (found, expected))
-    )  # fmt: skip
+    missing, foreign = (sorted(set(a) - set(b)) for a, b in ((expected, found), (found, expected)))
     if missing or foreign:
         what = [f"{len(ids)} {word} ({ids[0]})" for ids, word in ((missing, "missing"), (foreign, "too many")) if ids]
         raise UserError(f"{source}: narration ids: {' and '.join(what)}; give the predictions of the same split")

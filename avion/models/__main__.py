@@ -78,15 +78,22 @@ def build_parser() -> argparse.ArgumentParser:
     summary, _, more = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(prog="python -m avion.models", description=summary, epilog=more)
     parser.add_argument(
-        "what", nargs="?", default="*", metavar="PATTERN | CHECKPOINT",
+        "what",
+        nargs="?",
+        default="*",
+        metavar="PATTERN | CHECKPOINT",
         help="a shell pattern of model names such as 'TIMEMAMBA*', or a checkpoint to describe: a path or "
         "hf:owner/repo/file",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--import", dest="plugins", action="append", default=[], metavar="MODULE",
+        "--import",
+        dest="plugins",
+        action="append",
+        default=[],
+        metavar="MODULE",
         help="module, or path of a .py file, to import first, which registers models and mixers; may be repeated; the "
         "models are then counted anew, which takes seconds",
-    )  # fmt: skip
+    )
     parser.add_argument("--update-listing", action="store_true", help="write the list of models anew, for developers")
     return parser
 

@@ -111,9 +111,17 @@ class BiMambaMixer(nn.Module):
         u = u[:, :steps] if reverse else u[:, u.shape[1] - steps :]
         delta, B, C = self._step_inputs(u, p)
         y, state = selective_scan_with_state(
-            u, delta, _decay_rates(p.A_log), B, C, p.D, delta_bias=p.dt_proj.bias, reverse=reverse,
-            initial_state=None if carry is None else carry.state, backend=self.scan_backend,
-        )  # fmt: skip
+            u,
+            delta,
+            _decay_rates(p.A_log),
+            B,
+            C,
+            p.D,
+            delta_bias=p.dt_proj.bias,
+            reverse=reverse,
+            initial_state=None if carry is None else carry.state,
+            backend=self.scan_backend,
+        )
         kept = x[:, :tail] if reverse else x[:, max(0, x.shape[1] - tail) :]
         return self.out_proj(y.to(z.dtype) * F.silu(z)), ScanCarry(kept.clone(), state)
 

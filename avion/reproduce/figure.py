@@ -62,9 +62,13 @@ def published_curves(lines: Sequence[Line]) -> list[Curve]:
     for line in lines:
         frames = sorted(line.paper)
         curve = Curve(
-            line.name, COLOURS.get(line.row, GREY), frames, [line.paper[n] for n in frames], published=True,
+            line.name,
+            COLOURS.get(line.row, GREY),
+            frames,
+            [line.paper[n] for n in frames],
+            published=True,
             joined=line.row in COLOURS,
-        )  # fmt: skip
+        )
         if frames:
             curves.setdefault(line.name, curve)
     return list(curves.values())

@@ -97,9 +97,13 @@ class _Running:
                 log.write(f"$ {shlex.join(job.words)}\n".encode())
                 log.flush()
                 self.process = subprocess.Popen(
-                    list(job.words), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                    env={**os.environ, **environment}, start_new_session=True,
-                )  # fmt: skip
+                    list(job.words),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **environment},
+                    start_new_session=True,
+                )
         except OSError as e:
             raise UserError(f"{job.name}: cannot be started ({e.filename}: {e.strerror})") from e
 

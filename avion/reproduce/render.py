@@ -96,13 +96,24 @@ def to_html(sections: Sequence[Section], title: str) -> str:
         body.append("</section>")
     return "\n".join(
         [
-            "<!doctype html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
+            "<!doctype html>",
+            '<html lang="en">',
+            "<head>",
+            '<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">', f"<title>{_escaped(title)}</title>",
-            f"<style>\n{STYLE}</style>", "</head>", "<body>", "<main>", *body,
-            "</main>", "</body>", "</html>", "",
+            '<meta name="color-scheme" content="light dark">',
+            f"<title>{_escaped(title)}</title>",
+            f"<style>\n{STYLE}</style>",
+            "</head>",
+            "<body>",
+            "<main>",
+            *body,
+            "</main>",
+            "</body>",
+            "</html>",
+            "",
         ]
-    )  # fmt: skip
+    )
 
 
 def _html_part(part: Part) -> str:

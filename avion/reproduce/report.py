@@ -162,9 +162,7 @@ def _explained(lines: Sequence[Line], task: str, demo: bool) -> list[str]:
                 "Weights: trained here, or released by the authors and only evaluated here; the latter's difference is "
                 "from the figure released with them, or from the paper's where there is none."
             )
-    notes += [
-        f"{run.path}: {note}." for line in lines for run in line.runs for note in run.notes
-    ]  # fmt: skip
+    notes += [f"{run.path}: {note}." for line in lines for run in line.runs for note in run.notes]
     if any(not line.runs for line in lines):
         notes.append("–: not measured, or not published.")
     return notes

@@ -209,7 +209,7 @@ def bold_best(groups: Sequence[Group], *, together: bool = False, alike: bool = 
     return [
         Group(group.title, [[best(g, row, c) for c in range(len(row))] for row in group.rows])
         for g, group in enumerate(groups)
-    ]  # fmt: skip
+    ]
 
 
 def temporal_modules(lines: Mapping[tuple[str, str], Sequence[Line]], *, demo: bool) -> Table:

@@ -203,9 +203,17 @@ def test_actions_as_texts_and_as_classes(chunked, split):
 @pytest.mark.parametrize("subset, fused", [("train", False), ("train", True), ("val", False), ("val", True)])
 def test_the_downstream_datasets(chunked, split, subset, fused):
     args = argparse.Namespace(
-        dataset="ek100_cls", root=chunked.ek, train_metadata=split(), val_metadata=split("EPIC_100_validation"),
-        num_clips=1, video_chunk_length=15, clip_length=2, clip_stride=2, decode_threads=1, fused_decode_crop=fused,
-    )  # fmt: skip
+        dataset="ek100_cls",
+        root=chunked.ek,
+        train_metadata=split(),
+        val_metadata=split("EPIC_100_validation"),
+        num_clips=1,
+        video_chunk_length=15,
+        clip_length=2,
+        clip_stride=2,
+        decode_threads=1,
+        fused_decode_crop=fused,
+    )
     dataset = get_downstream_dataset(None, 24, args, subset=subset, label_mapping={"0:4": 5, "1:4": 6, "2:13": 7})
     first, second = dataset[0], dataset[0]
     assert first[0].shape == ((2, 24, 24, 3) if fused else (2, 64, 96, 3)) and first[1] == 6

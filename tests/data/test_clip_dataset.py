@@ -38,9 +38,14 @@ def make(chunked):
         default = TrainTransform(32, fused=fused) if train else EvalTransform(32, fused=fused)
         store = VideoStore(chunked.avion, decoder=kwargs.pop("decoder", "auto"))
         return ClipDataset(
-            table_of(rows), store, num_frames=kwargs.pop("num_frames", 4), transform=transform or default,
-            tokenizer=tokenizer, train=train, **kwargs,
-        )  # fmt: skip
+            table_of(rows),
+            store,
+            num_frames=kwargs.pop("num_frames", 4),
+            transform=transform or default,
+            tokenizer=tokenizer,
+            train=train,
+            **kwargs,
+        )
 
     return make
 

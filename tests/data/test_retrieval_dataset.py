@@ -79,9 +79,15 @@ def dataset(chunked):
     def make(seed=0):
         pairs = ClipsWithPositives(clips(["abc"] * 5), SENTENCES, RELEVANCY)
         return ClipDataset(
-            pairs, VideoStore(chunked.avion), num_frames=2, transform=TrainTransform(32, fused=True),
-            tokenizer=tokenize, train=True, seed=seed, captions=pairs.draw,
-        )  # fmt: skip
+            pairs,
+            VideoStore(chunked.avion),
+            num_frames=2,
+            transform=TrainTransform(32, fused=True),
+            tokenizer=tokenize,
+            train=True,
+            seed=seed,
+            captions=pairs.draw,
+        )
 
     return make
 
@@ -115,9 +121,15 @@ def test_what_is_drawn_depends_on_seed_epoch_and_index_only(dataset):
 def test_a_replaced_clip_brings_its_own_positive(chunked):
     pairs = ClipsWithPositives(clips(["gone", "gone", "abc", "gone", "gone"]), SENTENCES, RELEVANCY)
     dataset = ClipDataset(
-        pairs, VideoStore(chunked.avion), num_frames=2, transform=TrainTransform(32, fused=True), tokenizer=tokenize,
-        train=True, captions=pairs.draw, max_replacements=50,
-    )  # fmt: skip
+        pairs,
+        VideoStore(chunked.avion),
+        num_frames=2,
+        transform=TrainTransform(32, fused=True),
+        tokenizer=tokenize,
+        train=True,
+        captions=pairs.draw,
+        max_replacements=50,
+    )
     sample = dataset[(0, 0)]
     assert sample["replaced_by"] == 1 and "gone" in sample["error"]
     assert float(sample["relevancy"]) in (1.0, 0.25)

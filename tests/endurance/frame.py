@@ -36,8 +36,11 @@ _LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER
 # One thread, no network; and nothing of a launcher that this process was started by.
 ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHERS)},
-    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT),
-}  # fmt: skip
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(ROOT),
+}
 
 
 class Skipped(Exception):

@@ -50,9 +50,14 @@ def _random(device: str, size: tuple[int, int, int, int], dtype: torch.dtype) ->
     A = -torch.arange(1, states + 1, device=device) * (1 + 0.1 * torch.rand(channels, states, device=device))
     D, bias = torch.randn(channels, device=device), torch.randn(channels, device=device) - 3
     return ScanInputs(
-        draw(rows, steps, channels), draw(rows, steps, channels, scale=0.5), A.requires_grad_(),
-        draw(rows, steps, states), draw(rows, steps, states), D.requires_grad_(), bias.requires_grad_(),
-    )  # fmt: skip
+        draw(rows, steps, channels),
+        draw(rows, steps, channels, scale=0.5),
+        A.requires_grad_(),
+        draw(rows, steps, states),
+        draw(rows, steps, states),
+        D.requires_grad_(),
+        bias.requires_grad_(),
+    )
 
 
 def _worst(run: Callable, tensors: dict[str, torch.Tensor], weight: torch.Tensor, expected: Callable):
@@ -140,9 +145,16 @@ def states_in_pieces(device: str, backend: str, toy: bool) -> tuple[float, str]:
         state, pieces = None, []
         for part in (slice(0, half), slice(half, None)):
             y, state = selective_scan_with_state(
-                u[:, part], delta[:, part], A, B[:, part], C[:, part], D, delta_bias=bias, initial_state=state,
+                u[:, part],
+                delta[:, part],
+                A,
+                B[:, part],
+                C[:, part],
+                D,
+                delta_bias=bias,
+                initial_state=state,
                 backend=backend,
-            )  # fmt: skip
+            )
             pieces.append(y)
     return _difference(torch.cat(pieces, dim=1), whole), "output"
 
@@ -173,7 +185,12 @@ def large_offsets(device: str, backend: str) -> tuple[float, str]:
         y = selective_scan(u, delta, A, B, C, D, delta_bias=bias, backend=backend)[-3:].clone()
         few = (t[-3:].double() for t in (u, delta))
         wanted = selective_scan(
-            *few, A.double(), B[-3:].double(), C[-3:].double(), D.double(), delta_bias=bias.double(),
+            *few,
+            A.double(),
+            B[-3:].double(),
+            C[-3:].double(),
+            D.double(),
+            delta_bias=bias.double(),
             backend="reference",
-        )  # fmt: skip
+        )
     return _difference(y, wanted), "output"

@@ -16,8 +16,10 @@ from avion.reproduce.jobs import Job, JobFailed, run_jobs
 
 ROOT = Path(__file__).resolve().parents[2]
 # Appends "+name" and "-name" to a file when it begins and ends.
-NOTE = "import sys, time; f = open(sys.argv[1], 'a', buffering=1); f.write('+' + sys.argv[2] + '\\n'); " \
-       "time.sleep(float(sys.argv[3])); f.write('-' + sys.argv[2] + '\\n')"  # fmt: skip
+NOTE = (
+    "import sys, time; f = open(sys.argv[1], 'a', buffering=1); f.write('+' + sys.argv[2] + '\\n'); "
+    "time.sleep(float(sys.argv[3])); f.write('-' + sys.argv[2] + '\\n')"
+)
 SLEEP = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
 
 

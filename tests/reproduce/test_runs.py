@@ -67,10 +67,16 @@ def test_every_recipe_runs_trained_and_from_weights(key, reproduce, runs, small,
     assert reproduce(runs, recipe, "--run", "--with-prerequisites") == 0
     folder = runs / key
     assert json.loads((folder / "recipe.json").read_text()) == {
-        "recipe": key, "scale": "demo", "seed": 0, "evaluated": TRAINED,
-        **({"checkpoint": str(folder / "checkpoint.pt"), "epochs": 1} if recipe.task != "egoschema" else
-           {"checkpoint": str(runs / recipe.starts_from / "checkpoint.pt")}),
-    }  # fmt: skip
+        "recipe": key,
+        "scale": "demo",
+        "seed": 0,
+        "evaluated": TRAINED,
+        **(
+            {"checkpoint": str(folder / "checkpoint.pt"), "epochs": 1}
+            if recipe.task != "egoschema"
+            else {"checkpoint": str(runs / recipe.starts_from / "checkpoint.pt")}
+        ),
+    }
     trained = rows(folder)
     for row in trained:
         assert all(0 <= row[name] <= 1 for name in NAMES[recipe.task])
