@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ class Build:
 
     def begin(self, device: dict[str, Any]) -> None:
         """device: what the section on the device has found."""
-        nvcc = self._nvcc()
+        nvcc = _nvcc_path(self.env)
         if "capability" not in device or nvcc is None:
             why = "there is no GPU" if "capability" not in device else "nvcc was not found (set CUDA_HOME)"
             self._line = f"mamba-ssm is not built: {why}."
@@ -102,11 +103,6 @@ class Build:
                 start_new_session=True,
             )
 
-    def _nvcc(self) -> str | None:
-        home = self.env.get("CUDA_HOME") or self.env.get("CUDA_PATH")
-        inside = Path(home) / "bin" / "nvcc" if home else Path("/usr/local/cuda/bin/nvcc")
-        return str(inside) if inside.exists() else shutil.which("nvcc")
-
     def is_pending(self) -> bool:
         """Whether it still runs, or has ended and `news` was not asked."""
         return self._process is not None or bool(self._line)
@@ -124,3 +120,9 @@ class Build:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [line.strip() for line in lines if "rror" in line]
         return f"mamba-ssm could not be built: {(errors or lines or ['pip said nothing'])[-1][:200]} (see {self.log})."
+
+
+def _nvcc_path(env: Mapping[str, str]) -> str | None:
+    home = env.get("CUDA_HOME") or env.get("CUDA_PATH")
+    inside = Path(home) / "bin" / "nvcc" if home else Path("/usr/local/cuda/bin/nvcc")
+    return str(inside) if inside.exists() else shutil.which("nvcc", path=env.get("PATH"))

@@ -89,7 +89,7 @@ def test_pretraining_and_retrieval_in_one_process(demo, tmp_path, monkeypatch):
     assert 0 < result["losses"][0] < 0.5
 
     # What the script saved is a checkpoint like any other.
-    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
+    monkeypatch.setattr(registry, "MODELS", dict(registry.MODELS))
     monkeypatch.setattr(avion_script.model_clip, "CLIP_TINY", None, raising=False)
     avion_script.register_tiny_model()
     model = avion_script.model_clip.CLIP_TINY(num_frames=4, project_embed_dim=16, pretrain_zoo="none")

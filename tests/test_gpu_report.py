@@ -276,13 +276,20 @@ def test_the_versions_are_those_that_are_pinned():
     assert [word.split("==")[0] for word in found] == ["causal-conv1d", "mamba-ssm"] and all("==" in w for w in found)
 
 
-def test_without_nvcc_or_an_index_the_report_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_peer.Build, "_nvcc", lambda self: None)
-    with gpu_peer.Build(tmp_path / "peer", tmp_path / "log", dict(os.environ)) as build:
+def with_nvcc(folder: Path) -> dict[str, str]:
+    """An environment with an nvcc that does nothing."""
+    nvcc = folder / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.symlink_to("/usr/bin/true")
+    return {**os.environ, "CUDA_HOME": str(folder / "cuda")}
+
+
+def test_without_nvcc_or_an_index_the_report_goes_on(tmp_path):
+    nowhere = {**os.environ, "CUDA_HOME": str(tmp_path), "PATH": str(tmp_path)}
+    with gpu_peer.Build(tmp_path / "peer", tmp_path / "log", nowhere) as build:
         build.begin({"capability": [9, 0]})
         assert build.news() == "mamba-ssm is not built: nvcc was not found (set CUDA_HOME)." and not build.is_pending()
-    monkeypatch.setattr(gpu_peer.Build, "_nvcc", lambda self: "/usr/bin/true")
-    with gpu_peer.Build(tmp_path / "peer", tmp_path / "log", {**os.environ, "PIP_NO_INDEX": "1"}) as build:
+    with gpu_peer.Build(tmp_path / "peer", tmp_path / "log", {**with_nvcc(tmp_path), "PIP_NO_INDEX": "1"}) as build:
         build.begin({"capability": [9, 0]})
         until = time.monotonic() + 60
         while not (line := build.news()) and time.monotonic() < until:
@@ -290,7 +297,7 @@ def test_without_nvcc_or_an_index_the_report_goes_on(tmp_path, monkeypatch):
     assert "mamba-ssm could not be built: ERROR: No matching distribution" in line and not build.is_built
     assert build.news() == ""
     wrapped = (tmp_path / "peer" / "bin" / "nvcc").read_text()
-    assert "'/usr/bin/true'" in wrapped and "'90'" in wrapped
+    assert f"'{tmp_path / 'cuda/bin/nvcc'}'" in wrapped and "'90'" in wrapped
 
 
 def test_once_the_peer_is_built_it_is_measured_before_what_is_left(tmp_path, monkeypatch):
@@ -328,8 +335,7 @@ def test_a_build_that_is_not_done_in_time_is_stopped(tmp_path, monkeypatch):
         return started[0]
 
     monkeypatch.setattr(gpu_peer.subprocess, "Popen", popen)
-    monkeypatch.setattr(gpu_peer.Build, "_nvcc", lambda self: "/usr/bin/true")
-    with gpu_peer.Build(tmp_path / "peer", tmp_path / "log", dict(os.environ)) as build:
+    with gpu_peer.Build(tmp_path / "peer", tmp_path / "log", with_nvcc(tmp_path)) as build:
         build.begin({"capability": [9, 0]})
         assert build.is_pending() and build.news() == ""
     assert started[0].poll() is not None

@@ -19,7 +19,7 @@ from avion.data.ek100 import EK100Table
 from avion.errors import UserError
 from avion.files import written_whole
 
-_BLOCK_ELEMENTS = 1 << 21  # of the matrix at a time: 16 MB of float64, and a few times that on the way
+BLOCK_ELEMENTS = 1 << 21  # of the matrix at a time: 16 MB of float64, and a few times that on the way
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def relevancy_blocks(clips: Classes, sentences: Classes) -> Iterator[np.ndarray]
     members = _members([*clips.nouns, *sentences.nouns], flat, len(known))  # (clips + sentences, nouns)
     own, others = members[: len(clips)], members[len(clips) :]
     sizes, other_sizes = own.sum(1), others.sum(1)
-    rows = max(1, _BLOCK_ELEMENTS // max(len(sentences), 1))
+    rows = max(1, BLOCK_ELEMENTS // max(len(sentences), 1))
     for first in range(0, len(clips), rows):
         block = slice(first, first + rows)
         common = own[block] @ others.T  # (r, sentences); float32 is exact for counts

@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike
 from avion.errors import UserError
 
 # Elements that one thread ranks at a time, a few MiB: about what a core's cache holds.
-_BLOCK_ELEMENTS = 1 << 18
+BLOCK_ELEMENTS = 1 << 18
 _TILE = 256  # of a matrix that is turned as it is copied
 _MAX_THREADS = 4
 
@@ -117,7 +117,7 @@ def _mean_scores(
         ranked = _ranked(_copied(similarity[block]), _copied(relevancy[block]))
         scores[:, block] = [scorer(ranked) for scorer in scorers.values()]
 
-    rows = max(1, _BLOCK_ELEMENTS // items)
+    rows = max(1, BLOCK_ELEMENTS // items)
     with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
         list(threads.map(score, (slice(start, start + rows) for start in range(0, queries, rows))))
     means = {}

@@ -69,14 +69,14 @@ class _Entry(NamedTuple):
     build: Callable[[ModelConfig], nn.Module]
 
 
-_MODELS: dict[str, _Entry] = {}
-_ALIASES: dict[str, str] = {}
+MODELS: dict[str, _Entry] = {}
+ALIASES: dict[str, str] = {}
 
 
 def _models() -> dict[str, _Entry]:
     """All models by their canonical names. The towers of this project have been registered by then."""
     towers()
-    return _MODELS
+    return MODELS
 
 
 def register_model(
@@ -100,10 +100,10 @@ def register_model(
             raise UserError(f"{config.name}: tower {config.tower!r} is not registered: give build=, or register_tower")
         build = tower.build
     for name in (config.name, *aliases):
-        if name in _MODELS or name in _ALIASES:
+        if name in MODELS or name in ALIASES:
             raise UserError(f"model name {name!r} is already taken; choose another one")
-    _MODELS[config.name] = _Entry(config, build)
-    _ALIASES.update(dict.fromkeys(aliases, config.name))
+    MODELS[config.name] = _Entry(config, build)
+    ALIASES.update(dict.fromkeys(aliases, config.name))
 
 
 def register_mixer(name: str, build: Callable[[ModelConfig], nn.Module]) -> None:
@@ -131,23 +131,23 @@ def resolve_name(name: str) -> str:
     """The canonical name of a model, given that or an upstream name. UserError lists near names."""
     if name in _models():
         return name
-    if name in _ALIASES:
-        return _ALIASES[name]
+    if name in ALIASES:
+        return ALIASES[name]
     if elsewhere := model_elsewhere(name):
         raise UserError(f"unknown model {name!r}: {elsewhere}")
-    hint = _near(name, [*_MODELS, *_ALIASES]) or "`python -m avion.models` lists all"
+    hint = _near(name, [*MODELS, *ALIASES]) or "`python -m avion.models` lists all"
     raise UserError(f"unknown model {name!r}; {hint}; {HINT}")
 
 
 def model_aliases(name: str) -> list[str]:
     """The upstream names of a model."""
     name = resolve_name(name)
-    return sorted(alias for alias, target in _ALIASES.items() if target == name)
+    return sorted(alias for alias, target in ALIASES.items() if target == name)
 
 
 def model_config(name: str) -> ModelConfig:
     """The registered config of a model, before any override."""
-    return _MODELS[resolve_name(name)].config
+    return MODELS[resolve_name(name)].config
 
 
 def read_field(field: str, text: str, model: str | None = None) -> FieldValue:
@@ -176,7 +176,7 @@ def create_model(name: str, /, **overrides: Any) -> "CLIP":
     Build it under `torch.device("meta")` to look at shapes without spending memory.
     Raises UserError for an unknown name or field, and for a value the model cannot honour.
     """
-    entry = _MODELS[resolve_name(name)]
+    entry = MODELS[resolve_name(name)]
     known = [field.name for field in dataclasses.fields(entry.config) if field.name not in ("name", "tower")]
     for field in overrides:
         if field == "tower":

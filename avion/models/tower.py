@@ -124,7 +124,7 @@ class Tower:
     bytes_beside: Callable[[ModelConfig, int], int] = field(default=lambda config, small: small)
 
 
-_TOWERS: dict[str, Tower] = {}
+TOWERS: dict[str, Tower] = {}
 
 
 def register_tower(tower: Tower) -> None:
@@ -133,16 +133,16 @@ def register_tower(tower: Tower) -> None:
     Raises:
         ValueError: The name is taken.
     """
-    if tower.name in _TOWERS:
+    if tower.name in TOWERS:
         raise ValueError(f"tower {tower.name!r} is already registered")
-    _TOWERS[tower.name] = tower
+    TOWERS[tower.name] = tower
 
 
 def towers() -> list[Tower]:
     """All towers, in the order of their registration."""
     from . import built_in  # noqa: F401  (registers the towers of this project)
 
-    return list(_TOWERS.values())
+    return list(TOWERS.values())
 
 
 def find_tower(name: str) -> Tower | None:

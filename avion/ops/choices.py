@@ -71,6 +71,11 @@ def store(device: str, choices: Mapping[str, Choice]) -> str:
     return str(path)
 
 
+def forget() -> None:
+    """Forgets what was read from the files, so that the next call reads them again."""
+    _stored.cache_clear()
+
+
 @functools.cache
 def _stored(device: str) -> dict[str, Choice]:
     """Returns the choices in the file, without those that `store` cannot have written."""

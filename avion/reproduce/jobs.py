@@ -16,7 +16,7 @@ from avion.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_GRACE_S = 20.0  # for a job to end once it was asked to
+GRACE_S = 20.0  # for a job to end once it was asked to
 _SHOWN_LINES = 25
 
 
@@ -121,7 +121,7 @@ def _stop(children: Sequence[_Running]) -> None:
     for child in children:
         logger.info("stopping %s", child.job.name)
         child.send(signal.SIGTERM)
-    limit = time.monotonic() + _GRACE_S
+    limit = time.monotonic() + GRACE_S
     for child in children:
         try:
             child.process.wait(max(0.0, limit - time.monotonic()))

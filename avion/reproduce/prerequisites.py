@@ -230,7 +230,7 @@ def _openai(recipe: Recipe) -> Iterator[Missing]:
 
 
 @functools.lru_cache
-def _hub_reachable() -> bool:
+def hub_is_reachable() -> bool:
     import huggingface_hub as hub
 
     try:
@@ -248,4 +248,4 @@ def _hub_problem(repo: str, names: list[str]) -> str:
         return ""
     if hub.constants.HF_HUB_OFFLINE:
         return "not in the hub's cache, and HF_HUB_OFFLINE is set"
-    return "" if _hub_reachable() else "not in the hub's cache, and the hub cannot be reached"
+    return "" if hub_is_reachable() else "not in the hub's cache, and the hub cannot be reached"

@@ -49,7 +49,7 @@ def test_no_nouns_have_nothing_in_common():
 
 
 def test_random_classes_in_blocks(rng, monkeypatch):
-    monkeypatch.setattr("avion.data.relevancy._BLOCK_ELEMENTS", 130)
+    monkeypatch.setattr("avion.data.relevancy.BLOCK_ELEMENTS", 130)
     clips, sentences = draw(rng, 61), draw(rng, 40)
     assert [len(block) for block in relevancy_blocks(clips, sentences)] == [3] * 20 + [1]
     np.testing.assert_allclose(matrix(clips, sentences), by_hand(clips, sentences), rtol=1e-15)

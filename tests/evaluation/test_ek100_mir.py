@@ -96,7 +96,7 @@ def plain_mean(values):
 @pytest.mark.parametrize("block_elements", [1, 50, 1 << 20])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_against_plain_python(dtype, block_elements, graded, monkeypatch, rng):
-    monkeypatch.setattr(ek100_mir, "_BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr(ek100_mir, "BLOCK_ELEMENTS", block_elements)
     for decimals in (1, 6):  # with many ties, and with few
         similarity = rng.normal(size=(31, 17)).round(decimals).astype(dtype)
         relevancy = rng.choice([0, 0, 0, 1 / 6, 0.5, 2 / 3, 1], (31, 17)).astype(np.float32)

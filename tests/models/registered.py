@@ -4,7 +4,7 @@ import contextlib
 
 from avion.models import built_in, config, registry, tower  # noqa: F401  (the built-in models are there before)
 
-_TABLES = (registry._MODELS, registry._ALIASES, config.MIXERS, tower._TOWERS)
+_TABLES = (registry.MODELS, registry.ALIASES, config.MIXERS, tower.TOWERS)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from avion.errors import UserError
@@ -107,8 +108,13 @@ def test_math_attention_of_long_sequences_is_done_in_parts(monkeypatch):
     whole = transformer.attend(q, k, v, False)
     monkeypatch.setattr(transformer, "MAX_MATH_SCORES", 500)
     sizes = []
-    real = transformer._sdpa
-    monkeypatch.setattr(transformer, "_sdpa", lambda *a: sizes.append(a[0].shape[2]) or real(*a))
+    real = F.scaled_dot_product_attention
+
+    def counted(q, *others, **options):
+        sizes.append(q.shape[2])
+        return real(q, *others, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
     torch.testing.assert_close(transformer.attend(q, k, v, False), whole, atol=1e-6, rtol=1e-5)
     assert sizes == [2] * 10 + [1]  # 2 x 4 x 21 scores per query
 

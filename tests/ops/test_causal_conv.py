@@ -39,7 +39,7 @@ def random_inputs(rows, steps, channels, taps, dtype=torch.float64):
     "shape", [(5, 4, 7, 4), (3, 1, 6, 4), (0, 4, 5, 4), (2, 23, 3, 3), (4, 5, 8, 2), (3, 2, 5, 4), (2, 9, 4, 1)]
 )
 def test_outputs_and_gradients_equal_conv1ds(shape, reverse, block, monkeypatch):
-    monkeypatch.setattr(blocked, "_BLOCK_ELEMENTS", block)  # 12: blocks of one row and a few steps
+    monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", block)  # 12: blocks of one row and a few steps
     wide, weight, bias = random_inputs(*shape)
     x = wide[..., : shape[2]]
     expected, actual = by_conv1d(x, weight, bias, reverse), causal_conv_silu(x, weight, bias, reverse=reverse)
@@ -59,7 +59,7 @@ def test_outputs_and_gradients_equal_conv1ds(shape, reverse, block, monkeypatch)
 @pytest.mark.parametrize("block", [200_000, 12])
 @pytest.mark.parametrize("shape", [(5, 4, 7, 4), (0, 4, 5, 4), (2, 23, 3, 3), (2, 9, 4, 1)])
 def test_both_directions_at_once_equal_each_alone(shape, block, monkeypatch):
-    monkeypatch.setattr(blocked, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", block)
     wide, *ahead = random_inputs(*shape)
     behind = random_inputs(*shape)[1:]
     x, inputs = wide[..., : shape[2]], (wide, *ahead, *behind)
@@ -94,7 +94,7 @@ def test_by_hand(reverse):
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_gradcheck(reverse, monkeypatch):
-    monkeypatch.setattr(blocked, "_BLOCK_ELEMENTS", 6)
+    monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", 6)
     inputs = random_inputs(2, 5, 3, 4)
     assert torch.autograd.gradcheck(
         lambda *args: causal_conv_silu(*args, reverse=reverse), (inputs[0][..., :3], *inputs[1:])

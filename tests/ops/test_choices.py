@@ -21,14 +21,14 @@ def a_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("AVION_TUNE", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU / 1")
-    monkeypatch.setattr(dispatch, "_logged_picks", set())
+    monkeypatch.setattr(dispatch, "logged_picks", set())
     for name in ("triton", "mamba_ssm"):
         backend = dispatch.BACKENDS[name]
         anywhere = dispatch.Backend(backend.run, auto_on=backend.auto_on, float64=backend.float64)
         monkeypatch.setitem(dispatch.BACKENDS, name, anywhere)
-    choices._stored.cache_clear()
+    choices.forget()
     yield
-    choices._stored.cache_clear()
+    choices.forget()
 
 
 def resolved(steps: int = 4, name: str = "auto", states: int = 16, dtype=torch.float32, **options) -> str:

@@ -20,7 +20,7 @@ from avion.ops.selective_scan import (
     torch_blocks,
     torch_walk,
 )
-from avion.ops.selective_scan import torch_backend as fast
+from avion.ops.selective_scan.inputs import ScanInputs, Time
 from tests.ops.named import assert_close, poisoned_memory
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
@@ -314,9 +314,13 @@ class _Allocations(TorchDispatchMode):
 def allocations_of_forward_and_backward(rows, steps, channels, states) -> tuple[_Allocations, _Allocations]:
     inputs = [tensor.detach() for tensor in random_inputs(rows, steps, channels, states).values()]
     with _Allocations() as forward:
-        _, entering = fast._scan._init_fn(*inputs, True, False, True)
+        x, y = torch_blocks.Direction(ScanInputs(*inputs), Time()), torch.empty_like(inputs[0])
+        entering = x.A.new_empty(torch_blocks.entering_shape(y, states, keep=True))
+        torch_blocks.forward(x, lambda part, _, group: group.view(y).copy_(part), entering)
+    dy = torch.randn_like(y)
     with _Allocations() as backward:
-        fast._scan_backward._init_fn(torch.randn_like(inputs[0]), *inputs, entering, True, False)
+        x = torch_blocks.Direction(ScanInputs(*inputs), Time())
+        torch_blocks.backward(x, lambda out, _, group: out.copy_(group.view(dy)), entering)
     return forward, backward
 
 
@@ -384,7 +388,7 @@ def test_available_backends_run_in_order_of_preference():
 
 
 def test_auto_logs_its_pick_once(caplog, monkeypatch):
-    monkeypatch.setattr(dispatch, "_logged_picks", set())
+    monkeypatch.setattr(dispatch, "logged_picks", set())
     caplog.set_level(logging.INFO, logger=dispatch.__name__)
     inputs = random_inputs(1, 2, 3, 4)
     for _ in range(3):

@@ -201,9 +201,9 @@ def test_evaluating_needs_no_training_data(no_gpu_no_hub, monkeypatch, tmp_path)
 def test_a_reachable_hub_is_no_problem(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, name: None)
-    monkeypatch.setattr(prerequisites, "_hub_reachable", lambda: True)
+    monkeypatch.setattr(prerequisites, "hub_is_reachable", lambda: True)
     assert "weights" not in whats(from_released(recipe("table8_row6"), None), device="cpu")
-    monkeypatch.setattr(prerequisites, "_hub_reachable", lambda: False)
+    monkeypatch.setattr(prerequisites, "hub_is_reachable", lambda: False)
     assert "the hub cannot be reached" in whats(from_released(recipe("table8_row6"), None), device="cpu")
 
 

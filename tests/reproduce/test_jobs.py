@@ -87,7 +87,7 @@ sys.exit(1)
 
 
 def test_a_job_that_will_not_end_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_GRACE_S", 0.3)
+    monkeypatch.setattr(module, "GRACE_S", 0.3)
     ready = str(tmp_path / "ready")
     stubborn = Job("stubborn", [sys.executable, "-c", STUBBORN, ready], tmp_path / "stubborn.log")
     fails = Job("fails", [sys.executable, "-c", FAIL_WHEN_THERE, ready], tmp_path / "fails.log")

@@ -15,14 +15,14 @@ from avion.ops.selective_scan.inputs import compute_dtype
 from .autograd import Taps, differentiable, differentiable_both
 
 # The number of elements of a block (rows, steps, D): on a CPU the few buffers of a block fit the cache.
-_BLOCK_ELEMENTS = 200_000
-_BLOCK_ELEMENTS_ELSEWHERE = 64_000_000
+BLOCK_ELEMENTS = 200_000
+BLOCK_ELEMENTS_ELSEWHERE = 64_000_000
 
 
 def _blocks(x: Tensor) -> Iterator[tuple[slice, int, int]]:
     """Yields the rows, the first step and the end of each block."""
     rows, steps, channels = x.shape
-    budget = _BLOCK_ELEMENTS if x.device.type == "cpu" else _BLOCK_ELEMENTS_ELSEWHERE
+    budget = BLOCK_ELEMENTS if x.device.type == "cpu" else BLOCK_ELEMENTS_ELSEWHERE
     in_steps = max(1, min(steps, budget // channels))
     in_rows = max(1, budget // (in_steps * channels))
     for row in range(0, rows, in_rows):

@@ -80,7 +80,7 @@ BACKENDS: dict[str, Backend] = {
     "torch": Backend(selective_scan_torch, run_with_state=selective_scan_with_state_torch),
     "reference": Backend(selective_scan_reference, run_with_state=selective_scan_with_state_reference),
 }
-_logged_picks: set[tuple[str, str]] = set()
+logged_picks: set[tuple[str, str]] = set()
 
 
 def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
@@ -166,8 +166,8 @@ def _measured_choice(device: torch.device, like: torch.Tensor, states: int) -> s
 
 def _log_pick(where: str, pick: str) -> None:
     # Logging would break the graph of torch.compile.
-    if not torch.compiler.is_compiling() and (pick, where) not in _logged_picks:
-        _logged_picks.add((pick, where))
+    if not torch.compiler.is_compiling() and (pick, where) not in logged_picks:
+        logged_picks.add((pick, where))
         _log.info("selective scan on %s: backend %s", where, pick)
 
 
