@@ -1,8 +1,8 @@
 """Models: created, listed and registered by name.
 
-The functions that load weights live above, in `avion.weights`. They are handed on here, since people's scripts import
-them from `avion.models`. All names are imported when they are asked for: the towers need PyTorch, and
-`python -m avion.models` does not.
+The functions that load weights are defined in `avion.weights`, which is above this package. They can be imported from
+here as well, because people's scripts do so. All names are imported when they are asked for, because the towers need
+PyTorch, and `python -m avion.models` does not.
 """
 
 from typing import TYPE_CHECKING, Any

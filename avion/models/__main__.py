@@ -21,25 +21,25 @@ HF_PREFIX = "hf:"
 
 
 def listing() -> dict[str, dict[str, Any]]:
-    """What `listing.json` says.
+    """Return the content of `listing.json`.
 
     Returns:
-        By the name of the model: `video`, `text` and `total`, numbers of parameters, and `aliases`, the names of
-        upstream's programs for the model. The projections into the shared embedding count with their tower; the
-        temperature counts with the total alone.
+        For each model, by its name: `video`, `text` and `total`, numbers of parameters, and `aliases`, the names of
+            upstream's programs for the model. The projections into the shared embedding count with their tower; the
+            temperature counts with the total only.
     """
     return json.loads(LISTING.read_text(encoding="utf-8"))
 
 
 def registered() -> dict[str, dict[str, Any]]:
-    """The same, from the registry and from the models themselves, without spending memory on weights."""
+    """Return what `listing` returns, computed from the registry and the models, without memory for weights."""
     from .registry import list_models, model_aliases
 
     return {name: {**parameter_counts(name), "aliases": model_aliases(name)} for name in list_models()}
 
 
 def parameter_counts(name: str) -> dict[str, int]:
-    """The numbers of parameters of a model, built on the meta device: `video`, `text` and `total`."""
+    """Return the numbers of parameters of a model, built on the meta device: `video`, `text` and `total`."""
     import torch
 
     from .registry import create_model
@@ -57,7 +57,7 @@ def parameter_counts(name: str) -> dict[str, int]:
 
 
 def table(models: dict[str, dict[str, Any]]) -> str:
-    """A line per model, under a head."""
+    """Return a line per model, under a head."""
     width = max(map(len, models))
     lines = [f"{'model':<{width}}  {'video tower':>13}  {'text tower':>13}  {'total':>13}  upstream names"]
     for name, facts in models.items():
@@ -67,7 +67,7 @@ def table(models: dict[str, dict[str, Any]]) -> str:
 
 
 def update_listing() -> str:
-    """Write `listing.json` anew; what was done, for the screen."""
+    """Write `listing.json` anew, and return what was done, for the screen."""
     models = registered()
     lines = [f"{json.dumps(name)}: {json.dumps(facts)}" for name, facts in models.items()]
     write_text(LISTING, "{\n" + ",\n".join(lines) + "\n}\n")
@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run with these command-line words (None: `sys.argv`); returns the exit status."""
+    """Run with these command-line words (None: `sys.argv`), and return the exit status."""
     parser = build_parser()
 
     def body() -> None:

@@ -1,6 +1,6 @@
 """CLIP's two towers in one module, and the video classifier.
 
-Shapes: letters as in transformer.py.
+The letters of the shapes are those of transformer.py.
 """
 
 import math
@@ -29,23 +29,23 @@ def _open(where: str | Path, more: dict[str, Any]) -> tuple[Any, dict[str, Any]]
 
 
 class VideoTower(Protocol):
-    """What a video tower has, which is an `nn.Module`.
+    """The interface of a video tower, which is an `nn.Module`.
 
     Attributes:
         width: The number of channels of the features, D.
-        image_projection: The matrix (D, E) to the embedding that both towers share; None where the model holds it, or
-            where a classifier needs none.
+        image_projection: The matrix (D, E) to the embedding that both towers share; None where the model holds the
+            matrix, or where a classifier needs none.
     """
 
     width: int
     image_projection: nn.Parameter | None
 
     def __call__(self, video: torch.Tensor, /) -> torch.Tensor:
-        """video (B, C, T, height, width) → (B, E), or (B, D) without the projection."""
+        """Encode a video: (B, C, T, height, width) → (B, E), or (B, D) without the projection."""
         ...
 
     def features(self, video: torch.Tensor) -> torch.Tensor:
-        """video (B, C, T, height, width) → the CLS after the last norm, (B, D)."""
+        """Return the CLS after the last norm: (B, C, T, height, width) → (B, D)."""
         ...
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
@@ -54,10 +54,10 @@ class VideoTower(Protocol):
 
 
 class _TakesUpstreamNames(nn.Module):
-    """A model whose `load_state_dict` also takes upstream's names of its parameters (see names.py).
+    """A model whose `load_state_dict` also takes upstream's names of parameters (names.py).
 
-    Arguments, result and errors are PyTorch's; an error names `load_checkpoint`, which resizes embeddings and says what
-    to do.
+    Arguments, result and errors are those of PyTorch. An error also names `load_checkpoint`, which resizes embeddings
+    and says what to do.
     """
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -70,7 +70,9 @@ class _TakesUpstreamNames(nn.Module):
             ) from error
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any, **more: Any) -> None:
-        """Called by PyTorch for this module before its parts, inside DistributedDataParallel too."""
+        """Rename the entries of this module. PyTorch calls this before it loads the parts, inside
+        DistributedDataParallel too.
+        """
         parameters = self.named_parameters(remove_duplicate=False)
         buffers = self.named_buffers(remove_duplicate=False)
         rename_to_ours(state_dict, prefix, {name for name, _ in [*parameters, *buffers]})
@@ -124,7 +126,7 @@ class _Travels(PyTorchModelHubMixin):
 class CLIP(_TakesUpstreamNames, _Travels):
     """A video tower and a text tower with one embedding space (arXiv 2103.00020).
 
-    `visual` maps (B, C, T, height, width) to (B, E), `textual` maps (B, L) to (B, E).
+    `visual` maps (B, C, T, height, width) to (B, E), and `textual` maps (B, L) to (B, E).
     """
 
     def __init__(self, visual: VideoTower, textual: nn.Module | None, config: ModelConfig):
@@ -153,35 +155,47 @@ class CLIP(_TakesUpstreamNames, _Travels):
         return checkpoint.build(**fields).eval()
 
     def encode_image(self, video: torch.Tensor) -> torch.Tensor:
-        """video (B, C, T, height, width) float, normalised → (B, E), of any length."""
+        """Embed videos, (B, C, T, height, width) float, normalised → (B, E). The embeddings are not unit vectors."""
         return self.visual(video)
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (B, L) int64, L at most the context length → (B, E), of any length."""
+        """Embed texts, (B, L) int64 with L at most the context length → (B, E). The embeddings are not unit vectors."""
         return self.textual(tokens)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
-        """The tower's features (B, D) to the embedding that both towers share, (B, E)."""
+        """Project the tower's features (B, D) to the embedding that both towers share, (B, E)."""
         return project(features, self.visual.image_projection)
 
     def forward(self, video: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(B, C, T, height, width) and (B, L) → two (B, E) of length 1, and the logit scale, 0-d."""
+        """Embed videos and texts.
+
+        Args:
+            video: (B, C, T, height, width) float, normalised.
+            tokens: (B, L) int64.
+
+        Returns:
+            The embeddings of the videos and of the texts, unit vectors (B, E) each, and the logit scale, 0-d.
+        """
         video_embed = F.normalize(self.encode_image(video), dim=-1)
         text_embed = F.normalize(self.encode_text(tokens), dim=-1)
         return video_embed, text_embed, self.logit_scale.exp()
 
     def no_weight_decay(self) -> set[str]:
-        """Full names of the matrices that take no weight decay."""
+        """Return the full names of the matrices that take no weight decay."""
         return _state_matrices(self)
 
 
 class VideoClassifier(_TakesUpstreamNames, _Travels):
     """A video tower with one linear head: (B, C, T, height, width) → logits (B, num_classes).
 
-    vision_model: the `visual` of any registered model. Its projection into the shared embedding is
-    taken away; the head reads the CLS after the last norm, `vision_model.width` channels.
-    config: the two-tower model's, of which this is one tower; actions: what the classes stand for. Both go into
-    checkpoints (see `avion.weights.head`).
+    Args:
+        vision_model: The `visual` of any registered model. Its projection into the shared embedding is removed; the
+            head reads the CLS after the last norm, `vision_model.width` channels.
+        dropout: The dropout rate before the head.
+        num_classes: The number of classes.
+        config: The configuration of the two-tower model to which the tower belongs. It is written into checkpoints
+            (`avion.weights.head`).
+        actions: What the classes stand for. They are written into checkpoints as well.
     """
 
     def __init__(
@@ -212,14 +226,16 @@ class VideoClassifier(_TakesUpstreamNames, _Travels):
         return self.fc_cls(self.dropout(self.visual(video)))
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
-        """The tower's features (B, D) as they are: a classifier has no shared embedding."""
+        """Return the tower's features (B, D) as they are, because a classifier has no shared embedding."""
         return features
 
     def no_weight_decay(self) -> set[str]:
-        """As `CLIP.no_weight_decay`."""
+        """Return the full names of the matrices that take no weight decay."""
         return _state_matrices(self)
 
 
 def _state_matrices(module: nn.Module) -> set[str]:
-    """The selective scans' A in both directions: decay would pull every state to the same memory."""
+    """Return the names of the selective scans' A in both directions: weight decay would pull every state to the same
+    memory.
+    """
     return {name for name, _ in module.named_parameters() if name.endswith(("A_log", "A_b_log"))}

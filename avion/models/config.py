@@ -1,6 +1,6 @@
-"""The configuration of a model: flat, frozen, every field with a type and a range.
+"""The configuration of a model: flat, frozen, and every field has a type and a range.
 
-What a tower makes of the fields is stated in the tower's own file; `avion.models.registry.check_config` asks it.
+The file of a tower states which fields the tower ignores; `avion.models.registry.check_config` asks it.
 """
 
 import dataclasses
@@ -21,20 +21,20 @@ _T = TypeVar("_T", int, float, int | None)
 
 
 def numeric(default: _T, within: Number) -> _T:
-    """A field of a configuration that holds a number, and the numbers that it takes."""
+    """Declare a field of a configuration that holds a number, and the numbers that the field takes."""
     return dataclasses.field(default=default, metadata={"within": within})  # type: ignore[return-value]
 
 
-_WIDTH = whole(1, 1_000_000)  # of an embedding, in channels; heads are at most as many
+_WIDTH = whole(1, 1_000_000)  # of an embedding, in channels; there are at most as many heads
 _LAYERS = whole(1, 1024)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """All that is needed to build a model. Sizes of images are in pixels, of embeddings in channels.
+    """All that is needed to build a model. Sizes of images are in pixels, sizes of embeddings in channels.
 
-    Every field is an int, a float, a bool or a str, some of them or None; a number declares its range. In a subclass of
-    yours a number without a declared range is any finite float, or any whole number above 0.
+    Every field is an int, a float, a bool or a str, and some may be None; a number declares its range. In a subclass, a
+    number without a declared range may be any finite float, or any whole number above 0.
     """
 
     name: str
@@ -52,7 +52,9 @@ class ModelConfig:
     depth: int = numeric(12, _LAYERS)
     num_heads: int = numeric(12, _WIDTH)
     mlp_ratio: float = numeric(4.0, Number(float, 0, 64, above=True))
-    num_frames: int = numeric(4, whole(1, 65536))  # of the temporal embedding; any number runs, see docs/models.md
+    num_frames: int = numeric(
+        4, whole(1, 65536)
+    )  # of the temporal embedding; the model accepts any number, see docs/models.md
 
     # text tower, and the embedding that the two share
     project_embed_dim: int = numeric(256, _WIDTH)
@@ -63,8 +65,12 @@ class ModelConfig:
     text_layers: int = numeric(12, _LAYERS)
 
     # training
-    drop_path_rate: float = numeric(0.0, SHARE_BELOW_1)  # of the last block; rises linearly from 0 in the first
-    patch_dropout: float = numeric(0.0, SHARE_BELOW_1)  # share left out in training, the same patches in every frame
+    drop_path_rate: float = numeric(
+        0.0, SHARE_BELOW_1
+    )  # of the last block; the rate rises linearly from 0 in the first block
+    patch_dropout: float = numeric(
+        0.0, SHARE_BELOW_1
+    )  # the share that is left out in training, the same patches in every frame
     grad_checkpointing: bool = False
     temperature_init: float = numeric(0.07, Number(float, 1e-6, 100))
     freeze_temperature: bool = False
@@ -82,7 +88,7 @@ class ModelConfig:
     scan_backend: str = "auto"
 
     gated_time: bool = False  # LaViLa's tower: tanh(alpha) in front of time attention
-    # alpha at the start. 0 leaves an image model as it was; training from scratch has none to spare, see docs/models.md
+    # The initial alpha. 0 keeps an image model as it was; training from scratch has no such model (docs/models.md).
     time_gate_init: float = numeric(0.0, Number(float, -100, 100))
 
     def __post_init__(self) -> None:
@@ -91,7 +97,7 @@ class ModelConfig:
 
 
 class Kind(NamedTuple):
-    """What a field holds: values of `type` (None: of a type that is not checked), and None where it is `optional`."""
+    """What a field holds: values of `type`, and None where the field is `optional`. A `type` of None is not checked."""
 
     type: type | None
     optional: bool
@@ -115,7 +121,11 @@ class Kind(NamedTuple):
         return f"{one}, or None" if self.optional else one
 
     def read(self, text: str) -> FieldValue:
-        """The value that a text says. ValueError, which says what was found and what is allowed."""
+        """Return the value that a text stands for.
+
+        Raises:
+            ValueError: The field does not take the value. The message says what was found and what is allowed.
+        """
         if self.type is None:
             return parse_yaml(text)
         word = text.strip().lower()
@@ -141,7 +151,7 @@ _RANGES: dict[type | None, Number] = {int: _WHOLE, float: _FINITE}
 
 
 def field_kinds(config: type[ModelConfig]) -> dict[str, Kind]:
-    """What each field of a configuration holds, by its annotation and its declared range."""
+    """Return what each field of a configuration holds, by its annotation and its declared range."""
     hints = get_type_hints(config)
     kinds: dict[str, Kind] = {}
     choices = {**CHOICES, "mixer": (*CHOICES["mixer"], *MIXERS), "scan_backend": ("auto", *backend_names())}

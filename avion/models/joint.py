@@ -1,6 +1,7 @@
-"""AVION's joint space-time ViT (arXiv 2309.16669): every token of a clip attends to all of them.
+"""AVION's joint space-time ViT (arXiv 2309.16669): every token of a clip attends to all tokens of the clip.
 
-Letters as in transformer.py. Tokens are time-major after the CLS, "b (t n) d", x (B, 1+T·N, D).
+The letters of the shapes are those of transformer.py. The tokens x (B, 1+T·N, D) are time-major after the CLS, "b (t n)
+d".
 """
 
 import re
@@ -32,9 +33,10 @@ from .utils import resize_position_embed, resize_temporal_embed
 
 
 class JointViT(nn.Module):
-    """Every token attends to all tokens of the clip: (B, C, T, height, width) → (B, E).
+    """A video tower in which every token attends to all tokens of the clip: (B, C, T, height, width) → (B, E).
 
-    Frames and images of another size than the config's resize the embeddings on the way.
+    Where the number or the size of the frames differs from the configuration's, the embeddings are resized in the
+    forward pass.
     """
 
     def __init__(self, config: ModelConfig):
@@ -64,7 +66,7 @@ class JointViT(nn.Module):
         self.init_parameters()
 
     def init_parameters(self) -> None:
-        """AVION's initial values, which are timm's. The norms start as the identity, which AVION's do not."""
+        """Set AVION's initial values, which are timm's. The norms start as the identity, unlike AVION's."""
         nn.init.normal_(self.class_embedding, std=INIT_STD)
         nn.init.normal_(self.positional_embedding, std=INIT_STD)
         nn.init.zeros_(self.temporal_embedding)
@@ -76,16 +78,16 @@ class JointViT(nn.Module):
                 nn.init.zeros_(linear.bias)
 
     def features(self, video: torch.Tensor) -> torch.Tensor:
-        """(B, C, T, height, width) → the CLS after the last norm, (B, D)."""
+        """Return the CLS after the last norm: (B, C, T, height, width) → (B, D)."""
         return self.ln_post(self.encode(video, cls_only=True)[:, 0])
 
     def token_features(self, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, C, T, height, width) → CLS (B, D) and patches (B, N, T, D) after the last norm."""
+        """Return the tokens after the last norm: (B, C, T, height, width) → CLS (B, D) and patches (B, N, T, D)."""
         x = self.ln_post(self.encode(video, cls_only=False))  # (B, 1+T·N, D)
         return x[:, 0], x[:, 1:].unflatten(1, (video.shape[2], -1)).transpose(1, 2)
 
     def encode(self, video: torch.Tensor, cls_only: bool) -> torch.Tensor:
-        """(B, C, T, height, width) → what the blocks make of it, (B, 1+T·N, D); with cls_only (B, 1, D)."""
+        """Run all blocks: (B, C, T, height, width) → (B, 1+T·N, D), or (B, 1, D) with `cls_only`."""
         grid = patch_grid(video, self.conv1.kernel_size[0])
         position = resize_position_embed(self.positional_embedding, grid)  # (1+N, D)
         temporal = resize_temporal_embed(self.temporal_embedding, video.shape[2])  # (T, D)
@@ -110,9 +112,9 @@ def _stem(tower: JointViT) -> Stem:
 
 
 def walk_joint(tower: JointViT, stream: Stream) -> torch.Tensor:
-    """`tower.features` of a long video, (1, D).
+    """Compute `tower.features` of a long video, (1, D).
 
-    All tokens attend to all of them: the memory is bounded, the time grows with the square of the number of frames.
+    All tokens attend to all tokens: the memory is bounded, but the time grows with the square of the number of frames.
     """
     cls, steps = stream.cls, stream.tokens.flatten(1, 2)  # (1, N·T, D), a view; here their order does not matter
     blocks, count = tower.transformer.blocks(), 1 + steps.shape[1]
@@ -132,14 +134,16 @@ def walk_joint(tower: JointViT, stream: Stream) -> torch.Tensor:
 
 
 def _joint_block(block: ResidualBlock, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """The block for some tokens x (1, S, D), with keys and values (1, H, 1+N·T, d) of all."""
+    """Run the block for some tokens x (1, S, D), with keys and values (1, H, 1+N·T, d) of all tokens."""
     (query,) = _in_heads(block, block.ln_1(x), 0, 1)
     x = x + block.attn.out_proj(attend(query, keys, values, block.attn.use_flash))
     return x + block.mlp(block.ln_2(x))
 
 
 def _in_heads(block: ResidualBlock, x: torch.Tensor, first: int, stop: int) -> tuple[torch.Tensor, ...]:
-    """Of queries (0), keys (1) and values (2) of the block's attention those in [first, stop), each (1, H, S, d)."""
+    """Return some of the queries (0), keys (1) and values (2) of the block's attention: those in [first, stop), each
+    (1, H, S, d).
+    """
     attn = block.attn
     assert isinstance(attn, Attention)
     part, dim = slice(first * x.shape[-1], stop * x.shape[-1]), x.shape[-1]
@@ -160,7 +164,7 @@ _LAYOUT = Layout(
     projection="visual.image_projection",
     temporal="visual.temporal_embedding",
     act_layer="gelu",
-    norm_style="openai_legacy",  # AVION trains with the mistyped red mean
+    norm_style="openai_legacy",  # AVION trains with a mistyped mean of the red channel
 )
 _FROM_COMMON = (
     (r"visual\.cls_token", "visual.class_embedding"),

@@ -1,14 +1,14 @@
-"""LaViLa's dual encoder (arXiv 2212.04501): its divided space-time tower over the whole sequence.
+"""LaViLa's dual encoder (arXiv 2212.04501): a divided space-time tower whose blocks work on the whole sequence.
 
-Letters as in transformer.py. Tokens are frame-major after the CLS, "b (t n) d", x (B, 1+T·N, D).
-One block:
+The letters of the shapes are those of transformer.py. The tokens x (B, 1+T·N, D) are frame-major after the CLS, "b (t
+n) d". One block:
 
-    t = timeattn(norm3(x)), times tanh(α) where gated
+    t = timeattn(norm3(x)), times tanh(α) where the model is gated
     s = attn(norm1(x + t))
     x ← x + s;  x ← x + mlp(norm2(x))
 
-Both attentions take all tokens through one qkv. The CLS query attends to every token of the clip, a
-patch query to the CLS and to its own position in all frames (time) or to its own frame (space).
+Both attentions project all tokens through one qkv. The query of the CLS attends to every token of the clip. The query
+of a patch attends to the CLS and to its own position in all frames (time), or to the CLS and its own frame (space).
 """
 
 import re
@@ -41,7 +41,9 @@ from .utils import resize_position_embed, resize_temporal_embed
 
 
 class DividedAttention(nn.Module):
-    """x (B, 1+T·N, D) → the same; over="time" or "space" says with whom a patch attends."""
+    """LaViLa's attention, x (B, 1+T·N, D) → the same shape; `over` is "time" or "space" and says with whom a patch
+    attends.
+    """
 
     def __init__(self, dim: int, heads: int, over: str, use_flash: bool | None):
         super().__init__()
@@ -67,14 +69,14 @@ class DividedAttention(nn.Module):
         return self.proj(torch.cat([cls_out, out], dim=1))
 
     def to_rows(self, y: torch.Tensor, frames: int) -> torch.Tensor:
-        """(B, H, T·N, d) → (B·N, H, T, d) in time, (B·T, H, N, d) in space."""
+        """Rearrange (B, H, T·N, d) into the rows that attend: (B·N, H, T, d) in time, (B·T, H, N, d) in space."""
         y = y.unflatten(2, (frames, -1))  # (B, H, T, N, d)
         y = y.permute(0, 3, 1, 2, 4) if self.over == "time" else y.transpose(1, 2)
         return y.flatten(0, 1)
 
 
 class LaViLaBlock(nn.Module):
-    """x (B, 1+T·N, D) → the same."""
+    """One block: x (B, 1+T·N, D) → the same shape."""
 
     def __init__(self, config: ModelConfig, drop_path: float):
         super().__init__()
@@ -89,7 +91,7 @@ class LaViLaBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: torch.Tensor, frames: int, cls_only: bool = False) -> torch.Tensor:
-        """cls_only: the MLP of nothing but the CLS, (B, 1, D); what the tower's last block needs."""
+        """Run the block. With `cls_only`, as in the last block, the MLP is computed for the CLS only, (B, 1, D)."""
         t = self.drop_path(self.timeattn(self.norm3(x), frames))
         if self.alpha_timeattn is not None:
             t = t * torch.tanh(self.alpha_timeattn)
@@ -100,7 +102,9 @@ class LaViLaBlock(nn.Module):
 
 
 class LaViLaTower(nn.Module):
-    """video (B, C, T, height, width) → (B, D): the projection belongs to the model, as in the checkpoints."""
+    """LaViLa's tower: video (B, C, T, height, width) → (B, D). The projection belongs to the model, as in the
+    checkpoints.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -116,16 +120,17 @@ class LaViLaTower(nn.Module):
         self.ln_pre = nn.LayerNorm(dim, eps=1e-5)
         self.blocks = nn.ModuleList(LaViLaBlock(config, rate) for rate in drop_path_rates(config))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.image_projection: nn.Parameter | None = None  # that of `LaViLaCLIP` is in its place
+        self.image_projection: nn.Parameter | None = None  # `LaViLaCLIP` holds the projection
         self.init_parameters()
 
     def each_block(self) -> list[LaViLaBlock]:
-        """The blocks from the first to the last."""
+        """Return the blocks from the first to the last."""
         return cast("list[LaViLaBlock]", list(self.blocks))
 
     def init_parameters(self) -> None:
-        """LaViLa's initial values: time attention starts as nothing (v = 0, passed on by ones), the other linear
-        layers keep PyTorch's."""
+        """Set LaViLa's initial values: time attention starts without effect (v = 0, and a projection of ones), and the
+        other linear layers keep PyTorch's values.
+        """
         nn.init.trunc_normal_(self.cls_token, std=INIT_STD)
         nn.init.trunc_normal_(self.pos_embed, std=INIT_STD)
         nn.init.zeros_(self.temporal_embed)
@@ -135,16 +140,16 @@ class LaViLaTower(nn.Module):
             nn.init.ones_(block.timeattn.proj.weight)
 
     def features(self, video: torch.Tensor) -> torch.Tensor:
-        """(B, C, T, height, width) → the CLS after the last norm, (B, D)."""
+        """Return the CLS after the last norm: (B, C, T, height, width) → (B, D)."""
         return self.norm(self.encode(video, cls_only=True)[:, 0])
 
     def token_features(self, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, C, T, height, width) → CLS (B, D) and patches (B, N, T, D) after the last norm."""
+        """Return the tokens after the last norm: (B, C, T, height, width) → CLS (B, D) and patches (B, N, T, D)."""
         x = self.norm(self.encode(video, cls_only=False))  # (B, 1+T·N, D)
         return x[:, 0], x[:, 1:].unflatten(1, (video.shape[2], -1)).transpose(1, 2)
 
     def encode(self, video: torch.Tensor, cls_only: bool) -> torch.Tensor:
-        """(B, C, T, height, width) → what the blocks make of it, (B, 1+T·N, D); with cls_only (B, 1, D)."""
+        """Run all blocks: (B, C, T, height, width) → (B, 1+T·N, D), or (B, 1, D) with `cls_only`."""
         frames = video.shape[2]
         grid = patch_grid(video, self.patch_embed.proj.kernel_size[0])
         position = resize_position_embed(self.pos_embed, grid)  # (1, 1+N, D)
@@ -164,7 +169,7 @@ class LaViLaTower(nn.Module):
 
 
 class LaViLaCLIP(CLIP):
-    """LaViLa's model: its checkpoints keep both projections and the parts of the text tower at the top."""
+    """LaViLa's model, whose checkpoints keep both projections and the parts of the text tower at the top."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(LaViLaTower(config), None, config)
@@ -184,7 +189,7 @@ class LaViLaCLIP(CLIP):
         return encode_tokens(self, tokens)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
-        """As `CLIP.project`."""
+        """Project the tower's features (B, D) to the embedding that both towers share, (B, E)."""
         return features @ self.image_projection
 
 
@@ -197,7 +202,7 @@ def _stem(tower: LaViLaTower) -> Stem:
 
 
 def walk_lavila(tower: LaViLaTower, stream: Stream) -> torch.Tensor:
-    """`tower.features` of a long video, (1, D)."""
+    """Compute `tower.features` of a long video, (1, D)."""
     cls, tokens, mixed = stream.cls, stream.tokens, stream.beside()
     blocks = tower.each_block()
     for i, block in enumerate(blocks):
@@ -219,10 +224,10 @@ def walk_lavila(tower: LaViLaTower, stream: Stream) -> torch.Tensor:
 
 
 class _AttentionWithCls:
-    """LaViLa's attention for some rows after the others: each of them sees itself and the CLS, the CLS sees all.
+    """LaViLa's attention, some rows at a time: each row sees itself and the CLS, and the CLS sees all rows.
 
-    The CLS's softmax goes over more keys than are ever there at once: kept are the largest score so far, the sum of
-    exponentials relative to it and the sum of values weighted by them, per head.
+    The softmax of the CLS goes over more keys than are ever in memory at once. Three things are kept per head: the
+    largest score so far, the sum of exponentials relative to it, and the sum of values weighted by these exponentials.
     """
 
     def __init__(self, attn: DividedAttention, cls: torch.Tensor):
@@ -236,7 +241,7 @@ class _AttentionWithCls:
         self._see(self.key, self.value)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """rows (R, S, D), normalised → (R, S, D)."""
+        """Attend: normalised rows (R, S, D) → (R, S, D)."""
         q, k, v = split_heads(self.attn.qkv(rows), self.attn.heads)  # (R, H, S, d)
         self._see(k, v)
         k, v = (
@@ -246,7 +251,7 @@ class _AttentionWithCls:
         return self.attn.proj(attend(q, k, v, self.attn.use_flash))
 
     def _see(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """keys and values (R, H, S, d), all of them for the one query."""
+        """Add keys and values (R, H, S, d) to the sums of the CLS, whose query is the only one."""
         with torch.autocast(keys.device.type, enabled=False):
             query = self.query[0, :, 0].to(self.dtype) * keys.shape[-1] ** -0.5  # (H, d)
             scores = torch.einsum("hd,rhsd->hrs", query, keys.to(self.dtype)).flatten(1)  # (H, R·S)
@@ -258,7 +263,7 @@ class _AttentionWithCls:
             self.largest = largest
 
     def cls(self) -> torch.Tensor:
-        """The CLS's own result once all rows have been, (1, 1, D)."""
+        """Return the result for the CLS once it has seen all rows, (1, 1, D)."""
         return self.attn.proj((self.values / self.weights).flatten()[None, None])
 
 
@@ -275,7 +280,7 @@ _LAYOUT = Layout(
     projection="image_projection",
     temporal="visual.temporal_embed",
     act_layer="quick_gelu",
-    norm_style="openai_legacy",  # LaViLa trains with the mistyped red mean
+    norm_style="openai_legacy",  # LaViLa trains with a mistyped mean of the red channel
 )
 _BLOCK = r"visual\.blocks\.\d+\."
 _TEMPORAL = re.compile(rf"visual\.temporal_embed$|{_BLOCK}(?:norm3|timeattn|alpha_timeattn)")

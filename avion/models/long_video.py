@@ -1,18 +1,19 @@
-"""Features of one clip of thousands of frames, in bounded memory. Inference only.
+"""Features of one clip of thousands of frames, in bounded memory, for inference.
 
-Letters as in transformer.py; there is one clip, B = 1. What has to be there at once is the residual stream, tokens
-(1, N, T, D), kept once and changed in place. All else is done for some of it at a time, at most `max_tokens` tokens:
-time mixing sees the whole sequence, for some patches ("rows") at a time; patch embedding, space attention and MLP see
-some frames. Results are those of `model.encode_image`, up to the order of sums.
+The letters of the shapes are those of transformer.py; there is one clip, B = 1. The residual stream, tokens (1, N, T,
+D), must be in memory as a whole; there is one copy, which is changed in place. Everything else is computed for some
+tokens at a time, at most `max_tokens`: time mixing sees the whole sequence, for some patches ("rows") at a time; patch
+embedding, space attention and MLP see some frames. The results are those of `model.encode_image`, up to the order of
+sums.
 
-    tower                    beside the stream
+    tower                    memory beside the stream
     divided, vanilla         nothing: the tokens after time mixing take the place of the tokens
     divided, frozen          the tokens after time mixing, in the autocast dtype
-    divided, vim_spacetime   the same; the scan walks N·T steps in pieces that hand on their state
-    lavila                   the same
+    divided, vim_spacetime   as vanilla or frozen; the scan walks N·T steps in pieces that hand on their state
+    lavila                   the tokens after time mixing, in the autocast dtype
     joint                    keys and values of all tokens, in the autocast dtype
 
-The stream's dtype is what the plain forward has between its blocks: float32 under autocast.
+The stream has the dtype that the plain forward pass has between its blocks: float32 under autocast.
 """
 
 import torch
@@ -26,7 +27,9 @@ from .tower import find_tower, tower_of, towers
 
 
 def default_max_tokens(device: torch.device | str) -> int:
-    """Tokens in work at a time: enough to keep a GPU busy, few for a CPU, to which fresh memory is dear."""
+    """Return how many tokens are computed at a time: enough to keep a GPU busy, and few on a CPU, where new memory is
+    slow.
+    """
     return 4_096 if torch.device(device).type == "cpu" else 32_768
 
 
@@ -34,12 +37,22 @@ def default_max_tokens(device: torch.device | str) -> int:
 def encode_long_video(
     model: CLIP | VideoClassifier, read: FrameReader, num_frames: int, *, max_tokens: int | None = None
 ) -> torch.Tensor:
-    """`model.encode_image` of one clip of any number of frames, (E,).
+    """Compute `model.encode_image` of one clip of any number of frames.
 
-    read(start, stop): frames [start, stop) of the clip, normalised, (C, stop - start, height, width) float on the
-    model's device; called for a few frames at a time, twice for none but the first. max_tokens: tokens in work at a
-    time (default: by device); a row or a frame of more is taken alone. The model must be in evaluation mode.
-    Raises UserError for a tower that is none of the project's.
+    Args:
+        model: A model in evaluation mode.
+        read: Returns the frames [start, stop) of the clip, normalised, (C, stop - start, height, width) float on the
+            model's device. It is called for a few frames at a time, and twice for the first frame only.
+        num_frames: T.
+        max_tokens: How many tokens are computed at a time; the default depends on the device. A row or a frame of more
+            tokens is computed alone.
+
+    Returns:
+        The embedding, (E,).
+
+    Raises:
+        ValueError: The model is in training mode.
+        UserError: The model's tower is not registered, or has no walk over long videos.
     """
     if model.training:
         raise ValueError("encode_long_video: the model is in training mode; call model.eval()")
@@ -54,16 +67,24 @@ def encode_long_video(
 
 # ---- memory ------------------------------------------------------------------------------------
 
-# Bytes per token in work and channel, at most: of the MLP, the widest moment, 16 for its hidden layer before the
-# activation and 16 after it, 12 for its input, norm and the attention before it; the rest is for the allocator.
+# The most bytes per channel of a token that is computed. The MLP needs most: 16 for its hidden layer before the
+# activation, 16 for the hidden layer after it, 12 for its input, its norm and the attention before it. The rest is for
+# the allocator.
 _WORK_BYTES = 64
 
 
 def memory_bytes(config: ModelConfig, num_frames: int, *, autocast: bool, max_tokens: int) -> dict[str, int]:
-    """Upper bounds of what `encode_long_video` holds at once beside the model, by part.
+    """Return upper bounds of the memory that `encode_long_video` holds at once beside the model, in bytes.
 
-    autocast: to a type of 2 bytes. Parts: `stream`, 4·N·T·D; `beside`, as in the module's docstring, 2 or 4 bytes;
-    `work`, 64·D for each token in work, of which there are `max_tokens` or one row or frame.
+    Args:
+        config: The configuration of the model.
+        num_frames: T.
+        autocast: Whether autocast computes in a dtype of 2 bytes.
+        max_tokens: How many tokens are computed at a time.
+
+    Returns:
+        `stream`: 4·N·T·D. `beside`: what the module's docstring lists, 2 or 4 bytes per element. `work`: 64·D for each
+            token that is computed at a time, of which there are `max_tokens`, or those of one row or frame.
     """
     patches = (config.img_size // config.patch_size) ** 2
     elements = patches * num_frames * config.embed_dim

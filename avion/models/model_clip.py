@@ -1,7 +1,7 @@
 """AVION's import path of the two-tower model, the classifier and the factory functions, for people's own scripts.
 
-The classes live in clip.py. The factory functions load weights and so live above, in `avion.weights.factories`; they
-are handed on here when they are asked for.
+The classes are defined in clip.py. The factory functions load weights, so they are defined above, in
+`avion.weights.factories`; this file imports them when they are asked for.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-# Parameters that were saved under two names, by the attention and MLP in use. In our video towers they
-# have the left names, in our text towers the right ones.
+# Parameters that were saved under either of two names, depending on the attention and the MLP in use. Our video towers
+# use the left names, our text towers the right ones.
 _TWINS = (
     ("attn.Wqkv.weight", "attn.in_proj_weight"),
     ("attn.Wqkv.bias", "attn.in_proj_bias"),
@@ -20,8 +20,8 @@ CONV1 = "visual.conv1.weight"
 
 
 def canonical_name(name: str) -> str:
-    """The name that this project's models give to a parameter that upstream saved as `name`."""
-    parts = [part for part in name.split(".") if part != "_orig_mod"]  # compile can wrap one tower alone
+    """Return the name that this project's models give to a parameter that upstream saved as `name`."""
+    parts = [part for part in name.split(".") if part != "_orig_mod"]  # `torch.compile` can wrap a single tower
     while parts[0] == "module" and len(parts) > 1:
         parts.pop(0)
     if parts[0] == "text" and len(parts) > 1:  # open_clip's newer models
@@ -36,16 +36,23 @@ def canonical_name(name: str) -> str:
 
 
 def square_conv1(value: Tensor) -> Tensor:
-    """AVION's fast conv1, (D, C·P·P) in (C, h, w) order, as (D, C, P, P); any other shape as it is."""
+    """Reshape the weight of AVION's fast conv1, (D, C·P·P) in (C, h, w) order, to (D, C, P, P); leave any other shape
+    as it is.
+    """
     side = round((value.shape[1] / 3) ** 0.5) if value.ndim == 2 else 0
     return value.reshape(-1, 3, side, side) if side and 3 * side * side == value.shape[1] else value
 
 
 def rename_to_ours(state_dict: dict[str, Any], prefix: str, ours: Iterable[str]) -> None:
-    """Bring the entries of one model, which begin with `prefix`, under the model's names `ours`, in place.
+    """Give the entries of one model the model's own names, in place.
 
-    Only a name that the model does not have is changed, and only to one that it has and that no other entry claims.
-    What stays over is PyTorch's to report.
+    A name is changed only if the model does not have it, and only to a name that the model has and that no other entry
+    has. PyTorch reports what is left over.
+
+    Args:
+        state_dict: The entries.
+        prefix: The beginning of the names of the model's entries.
+        ours: The model's names, without the prefix.
     """
     ours = set(ours)
     present = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}

@@ -1,8 +1,8 @@
-"""The list of models: `register_model`, `register_mixer`, `create_model`, `list_models`. Nothing else lives here.
+"""The list of models: `register_model`, `register_mixer`, `create_model`, `list_models`.
 
-A model is a flat `ModelConfig` and a function that builds it. Every field of the config can be
-overridden when the model is created; a name or a field that does not exist is an error that says
-which ones come near, so a misspelling never passes silently.
+A model is a flat `ModelConfig` and a function that builds the model. Every field of the configuration can be overridden
+when the model is created. A name or a field that does not exist is an error that lists similar ones, so that a
+misspelling never passes silently.
 """
 
 import dataclasses
@@ -40,12 +40,12 @@ __all__ = [
 
 
 def check_config(config: ModelConfig) -> None:
-    """Refuse a choice that the model would ignore: an accepted field always does what its description says.
+    """Refuse a choice that the model would ignore, so that an accepted field always does what its description says.
 
-    What a tower ignores is stated in the tower's own file.
+    The file of a tower states what the tower ignores.
 
     Raises:
-        UserError: One line that names the field, the value and the cure.
+        UserError: The model would ignore a field. The message is one line with the field, the value and what to do.
     """
     tower = find_tower(config.tower)
     if tower is None:  # a model with a build function of its own
@@ -74,7 +74,7 @@ ALIASES: dict[str, str] = {}
 
 
 def _models() -> dict[str, _Entry]:
-    """All models by their canonical names. The towers of this project have been registered by then."""
+    """Return all models by their canonical names, after the towers of this project have been registered."""
     towers()
     return MODELS
 
@@ -107,10 +107,15 @@ def register_model(
 
 
 def register_mixer(name: str, build: Callable[[ModelConfig], nn.Module]) -> None:
-    """Make `mixer=name` a choice of the divided towers: time is mixed by the module `build(config)`.
+    """Make `mixer=name` a choice of the divided towers.
 
-    It takes the T frames of each patch as a row, (R, T, D), for any T, and returns the same shape.
-    Raises UserError where the name is taken.
+    Args:
+        name: The name of the mixer.
+        build: Makes the module from the model's configuration. The module takes the T frames of each patch as a row,
+            (R, T, D), for any T, and returns the same shape.
+
+    Raises:
+        UserError: The name is taken.
     """
     if name in CHOICES["mixer"] or name in MIXERS:
         raise UserError(f"mixer {name!r} is already taken; choose another name")
@@ -118,17 +123,24 @@ def register_mixer(name: str, build: Callable[[ModelConfig], nn.Module]) -> None
 
 
 def build_mixer(config: ModelConfig) -> nn.Module:
-    """The module of a mixer that `register_mixer` added."""
+    """Build the module of a mixer that `register_mixer` added."""
     return MIXERS[config.mixer](config)
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The canonical names that match a shell pattern, sorted."""
+    """Return the canonical names that match a shell pattern, sorted."""
     return sorted(name for name in _models() if fnmatchcase(name, pattern))
 
 
 def resolve_name(name: str) -> str:
-    """The canonical name of a model, given that or an upstream name. UserError lists near names."""
+    """Return the canonical name of a model.
+
+    Args:
+        name: The canonical name or an upstream name.
+
+    Raises:
+        UserError: No model has this name. The message lists similar names.
+    """
     if name in _models():
         return name
     if name in ALIASES:
@@ -140,21 +152,26 @@ def resolve_name(name: str) -> str:
 
 
 def model_aliases(name: str) -> list[str]:
-    """The upstream names of a model."""
+    """Return the upstream names of a model."""
     name = resolve_name(name)
     return sorted(alias for alias, target in ALIASES.items() if target == name)
 
 
 def model_config(name: str) -> ModelConfig:
-    """The registered config of a model, before any override."""
+    """Return the registered configuration of a model, before any override."""
     return MODELS[resolve_name(name)].config
 
 
 def read_field(field: str, text: str, model: str | None = None) -> FieldValue:
-    """The value of a field that a word says: "1e-3", ".5", "true", "none", "quick_gelu".
+    """Return the value of a field that a word stands for: "1e-3", ".5", "true", "none", "quick_gelu".
 
-    field: of ModelConfig, or of the configuration of a registered model; of `model`'s where it is named. Raises
-    UserError for a field that does not exist and for a text that is not of its type and range.
+    Args:
+        field: The name of a field.
+        text: The word.
+        model: The model whose configuration has the field; without it, the fields of all registered models are known.
+
+    Raises:
+        UserError: The field does not exist, or the word is not of the field's type and range.
     """
     own = [] if model is None else [type(model_config(model))]
     kinds: dict[str, Kind] = {}
@@ -171,10 +188,16 @@ def read_field(field: str, text: str, model: str | None = None) -> FieldValue:
 
 
 def create_model(name: str, /, **overrides: Any) -> "CLIP":
-    """Build a registered model with newly initialised weights, any field of its config overridden.
+    """Build a registered model with newly initialised weights.
 
     Build it under `torch.device("meta")` to look at shapes without spending memory.
-    Raises UserError for an unknown name or field, and for a value the model cannot honour.
+
+    Args:
+        name: The canonical name or an upstream name.
+        **overrides: Fields of the model's configuration and their values.
+
+    Raises:
+        UserError: A name or a field does not exist, or the model cannot honour a value.
     """
     entry = MODELS[resolve_name(name)]
     known = [field.name for field in dataclasses.fields(entry.config) if field.name not in ("name", "tower")]
@@ -190,7 +213,7 @@ def create_model(name: str, /, **overrides: Any) -> "CLIP":
 
 
 def _near(word: str, candidates: list[str]) -> str:
-    """ "did you mean …" or nothing. Upper and lower case count as the same."""
+    """Return "did you mean …", or nothing. Upper and lower case count as the same."""
     by_fold = {candidate.lower(): candidate for candidate in candidates}
     matches = difflib.get_close_matches(word.lower(), by_fold, n=4, cutoff=0.6)
     return f"did you mean {', '.join(by_fold[match] for match in matches)}?" if matches else ""

@@ -1,7 +1,7 @@
 """One clip of thousands of frames, some tokens at a time: what the walks of all towers share.
 
-Letters as in transformer.py; there is one clip, B = 1. What has to be in memory at once is the residual stream, tokens
-(1, N, T, D), kept once and changed in place.
+The letters of the shapes are those of transformer.py; there is one clip, B = 1. The residual stream, tokens (1, N, T,
+D), must be in memory as a whole; there is one copy, which is changed in place.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,12 +13,12 @@ from torch import nn
 from .transformer import embed_patches, patch_grid
 from .utils import resize_position_embed, resize_temporal_embed
 
-# Frames [start, stop) of the clip, normalised: (C, stop - start, height, width) float.
+# Reads the frames [start, stop) of the clip, normalised: (C, stop - start, height, width) float.
 FrameReader = Callable[[int, int], torch.Tensor]
 
 
 class Stem(NamedTuple):
-    """What stands before the blocks of a tower; every tower names these parts in its own way."""
+    """The parts of a tower that come before its blocks; every tower has its own names for them."""
 
     conv: nn.Conv2d
     fast: bool
@@ -29,39 +29,39 @@ class Stem(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """The residual stream of one clip, and how many of its tokens may be in work at a time."""
+    """The residual stream of one clip, and how many of its tokens may be computed at a time."""
 
     cls: torch.Tensor  # (1, 1, D)
     tokens: torch.Tensor  # (1, N, T, D), patch-major, changed in place
     max_tokens: int
 
     def rows(self) -> Iterator[slice]:
-        """The patches, some at a time."""
+        """Yield slices of the patches."""
         return pieces(self.tokens.shape[1], self.max_tokens // self.tokens.shape[2])
 
     def frames(self) -> Iterator[slice]:
-        """The frames, some at a time."""
+        """Yield slices of the frames."""
         return pieces(self.tokens.shape[2], self.max_tokens // (1 + self.tokens.shape[1]))
 
     def beside(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Memory for as many tokens again, by default in the autocast dtype."""
+        """Return memory for as many tokens again, by default in the autocast dtype."""
         return torch.empty_like(self.tokens, dtype=dtype or compute_dtype(self.tokens))
 
 
 def pieces(total: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` (at least 1) that cover `total`."""
+    """Yield slices of at most `size` (at least 1) elements that cover `total` elements."""
     size = max(1, size)
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which matrices are multiplied here: the autocast dtype, else that of `x`."""
+    """Return the dtype in which matrices are multiplied: the autocast dtype, or without autocast the dtype of `x`."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def embed_frames(stem: Stem, read: FrameReader, num_frames: int, max_tokens: int) -> Stream:
-    """The residual stream before the first block, read and embedded some frames at a time."""
+    """Return the residual stream before the first block; the frames are read and embedded some at a time."""
     grid = patch_grid(read(0, 1)[None], stem.conv.kernel_size[0])
     position = resize_position_embed(stem.position, grid)  # (1, 1+N, D)
     temporal = None if stem.temporal is None else resize_temporal_embed(stem.temporal, num_frames)  # (1, T, D)

@@ -1,18 +1,18 @@
-"""The divided space-time video tower, once, and its five registered rows (ID4 … ID8 of Table 8).
+"""The divided space-time video tower and its five registered models (ID4 … ID8 of Table 8).
 
-One block mixes over time first and over space next. Two choices make the five models:
+A block first mixes over time and then over space. Two choices make the five models:
 
     mixer      what mixes over time: "attention" or "vim" over the T frames of each patch,
                "vim_spacetime" over all N·T tokens of a clip; or a module of yours (register_mixer)
     residual   what the result is added to: "vanilla" (TimeSformer, arXiv 2102.05095) the tokens after
                time mixing, "frozen" (Frozen in Time, arXiv 2104.00650) the block's input
 
-Shapes: letters as in transformer.py. Between blocks the CLS and the tokens are kept apart,
+The letters of the shapes are those of transformer.py. Between blocks the CLS and the tokens are separate tensors,
 
     cls (B, 1, D)      tokens (B, N, T, D): patch-major, time fastest, "b (n t) d"
 
-so that time mixing reads its rows (B·N, T, D) where they lie, and space attention costs one
-rearrangement into (B·T, 1+N, D) and none back.
+so that time mixing reads its rows (B·N, T, D) without a copy, and space attention needs one rearrangement into (B·T,
+1+N, D) and none back.
 """
 
 import math
@@ -48,7 +48,7 @@ from .vim import BiMambaMixer
 
 
 class DividedBlock(nn.Module):
-    """cls (B, 1, D), tokens (B, N, T, D) → the same shapes."""
+    """One block: cls (B, 1, D) and tokens (B, N, T, D) → the same shapes."""
 
     def __init__(self, config: ModelConfig, drop_path: float):
         super().__init__()
@@ -65,7 +65,7 @@ class DividedBlock(nn.Module):
             )
         else:
             self.time_mixer = build_mixer(config)
-        # Closed (0) unless asked otherwise: the image model is the starting point.
+        # The gate is closed (0) by default, so that the untrained block is the image model.
         self.alpha_timeattn = nn.Parameter(torch.full([], float(config.time_gate_init)))
 
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -78,7 +78,9 @@ class DividedBlock(nn.Module):
     def forward(
         self, cls: torch.Tensor, tokens: torch.Tensor, cls_only: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """cls_only: no tokens come back and no MLP is spent on them; what the tower's last block needs."""
+        """Run the block. With `cls_only` no tokens are returned and no MLP is computed for them, as in a tower's last
+        block.
+        """
         mixed = self.drop_path(self.mix_time(self.norm3(tokens)))
         r = torch.addcmul(tokens, mixed, torch.tanh(self.alpha_timeattn))  # tokens + mixed · tanh(α)
 
@@ -92,7 +94,7 @@ class DividedBlock(nn.Module):
         return cls + mlp_cls, tokens + mlp
 
     def mix_time(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, N, T, D) → the same. The rows are the tokens as they lie, nothing is copied."""
+        """Mix over time: (B, N, T, D) → the same shape. The rows are views of the tokens; nothing is copied."""
         if self.mixer == "attention":
             return self.timeattn(tokens.flatten(0, 1)).view_as(tokens)  # (B·N, T, D)
         if self.mixer == "vim":
@@ -102,12 +104,14 @@ class DividedBlock(nn.Module):
         return self.time_mixer(tokens.flatten(0, 1)).view_as(tokens)  # (B·N, T, D)
 
     def mix_space(self, cls: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention over [CLS, patches] of each frame. Every frame gets the CLS; its results are averaged."""
+        """Attend over [CLS, patches] of each frame. Every frame gets the CLS, and its results are averaged."""
         cls, tokens = self.mix_space_of_frames(cls, tokens)
         return cls.mean(dim=1, keepdim=True), tokens
 
     def mix_space_of_frames(self, cls: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same with the CLS of each frame, (B, T, D), as no frame depends on another here."""
+        """Do what `mix_space` does, but return the CLS of each frame, (B, T, D), because no frame depends on another
+        here.
+        """
         clips, patches, frames, dim = tokens.shape
         per_frame = [cls[:, None].expand(-1, frames, -1, -1), tokens.transpose(1, 2)]  # (B, T, 1 and N, D)
         rows = torch.cat(per_frame, dim=2).flatten(0, 1)  # (B·T, 1+N, D)
@@ -115,7 +119,7 @@ class DividedBlock(nn.Module):
         return out[:, :, 0], out[:, :, 1:].transpose(1, 2)  # (B, T, D), (B, N, T, D)
 
     def drop_paths(self, cls: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stochastic depth that drops the CLS and the tokens of a clip together."""
+        """Apply stochastic depth, which drops the CLS and the tokens of a clip together."""
         if not self.training or not self.drop_path.drop_prob:
             return cls, tokens
         keep = self.drop_path(cls.new_ones(len(cls), 1, 1))  # 0 or 1 / (1 - rate) for each clip
@@ -126,10 +130,11 @@ class DividedBlock(nn.Module):
 
 
 class DividedTower(nn.Module):
-    """video (B, C, T, height, width) → (B, E).
+    """The divided tower: video (B, C, T, height, width) → (B, E).
 
-    Any T and any height and width divisible by the patch size: where they differ from the config's,
-    the embeddings are resized on the way (temporal linearly, position bicubically).
+    T may be any number, and height and width may be any multiples of the patch size. Where they differ from the
+    configuration's, the embeddings are resized in the forward pass: the temporal one linearly, the position embedding
+    bicubically.
     """
 
     def __init__(self, config: ModelConfig):
@@ -142,7 +147,7 @@ class DividedTower(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + patches, dim))
-        # Other mixers know the order of their tokens, attention has to be told.
+        # Other mixers depend on the order of their tokens; attention needs an embedding of time.
         self.temporal_embed = (
             nn.Parameter(torch.empty(1, config.num_frames, dim)) if config.mixer == "attention" else None
         )
@@ -153,12 +158,15 @@ class DividedTower(nn.Module):
         self.init_parameters()
 
     def each_block(self) -> "list[DividedBlock]":
-        """The blocks from the first to the last."""
+        """Return the blocks from the first to the last."""
         return cast("list[DividedBlock]", list(self.blocks))
 
     def init_parameters(self) -> None:
-        """Video Mamba Suite's initial values. Linear layers keep PyTorch's, uniform in ±1/√inputs, biases too: where
-        CLIP's weights are loaded, time attention alone still has them. Mixers keep their own."""
+        """Set Video Mamba Suite's initial values.
+
+        Linear layers keep PyTorch's values, uniform in ±1/√inputs, biases too: where CLIP's weights are loaded
+        afterwards, only time attention still has these values. Mixers set their own initial values.
+        """
         nn.init.trunc_normal_(self.cls_token, std=INIT_STD)
         nn.init.trunc_normal_(self.pos_embed, std=INIT_STD)
         if self.image_projection is not None:
@@ -167,19 +175,19 @@ class DividedTower(nn.Module):
             nn.init.zeros_(self.temporal_embed)
 
     def features(self, video: torch.Tensor) -> torch.Tensor:
-        """(B, C, T, height, width) → the CLS after the last norm, (B, D)."""
+        """Return the CLS after the last norm: (B, C, T, height, width) → (B, D)."""
         cls, _ = self.encode(video, cls_only=True)
         return self.norm(cls[:, 0])
 
     def token_features(self, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, C, T, height, width) → CLS (B, D) and patches (B, N, T, D) after the last norm."""
+        """Return the tokens after the last norm: (B, C, T, height, width) → CLS (B, D) and patches (B, N, T, D)."""
         cls, tokens = self.encode(video, cls_only=False)
         return self.norm(cls[:, 0]), self.norm(tokens)
 
     def encode(self, video: torch.Tensor, cls_only: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, C, T, height, width) → what the blocks make of it: cls (B, 1, D), tokens (B, N, T, D).
+        """Run all blocks: (B, C, T, height, width) → cls (B, 1, D) and tokens (B, N, T, D).
 
-        cls_only: the last block computes no tokens.
+        With `cls_only` the last block computes no tokens, and None stands in their place.
         """
         grid = patch_grid(video, self.patch_embed.proj.kernel_size[0])
         position = resize_position_embed(self.pos_embed, grid)  # (1, 1+N, D)
@@ -210,14 +218,16 @@ def _stem(tower: DividedTower) -> Stem:
 
 
 def _bytes_beside(config: ModelConfig, small: int) -> int:
-    """A vanilla block puts the tokens after time mixing in the place of the tokens; a Frozen block needs both."""
+    """Return the bytes per element beside the stream: none in a vanilla block, which replaces the tokens by the tokens
+    after time mixing; a Frozen block needs both.
+    """
     if config.residual == "vanilla":
         return 4 if config.mixer == "vim_spacetime" else 0
     return small
 
 
 def walk_divided(tower: DividedTower, stream: Stream) -> torch.Tensor:
-    """`tower.features` of a long video, (1, D)."""
+    """Compute `tower.features` of a long video, (1, D)."""
     cls, tokens = stream.cls, stream.tokens
     blocks = tower.each_block()
     first = blocks[0]
@@ -232,7 +242,7 @@ def walk_divided(tower: DividedTower, stream: Stream) -> torch.Tensor:
 
 
 def _mix_time(block: DividedBlock, stream: Stream, mixed: torch.Tensor) -> None:
-    """mixed ← tokens + tanh(α) · what time mixing gives; it may be the tokens themselves."""
+    """Write tokens + tanh(α) · (the result of time mixing) to `mixed`, which may be the tokens themselves."""
     tokens, gate = stream.tokens, torch.tanh(block.alpha_timeattn)
     if block.mixer != "vim_spacetime":
         for n in stream.rows():
@@ -251,7 +261,7 @@ def _mix_time(block: DividedBlock, stream: Stream, mixed: torch.Tensor) -> None:
 def _mix_space(
     block: DividedBlock, cls: torch.Tensor, stream: Stream, mixed: torch.Tensor, is_last: bool
 ) -> torch.Tensor:
-    """Space attention and MLP of some frames after the others; the tokens are replaced. Returns the new CLS."""
+    """Apply space attention and the MLP, some frames at a time, and replace the tokens. Return the new CLS."""
     tokens, total = stream.tokens, torch.zeros_like(cls)
     for f in stream.frames():
         r = mixed[:, :, f].to(tokens.dtype)
@@ -277,7 +287,7 @@ _LAYOUT = Layout(
     projection="visual.image_projection",
     temporal="visual.temporal_embed",
     act_layer="gelu",
-    norm_style="openai",  # Video Mamba Suite trains with CLIP's own mean
+    norm_style="openai",  # Video Mamba Suite trains with CLIP's mean
 )
 _BLOCK = r"visual\.blocks\.\d+\."
 _TEMPORAL = re.compile(rf"visual\.temporal_embed$|{_BLOCK}(?:norm3|timeattn|time_mamba|time_mixer|alpha_timeattn)")
@@ -289,10 +299,14 @@ def has_time_mamba(weights: Weights) -> bool:
 
 
 def _could_be(config: ModelConfig, weights: Weights) -> bool:
-    """Vanilla and Frozen residuals, and ViM in time and in space-time, have the same parameters."""
+    """Return whether the weights fit the configuration: vanilla and Frozen residuals have the same parameters, and so
+    do ViM in time and in space-time.
+    """
     if has_time_mamba(weights):
         return config.mixer in ("vim", "vim_spacetime")
-    own = any(".time_mixer." in name for name in weights)  # of a mixer that `register_mixer` added
+    own = any(
+        ".time_mixer." in name for name in weights
+    )  # the weights are those of a mixer that `register_mixer` added
     return config.mixer not in ("vim", "vim_spacetime") if own else config.mixer == "attention"
 
 
@@ -354,7 +368,7 @@ _SIZES: dict[str, dict[str, Any]] = {
         "text_heads": 12,
     },
 }
-_ROWS = [  # in the order of Table 8, ID4 … ID8; the upstream code has B/16 only
+_ROWS = [  # ID4 … ID8 in the order of Table 8; the upstream code has B/16 only
     ("TIMESFORMER", "attention", "vanilla", "CLIP_TimeSformerB16"),
     ("TIMESFORMER_FROZEN", "attention", "frozen", "CLIP_FrozenInTime_TimeSformerB16"),
     ("TIMEMAMBA", "vim", "vanilla", "CLIP_TimeMamba_like_timesformer"),

@@ -1,8 +1,8 @@
 """What the project knows about a kind of video tower: the facts that each tower's own file states.
 
-A tower's file (timemamba.py, joint.py, lavila.py, or one of yours) describes the tower once, as a `Tower`, and hands
-it to `register_tower`. Everything else asks the description: the registry, the loading of checkpoints, initial
-weights from image models, features of long videos.
+The file of a tower (timemamba.py, joint.py, lavila.py, or one of yours) describes the tower once, as a `Tower`, and
+gives the description to `register_tower`. The registry, the loading of checkpoints, initial weights from image models,
+and features of long videos ask the description.
 """
 
 import re
@@ -16,7 +16,7 @@ from .config import ModelConfig
 from .stream import Stem, Stream
 
 Weights = Mapping[str, Tensor]
-# Reads the shape of a parameter, which must have so many dimensions; None where the parameter is absent.
+# Reads the shape of a parameter, which must have that many dimensions; None where the parameter is absent.
 ShapeReader = Callable[[str, int], "tuple[int, ...] | None"]
 
 
@@ -24,20 +24,20 @@ ShapeReader = Callable[[str, int], "tuple[int, ...] | None"]
 class Layout:
     """Where a checkpoint of one program keeps the parameters that tell its sizes.
 
-    All names are canonical, see `avion.weights.layouts.canonical`.
+    All names are canonical (`avion.weights.layouts.canonical`).
 
     Attributes:
-        name: The layout's name; that of a tower where the layout is a tower's.
-        requires: Beginnings of names of which the checkpoint must have all.
-        excludes: Beginnings of names of which the checkpoint must have none.
+        name: The layout's name; the layout of a tower has the tower's name.
+        requires: Beginnings of names. The checkpoint must have all of them.
+        excludes: Beginnings of names. The checkpoint must have none of them.
         position: The position embedding, (..., 1 + N, D).
         patches: The patch embedding, (D, C, P, P).
-        blocks: What the names of the video blocks begin with, up to the block's number.
-        text: What the names of the text tower begin with.
+        blocks: The beginning of the names of the video blocks, up to the block's number.
+        text: The beginning of the names of the text tower.
         projection: The video projection, (D, E).
         temporal: The temporal embedding, (..., T, D), where the layout has one.
-        act_layer: The activation that the layout's program trains with; None where programs differ.
-        norm_style: The normalisation of the video that the layout's program trains with.
+        act_layer: The activation with which the layout's program trains; None where programs differ.
+        norm_style: The normalisation of the video with which the layout's program trains.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Layout:
     norm_style: str
 
     def fits(self, names: Collection[str]) -> bool:
-        """Whether a checkpoint with these canonical names is in this layout."""
+        """Return whether a checkpoint with these canonical names is in this layout."""
         has = {start: any(name.startswith(start) for name in names) for start in (*self.requires, *self.excludes)}
         return all(has[start] for start in self.requires) and not any(has[start] for start in self.excludes)
 
@@ -82,27 +82,27 @@ class Tower:
     """A kind of video tower.
 
     The *common names* are those of the divided tower (timemamba.py): weights of image models and of other towers are
-    first brought to these names and from there to the names of the tower that they are for.
+    first renamed to the common names, and from there to the names of the tower that needs them.
 
     Attributes:
         name: The value of `ModelConfig.tower`.
         module: The class of the tower itself, `model.visual`.
-        build: Makes the whole model with both towers from a config.
-        layout: How checkpoints of this tower are laid out; None where none but our own exist.
+        build: Makes the whole model with both towers from a configuration.
+        layout: How checkpoints of this tower are laid out; None where only this project writes such checkpoints.
         choices: The fields of `ModelConfig` that are choices of this tower and that no shape shows.
-        ignored: The fields that a config of this tower ignores, each with the reason. A value other than the default
-            of such a field is refused.
-        could_be: Whether weights of this layout can be those of a model with this config, other sizes aside.
-        further_sizes: Fields of `ModelConfig` that shapes of this layout tell, beside the usual ones; the third
+        ignored: The fields that a configuration of this tower ignores, each with the reason. In such a field any other
+            value than the default is refused.
+        could_be: Whether weights of this layout can belong to a model with this configuration, whatever their sizes.
+        further_sizes: Fields of `ModelConfig` that the shapes of this layout tell, beside the usual ones; the third
             argument is the width.
-        from_common: Weights with common names to the names and shapes of this tower; None where initial weights of
-            other models are not for this tower.
+        from_common: Renames and reshapes weights with common names for this tower; None where initial weights of other
+            models do not fit this tower.
         to_common: The inverse, where other towers may start from this tower's checkpoints.
         temporal: Matches the beginnings of the names of all parameters that image models do not have.
         time_from_lavila: Which temporal parts of LaViLa's checkpoint, by the names of this tower, a model of this
-            config takes.
-        stem: What stands before the blocks, for the walk over long videos.
-        walk: The features of a long video in bounded memory, (1, D), equal to `module.features`.
+            configuration takes.
+        stem: The parts before the blocks, for the walk over long videos.
+        walk: Computes the features of a long video in bounded memory, (1, D), equal to `module.features`.
         bytes_beside: What `walk` holds beside the stream of tokens, in bytes per element; the second argument is the
             size of an element in the autocast dtype.
     """
@@ -139,19 +139,19 @@ def register_tower(tower: Tower) -> None:
 
 
 def towers() -> list[Tower]:
-    """All towers, in the order of their registration."""
+    """Return all towers, in the order of their registration."""
     from . import built_in  # noqa: F401  (registers the towers of this project)
 
     return list(TOWERS.values())
 
 
 def find_tower(name: str) -> Tower | None:
-    """The tower of this name, None for a name that nobody registered."""
+    """Return the tower of this name; None if no tower of this name is registered."""
     return next((tower for tower in towers() if tower.name == name), None)
 
 
 def tower_of(visual: object) -> Tower | None:
-    """The description of a video tower that was built, None for a module of another kind."""
+    """Return the description of a video tower that was built; None for a module of another kind."""
     return next((tower for tower in towers() if isinstance(visual, tower.module)), None)
 
 
@@ -160,7 +160,10 @@ def rename(weights: Weights, rules: tuple[tuple[str, str], ...]) -> dict[str, Te
 
     Args:
         weights: Tensors by name.
-        rules: Pairs of a regular expression and what stands in the place of the match.
+        rules: Pairs of a regular expression and the text that replaces the match.
+
+    Returns:
+        The tensors by their new names.
     """
     renamed: dict[str, Tensor] = {}
     for name, value in weights.items():

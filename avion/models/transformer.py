@@ -1,6 +1,6 @@
-"""Attention, MLP, patch embedding and CLIP's text tower: what the towers are made of.
+"""Attention, MLP, patch embedding and CLIP's text tower: the parts of the towers.
 
-Letters in the shapes of avion/models:
+The letters in the shapes of avion/models:
 
     B  clips (or texts) in a batch     D  width of the tower             H  heads, D = H · d
     T  frames of a clip                E  width that both towers share   P  side of a patch, pixels
@@ -20,7 +20,7 @@ from avion.errors import UserError
 
 from .config import ModelConfig
 
-# Standard deviation of initial embeddings, and of AVION's linear layers: timm's for ViTs.
+# The standard deviation of initial embeddings and of AVION's linear layers, which is timm's for ViTs.
 INIT_STD = 0.02
 
 # ---- attention ---------------------------------------------------------------------------------
@@ -28,7 +28,7 @@ INIT_STD = 0.02
 # CUDA puts rows × heads into a grid dimension of 16 bits; B·N rows of time attention exceed it.
 MAX_ROWS_X_HEADS = 65_535
 
-# The plain math kernel writes all scores down; of long sequences, some queries' at a time.
+# The plain math kernel holds all scores; for long sequences the scores of some queries are computed at a time.
 MAX_MATH_SCORES = 2**26
 
 FUSED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
@@ -37,10 +37,18 @@ FUSED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDP
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, use_flash: bool | None = None, causal: bool = False
 ) -> torch.Tensor:
-    """softmax(q kᵀ / √d) v with all heads side by side: q (R, H, S, d), k and v (R, H, S', d) → (R, S, D).
+    """Compute softmax(q kᵀ / √d) v and put all heads side by side.
 
-    use_flash: True allows only fused kernels (and fails where none can run), False takes the plain
-    math kernel, None leaves the choice to PyTorch.
+    Args:
+        q: Queries, (R, H, S, d).
+        k: Keys, (R, H, S', d).
+        v: Values, (R, H, S', d).
+        use_flash: True allows only fused kernels and fails where none can run, False takes the plain math kernel, None
+            leaves the choice to PyTorch.
+        causal: Whether a token attends to itself and the tokens before it only.
+
+    Returns:
+        (R, S, D).
     """
     rows, heads = q.shape[:2]
     per_call = max(1, MAX_ROWS_X_HEADS // heads)
@@ -65,13 +73,13 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, use_flash: bool | N
 
 
 def split_heads(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(R, S, 3·D) → q, k, v, each (R, H, S, d), as views."""
+    """Split (R, S, 3·D) into q, k and v, each (R, H, S, d), which are views."""
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention within each row, (R, S, D) → (R, S, D). Names as in AVION's checkpoints."""
+    """Multi-head self-attention within each row, (R, S, D) → (R, S, D), with the names of AVION's checkpoints."""
 
     def __init__(self, dim: int, heads: int, use_flash: bool | None = None):
         super().__init__()
@@ -86,7 +94,7 @@ class Attention(nn.Module):
 
 
 class TextAttention(nn.Module):
-    """Causal self-attention of CLIP's text tower, (B, L, D) → (B, L, D). Names as nn.MultiheadAttention's."""
+    """Causal self-attention of CLIP's text tower, (B, L, D) → (B, L, D), with the names of nn.MultiheadAttention."""
 
     def __init__(self, dim: int, heads: int, use_flash: bool | None = None):
         super().__init__()
@@ -105,7 +113,9 @@ class TextAttention(nn.Module):
 
 
 class QuickGELU(nn.Module):
-    """x · sigmoid(1.702 x), CLIP's activation; through SiLU, which keeps one tensor for backward, not two."""
+    """CLIP's activation, x · sigmoid(1.702 x). It is computed with SiLU, which keeps one tensor for the backward pass,
+    not two.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.silu(1.702 * x) / 1.702
@@ -115,7 +125,7 @@ ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
 
 
 class Mlp(nn.Module):
-    """D → ratio · D → D on the last dimension."""
+    """A perceptron with one hidden layer, D → ratio · D → D, on the last dimension."""
 
     def __init__(self, dim: int, ratio: float, act_layer: str):
         super().__init__()
@@ -128,7 +138,7 @@ class Mlp(nn.Module):
 
 
 class TextMlp(nn.Module):
-    """D → 4 D → D, with the names of CLIP's text tower."""
+    """A perceptron with one hidden layer, D → 4 D → D, with the names of CLIP's text tower."""
 
     def __init__(self, dim: int, act_layer: str):
         super().__init__()
@@ -146,7 +156,7 @@ class TextMlp(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth (arXiv 1603.09382): in training, each row of the batch is zero with probability `drop_prob`.
 
-    The other rows are divided by the probability of being kept. Draws the same random numbers as timm's layer.
+    The other rows are divided by the probability of being kept. The random numbers are those that timm's layer draws.
     """
 
     def __init__(self, drop_prob: float = 0.0):
@@ -178,7 +188,9 @@ class ResidualBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: torch.Tensor, cls_only: bool = False) -> torch.Tensor:
-        """cls_only: the MLP of the first token alone, (B, 1, D); what the last block of a tower needs."""
+        """Run the block. With `cls_only` the MLP is computed for the first token only, (B, 1, D), as in a tower's last
+        block.
+        """
         x = x + self.drop_path(self.attn(self.ln_1(x)))
         if cls_only:
             x = x[:, :1]
@@ -194,11 +206,11 @@ class Transformer(nn.Module):
         self.grad_checkpointing = grad_checkpointing
 
     def blocks(self) -> list[ResidualBlock]:
-        """The blocks from the first to the last."""
+        """Return the blocks from the first to the last."""
         return cast("list[ResidualBlock]", list(self.resblocks))
 
     def forward(self, x: torch.Tensor, cls_only: bool = False) -> torch.Tensor:
-        """(B, S, D) → (B, S, D), or (B, 1, D) where only the CLS is wanted in the end."""
+        """Run all blocks: (B, S, D) → (B, S, D), or (B, 1, D) where only the CLS is needed."""
         last = len(self.resblocks) - 1
         for i, block in enumerate(self.resblocks):
             x = run_block(block, x, cls_only and i == last, checkpointed=self.grad_checkpointing)
@@ -206,14 +218,14 @@ class Transformer(nn.Module):
 
 
 def run_block(block: nn.Module, *args: Any, checkpointed: bool) -> Any:
-    """block(*args), keeping only its inputs for backward and running it again there where `checkpointed`."""
+    """Call `block(*args)`. If `checkpointed`, only the inputs are kept, and the backward pass runs the block again."""
     if checkpointed and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False)
     return block(*args)
 
 
 def drop_path_rates(config: ModelConfig) -> list[float]:
-    """One rate per block, linear from 0 in the first to drop_path_rate in the last."""
+    """Return one rate per block, rising linearly from 0 in the first block to drop_path_rate in the last."""
     steps = max(1, config.depth - 1)
     return [config.drop_path_rate * i / steps for i in range(config.depth)]
 
@@ -222,10 +234,16 @@ def drop_path_rates(config: ModelConfig) -> list[float]:
 
 
 def embed_patches(video: torch.Tensor, conv: nn.Conv2d, fast: bool) -> torch.Tensor:
-    """Patch embedding of every frame: video (B, C, T, height, width) float → (B, N, T, D).
+    """Embed the patches of every frame.
 
-    N runs over the patches row by row. fast: a reshape and one matmul with the same weights, which
-    writes the tokens in this order at once; otherwise the convolution.
+    Args:
+        video: (B, C, T, height, width) float.
+        conv: The convolution that holds the weights.
+        fast: Whether the embedding is computed as a reshape and one matrix product with the same weights, which writes
+            the tokens in the right order at once; otherwise the convolution is called.
+
+    Returns:
+        (B, N, T, D); N runs over the patches row by row.
     """
     assert video.is_floating_point(), f"video must be normalised to floats first, found {video.dtype}"
     video = video.to(conv.weight.dtype)
@@ -245,14 +263,20 @@ def embed_patches(video: torch.Tensor, conv: nn.Conv2d, fast: bool) -> torch.Ten
 
 
 def patch_grid(video: torch.Tensor, patch: int) -> tuple[int, int]:
-    """(rows, columns) of patches in a frame."""
+    """Return the numbers of rows and columns of patches in a frame."""
     return video.shape[3] // patch, video.shape[4] // patch
 
 
 def drop_patches(x: torch.Tensor, rate: float) -> torch.Tensor:
-    """Keep a random share of 1 - rate of the patches, each clip its own, the same ones in all of its frames.
+    """Keep a random share of 1 - rate of the patches, which differs from clip to clip and is the same in all frames of
+    a clip.
 
-    x (B, N, T, D) → (B, N', T, D), in their old order. At least one patch is kept.
+    Args:
+        x: Patches, (B, N, T, D).
+        rate: The share of patches that are left out.
+
+    Returns:
+        (B, N', T, D), in the old order. At least one patch is kept.
     """
     clips, patches = x.shape[:2]
     kept = max(1, round(patches * (1 - rate)))
@@ -262,7 +286,7 @@ def drop_patches(x: torch.Tensor, rate: float) -> torch.Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Holds the convolution of `embed_patches` under the name of timm's checkpoints, `proj`."""
+    """The convolution of `embed_patches`, under the name of timm's checkpoints, `proj`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -274,7 +298,7 @@ class PatchEmbed(nn.Module):
 
 
 def project(features: torch.Tensor, projection: nn.Parameter | None) -> torch.Tensor:
-    """(B, D) → (B, E); unchanged where a classifier has taken the projection away."""
+    """Project features, (B, D) → (B, E). Without a projection, which a classifier removes, return them unchanged."""
     return features if projection is None else features @ projection
 
 
@@ -292,7 +316,7 @@ class TextParts(Protocol):
 
 
 class TextTransformer(nn.Module):
-    """tokens (B, L) int64 → (B, E), read at the end-of-text token; L at most the context length."""
+    """CLIP's text tower: tokens (B, L) int64 → (B, E), read at the end-of-text token; L is at most 77 by default."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -314,8 +338,9 @@ class TextTransformer(nn.Module):
         self.init_parameters()
 
     def init_parameters(self) -> None:
-        """CLIP's initial values: what writes into the residual stream starts smaller, by √(2 · depth). The MLP's
-        biases are those of `nn.Linear`."""
+        """Set CLIP's initial values: the layers that write into the residual stream start smaller, by √(2 · depth). The
+        biases of the MLP are those of `nn.Linear`.
+        """
         width = self.positional_embedding.shape[1]
         out_std = width**-0.5 * (2 * len(self.transformer.resblocks)) ** -0.5
         nn.init.normal_(self.token_embedding.weight, std=INIT_STD)
@@ -335,7 +360,7 @@ class TextTransformer(nn.Module):
 
 
 def encode_tokens(tower: TextParts, tokens: torch.Tensor) -> torch.Tensor:
-    """The text tower's forward, for whichever module holds its parts (LaViLa's model holds them itself)."""
+    """Run a text tower, whichever module holds its parts (LaViLa's model itself holds them): (B, L) → (B, E)."""
     length = tokens.shape[1]
     if length > len(tower.positional_embedding):
         raise UserError(
@@ -345,5 +370,5 @@ def encode_tokens(tower: TextParts, tokens: torch.Tensor) -> torch.Tensor:
     x = tower.token_embedding(tokens) + tower.positional_embedding[:length]  # (B, L, D)
     x = tower.transformer(x)
     rows = torch.arange(len(x), device=x.device)
-    end = tokens.argmax(dim=1)  # end-of-text is the largest id
+    end = tokens.argmax(dim=1)  # the end-of-text token has the largest id
     return tower.ln_final(x[rows, end]) @ tower.text_projection  # (B, E)

@@ -1,4 +1,4 @@
-"""Position and temporal embeddings for another grid or another number of frames; the time gates of a model."""
+"""Position and temporal embeddings for another grid or another number of frames, and the time gates of a model."""
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,8 @@ from avion.errors import UserError
 def resize_temporal_embed(embed: torch.Tensor, num_frames: int) -> torch.Tensor:
     """Resize (…, T, D) linearly over T to (…, num_frames, D).
 
-    Frames are seen as equal segments of the clip (half-pixel centres), ends clamped, so that the
-    embedding keeps its meaning "share of the clip" whatever the frame rate.
+    Frames are seen as equal segments of the clip (half-pixel centres) with clamped ends, so that the embedding keeps
+    its meaning "share of the clip" at any frame rate.
     """
     if embed.shape[-2] == num_frames:
         return embed
@@ -22,9 +22,14 @@ def resize_temporal_embed(embed: torch.Tensor, num_frames: int) -> torch.Tensor:
 
 
 def resize_position_embed(embed: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Resize (…, 1 + N, D), CLS first and then a square grid row by row, bicubically to another grid.
+    """Resize a position embedding bicubically to another grid.
 
-    grid: (rows, columns) of patches. Returns (…, 1 + rows · columns, D).
+    Args:
+        embed: (…, 1 + N, D): the CLS first, then a square grid row by row.
+        grid: The numbers of rows and columns of patches.
+
+    Returns:
+        (…, 1 + rows · columns, D).
     """
     side = round((embed.shape[-2] - 1) ** 0.5)
     assert side * side == embed.shape[-2] - 1, f"not a CLS and a square grid: {tuple(embed.shape)}"
@@ -47,15 +52,22 @@ def inflate_positional_embeds(
     num_frames: int = 4,
     load_temporal_fix: str = "bilinear",
 ) -> dict[str, torch.Tensor]:
-    """Fit a checkpoint's temporal embedding to `num_frames` (AVION's function, for people's own scripts).
+    """Fit a checkpoint's temporal embedding to `num_frames`. (AVION's function, for people's own scripts.)
 
-    Both dicts have names without `module.`; `new_state_dict` is changed in place and returned.
-    load_temporal_fix, where the model has more frames than the checkpoint: "zeros" keeps the
-    checkpoint's frames and appends zeros, "interp" repeats the nearest frame, "bilinear"
-    interpolates linearly over time. Where the model has fewer frames, the first ones are kept
-    with "zeros" and the embedding is resized as named with the other two.
-    Raises UserError for another load_temporal_fix and for another number of patches: `load_checkpoint`
-    resizes the latter too.
+    Args:
+        current_model_state_dict: The model's weights, with names without `module.`.
+        new_state_dict: The checkpoint's weights, with names without `module.`; they are changed in place.
+        num_frames: The number of frames of the model.
+        load_temporal_fix: If the model has more frames than the checkpoint, "zeros" keeps the checkpoint's frames and
+            appends zeros, "interp" repeats the nearest frame, and "bilinear" interpolates linearly over time. If the
+            model has fewer frames, "zeros" keeps the first ones, and the other two resize in the same way.
+
+    Returns:
+        `new_state_dict`.
+
+    Raises:
+        UserError: load_temporal_fix has another value, or the number of patches differs, which `load_checkpoint`
+            resizes.
     """
     if load_temporal_fix not in ("zeros", "interp", "bilinear"):
         raise UserError(f"load_temporal_fix must be zeros, interp or bilinear, found {load_temporal_fix!r}")
@@ -85,5 +97,7 @@ def _fit_frames(embed: torch.Tensor, num_frames: int, how: str) -> torch.Tensor:
 
 
 def time_gates(model: nn.Module) -> list[torch.Tensor]:
-    """α of every block, 0-d, in the order of the blocks; time mixing is multiplied by tanh(α). Empty without gates."""
+    """Return α of every block, 0-d, in the order of the blocks; time mixing is multiplied by tanh(α). Empty without
+    gates.
+    """
     return [p.detach().float() for name, p in model.named_parameters() if name.endswith("alpha_timeattn")]

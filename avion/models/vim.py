@@ -23,16 +23,18 @@ from avion.ops.gated_scan import ScanInputs, gated_bidirectional_scan
 from avion.ops.mixer import MixerWeights, mixer_of_whole_rows, runs_whole
 from avion.ops.selective_scan import check_backend_name, selective_scan_with_state
 
-# Step sizes at initialisation: log-uniform in this range, never below the floor (Mamba, section 3.6).
+# Initial step sizes are log-uniform in this range and never below the floor (Mamba, section 3.6).
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 0.1, 1e-4
 
 
 class BiMambaMixer(nn.Module):
-    """Mixes T steps of each of R rows: (R, T, D) -> (R, T, D). Parameter names are the released checkpoints'.
+    """Mix T steps of each of R rows: (R, T, D) → (R, T, D). The parameters have the names of the released checkpoints.
 
-    A_log, A_b_log, D and D_b are meant to take no weight decay. The convolution modules only hold their
-    parameters; the convolution itself stays in the (R, T, I) layout.
-    Raises UserError for a `scan_backend` that does not exist.
+    A_log, A_b_log, D and D_b are meant to take no weight decay. The convolution modules only hold their parameters; the
+    convolution itself runs in the layout (R, T, I).
+
+    Raises:
+        UserError: `scan_backend` does not exist.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class BiMambaMixer(nn.Module):
         self.D_b = nn.Parameter(torch.ones(inner))
 
         self.out_proj = nn.Linear(inner, dim, bias=False)
-        # Only the forward direction's step sizes: the released models left dt_proj_b at nn.Linear's own.
+        # Only for the forward direction, because in the released models dt_proj_b kept the initial values of nn.Linear.
         _init_dt_proj(self.dt_proj)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
@@ -80,7 +82,7 @@ class BiMambaMixer(nn.Module):
 
     def _scan_inputs(self, u: torch.Tensor, p: "_Direction") -> ScanInputs:
         delta, B, C = self._step_inputs(u, p)
-        # The bias is added within the scan, in float32: under autocast it would drown in bf16's rounding.
+        # The scan adds the bias, in float32: under autocast it would be lost in bf16's rounding.
         return ScanInputs(u, delta, _decay_rates(p.A_log), B, C, p.D, p.dt_proj.bias)
 
     def _direction(self, reverse: bool) -> "_Direction":
@@ -89,18 +91,27 @@ class BiMambaMixer(nn.Module):
         return _Direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
 
     def _step_inputs(self, u: torch.Tensor, p: "_Direction") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """u (R, T, I) → delta before its bias and the softplus (R, T, I), B and C (R, T, N)."""
+        """Return delta before its bias and the softplus, (R, T, I), and B and C, (R, T, N), of u (R, T, I)."""
         dt, B, C = p.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return F.linear(dt, p.dt_proj.weight), B, C
 
     def scan_piece(
         self, h: torch.Tensor, carry: "ScanCarry | None", *, reverse: bool
     ) -> tuple[torch.Tensor, "ScanCarry"]:
-        """One direction's share of the output, for sequences too long to be held: a piece of the steps at a time.
+        """Compute one direction's share of the output for a piece of the steps, for sequences that are too long for the
+        memory.
 
-        h (R, S, D): the next S steps in walking order (with `reverse` pieces come from the end, each of them with its
-        steps in their usual order); carry: what the call before returned, None for the first piece. Returns (R, S, D)
-        and the carry. Both directions' results over all pieces add up to `forward` of the whole. Inference only.
+        The results of both directions over all pieces add up to the result of `forward` for the whole sequence. For
+        inference only.
+
+        Args:
+            h: The next S steps in walking order, (R, S, D). With `reverse` the pieces come from the end, and each has
+                its steps in their usual order.
+            carry: What the call for the piece before returned; None for the first piece.
+            reverse: Which direction.
+
+        Returns:
+            (R, S, D), and the carry for the next piece.
         """
         p = self._direction(reverse)
         x, z = self.in_proj(h).chunk(2, dim=-1)  # (R, S, I) each
@@ -127,7 +138,7 @@ class BiMambaMixer(nn.Module):
 
 
 class _Direction(NamedTuple):
-    """One direction's parameters."""
+    """The parameters of one direction."""
 
     conv: nn.Conv1d
     x_proj: nn.Linear
@@ -136,7 +147,7 @@ class _Direction(NamedTuple):
     D: torch.Tensor
 
     def taps(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The convolution's weight (I, K) and bias (I,)."""
+        """Return the convolution's weight (I, K) and bias (I,)."""
         assert self.conv.bias is not None
         return self.conv.weight.squeeze(1), self.conv.bias
 
@@ -146,25 +157,29 @@ class _Direction(NamedTuple):
 
 
 class ScanCarry(NamedTuple):
-    """What one piece of a sequence hands to the next: x (R, K-1, I), the convolution's last inputs (fewer where
-    fewer steps have been), and the scan's state (R, N, I)."""
+    """What one piece of a sequence hands to the next.
+
+    Attributes:
+        x: The last inputs of the convolution, (R, K-1, I), or fewer where there have been fewer steps.
+        state: The scan's state, (R, N, I).
+    """
 
     x: torch.Tensor
     state: torch.Tensor
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether calling the module is a product with its weight and nothing else: no adapter, no hook."""
+    """Return whether a call of the module is only a product with its weight: there is no adapter and no hook."""
     return type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
 
 
 def _decay_rates(A_log: torch.Tensor) -> torch.Tensor:
-    """A (I, N), in float32 at least."""
+    """Return A (I, N), in float32 or float64."""
     return -torch.exp(A_log.float() if A_log.dtype in (torch.float16, torch.bfloat16) else A_log)
 
 
 def _initial_A_log(channels: int, states: int) -> torch.Tensor:
-    """(channels, states): log of 1 … N in every channel (S4D-real)."""
+    """Return log(1 … N) for every channel, (channels, states) (S4D-real)."""
     return torch.log(torch.arange(1, states + 1, dtype=torch.float32)).repeat(channels, 1)
 
 

@@ -18,6 +18,7 @@ from .inputs import ScanInputs
 from .triton_pieces import (
     Cut,
     Strides,
+    Work,
     channels_of,
     fold,
     load,
@@ -375,10 +376,7 @@ def backward_kernel(
     scratch: Pointer,
     to: Gradients,
     partial: PartialSums,
-    items: Scalar,
-    steps: Scalar,
-    part_steps: Scalar,
-    programs: Scalar,
+    work: Work,
     cut: constexpr,
 ) -> None:
     """Computes all gradients. With `cut.add`, dz is added to.
@@ -396,20 +394,21 @@ def backward_kernel(
     A = x.A + d
     own_scratch = tl.program_id(0).to(tl.int64) * (cut.segment // cut.chunk * N * cut.block_d)
     scratch += own_scratch + channels_of(0, cut.block_d, cut.stack)
-    parts = tl.cdiv(steps, part_steps)
-    rows = items // parts
+    parts = tl.cdiv(work.steps, work.part_steps)
+    rows = work.items // parts
 
     sum_D = tl.zeros(d.shape, tl.float32)
     totals = Totals(zeros(K, cut.block_d, cut.stack), sum_D, sum_D)
-    for item in range(tl.program_id(0) // cut.blocks, items, programs):
-        row, part, part_start, end = span(item, steps, part_steps, cut.parted)
+    for item in range(tl.program_id(0) // cut.blocks, work.items, work.programs):
+        row, part, part_start, end = span(item, work.steps, work.part_steps, cut.parted)
         # Loaded for every item: kept, they would not fit the registers.
         skip, shift = load(x.D + d, in_d, cut.exact), load(x.delta_bias + d, in_d, cut.exact)
         u, delta = x.u + row * strides.u[0] + d * strides.u[2], x.delta + row * strides.delta[0] + d * strides.delta[2]
         B, C = x.B + row * strides.B[0], x.C + row * strides.C[0]
         z, dy_row = z_base + row * strides.z[0] + d * strides.z[2], dy + row * strides.dy[0] + d * strides.dy[2]
         of_row = Reads(dy_row, u, delta, B, C, z)
-        place, target = row * steps * cut.channels + d, partial.by_state + (block * rows + row) * steps * (2 * N)
+        place = row * work.steps * cut.channels + d
+        target = partial.by_state + (block * rows + row) * work.steps * (2 * N)
         carry = zeros(K, cut.block_d, cut.stack)
         if cut.parted:
             handed = carried + (row * (parts - 1) + part) * N * cut.channels + d
@@ -422,15 +421,15 @@ def backward_kernel(
             if not cut.one_chunk:
                 before = zeros(K, cut.block_d, cut.stack)
                 if cut.kept:
-                    slot = row * ((steps - 1) // cut.segment) + start // cut.segment - 1
+                    slot = row * ((work.steps - 1) // cut.segment) + start // cut.segment - 1
                     kept = entering + slot * N * cut.channels + d
                     before = load_states(kept, cut.channels, where_both(start > 0, in_d), 0, K, N, cut.stack, False)
                 store_chunk_states(
-                    scratch, cut.block_d, before, of_row, strides, A, shift, start, chunks, steps, in_d, cut
+                    scratch, cut.block_d, before, of_row, strides, A, shift, start, chunks, work.steps, in_d, cut
                 )
             for c_back in range(chunks):
                 c = chunks - 1 - c_back
-                t = time_of(start + c * cut.chunk, steps, cut.reverse)
+                t = time_of(start + c * cut.chunk, work.steps, cut.reverse)
                 at = Reads(
                     dy_row + t * strides.dy[1],
                     u + t * strides.u[1],
@@ -445,7 +444,7 @@ def backward_kernel(
                     to.dz + place + t * cut.channels,
                 )
                 of_t, before_c = target + t * (2 * N), scratch + c * N * cut.block_d
-                left = steps - start - c * cut.chunk
+                left = work.steps - start - c * cut.chunk
                 carry, totals = chunk_gradients(
                     carry,
                     totals,

@@ -22,6 +22,7 @@ from .inputs import ScanInputs
 from .triton_pieces import (
     Cut,
     Strides,
+    Work,
     channels_of,
     load,
     load_states,
@@ -93,10 +94,7 @@ def forward_kernel(
     y: Pointer,
     entering: Pointer,
     carried: Pointer,
-    items: Scalar,
-    steps: Scalar,
-    part_steps: Scalar,
-    programs: Scalar,
+    work: Work,
     cut: constexpr,
 ) -> None:
     """Writes y (R, T, D), contiguous.
@@ -111,29 +109,29 @@ def forward_kernel(
     in_d = d < cut.channels
     a = load_states(x.A + d, cut.channels, in_d, 0, K, N, cut.stack, cut.exact)
     skip, shift = load(x.D + d, in_d, cut.exact), load(x.delta_bias + d, in_d, cut.exact)
-    for item in range(p, items, programs):
-        row, part, start, end = span(item, steps, part_steps, cut.parted)
+    for item in range(p, work.items, work.programs):
+        row, part, start, end = span(item, work.steps, work.part_steps, cut.parted)
         u, delta = x.u + row * strides.u[0] + d * strides.u[2], x.delta + row * strides.delta[0] + d * strides.delta[2]
         B, C = x.B + row * strides.B[0], x.C + row * strides.C[0]
-        z, out = z_base + row * strides.z[0] + d * strides.z[2], y + row * steps * cut.channels + d
+        z, out = z_base + row * strides.z[0] + d * strides.z[2], y + row * work.steps * cut.channels + d
         state = zeros(K, cut.block_d, cut.stack)
         if cut.parted:
-            slot = row * (tl.cdiv(steps, part_steps) - 1) + part - 1
+            slot = row * (tl.cdiv(work.steps, work.part_steps) - 1) + part - 1
             before = carried + slot * N * cut.channels + d
             state = load_states(before, cut.channels, where_both(part > 0, in_d), 0, K, N, cut.stack, False)
         if cut.one_chunk:
-            t = time_of(0, steps, cut.reverse)
+            t = time_of(0, work.steps, cut.reverse)
             u, delta = u + t * strides.u[1], delta + t * strides.delta[1]
             B, C = B + t * strides.B[1], C + t * strides.C[1]
             z, out = z + t * strides.z[1], out + t * cut.channels
-            forward_chunk(state, u, delta, B, C, z, out, strides, a, skip, shift, steps, in_d, cut, True)
+            forward_chunk(state, u, delta, B, C, z, out, strides, a, skip, shift, work.steps, in_d, cut, True)
         else:
             for first in range(start, end, cut.chunk):
                 if cut.kept and first > 0 and first % cut.segment == 0:
-                    slot = row * ((steps - 1) // cut.segment) + first // cut.segment - 1
+                    slot = row * ((work.steps - 1) // cut.segment) + first // cut.segment - 1
                     kept = entering + slot * N * cut.channels + d
                     store_states(kept, cut.channels, state, in_d, K, N, cut.stack, cut.exact)
-                t = time_of(first, steps, cut.reverse)
+                t = time_of(first, work.steps, cut.reverse)
                 u_t, delta_t = u + t * strides.u[1], delta + t * strides.delta[1]
                 B_t, C_t = B + t * strides.B[1], C + t * strides.C[1]
                 z_t, out_t, left = z + t * strides.z[1], out + t * cut.channels, end - first

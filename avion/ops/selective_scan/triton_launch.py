@@ -15,7 +15,7 @@ from torch import Tensor
 from .inputs import ScanGradients, ScanInputs, Time
 from .triton_backward import Gradients, PartialSums, backward_kernel
 from .triton_forward import Part, PartStrides, forward_kernel, join_kernel, part_kernel
-from .triton_pieces import Cut, Strides
+from .triton_pieces import Cut, Strides, Work
 
 _LOG2_E = math.log2(math.e)
 SEGMENT = 32  # steps between the states that are kept for backward
@@ -254,7 +254,7 @@ def forward(p: ScanInputs, plan: Plan, y: Tensor, keep: bool, time: Time, gate: 
         kept=entering.numel() > 0,
     )
     forward_kernel[(plan.programs * cut.blocks,)](
-        x, z, _strides(p, z, y), y, entering, carried, items, steps, part_steps, plan.programs, cut, **_OPTIONS
+        x, z, _strides(p, z, y), y, entering, carried, Work(items, steps, part_steps, plan.programs), cut, **_OPTIONS
     )
     return entering
 
@@ -282,24 +282,14 @@ def backward(
     Returns:
         The gradients of u, delta, A, B, C, D and delta_bias; the last one has the shape (0,) where there is no bias.
     """
-    rows, steps, channels = p.u.shape
-    states = p.states
+    rows, steps, _ = p.u.shape
     du, d_delta = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (p.u, p.delta))
     if du.numel() == 0:
         dA, dB, dC, dD = (torch.zeros_like(t) for t in (p.A, p.B, p.C, p.D))
-        bias = p.D.new_empty(0) if p.delta_bias is None else torch.zeros_like(p.delta_bias)
-        return du, d_delta, dA, dB, dC, dD, bias
+        return du, d_delta, dA, dB, dC, dD, _of_bias(p, torch.zeros_like(p.D))
     x, cut = prepared(p), _cut(p, time, plan)
     part_steps = _part_steps(steps, plan.parts)
     carried = _join_parts(x, plan, cut, dy, p.C, gate, adjoint=True)
-    items = rows * triton.cdiv(steps, part_steps)
-
-    def empty(*shape: int) -> Tensor:
-        return p.u.new_empty(shape, dtype=torch.float32)
-
-    scratch = empty(plan.programs * cut.blocks, SEGMENT // plan.chunk, states, plan.block_d)
-    by_state, by_A = empty(cut.blocks, rows, steps, 2 * states), empty(plan.programs, states, channels)
-    by_D, by_bias = empty(plan.programs, channels), empty(plan.programs, channels)
     # Without a gate nothing is read from z and nothing is written to dz.
     z, to_z = (dy, du) if gate is None or dz is None else (gate.z, dz)
     cut = dataclasses.replace(
@@ -309,7 +299,10 @@ def backward(
         words=_in_words(p.B, plan.group) and _in_words(p.C, plan.group),
         kept=entering.numel() > 0,
     )
-    to, partial = Gradients(du, d_delta, to_z), PartialSums(by_state, by_A, by_D, by_bias)
+    scratch_shape = (plan.programs * cut.blocks, SEGMENT // plan.chunk, p.states, plan.block_d)
+    scratch = p.u.new_empty(scratch_shape, dtype=torch.float32)
+    partial = _partial_sums(p, plan, cut)
+    to, items = Gradients(du, d_delta, to_z), rows * triton.cdiv(steps, part_steps)
     backward_kernel[(plan.programs * cut.blocks,)](
         x,
         z,
@@ -320,14 +313,26 @@ def backward(
         scratch,
         to,
         partial,
-        items,
-        steps,
-        part_steps,
-        plan.programs,
+        Work(items, steps, part_steps, plan.programs),
         cut,
         **_OPTIONS,
     )
-    bias = p.D.new_empty(0) if p.delta_bias is None else by_bias.sum(0).to(p.delta_bias.dtype)
-    dC, dB = by_state[..., :states].sum(0).to(p.C.dtype), by_state[..., states:].sum(0).to(p.B.dtype)
-    dA = by_A.sum(0).t().contiguous().to(p.A.dtype)
-    return du, d_delta, dA, dB, dC, by_D.sum(0).to(p.D.dtype), bias
+    return (du, d_delta, *_summed(p, partial))
+
+
+def _partial_sums(p: ScanInputs, plan: Plan, cut: Cut) -> PartialSums:
+    rows, steps, channels = p.u.shape
+    shapes = ((cut.blocks, rows, steps, 2 * cut.n), (plan.programs, cut.n, channels), *[(plan.programs, channels)] * 2)
+    return PartialSums(*(p.u.new_empty(shape, dtype=torch.float32) for shape in shapes))
+
+
+def _summed(p: ScanInputs, partial: PartialSums) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of A, B, C, D and delta_bias from the kernel's partial sums."""
+    dC, dB = partial.by_state[..., : p.states].sum(0), partial.by_state[..., p.states :].sum(0)
+    dA = partial.dA.sum(0).t().contiguous().to(p.A.dtype)
+    dD, bias = partial.dD.sum(0).to(p.D.dtype), partial.d_bias.sum(0)
+    return dA, dB.to(p.B.dtype), dC.to(p.C.dtype), dD, _of_bias(p, bias)
+
+
+def _of_bias(p: ScanInputs, gradient: Tensor) -> Tensor:
+    return p.D.new_empty(0) if p.delta_bias is None else gradient.to(p.delta_bias.dtype)

@@ -38,6 +38,22 @@ class Strides(NamedTuple):
     dy: tuple[int, ...]
 
 
+class Work(NamedTuple):
+    """How much work there is, and how it is shared out.
+
+    Attributes:
+        items: the number of rows, or of parts of rows.
+        steps: T.
+        part_steps: the number of steps of a part.
+        programs: the number of programs per block of channels.
+    """
+
+    items: Scalar
+    steps: Scalar
+    part_steps: Scalar
+    programs: Scalar
+
+
 @dataclasses.dataclass(frozen=True)
 class Cut:
     """All that is known of a launch when its kernel is compiled.
