@@ -365,6 +365,63 @@ def store_chunk_states(
     tl.debug_barrier()  # a thread may read what another one wrote
 
 
+@piece
+def segment_gradients(
+    carry: Values,
+    totals: Totals,
+    row: Reads,
+    to: Gradients,
+    target: Pointer,
+    scratch: Pointer,
+    strides: Strides,
+    A: Pointer,
+    skip: tl.tensor,
+    shift: tl.tensor,
+    start: Scalar,
+    chunks: Scalar,
+    steps: Scalar,
+    in_d: tl.tensor,
+    cut: "Cut",
+) -> tuple[Values, Totals]:
+    """Takes the chunks of a segment from the last one back to the first.
+
+    Returns the adjoint of the state before the segment, and the totals with the segment's shares. The pointers are to
+    the beginning of the row.
+    """
+    N: Int = cut.n
+    for c_back in range(chunks):
+        c = chunks - 1 - c_back
+        t = time_of(start + c * cut.chunk, steps, cut.reverse)
+        at = Reads(
+            row.dy + t * strides.dy[1],
+            row.u + t * strides.u[1],
+            row.delta + t * strides.delta[1],
+            row.B + t * strides.B[1],
+            row.C + t * strides.C[1],
+            row.z + t * strides.z[1],
+        )
+        own = Gradients(to.du + t * cut.channels, to.d_delta + t * cut.channels, to.dz + t * cut.channels)
+        of_t, before, left = target + t * (2 * N), scratch + c * N * cut.block_d, steps - start - c * cut.chunk
+        carry, totals = chunk_gradients(
+            carry,
+            totals,
+            at,
+            own,
+            of_t,
+            before,
+            cut.block_d,
+            strides,
+            A,
+            skip,
+            shift,
+            left,
+            in_d,
+            cut,
+            cut.one_chunk,
+        )
+    return carry, totals
+
+
 @triton.jit
 def backward_kernel(
     x: ScanInputs,
@@ -406,9 +463,9 @@ def backward_kernel(
         u, delta = x.u + row * strides.u[0] + d * strides.u[2], x.delta + row * strides.delta[0] + d * strides.delta[2]
         B, C = x.B + row * strides.B[0], x.C + row * strides.C[0]
         z, dy_row = z_base + row * strides.z[0] + d * strides.z[2], dy + row * strides.dy[0] + d * strides.dy[2]
-        of_row = Reads(dy_row, u, delta, B, C, z)
-        place = row * work.steps * cut.channels + d
+        of_row, place = Reads(dy_row, u, delta, B, C, z), row * work.steps * cut.channels + d
         target = partial.by_state + (block * rows + row) * work.steps * (2 * N)
+        own = Gradients(to.du + place, to.d_delta + place, to.dz + place)
         carry = zeros(K, cut.block_d, cut.stack)
         if cut.parted:
             handed = carried + (row * (parts - 1) + part) * N * cut.channels + d
@@ -427,41 +484,23 @@ def backward_kernel(
                 store_chunk_states(
                     scratch, cut.block_d, before, of_row, strides, A, shift, start, chunks, work.steps, in_d, cut
                 )
-            for c_back in range(chunks):
-                c = chunks - 1 - c_back
-                t = time_of(start + c * cut.chunk, work.steps, cut.reverse)
-                at = Reads(
-                    dy_row + t * strides.dy[1],
-                    u + t * strides.u[1],
-                    delta + t * strides.delta[1],
-                    B + t * strides.B[1],
-                    C + t * strides.C[1],
-                    z + t * strides.z[1],
-                )
-                own = Gradients(
-                    to.du + place + t * cut.channels,
-                    to.d_delta + place + t * cut.channels,
-                    to.dz + place + t * cut.channels,
-                )
-                of_t, before_c = target + t * (2 * N), scratch + c * N * cut.block_d
-                left = work.steps - start - c * cut.chunk
-                carry, totals = chunk_gradients(
-                    carry,
-                    totals,
-                    at,
-                    own,
-                    of_t,
-                    before_c,
-                    cut.block_d,
-                    strides,
-                    A,
-                    skip,
-                    shift,
-                    left,
-                    in_d,
-                    cut,
-                    cut.one_chunk,
-                )
+            carry, totals = segment_gradients(
+                carry,
+                totals,
+                of_row,
+                own,
+                target,
+                scratch,
+                strides,
+                A,
+                skip,
+                shift,
+                start,
+                chunks,
+                work.steps,
+                in_d,
+                cut,
+            )
     # In 32 bits, which are enough for these tensors, so that nothing of it is kept in registers over the loop.
     d, p = channels_of(tl.program_id(0) % cut.blocks, cut.block_d, cut.stack), tl.program_id(0) // cut.blocks
     store_states(partial.dA + p * N * cut.channels + d, cut.channels, totals.A, in_d, K, N, cut.stack, cut.exact)
