@@ -13,7 +13,8 @@ import triton
 from torch import Tensor
 
 from .inputs import ScanGradients, ScanInputs, Time
-from .triton_backward import Gradients, PartialSums, backward_kernel
+from .triton_backward import PartialSums, backward_kernel
+from .triton_chunks import Gradients
 from .triton_forward import Part, PartStrides, forward_kernel, join_kernel, part_kernel
 from .triton_pieces import Cut, Strides, Work
 
