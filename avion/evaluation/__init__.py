@@ -1,1 +1,1 @@
-"""Evaluation: arrays in, figures out. No files, no process group."""
+"""Evaluation: functions from arrays to metrics, without files and without process groups."""

@@ -1,4 +1,4 @@
-"""EgoSchema's figures: multiple choice among five options."""
+"""The metrics of EgoSchema: multiple choice among five options."""
 
 import math
 
@@ -9,7 +9,14 @@ _Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 def choose(scores: np.ndarray) -> np.ndarray:
-    """scores (n, 5), the higher the likelier -> (n,) int64: the best option's number, of equal ones the lowest."""
+    """Choose the best option of each question.
+
+    Args:
+        scores: (n, 5); the higher the score, the likelier the option.
+
+    Returns:
+        (n,) int64, the number of the best option; of equal options the lowest number.
+    """
     scores = np.asarray(scores)
     if scores.ndim != 2 or scores.shape[1] != OPTIONS:
         raise ValueError(f"choose: scores must be (n, {OPTIONS}), got {scores.shape}")
@@ -19,7 +26,7 @@ def choose(scores: np.ndarray) -> np.ndarray:
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of a share that was measured as correct / total (Wilson, 1927). (0, 1) where total is 0."""
+    """Return the 95 % interval of a share measured as correct / total (Wilson, 1927); (0, 1) where total is 0."""
     if not 0 <= correct <= total:
         raise ValueError(f"wilson_interval: {correct} of {total}")
     if total == 0:
@@ -27,14 +34,19 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     share, z2 = correct / total, _Z95**2
     middle = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = _Z95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
-    # At the ends the bound is the end itself, which rounding would miss.
+    # At 0 and 1 the bound is 0 or 1 itself, which rounding would miss.
     return (0.0 if correct == 0 else middle - half), (1.0 if correct == total else middle + half)
 
 
 def accuracy(chosen: np.ndarray, truth: np.ndarray) -> dict[str, float | int | None]:
-    """chosen, truth (n,) -> accuracy with its 95 % interval `low` to `high`, `correct` and `total`.
+    """Return the accuracy with its 95 % interval.
 
-    `accuracy` is None where n is 0.
+    Args:
+        chosen: The chosen options, (n,).
+        truth: The right options, (n,).
+
+    Returns:
+        `accuracy`, a fraction, or None where n is 0; the interval from `low` to `high`; `correct` and `total`.
     """
     chosen, truth = np.asarray(chosen), np.asarray(truth)
     if chosen.shape != truth.shape or chosen.ndim != 1:

@@ -15,19 +15,19 @@ _ROWS_AT_ONCE = 1024
 def get_marginal_indexes(
     actions: Mapping[str, Iterable[int]], mode: str, num_classes: int | None = None
 ) -> list[np.ndarray]:
-    """For each verb (or noun) class, the indices of the actions that contain it.
+    """For each verb (or noun) class, return the indices of the actions that contain the class.
 
     Args:
-        actions: column name -> the class of each action, in the order of the action scores: a dict of
-            sequences or a data frame with the columns "verb" and "noun".
-        mode: the column, "verb" or "noun".
-        num_classes: length of the result; by default the largest class among the actions, plus one.
+        actions: The class of each action by column name, in the order of the action scores: a dict of sequences or a
+            data frame with the columns "verb" and "noun".
+        mode: The column, "verb" or "noun".
+        num_classes: The length of the result; by default the largest class among the actions, plus one.
 
     Returns:
-        num_classes int64 arrays. That of a class which no action contains is empty.
+        num_classes int64 arrays. The array of a class that no action contains is empty.
 
     Raises:
-        UserError: no such column, no actions, or a class outside [0, num_classes).
+        UserError: There is no such column, there are no actions, or a class is outside [0, num_classes).
     """
     if mode not in actions:
         raise UserError(f"actions: no column {mode!r}, found {', '.join(map(str, actions))}")
@@ -47,25 +47,25 @@ def marginalize(probs: ArrayLike, indexes: Sequence[np.ndarray]) -> np.ndarray:
     """Sum action probabilities into class probabilities.
 
     Args:
-        probs: (n, actions) probabilities.
-        indexes: from `get_marginal_indexes`; a class without actions scores zero.
+        probs: Probabilities, (n, actions).
+        indexes: What `get_marginal_indexes` returned; a class without actions scores zero.
 
     Returns:
-        (n, len(indexes)) of the dtype of `probs`.
+        (n, len(indexes)) in the dtype of `probs`.
     """
     probs = np.asarray(probs)
     return np.stack([probs[:, np.asarray(i, dtype=np.int64)].sum(axis=1) for i in indexes], axis=1)
 
 
 def get_mean_accuracy(cm: ArrayLike) -> tuple[float, float]:
-    """Mean class accuracy and accuracy over all samples, both in percent.
+    """Return the mean class accuracy and the accuracy over all samples, both in percent.
 
     Args:
-        cm: (classes, classes) confusion counts, cm[true, predicted]. A class without samples counts as
-            zero in the mean, as it does in AVION.
+        cm: The confusion counts, (classes, classes), cm[true, predicted]. A class without samples counts as zero in the
+            mean, as in AVION.
 
     Raises:
-        UserError: not a square matrix, or without any sample.
+        UserError: `cm` is not a square matrix, or has no samples.
     """
     cm = np.asarray(cm, dtype=np.float64)
     if cm.ndim != 2 or cm.shape[0] != cm.shape[1] or cm.sum() <= 0:
@@ -76,17 +76,17 @@ def get_mean_accuracy(cm: ArrayLike) -> tuple[float, float]:
 
 
 def label_ranks(scores: ArrayLike, labels: ArrayLike) -> np.ndarray:
-    """How many classes score above the right one: 0 is top-1. Of equal scores the lower class comes first.
+    """Count how many classes score above the right class: 0 is top-1. Of equal scores the lower class comes first.
 
     Args:
-        scores: (n, classes), larger is better.
-        labels: (n,) int; -1 is a class that the scores do not have, and ranks behind all of them.
+        scores: (n, classes); larger is better.
+        labels: (n,) int; -1 is a class that has no score, and ranks behind all classes.
 
     Returns:
         (n,) int64.
 
     Raises:
-        UserError: a label that is no class, or scores that are not numbers.
+        UserError: A label is no class, or the scores are not numbers.
     """
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.ndim != 2 or labels.shape != scores.shape[:1] or labels.dtype.kind not in "iu":
@@ -95,7 +95,9 @@ def label_ranks(scores: ArrayLike, labels: ArrayLike) -> np.ndarray:
     if len(labels) and not -1 <= labels.min() <= labels.max() < count:
         raise UserError(f"labels run from {labels.min()} to {labels.max()}, the scores have {count} classes")
     ranks = np.empty(len(scores), dtype=np.int64)
-    for first in range(0, len(scores), _ROWS_AT_ONCE):  # the comparisons' memory, not the scores' size, counts
+    for first in range(
+        0, len(scores), _ROWS_AT_ONCE
+    ):  # what counts is the memory of the comparisons, not the size of the scores
         block, own = scores[first : first + _ROWS_AT_ONCE], labels[first : first + _ROWS_AT_ONCE, None]
         if not np.isfinite(block).all():
             row = first + int(np.flatnonzero(~np.isfinite(block).all(axis=1))[0])
@@ -107,9 +109,11 @@ def label_ranks(scores: ArrayLike, labels: ArrayLike) -> np.ndarray:
 
 
 def mean_class_accuracy(ranks: ArrayLike, labels: ArrayLike) -> float:
-    """The mean over classes of the share of their samples that are right; classes without samples do not count.
+    """Return the mean over classes of the share of right samples, a fraction. Classes without samples do not count.
 
-    ranks: (n,) from `label_ranks`; labels: (n,) int, at least 0. Returns a fraction.
+    Args:
+        ranks: What `label_ranks` returned, (n,).
+        labels: (n,) int, at least 0.
     """
     _, classes = np.unique(np.asarray(labels), return_inverse=True)
     right = np.bincount(classes, weights=np.asarray(ranks) == 0)
@@ -126,25 +130,27 @@ def action_metrics(
     tail_nouns: ArrayLike | None = None,
     unseen: ArrayLike | None = None,
 ) -> dict[str, float]:
-    """Accuracies of verbs, nouns and actions, overall and on EPIC's official subsets.
+    """Return the accuracies of verbs, nouns and actions, overall and on EPIC's official subsets.
 
     Verb and noun scores are sums of action probabilities (`marginalize`).
 
     Args:
-        probs: (n, actions) probabilities.
-        actions: the verb and the noun class of each action, (actions,) int each.
-        verb_class, noun_class: (n,) int, the right ones. An action that is not among `actions` counts as not found.
-        tail_verbs, tail_nouns: class numbers. An action is a tail action if its verb or its noun is a tail class.
+        probs: Action probabilities, (n, actions).
+        actions: The verb class and the noun class of each action, (actions,) int each.
+        verb_class: The right verb classes, (n,) int. An action that is not among `actions` counts as not found.
+        noun_class: The right noun classes, (n,) int.
+        tail_verbs: Class numbers of the tail verbs. An action is a tail action if its verb or its noun is a tail class.
+        tail_nouns: Class numbers of the tail nouns.
         unseen: (n,) bool, the clips of participants who are not in the training data.
 
     Returns:
-        For each kind of verb, noun, action: `{kind}_top1`, `{kind}_top5`, `{kind}_mean_class`; where the lists are
-        given `tail_{kind}_top1`, `_top5` (of clips whose class is in the tail; for actions both lists are needed) and
-        `unseen_{kind}_...`, with `tail_{kind}_clips` and `unseen_clips`. Fractions. A subset without clips has its
-        count only.
+        Fractions. For each kind of verb, noun and action: `{kind}_top1`, `{kind}_top5`, `{kind}_mean_class`. Where the
+            lists are given, also `tail_{kind}_top1` and `tail_{kind}_top5` (of clips whose class is in the tail;
+            actions need both lists) and `unseen_{kind}_...`, with `tail_{kind}_clips` and `unseen_clips`. A subset
+            without clips has its count only.
 
     Raises:
-        UserError: no clips, shapes that do not fit, classes that do not exist, scores that are not numbers.
+        UserError: There are no clips, shapes do not fit, a class does not exist, or scores are not numbers.
     """
     probs = np.asarray(probs)
     verb_class, noun_class = np.asarray(verb_class), np.asarray(noun_class)
@@ -174,7 +180,7 @@ def action_metrics(
 
 
 def action_marginals(probs: ArrayLike, actions: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Verb scores (n, 97) and noun scores (n, 300) of action probabilities (n, actions)."""
+    """Return verb scores (n, 97) and noun scores (n, 300) of action probabilities (n, actions)."""
     columns = {"verb": actions[0], "noun": actions[1]}
     counts = {"verb": EK100_VERBS, "noun": EK100_NOUNS}
     verbs, nouns = (marginalize(probs, get_marginal_indexes(columns, k, counts[k])) for k in ("verb", "noun"))
@@ -184,7 +190,7 @@ def action_marginals(probs: ArrayLike, actions: tuple[np.ndarray, np.ndarray]) -
 def _tail_rows(
     verb_class: np.ndarray, noun_class: np.ndarray, tail_verbs: ArrayLike | None, tail_nouns: ArrayLike | None
 ) -> dict[str, np.ndarray]:
-    """Which clips are in the tail, (n,) bool, for each kind that the given lists decide."""
+    """Return which clips are in the tail, (n,) bool, for each kind that the given lists decide."""
     rows: dict[str, np.ndarray] = {}
     if tail_verbs is not None:
         rows["verb"] = np.isin(verb_class, tail_verbs)

@@ -1,21 +1,21 @@
 """EPIC-KITCHENS-100 multi-instance retrieval: mean average precision and nDCG, both directions.
 
-For every query (a clip: a row, "vis"; a sentence: a column, "txt") the items of the other side are
-ranked by similarity, equal similarities in the order of their index. With rel_j the relevancy of the
-item at rank j = 1, 2, ...:
+For every query (a clip: a row, "vis"; a sentence: a column, "txt") the items of the other side are ranked by
+similarity, equal similarities in the order of their index. Let rel_j be the relevancy of the item at rank j = 1, 2,
+...:
 
     AP   = mean over the ranks k with rel_k = 1 of (rel_1 + ... + rel_k) / k
     nDCG = sum_{j <= K} rel_j / log2(j + 1)  /  the same sum for the ideal order,   K = #{j: rel_j > 0}
 
-and mAP, nDCG are the means over the queries: the definition of the dataset (Damen et al., arXiv
-2006.13256) as its challenge, LaViLa and AVION score it. Only pairs of relevancy 1 are relevant in AP: their
-ranks alone enter the mean. The precision at such a rank sums the relevancies, though, so that a
-half-relevant item ahead of it adds one half, not nothing. It matters: random similarities on the validation
-split give 5.7 / 5.6 % so, and 0.35 / 0.24 % with a precision that counts relevant items only.
-`graded_precision=False` gives the latter, the textbook's.
+mAP and nDCG are the means over the queries. This is the definition of the dataset (Damen et al., arXiv 2006.13256) as
+its challenge, LaViLa and AVION compute it. Only pairs of relevancy 1 are relevant in AP: the mean goes over their ranks
+only. The precision at such a rank sums the relevancies, however, so that a half-relevant item before it adds one half,
+not nothing. The difference is large: random similarities on the validation split give 5.7 / 5.6 %, and 0.35 / 0.24 %
+with a precision that counts relevant items only. `graded_precision=False` gives the latter, which is the textbook's
+definition.
 
-A query for which a figure is undefined (nothing relevant for AP, only zeros for nDCG) is left out of
-that mean. The annotations of EPIC-KITCHENS have none; they appear when clips are dropped.
+A query for which a metric is undefined (nothing relevant for AP, only zeros for nDCG) is left out of the mean. The
+annotations of EPIC-KITCHENS have no such query; there are some when clips are dropped.
 """
 
 import os
@@ -28,17 +28,19 @@ from numpy.typing import ArrayLike
 
 from avion.errors import UserError
 
-# Elements that one thread ranks at a time, a few MiB: about what a core's cache holds.
+# The number of elements that one thread ranks at a time, a few MiB: about what the cache of a core holds.
 BLOCK_ELEMENTS = 1 << 18
-_TILE = 256  # of a matrix that is turned as it is copied
+_TILE = 256  # of a matrix that is transposed while it is copied
 _MAX_THREADS = 4
 
 
 class _Ranked(NamedTuple):
     """The items of relevancy above 0 as a block of queries ranks them, query after query.
 
-    gains: float64 relevancies in (0, 1]; positions: their ranks from 0, rising within a query; bounds: of the queries,
-    one more than there are.
+    Attributes:
+        gains: Relevancies in (0, 1], float64.
+        positions: Their ranks from 0, rising within a query.
+        bounds: Where each query begins, and the end: one more than there are queries.
     """
 
     gains: np.ndarray
@@ -46,34 +48,34 @@ class _Ranked(NamedTuple):
     bounds: np.ndarray
 
     def padded(self) -> np.ndarray:
-        """The gains, (queries, most items of one), zeros after them."""
+        """Return the gains, (queries, largest number of items of a query), with zeros after them."""
         counts = np.diff(self.bounds)
         padded = np.zeros((len(counts), counts.max()))
         padded[np.arange(padded.shape[1]) < counts[:, None]] = self.gains
         return padded
 
 
-# Scores of a block's queries, NaN where undefined.
+# Scores of the queries of a block, NaN where undefined.
 Scorer = Callable[[_Ranked], np.ndarray]
 
 
 def retrieval_metrics(
     similarity: ArrayLike, relevancy: ArrayLike, *, graded_precision: bool = True
 ) -> dict[str, float]:
-    """All six figures of the retrieval tables, as fractions of 1.
+    """Return all six metrics of the retrieval tables, as fractions of 1.
 
     Args:
-        similarity: (clips, sentences) real numbers, larger is nearer; any monotone scale.
-        relevancy: (clips, sentences) in [0, 1].
-        graded_precision: see the module's docstring.
+        similarity: Real numbers, (clips, sentences), larger is nearer, on any monotone scale.
+        relevancy: (clips, sentences), in [0, 1].
+        graded_precision: Whether the precision sums relevancies; see the module's docstring.
 
     Returns:
-        {"vis_map", "txt_map", "avg_map", "vis_ndcg", "txt_ndcg", "avg_ndcg"}: "vis" queries with clips
-        (video to text, rows), "txt" with sentences (text to video, columns), "avg" is their mean.
+        {"vis_map", "txt_map", "avg_map", "vis_ndcg", "txt_ndcg", "avg_ndcg"}: "vis" queries with clips (video to text,
+            rows), "txt" with sentences (text to video, columns), and "avg" is their mean.
 
     Raises:
-        UserError: shapes differ or are not 2-D, a value is not finite, a relevancy is outside [0, 1],
-            or a direction has no query with anything relevant.
+        UserError: Shapes differ or are not 2-D, a value is not finite, a relevancy is outside [0, 1], or a direction
+            has no query with anything relevant.
     """
     checked = _checked(similarity, relevancy)
     scorers = {"map": _ap_scorer(graded_precision), "ndcg": _ndcg}
@@ -87,13 +89,17 @@ def retrieval_metrics(
 def get_mAP(
     similarity_matrix: ArrayLike, rel_matrix: ArrayLike, *, graded_precision: bool = True
 ) -> tuple[float, float, float]:
-    """(V2T, T2V, mean) mAP as fractions of 1; arguments and errors as `retrieval_metrics`."""
+    """Return mAP as fractions of 1: video to text, text to video, mean. Arguments and errors are those of
+    `retrieval_metrics`.
+    """
     similarity, relevancy = _checked(similarity_matrix, rel_matrix)
     return _both_directions(similarity, relevancy, {"map": _ap_scorer(graded_precision)})["map"]
 
 
 def get_nDCG(similarity_matrix: ArrayLike, rel_matrix: ArrayLike) -> tuple[float, float, float]:
-    """(V2T, T2V, mean) nDCG as fractions of 1; arguments and errors as `retrieval_metrics`."""
+    """Return nDCG as fractions of 1: video to text, text to video, mean. Arguments and errors are those of
+    `retrieval_metrics`.
+    """
     similarity, relevancy = _checked(similarity_matrix, rel_matrix)
     return _both_directions(similarity, relevancy, {"ndcg": _ndcg})["ndcg"]
 
@@ -109,7 +115,9 @@ def _both_directions(
 def _mean_scores(
     similarity: np.ndarray, relevancy: np.ndarray, scorers: dict[str, Scorer], query: str
 ) -> dict[str, float]:
-    """Mean of each scorer over the rows, the queries, in blocks of rows; memory is that of the blocks."""
+    """Return the mean of each scorer over the rows, which are the queries. The rows are taken in blocks, which bounds
+    the memory.
+    """
     queries, items = similarity.shape
     scores = np.empty((len(scorers), queries))
 
@@ -149,13 +157,13 @@ def _ap_scorer(graded: bool) -> Scorer:
 
 def _ndcg(ranked: _Ranked) -> np.ndarray:
     counts = np.diff(ranked.bounds)
-    # Of the item in place j: the ideal order has no more places than a query has items, and no later one counts.
+    # The discount of place j. The ideal order has no more places than a query has items, and no later place counts.
     discounts = np.log2(np.arange(2, counts.max() + 2))
     starts = ranked.bounds[:-1]
     counted = ranked.positions < np.repeat(counts, counts)
     terms = np.zeros(len(ranked.gains))
     terms[counted] = ranked.gains[counted] / discounts[ranked.positions[counted]]
-    # Ranks rise, so that what counts comes first.
+    # Ranks rise, so the items that count come first.
     dcg = _sums(terms, starts, starts + np.diff(np.append(0, counted.cumsum())[ranked.bounds]))
     ideal = np.sort(ranked.padded(), axis=1)[:, ::-1] / discounts
     ideal_starts = np.arange(len(counts)) * len(discounts)
@@ -163,7 +171,7 @@ def _ndcg(ranked: _Ranked) -> np.ndarray:
 
 
 def _sums(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """Of pieces of `values`. One by one, so that each is rounded as its own sum, whatever lies beside it."""
+    """Sum pieces of `values` one by one, so that the rounding of a sum does not depend on the other pieces."""
     pieces = zip(starts.tolist(), stops.tolist(), strict=True)
     return np.array([np.add.reduce(values[start:stop]) for start, stop in pieces])
 
@@ -176,19 +184,19 @@ def _or_nan(values: np.ndarray) -> np.ndarray:
 
 
 def _copied(block: np.ndarray) -> np.ndarray:
-    """(q, n) in one piece, each query's items side by side, of rows or columns of the matrix."""
+    """Return a contiguous copy (q, n) of rows or columns of the matrix, with each query's items side by side."""
     if block.flags.c_contiguous:
         return block
     copy = np.empty(block.shape, block.dtype)
-    for start in range(0, block.shape[1], _TILE):  # columns turn three times as fast in tiles
+    for start in range(0, block.shape[1], _TILE):  # in tiles, columns are transposed three times as fast
         copy[:, start : start + _TILE] = block[:, start : start + _TILE]
     return copy
 
 
 def _ranked(similarity: np.ndarray, relevancy: np.ndarray) -> _Ranked:
-    """Of (q, n) similarities and relevancies."""
+    """Rank the items of (q, n) similarities and relevancies."""
     queries, items = similarity.shape
-    gains = np.empty_like(relevancy)  # as each query ranks them
+    gains = np.empty_like(relevancy)  # in the order in which each query ranks them
     digits = _descending_digits(similarity)
     for row in range(queries):
         relevancy[row].take(_order([digit[row] for digit in digits]), out=gains[row], mode="clip")
@@ -198,19 +206,23 @@ def _ranked(similarity: np.ndarray, relevancy: np.ndarray) -> _Ranked:
 
 
 def _descending_digits(similarity: np.ndarray) -> list[np.ndarray]:
-    """(q, n) floats -> their (q, n) uint16 digits, lowest first, of integers that fall as the floats rise."""
+    """Map floats (q, n) to integers that fall as the floats rise, and return their uint16 digits, (q, n) each, lowest
+    first.
+    """
     bits = similarity.dtype.itemsize * 8
-    # Adding zero turns -0.0 into 0.0, with which it ties. IEEE floats order as integers do, the negative
-    # ones backwards and, by their sign bit, after the others: just right, once the others are turned.
+    # Adding zero turns -0.0 into 0.0, which is equal to it. The bits of positive IEEE floats, read as integers, rise
+    # with the floats; those of negative floats fall, and by their sign bit they come last. So the bits of the positive
+    # floats are inverted.
     keys = (similarity + similarity.dtype.type(0)).view(f"i{bits // 8}")
     keys ^= ~(keys >> (bits - 1)) & np.iinfo(keys.dtype).max
     return [(keys >> shift).astype(np.uint16) for shift in range(0, bits, 16)]
 
 
 def _order(digits: list[np.ndarray]) -> np.ndarray:
-    """(n,) uint16 digits, lowest first -> (n,) indices in rising order, equal ones by index.
+    """Return the indices that sort numbers in rising order, (n,), equal numbers by index.
 
-    A radix sort: NumPy's stable sort of 16-bit numbers is one, and a few times faster than that of floats.
+    This is a radix sort over the numbers' uint16 digits, lowest first, (n,) each: NumPy's stable sort of 16-bit numbers
+    is a radix sort, and a few times faster than the sort of floats.
     """
     order = digits[0].argsort(kind="stable")
     for digit in digits[1:]:

@@ -11,19 +11,19 @@ _BLOCK = 1024  # queries at a time
 
 
 def recall_metrics(similarity: np.ndarray, video_of: np.ndarray) -> dict[str, float]:
-    """Recall at 1, 5 and 10, median and mean rank, as MSR-VTT and its like are reported.
+    """Return recall at 1, 5 and 10, and median and mean rank, as they are reported for MSR-VTT and similar datasets.
 
     A text query looks for its own video. A video query has found its text with the best of its texts. The rank is 1
-    plus the number of others that are as similar or more: equal similarities count against the query, so that a model
-    that tells nothing apart finds nothing.
+    plus the number of other items that are at least as similar: equal similarities count against the query, so that a
+    model that gives all pairs the same similarity finds nothing.
 
     Args:
-        similarity: (videos, texts), float. No NaN.
-        video_of: (texts,), the number of the video of each text; every video has at least one.
+        similarity: (videos, texts) float, without NaN.
+        video_of: (texts,), the number of the video of each text; every video has at least one text.
 
     Returns:
-        `vis_r1`, `vis_r5`, `vis_r10` (shares of 1), `vis_median_rank`, `vis_mean_rank` of video queries, the same with
-        `txt_` of text queries, and `avg_recall`, the mean of the six recalls.
+        `vis_r1`, `vis_r5`, `vis_r10` (fractions of 1), `vis_median_rank`, `vis_mean_rank` of video queries, the same
+            with `txt_` of text queries, and `avg_recall`, the mean of the six recalls.
 
     Raises:
         UserError: A similarity is NaN.
@@ -43,17 +43,19 @@ def recall_metrics(similarity: np.ndarray, video_of: np.ndarray) -> dict[str, fl
 
 
 def text_ranks(similarity: np.ndarray, video_of: np.ndarray) -> np.ndarray:
-    """The rank of each text's own video. Shapes as in `recall_metrics` -> (texts,) int64"""
+    """Return the rank of each text's own video, (texts,) int64. The arguments are those of `recall_metrics`."""
     own = similarity[video_of, np.arange(similarity.shape[1])]
     ranks = [
         (similarity[:, first : first + _BLOCK] >= own[first : first + _BLOCK]).sum(axis=0)
         for first in range(0, len(own), _BLOCK)
     ]
-    return np.concatenate(ranks)  # the own one is counted, as the 1
+    return np.concatenate(ranks)  # the query's own video is counted, which adds the 1
 
 
 def video_ranks(similarity: np.ndarray, video_of: np.ndarray) -> np.ndarray:
-    """The rank of the best of each video's own texts. Shapes as in `recall_metrics` -> (videos,) int64"""
+    """Return the rank of the best of each video's own texts, (videos,) int64. The arguments are those of
+    `recall_metrics`.
+    """
     ranks = []
     for first in range(0, len(similarity), _BLOCK):
         block = similarity[first : first + _BLOCK]  # (b, texts)

@@ -1,8 +1,8 @@
-"""Accuracy within time-reversed pairs: is a clip nearer to its own text than to its reversal's?
+"""Accuracy within time-reversed pairs: is a clip nearer to its own text than to the text of the reversed action?
 
-"Put the cup down" played backwards is "take the cup": the frames are the same, only their order tells.
-A model that is blind to time gives both clips of a pair the same embedding, is right about one of them
-and wrong about the other, and so gets one half.
+"Put the cup down" played backwards is "take the cup": the frames are the same, and only their order differs. A model
+that does not see time gives both clips of a pair the same embedding, is right about one of them and wrong about the
+other, and so reaches one half.
 """
 
 import numpy as np
@@ -12,18 +12,18 @@ from avion.errors import UserError
 
 
 def pair_accuracy(video_embed: ArrayLike, own_text: ArrayLike, other_text: ArrayLike) -> dict[str, float | int]:
-    """Share of the clips whose cosine with their own text is the larger; equal ones count one half.
+    """Return the share of the clips whose cosine with their own text is the larger one; equal cosines count one half.
 
     Args:
-        video_embed: (n, E) one row per clip, of any length: only its direction counts.
-        own_text: (n, E) the text of that clip.
-        other_text: (n, E) the text of the reversed action.
+        video_embed: One row per clip, (n, E), of any length, because only the direction counts.
+        own_text: The text of the clip, (n, E).
+        other_text: The text of the reversed action, (n, E).
 
     Returns:
-        {"pair_acc": fraction of 1, "n": number of clips}
+        {"pair_acc": a fraction of 1, "n": the number of clips}
 
     Raises:
-        UserError: shapes differ, there is no clip, or a value is not finite.
+        UserError: Shapes differ, there is no clip, or a value is not finite.
     """
     given = {"video_embed": video_embed, "own_text": own_text, "other_text": other_text}
     video, own, other = (_unit_rows(value, name) for name, value in given.items())

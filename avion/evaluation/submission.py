@@ -1,4 +1,4 @@
-"""What the EPIC-KITCHENS-100 servers take, checked before it is sent: arrays in, the content of the files out."""
+"""What the EPIC-KITCHENS-100 servers accept, checked before it is sent: arrays in, the content of the files out."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 from avion.constants import EK100_NOUNS, EK100_VERBS
 from avion.errors import UserError
 
-# The supervision that a method declares: in pretraining, labels and data (arXiv 2008.09890).
+# The supervision that a method declares, in pretraining, labels and data (arXiv 2008.09890).
 SLS = ("sls_pt", "sls_tl", "sls_td")
 SLS_LEVELS = range(6)
 _TOLERANCE = 1e-4  # sums of thousands of float32
@@ -17,14 +17,16 @@ _TOLERANCE = 1e-4  # sums of thousands of float32
 def action_submission(
     narration_ids: Sequence[str], verb_scores: np.ndarray, noun_scores: np.ndarray, sls: Mapping[str, int]
 ) -> dict[str, Any]:
-    """The content of `test.json`, for the action recognition server.
+    """Return the content of `test.json`, for the action recognition server.
 
     Args:
-        narration_ids: n distinct ids. verb_scores: (n, 97), noun_scores: (n, 300), each in [0, 1].
-        sls: the levels sls_pt, sls_tl and sls_td, 0 to 5.
+        narration_ids: n distinct ids.
+        verb_scores: (n, 97), in [0, 1].
+        noun_scores: (n, 300), in [0, 1].
+        sls: The levels sls_pt, sls_tl and sls_td, 0 to 5.
 
     Raises:
-        UserError: one line on the first thing that the server would refuse.
+        UserError: The server would refuse the submission. The message is one line about the first reason.
     """
     _check_ids(narration_ids, "narration ids")
     columns = {}
@@ -42,9 +44,16 @@ def action_submission(
 def retrieval_submission(
     similarity: np.ndarray, vis_ids: Sequence[str], txt_ids: Sequence[str], sls: Mapping[str, int]
 ) -> dict[str, Any]:
-    """The content of `test.pkl`, for the multi-instance retrieval server.
+    """Return the content of `test.pkl`, for the multi-instance retrieval server.
 
-    similarity: (clips, sentences) in [0, 1], (cosine + 1) / 2; vis_ids, txt_ids: narration ids of its rows and columns.
+    Args:
+        similarity: (cosine + 1) / 2, (clips, sentences), in [0, 1].
+        vis_ids: The narration ids of the rows.
+        txt_ids: The narration ids of the columns.
+        sls: The levels sls_pt, sls_tl and sls_td, 0 to 5.
+
+    Raises:
+        UserError: The server would refuse the submission. The message is one line about the first reason.
     """
     _check_ids(vis_ids, "ids of the clips")
     _check_ids(txt_ids, "ids of the sentences")
@@ -61,7 +70,11 @@ def retrieval_submission(
 
 
 def check_same_ids(found: Sequence[str], expected: Sequence[str], source: str) -> None:
-    """Raise UserError unless `found` are the ids `expected`, in any order."""
+    """Check that the ids `found` are the ids `expected`, in any order.
+
+    Raises:
+        UserError: The ids differ. The message names `source`.
+    """
     missing, foreign = (sorted(set(a) - set(b)) for a, b in ((expected, found), (found, expected)))
     if missing or foreign:
         what = [f"{len(ids)} {word} ({ids[0]})" for ids, word in ((missing, "missing"), (foreign, "too many")) if ids]

@@ -1,7 +1,7 @@
-"""Features of every process, with gradients that come out right after DDP's averaging.
+"""Features of every process, with gradients that are right after the averaging of DistributedDataParallel.
 
-Let W be the number of processes. DistributedDataParallel divides summed parameter gradients by W, so the
-gradient that a process hands to its own features must be W times the gradient of the global loss.
+Let W be the number of processes. DistributedDataParallel divides the summed gradients of the parameters by W, so the
+gradient that a process gives to its own features must be W times the gradient of the global loss.
 """
 
 import torch
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 def world() -> tuple[int, int]:
-    """(rank, number of processes); (0, 1) without a process group."""
+    """Return the rank and the number of processes; (0, 1) without a process group."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -18,11 +18,11 @@ def world() -> tuple[int, int]:
 class _AllGather(torch.autograd.Function):
     """Concatenate `features` (B, E) of all processes in rank order: (W·B, E).
 
-    `backward_mode` says what a process gets back for its own rows:
-    "sum": the sum over processes (each process's loss is one share of the global loss, or a copy of it);
-    "copies": W times its own gradient: each process computed the same global loss, so the other processes'
-    gradients for these rows are copies of it and nothing needs to be sent;
-    "own": its own gradient alone, the other processes' losses do not reach these rows.
+    `backward_mode` says which gradient a process gets for its own rows. "sum" is the sum over processes, where each
+    process's loss is one share of the global loss, or a copy of it. "copies" is W times the process's own gradient:
+    each process computed the same global loss, so the gradients of the other processes for these rows are copies, and
+    nothing needs to be sent. "own" is the process's own gradient only: the losses of the other processes do not reach
+    these rows.
     """
 
     @staticmethod
@@ -44,9 +44,12 @@ class _AllGather(torch.autograd.Function):
 
 
 def gather_features(features: torch.Tensor, backward_mode: str = "sum") -> torch.Tensor:
-    """(B, E) of this process to (W·B, E) of all, rank 0 first; the identity without a process group.
+    """Gather features (B, E) of this process to (W·B, E) of all, rank 0 first; return them unchanged without a process
+    group.
 
-    Every process must hold the same number of rows. `backward_mode`: see `_AllGather`.
+    Args:
+        features: The features of this process. Every process must hold the same number of rows.
+        backward_mode: "sum", "copies" or "own"; see `_AllGather`.
     """
     if backward_mode not in ("sum", "copies", "own"):
         raise ValueError(f"backward_mode must be sum, copies or own, got {backward_mode!r}")

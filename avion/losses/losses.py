@@ -1,6 +1,6 @@
 """Losses over the global batch of a two-tower model, with AVION's arguments.
 
-Legend: B clips per process, W processes, E embedding width.
+Legend: B clips per process, W processes, E width of the embedding.
 """
 
 import logging
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class _GlobalBatchLoss(nn.Module):
-    """What both losses need to see the features of all processes."""
+    """What both losses need in order to see the features of all processes."""
 
     def __init__(self, local_loss: bool, gather_with_grad: bool, rank: int, world_size: int, use_horovod: bool):
         super().__init__()
@@ -30,7 +30,7 @@ class _GlobalBatchLoss(nn.Module):
         self.rank, self.world_size = rank, world_size
 
     def gather(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, E) of this process to (W·B, E) of all."""
+        """Gather (B, E) of this process to (W·B, E) of all processes."""
         if self.world_size == 1:
             return features
         rank, size = world()
@@ -45,34 +45,38 @@ class _GlobalBatchLoss(nn.Module):
         return gather_features(features, "own" if self.local_loss else "copies")
 
     def check_pairs(self, image_features: torch.Tensor, text_features: torch.Tensor) -> None:
-        """UserError unless both are (B, E)."""
+        """Check the shapes.
+
+        Raises:
+            UserError: The features are not both (B, E).
+        """
         images, texts = tuple(image_features.shape), tuple(text_features.shape)
         if len(images) != 2 or images != texts:
             raise UserError(f"{type(self).__name__}: features of one shape (B, E) are due, found {images} and {texts}")
 
     def first_row(self, rows: int) -> int:
-        """Which row of the global batch is the first that the loss is computed for."""
+        """Return the first row of the global batch for which the loss is computed."""
         return self.rank * rows if self.local_loss else 0
 
 
 class ClipLoss(_GlobalBatchLoss):
-    """Mean of the two cross-entropies over logit_scale · V Tᵀ (CLIP, arXiv 2103.00020).
+    """The mean of the two cross-entropies over logit_scale · V Tᵀ (CLIP, arXiv 2103.00020).
 
-    The positives are the diagonal; the negatives come from all processes.
+    The positives are on the diagonal; the negatives come from all processes.
 
     Args:
-        local_loss: each process computes its own B rows and B columns instead of all W·B. Averaged over
+        local_loss: Whether each process computes its own B rows and B columns instead of all W·B. Averaged over
             processes, loss and gradients are the same; less is computed.
-        gather_with_grad: gradients flow into the features of the other processes. Without it and with
-            `local_loss`, a process's features learn only from its own rows and columns. Without
-            `local_loss` the result is the same either way, since every process sees the whole loss.
-        cache_labels: keep the labels of the last batch for the next one of the same size.
-        rank, world_size: this process's number and W, as in the process group. With `world_size` 1, the default,
-            nothing is gathered: the pairs are this process's.
-        use_horovod: refused if true.
+        gather_with_grad: Whether gradients flow into the features of the other processes. Without it and with
+            `local_loss`, the features of a process learn only from the process's own rows and columns. Without
+            `local_loss` it makes no difference, because every process sees the whole loss.
+        cache_labels: Whether the labels of the last batch are kept for the next batch of the same size.
+        rank: The number of this process in the process group.
+        world_size: W. With 1, the default, nothing is gathered: the pairs are those of this process.
+        use_horovod: Refused if true.
 
     Raises:
-        UserError: for a rank that does not exist, and, when it is called, where there is no such process group.
+        UserError: The rank does not exist; or, when the loss is called, there is no such process group.
     """
 
     def __init__(
@@ -89,10 +93,16 @@ class ClipLoss(_GlobalBatchLoss):
         self._labels: torch.Tensor | None = None
 
     def forward(self, image_features, text_features, logit_scale) -> dict[str, torch.Tensor]:
-        """image_features, text_features (B, E), of length 1; logit_scale 0-d, already exponentiated.
+        """Compute the loss.
 
-        Returns `loss` (0-d float32; with `local_loss` this process's share) and `clip_acc`: the percentage
-        of clips in its rows whose own text scores highest.
+        Args:
+            image_features: Unit vectors, (B, E).
+            text_features: Unit vectors, (B, E).
+            logit_scale: 0-d, after the exponential.
+
+        Returns:
+            `loss`, 0-d float32, which is this process's share with `local_loss`; and `clip_acc`, the percentage of
+                clips in this process's rows whose own text scores highest.
         """
         self.check_pairs(image_features, text_features)
         image_features, text_features = image_features.float(), text_features.float()
@@ -110,38 +120,41 @@ class ClipLoss(_GlobalBatchLoss):
         return {"loss": loss, "clip_acc": accuracy}
 
     def labels(self, logits: torch.Tensor) -> torch.Tensor:
-        """The column of each row's own pair: logits (R, W·B) → (R,) int64."""
+        """Return the column of each row's own pair: logits (R, W·B) → (R,) int64."""
         rows, device = len(logits), logits.device
         kept = self._labels
         if kept is not None and len(kept) == rows and kept.device == device:
             return kept
         labels = torch.arange(rows, device=device) + self.first_row(rows)
-        # A tensor of inference mode would end the next backward pass.
+        # A tensor that was made in inference mode would make the next backward pass fail.
         self._labels = labels if self.cache_labels and not labels.is_inference() else None
         return labels
 
 
 class MaxMarginRankingLoss(_GlobalBatchLoss):
-    """Bidirectional max-margin ranking loss of the global batch (Frozen in Time, arXiv 2104.00650).
+    """The bidirectional max-margin ranking loss of the global batch (Frozen in Time, arXiv 2104.00650).
 
     With S_ij the cosine of text i and clip j, n = W·B, and w_i the weight of pair i (1 without weights):
 
         loss = 1 / (2 n (n - 1)) · sum over i ≠ j of w_i · [relu(margin - S_ii + S_ij) + relu(margin - S_ii + S_ji)]
 
-    so w_i scales all that pair i asks of the others, its text against their clips and its clip against their texts.
+    So w_i scales both terms of pair i: its text against the clips of the other pairs, and its clip against their texts.
     The sum is divided by the number of terms, not by the weights: a batch of small weights gives a small loss.
 
     Args:
-        margin: in units of the cosine.
-        fix_norm: leave out the diagonal, as above. Without it i = j counts too, each time with the margin itself, and
-            the sum is divided by 2 n².
-        local_loss, gather_with_grad, rank, world_size, use_horovod: as in `ClipLoss`; a process's own rows are its
-            own pairs i.
-        weighted: use the weights that the loss is called with. AVION's scripts hand over relevancies, and its loss,
-            with which the published models were trained, does not look at them: that is the default.
+        margin: In units of the cosine.
+        fix_norm: Whether the diagonal is left out, as above. Otherwise i = j counts too, each time with the margin
+            itself, and the sum is divided by 2 n².
+        local_loss: As in `ClipLoss`; the rows of a process are its own pairs i.
+        gather_with_grad: As in `ClipLoss`.
+        rank: As in `ClipLoss`.
+        world_size: As in `ClipLoss`.
+        use_horovod: As in `ClipLoss`.
+        weighted: Whether the loss uses the weights that it is called with. AVION's scripts pass relevancies, which
+            AVION's loss ignores. The published models were trained with that loss, so False is the default.
 
     Raises:
-        UserError: as `ClipLoss`.
+        UserError: As in `ClipLoss`.
     """
 
     def __init__(
@@ -161,10 +174,16 @@ class MaxMarginRankingLoss(_GlobalBatchLoss):
         self._warned = False
 
     def forward(self, image_features, text_features, weight=None) -> dict[str, torch.Tensor]:
-        """image_features, text_features (B, E) of any length; weight (B,), not negative, or None.
+        """Compute the loss.
 
-        Returns `loss` (0-d float32; with `local_loss` this process's share) and `max_margin_loss`, the same
-        without gradient.
+        Args:
+            image_features: (B, E), of any length.
+            text_features: (B, E), of any length.
+            weight: (B,), not negative, or None.
+
+        Returns:
+            `loss`, 0-d float32, which is this process's share with `local_loss`; and `max_margin_loss`, the same number
+                without gradient.
         """
         self.check_pairs(image_features, text_features)
         weight = self._weight(weight, len(image_features))

@@ -12,10 +12,10 @@ from avion.errors import UserError
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: parameters that decay, and those that do not.
+    """Return two groups: parameters that take weight decay, and parameters that take none.
 
-    No decay for biases and anything of fewer than two dimensions (AVION's rule), and for what the model
-    names in `no_weight_decay()`: the state matrices A_log of the scan, which are 2-D but no projection.
+    Biases and all parameters of fewer than two dimensions take none (AVION's rule), and neither do the parameters that
+    the model names in `no_weight_decay()`: the state matrices A_log of the scan, which are 2-D but no projections.
     """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -39,9 +39,16 @@ def build_optimizer(
     eps: float = 1e-8,
     use_zero: bool = False,
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD over `param_groups`; with `use_zero` its state is sharded over the processes.
+    """Build AdamW or SGD over `param_groups`.
 
-    SGD's momentum is the first of `betas` (AVION's rule); it has no use for the second one and for `eps`.
+    Args:
+        model: The model.
+        name: "adamw" or "sgd".
+        lr: The learning rate.
+        weight_decay: The weight decay of the parameters that take it.
+        betas: Those of AdamW. SGD's momentum is the first one (AVION's rule), and SGD ignores the second one.
+        eps: That of AdamW; SGD ignores it.
+        use_zero: Whether the optimizer's state is sharded over the processes.
     """
     groups = param_groups(model, weight_decay)
     if not groups:
@@ -59,22 +66,25 @@ def build_optimizer(
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """`optimizer.load_state_dict(saved)`, with every tensor on the device where the optimizer uses it.
+    """Call `optimizer.load_state_dict(saved)`, and put every tensor on the device where the optimizer uses it.
 
-    ZeroRedundancyOptimizer puts 0-dimensional tensors (AdamW's `step`) on the CPU, whatever the optimizer inside it
-    is: a fused or capturable one wants them beside the parameters. It also keeps this process's share twice.
+    ZeroRedundancyOptimizer puts 0-dimensional tensors (AdamW's `step`) on the CPU, whatever the optimizer inside it is,
+    but a fused or capturable optimizer needs them beside the parameters. It also keeps the share of this process twice.
 
     Args:
-        saved: what `state_dict` returned, of all processes; it is left as it is.
+        optimizer: The optimizer that takes the state.
+        saved: What `state_dict` returned, of all processes; it is not changed.
 
     Raises:
-        ValueError, KeyError, TypeError, IndexError, AttributeError: `saved` is of other parameters.
+        ValueError, KeyError, TypeError, IndexError, AttributeError: `saved` belongs to other parameters.
     """
-    optimizer.load_state_dict({**saved, "state": dict(saved["state"])})  # ZeRO empties the others' shares in it
+    optimizer.load_state_dict(
+        {**saved, "state": dict(saved["state"])}
+    )  # ZeRO empties the shares of the other processes in it
     inner = optimizer
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         inner = optimizer.optim
-        inner.load_state_dict(inner.state_dict())  # PyTorch's own rule for where each tensor belongs
+        inner.load_state_dict(inner.state_dict())  # PyTorch's rule for the device of each tensor
         optimizer.state.clear()
     for parameter, state in inner.state.items():
         for name, value in state.items():

@@ -11,11 +11,11 @@ def cosine_scheduler(
     warmup_epochs: int = 0,
     start_warmup_value: float = 0.0,
 ) -> np.ndarray:
-    """Linear warm-up, then half a cosine: (epochs · niter_per_ep,) float64.
+    """Return a linear warm-up and then half a cosine, (epochs · niter_per_ep,) float64.
 
-    Warm-up runs from `start_warmup_value` to `base_value`, both ends included, over
-    warmup_epochs · niter_per_ep points; point i of the n that remain is
-    final + (base - final) · (1 + cos(π i / n)) / 2, so that the last one is just above `final_value`.
+    The warm-up runs from `start_warmup_value` to `base_value`, both ends included, over warmup_epochs · niter_per_ep
+    points. Point i of the n points that remain is final + (base - final) · (1 + cos(π i / n)) / 2, so that the last
+    point is just above `final_value`.
     """
     total = epochs * niter_per_ep
     warmup = min(warmup_epochs * niter_per_ep, total)
@@ -27,5 +27,5 @@ def cosine_scheduler(
 
 
 def constant_scheduler(value: float, epochs: int, niter_per_ep: int) -> np.ndarray:
-    """The same value for every step: (epochs · niter_per_ep,) float64."""
+    """Return the same value for every optimizer step, (epochs · niter_per_ep,) float64."""
     return np.full(epochs * niter_per_ep, value)

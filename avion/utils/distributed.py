@@ -1,7 +1,7 @@
 """AVION's `avion.utils.distributed`: what its scripts ask about processes, and how they save.
 
-Importing this lets `torch.load`, which by default reads nothing but tensors and plain values, also read what AVION puts
-into its checkpoints: `argparse.Namespace` (the flags) and numpy's numbers (the best figure).
+By default `torch.load` reads nothing but tensors and plain values. Importing this file lets it also read what AVION
+puts into its checkpoints: `argparse.Namespace` (the flags) and numpy's numbers (the best metric).
 """
 
 import argparse
@@ -28,15 +28,21 @@ extend_torch_load()
 
 
 def init_distributed_mode(args: argparse.Namespace) -> None:
-    """Find the other processes of this run and meet them.
+    """Find the other processes of this run, and join their process group.
 
-    Launchers are those of this project's own entry points (torchrun, srun with several tasks), else `args.rank`,
-    `args.world_size` and `args.dist_url` count. Sets `args.rank`, `args.world_size`, `args.gpu` (None without a GPU),
-    `args.dist_backend` ("gloo" without a GPU) and `args.distributed`. A process that was started alone gets a process
-    group of its own, so that a script may gather without asking, and `args.distributed` is False, as in AVION.
+    The launchers are those of this project's entry points (torchrun, srun with several tasks); without a launcher,
+    `args.rank`, `args.world_size` and `args.dist_url` count. The function sets `args.rank`, `args.world_size`,
+    `args.gpu` (None without a GPU), `args.dist_backend` ("gloo" without a GPU) and `args.distributed`. A process that
+    was started alone gets a process group of its own, so that a script may gather without asking, and
+    `args.distributed` is False, as in AVION.
 
-    Unlike AVION's, this leaves `print` as it is: every process prints.
-    Raises UserError for variables of a launcher that do not fit together, and for a GPU that does not exist.
+    Unlike AVION's function, this one leaves `print` as it is: every process prints.
+
+    Args:
+        args: The flags of the script.
+
+    Raises:
+        UserError: The variables of a launcher do not fit together, or a GPU does not exist.
     """
     launched = {"RANK", "WORLD_SIZE"} <= set(os.environ)
     options = _device_options(args)
@@ -62,46 +68,54 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
 
 
 def _device_options(args: argparse.Namespace) -> DeviceOptions:
-    """The flags of `args` about processes, with AVION's defaults for those that a script may not have."""
+    """Return the flags of `args` about processes, with AVION's defaults for those that a script may not have."""
     names = ("rank", "world_size", "local_rank", "dist_url", "dist_backend")
     return DeviceOptions(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
 def is_dist_avail_and_initialized() -> bool:
-    """Whether there is a process group."""
+    """Return whether there is a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def get_rank() -> int:
-    """This process's number; 0 without a process group."""
+    """Return the number of this process; 0 without a process group."""
     return dist.get_rank() if is_dist_avail_and_initialized() else 0
 
 
 def get_world_size() -> int:
-    """How many processes there are; 1 without a process group."""
+    """Return the number of processes; 1 without a process group."""
     return dist.get_world_size() if is_dist_avail_and_initialized() else 1
 
 
 def is_main_process() -> bool:
-    """Whether this is process 0."""
+    """Return whether this is process 0."""
     return get_rank() == 0
 
 
 def get_model(model: nn.Module) -> nn.Module:
-    """The model inside DataParallel or DistributedDataParallel; any other as it is."""
+    """Return the model inside DataParallel or DistributedDataParallel, and any other model unchanged."""
     wrapped = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
     return model.module if wrapped else model
 
 
 def random_seed(seed: int = 42, rank: int = 0) -> None:
-    """Start the generators of torch, numpy and Python from seed + rank."""
+    """Seed the generators of torch, numpy and Python with seed + rank."""
     for start in (torch.manual_seed, np.random.seed, random.seed):
         start(seed + rank)
 
 
 def save_on_master(state: Mapping[str, Any], is_best: bool, output_dir: str | os.PathLike) -> None:
-    """On process 0: `state` as {output_dir}/checkpoint.pt, whole or not at all, and where `is_best` the same as
-    checkpoint_best.pt. Raises UserError if it cannot be written."""
+    """Save a checkpoint on process 0: {output_dir}/checkpoint.pt, whole or not at all.
+
+    Args:
+        state: The content of the checkpoint.
+        is_best: Whether the same is also saved as checkpoint_best.pt.
+        output_dir: The folder.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
     if not is_main_process():
         return
     folder = Path(output_dir)

@@ -1,4 +1,4 @@
-"""AVION's import path; the functions live in `avion.evaluation.ek100_cls`."""
+"""AVION's import path; the functions are defined in `avion.evaluation.ek100_cls`."""
 
 from avion.evaluation.ek100_cls import get_marginal_indexes, get_mean_accuracy, marginalize
 

@@ -1,4 +1,4 @@
-"""AVION's import path; the functions live in `avion.evaluation.ek100_mir`."""
+"""AVION's import path; the functions are defined in `avion.evaluation.ek100_mir`."""
 
 from avion.evaluation.ek100_mir import get_mAP, get_nDCG
 

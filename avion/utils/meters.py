@@ -11,9 +11,11 @@ from .distributed import is_dist_avail_and_initialized
 
 
 class AverageMeter:
-    """The last value of something and the mean of all so far: `val`, `avg`, `sum`, `count`.
+    """The last value of something and the mean of all values so far: `val`, `avg`, `sum`, `count`.
 
-    fmt: how both are printed, ":6.2f" for example.
+    Args:
+        name: The name that is printed.
+        fmt: The format in which both are printed, such as ":6.2f".
     """
 
     def __init__(self, name: str, fmt: str = ":f"):
@@ -25,14 +27,14 @@ class AverageMeter:
         self.val = self.avg = self.sum = self.count = 0
 
     def update(self, val: float, n: int = 1) -> None:
-        """`val` is the mean of n more values."""
+        """Add n values whose mean is `val`."""
         self.val = val
         self.sum += val * n
         self.count += n
         self.avg = self.sum / self.count if self.count else 0
 
     def synchronize(self) -> None:
-        """`sum`, `count` and `avg` over all processes; every process must call it."""
+        """Compute `sum`, `count` and `avg` over all processes; every process must call this."""
         if not is_dist_avail_and_initialized():
             return
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -47,7 +49,7 @@ class AverageMeter:
 
 
 class ProgressMeter:
-    """Prints a line of meters: prefix, "[ 3/12]", and every meter, with tabs between."""
+    """Prints a line of meters: the prefix, "[ 3/12]", and every meter, with tabs between them."""
 
     def __init__(self, num_batches: int, meters: Sequence[AverageMeter], prefix: str = ""):
         if num_batches < 0:
@@ -55,12 +57,12 @@ class ProgressMeter:
         self.num_batches, self.meters, self.prefix = num_batches, meters, prefix
 
     def display(self, batch: int) -> None:
-        """Print the line for batch number `batch`."""
+        """Print the line of the batch with this number."""
         width = len(str(self.num_batches))
         place = f"{self.prefix}[{batch:{width}d}/{self.num_batches}]"
         print("\t".join([place, *map(str, self.meters)]))
 
     def synchronize(self) -> None:
-        """All meters' `synchronize`, in their order."""
+        """Synchronize all meters, in their order."""
         for meter in self.meters:
             meter.synchronize()

@@ -15,18 +15,27 @@ _EK100 = "datasets/EK100/epic-kitchens-100-annotations"
 
 
 def check_loss_nan(loss: torch.Tensor) -> None:
-    """End this process with exit status 1 and a line on stderr if the loss (one number) is infinite or none."""
+    """End this process with exit status 1 and a line on stderr if the loss (one number) is infinite or NaN."""
     value = loss.item()
     if not math.isfinite(value):
         raise SystemExit(f"the loss is {value}: training stops; lower the learning rate or look at the data")
 
 
 def interpolate_pos_embed(old_pos_embed: torch.Tensor, model: Any, num_frames: int) -> torch.Tensor:
-    """Position embeddings (1, E + S·n, D) of tubes in space and time for the grid of `model`, (1, E + S·n', D).
+    """Resize position embeddings of tubes in space and time to the grid of a model.
 
-    S = num_frames / tubelet_size tubes in time; n and n' patches of a square grid, resized bicubically; the E tokens
-    before them (a class token, say) are kept. `model` has `pos_embed`, and in `patch_embed` `num_patches` (S·n') and
-    `tubelet_size`, as VideoMAE's. Raises UserError where a grid is not square.
+    Args:
+        old_pos_embed: (1, E + S·n, D). S = num_frames / tubelet_size is the number of tubes in time, and n is the
+            number of patches of a square grid, which is resized bicubically. The E tokens before them (a class token,
+            for example) are kept.
+        model: Has `pos_embed`, and in `patch_embed` `num_patches` (S·n') and `tubelet_size`, as VideoMAE's models do.
+        num_frames: The number of frames.
+
+    Returns:
+        (1, E + S·n', D).
+
+    Raises:
+        UserError: A grid is not square.
     """
     steps = num_frames // model.patch_embed.tubelet_size
     extra = model.pos_embed.shape[-2] - model.patch_embed.num_patches
@@ -49,12 +58,19 @@ def _side(tokens: int, steps: int) -> int:
 
 
 def generate_label_map(dataset: str, folder: str | os.PathLike = _EK100) -> tuple[list[list[str]], dict[str, int]]:
-    """The actions of EPIC-KITCHENS-100's train and validation CSVs, numbered in the order of their names as texts.
+    """Return the actions of EPIC-KITCHENS-100's train and validation CSVs, numbered in the order of their names as
+    texts.
 
-    dataset: "ek100_cls"; UserError for another. folder: of `EPIC_100_train.csv` and `EPIC_100_validation.csv`;
-    AVION's place for them unless it is given.
+    Args:
+        dataset: "ek100_cls".
+        folder: The folder of `EPIC_100_train.csv` and `EPIC_100_validation.csv`; by default the folder where AVION
+            looks for them.
 
-    Returns the narrations of each action, sorted and each once, and {"verb_class:noun_class": number}.
+    Returns:
+        The narrations of each action, sorted and without repetitions, and {"verb_class:noun_class": number}.
+
+    Raises:
+        UserError: The dataset is another one.
     """
     if dataset != "ek100_cls":
         raise UserError(f"generate_label_map: {dataset!r} has no list of actions here; 'ek100_cls' has")
