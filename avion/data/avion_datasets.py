@@ -1,5 +1,7 @@
-"""AVION's datasets for people's own scripts: its arguments in its order, its items. `avion.data.clip_dataset`, AVION's
-import path, hands them on."""
+"""AVION's datasets for people's own scripts, with AVION's arguments in AVION's order and AVION's items.
+
+`avion.data.clip_dataset`, AVION's import path, also holds these names.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +27,16 @@ from avion.errors import UserError
 logger = logging.getLogger(__name__)
 
 _DATASETS = ("ego4d", "ek100_mir", "ek100_cls")
-_POSITIVE = 0.1  # a sentence of more relevancy than this is a positive of its clip
+_POSITIVE = 0.1  # a sentence with a relevancy above this number is a positive of its clip
 _RELEVANCY = "caption_relevancy_EPIC_100_retrieval_{split}.pkl"
 
-Frames = torch.Tensor | Any  # what the script's own transform returns
+Frames = torch.Tensor | Any  # whatever the script's transform returns
 
 
 class _AvionDataset(Dataset):
-    """Clips of an annotation file, read as AVION reads them; what is said about a clip is the subclasses'.
+    """Clips of an annotation file, read as AVION reads them; the subclasses say what belongs to a clip.
 
-    Randomness comes from torch's generator. A clip that cannot be read raises VideoError.
+    The random numbers come from torch's generator. A clip that cannot be read raises VideoError.
     """
 
     def __init__(
@@ -94,23 +96,35 @@ class _AvionDataset(Dataset):
 class VideoCaptionDatasetCLIP(_AvionDataset):
     """Clips with their captions: items are (frames, tokens or text, relevancy).
 
-    frames: what `transform` makes of float32 (T, H, W, 3), 0 to 255, or these. tokens: `tokenizer(text)[0]`; the text
-    itself without a tokenizer. relevancy: of "ego4d" 0.0; of "ek100_mir" 1 in evaluation, in training that of the
-    sentence, which is drawn among those that are more than 0.1 relevant to the clip, each as likely.
+    `frames` is what `transform` returns for float32 (T, H, W, 3), 0 to 255, or these frames without a transform.
+    `tokens` is `tokenizer(text)[0]`, or the text itself without a tokenizer. `relevancy` is 0.0 for "ego4d". For
+    "ek100_mir" it is 1 in evaluation; in training it is the relevancy of the sentence, which is drawn among the
+    sentences whose relevancy to the clip is above 0.1, all equally likely. Training clips of "ek100_mir" without such a
+    sentence are left out, which the log says.
 
     Args:
-        dataset: "ego4d" (`metadata` is a pickle; one of several wordings is drawn in training), "ek100_mir" (a CSV;
-            for training its sentences lie beside it as `…_sentence.csv`, and in the folder `relevancy` EPIC's own
-            file of the split, "train" or "test", that the CSV's name has), "ek100_cls" (a CSV; the text is the
-            action, "verb_class:noun_class").
-        root: folder of the videos. chunk_len: seconds in a file; -1: whole videos. threads: of the decoder.
-        clip_length: T. clip_stride: without effect, as in AVION, whose sampling is uniform.
-        fast_rrc, fast_rcc: crop and resize before the transform, to uint8 frames of rrc_params[0] (random box, area
-            share rrc_params[1]) or rcc_params[0] (central).
-        subsample_stride: take every so manyth clip.
+        dataset: "ego4d" (`metadata` is a pickle; in training one of several wordings is drawn), "ek100_mir" (`metadata`
+            is a CSV; for training, its sentences lie beside it as `…_sentence.csv`, and the folder `relevancy` holds
+            EPIC's file of the split, "train" or "test", that the name of the CSV contains), or "ek100_cls" (a CSV; the
+            text is the action, "verb_class:noun_class").
+        root: The folder of the videos.
+        metadata: The annotation file.
+        transform: A function of the frames, or None.
+        is_training: Whether the frames are jittered and the texts drawn.
+        tokenizer: A function of a text, or None.
+        chunk_len: The seconds in a file; -1 means whole videos.
+        clip_length: T.
+        clip_stride: Without effect, as in AVION, whose sampling is uniform.
+        threads: The number of threads of the decoder.
+        fast_rrc: Whether a random box with an area share of rrc_params[1] is cropped and resized to rrc_params[0]
+            pixels before the transform, as uint8 frames.
+        rrc_params: The size and the range of area shares.
+        fast_rcc: Whether the centre is cropped to rcc_params[0] pixels before the transform, as uint8 frames.
+        rcc_params: The size.
+        subsample_stride: Take every so many-th clip.
 
-    Training clips of "ek100_mir" without any positive are left out, with a word in the log.
-    Raises UserError for files that are not as described.
+    Raises:
+        UserError: A file is not as described.
     """
 
     def __init__(
@@ -169,11 +183,14 @@ class VideoCaptionDatasetCLIP(_AvionDataset):
 
 
 class VideoClassyDataset(_AvionDataset):
-    """Clips with their classes: items are (frames, label), label "verb_class:noun_class", or `label_mapping`'s number
-    of it. Only "ek100_cls" has classes; arguments as in `VideoCaptionDatasetCLIP`.
+    """Clips with their classes: items are (frames, label).
 
-    Raises UserError for a class that `label_mapping` has not, and for what AVION accepts here and does not look at:
-    several clips of one action, sparse sampling, videos that are not trimmed.
+    `label` is "verb_class:noun_class", or the number that `label_mapping` gives to this text. Only "ek100_cls" has
+    classes. The arguments are those of `VideoCaptionDatasetCLIP`.
+
+    Raises:
+        UserError: `label_mapping` lacks a class, or an argument asks for something that AVION accepts and ignores:
+            several clips of one action, sparse sampling, videos that are not trimmed.
     """
 
     def __init__(
@@ -238,11 +255,18 @@ def get_downstream_dataset(
     subset: str = "train",
     label_mapping: Mapping[str, int] | None = None,
 ) -> VideoClassyDataset:
-    """Clips with classes of one of the splits that AVION's flags name.
+    """Return the clips with classes of one of the splits that AVION's flags name.
 
-    args: with `dataset`, `root`, `train_metadata`, `val_metadata`, `num_clips`, `video_chunk_length`, `clip_length`,
-    `clip_stride`, `decode_threads` and `fused_decode_crop`. crop_size: of the fused crop, pixels. subset: "train" or
-    "val"; anything else raises UserError.
+    Args:
+        transform: A function of the frames, or None.
+        crop_size: The size of the fused crop, in pixels.
+        args: Has `dataset`, `root`, `train_metadata`, `val_metadata`, `num_clips`, `video_chunk_length`, `clip_length`,
+            `clip_stride`, `decode_threads` and `fused_decode_crop`.
+        subset: "train" or "val".
+        label_mapping: The number of each class, or None.
+
+    Raises:
+        UserError: The subset has another name.
     """
     if subset not in ("train", "val"):
         raise UserError(f"subset: {subset!r} is not one of train, val")
@@ -270,7 +294,7 @@ def get_downstream_dataset(
 
 
 def _read(dataset: str, metadata: str | os.PathLike) -> tuple[Sequence[Narration], list[str] | None]:
-    """The clips of an annotation file, and of "ek100_cls" the actions "verb:noun"."""
+    """Return the clips of an annotation file, and for "ek100_cls" the actions "verb:noun"."""
     if dataset not in _DATASETS:
         raise UserError(f"dataset: {dataset!r} is not one of {', '.join(_DATASETS)}")
     if dataset != "ek100_cls":
@@ -288,7 +312,7 @@ def _every(stride: int, samples: Sequence[Narration], labels: list[str] | None):
 
 
 def _with_positives(clips: Sequence[Narration], metadata: str | os.PathLike, stride: int) -> ClipsWithPositives:
-    """Every `stride`th clip of a retrieval split with the sentences that are relevant to it."""
+    """Return every `stride`th clip of a retrieval split with the sentences that are relevant to the clip."""
     path = Path(metadata)
     split = next((split for split in ("train", "test") if split in path.name), None)
     if split is None:

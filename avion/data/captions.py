@@ -55,7 +55,7 @@ class Columns:
             field, equals, name = word.partition("=")
             if field not in known or not equals or not name or field in names:
                 raise UserError(
-                    f"--caption-columns {word}: FIELD=COLUMN is due, FIELD once and one of {', '.join(known)}"
+                    f"--caption-columns {word}: FIELD=COLUMN is required, FIELD once and one of {', '.join(known)}"
                 )
             names[field] = name
         return cls(**names, given=frozenset(names))
@@ -127,7 +127,7 @@ def _rows(path: str | os.PathLike, columns: Columns) -> Iterator[tuple[str, dict
     try:
         for place, row in reader(path, columns):
             if not isinstance(row, dict):
-                raise UserError(f"captions {path}: {place}: an object is due, found a {type(row).__name__}")
+                raise UserError(f"captions {path}: {place}: an object is required, found a {type(row).__name__}")
             missing = sorted(required - row.keys())
             if missing:
                 found = ", ".join(map(str, row))[:200]
@@ -159,7 +159,7 @@ def _json_lines(path: str | os.PathLike, columns: Columns) -> Iterator[tuple[str
 def _json(path: str | os.PathLike, columns: Columns) -> Iterator[tuple[str, object]]:
     rows = _parsed(read_text(path, encoding="utf-8-sig"), f"captions {path}")
     if not isinstance(rows, list):
-        raise UserError(f"captions {path}: a list of objects is due, found a {type(rows).__name__}")
+        raise UserError(f"captions {path}: a list of objects is required, found a {type(rows).__name__}")
     for number, row in enumerate(rows):
         yield f"item {number}", row
 
@@ -231,7 +231,7 @@ def _video(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):  # an id that is a number
         value = str(value)
     if not isinstance(value, str):
-        raise ValueError(f"a text is due, found a {type(value).__name__}")
+        raise ValueError(f"a text is required, found a {type(value).__name__}")
     stem, extension = os.path.splitext(value.strip())
     return (stem if extension.lower() in VIDEO_EXTENSIONS else value.strip()).removeprefix("./")
 
@@ -249,7 +249,7 @@ def read_seconds(value: object, absent: float) -> float:
             raise ValueError(f"{text[:40]!r} is no number of seconds, and not of the form H:MM:SS")
         value = float(text)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"a finite number of seconds is due, found {str(value)[:40]}")
+        raise ValueError(f"a finite number of seconds is required, found {str(value)[:40]}")
     return float(value)
 
 
@@ -267,4 +267,4 @@ def _captions(value: object) -> list[str]:
         return [value]
     if isinstance(value, list | tuple) and value and all(isinstance(text, str) for text in value):
         return list(value)
-    raise ValueError(f"a text or a list of texts is due, found {str(value)[:40]!r} ({type(value).__name__})")
+    raise ValueError(f"a text or a list of texts is required, found {str(value)[:40]!r} ({type(value).__name__})")

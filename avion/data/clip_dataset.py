@@ -15,7 +15,7 @@ from avion.data.narrations import Narration
 from avion.data.video import SAMPLINGS, VideoError, VideoStore
 from avion.errors import UserError
 
-# The last three are AVION's, which has them here.
+# The last three names are here because AVION has them here.
 __all__ = ["ClipDataset", "VideoCaptionDatasetCLIP", "VideoClassyDataset", "get_downstream_dataset"]
 
 
@@ -159,10 +159,21 @@ def read_transformed(
     jitter: bool = False,
     **sampling: Any,
 ) -> tuple[torch.Tensor, int]:
-    """A row's clip as the transform makes it, and how many of its frames were clamped.
+    """Read the clip of a row and transform it.
 
-    With a fused transform of this project, only what it cuts out is ever converted and resized. sampling: as in
-    `VideoStore.read_clip`. jitter: rng draws the frames too.
+    A fused transform of this project converts and resizes only the part of the picture that it crops.
+
+    Args:
+        store: The videos.
+        row: The clip.
+        num_frames: T.
+        transform: A function (frames (T, H, W, 3) uint8, Generator) → Tensor.
+        rng: The generator of random numbers, or None.
+        jitter: Whether `rng` also draws the frames.
+        **sampling: As in `VideoStore.read_clip`.
+
+    Returns:
+        What the transform returns, and the number of frames after the video's end, which repeat the last frame.
     """
     fused = getattr(transform, "fused", False) and hasattr(transform, "scaling")
     clip = store.read_clip(

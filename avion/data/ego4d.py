@@ -1,7 +1,7 @@
 """Ego4D narrations in LaViLa's pickles.
 
-Three kinds, told apart row by row: (video, start, end, text); the rephraser's (video, start, end, [texts]); the
-narrator's (video, start, end, [texts], [negative log-likelihoods]). Times in seconds.
+Each row is of one of three kinds: (video, start, end, text); (video, start, end, [texts]) of the rephraser; (video,
+start, end, [texts], [negative log-likelihoods]) of the narrator. Times are in seconds.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ logger = logging.getLogger(__name__)
 
 
 def read_ego4d(path: str | os.PathLike, *aux: str | os.PathLike) -> NarrationTable:
-    """The narrations of one or several pickles, in order, `aux` after `path`.
+    """Read the narrations of one or several pickles, in order, `aux` after `path`.
 
-    Raises UserError, one line with file, row and field, for anything that is not as described above. What real
-    files are known to hold (ends before starts, ...) is mended and reported in the log.
+    What real files are known to contain (ends before starts, for example) is mended, and the log reports it.
+
+    Raises:
+        UserError: A file is not as described above. The message is one line with file, row and field.
     """
     builder = TableBuilder()
     for file in (path, *aux):
@@ -33,15 +35,19 @@ def read_ego4d(path: str | os.PathLike, *aux: str | os.PathLike) -> NarrationTab
 
 
 def add_ego4d(builder: TableBuilder, path: str | os.PathLike) -> None:
-    """Append the rows of one pickle. Raises UserError as `read_ego4d` does."""
+    """Append the rows of one pickle.
+
+    Raises:
+        UserError: As in `read_ego4d`.
+    """
     rows = load_pickle(path, "narrations")
     if not isinstance(rows, (list, tuple)):
-        raise UserError(f"narrations {path}: a list of rows is due, the pickle holds a {type(rows).__name__}")
+        raise UserError(f"narrations {path}: a list of rows is required, the pickle holds a {type(rows).__name__}")
     builder.begin_file(os.path.getsize(path))
     for i, row in enumerate(rows):
         if not isinstance(row, (list, tuple)) or len(row) not in (4, 5):
             found = f"{len(row)} fields" if isinstance(row, (list, tuple)) else type(row).__name__
-            raise UserError(f"narrations {path}: row {i}: (video, start, end, narration) is due, found {found}")
+            raise UserError(f"narrations {path}: row {i}: (video, start, end, narration) is required, found {found}")
         try:
             builder.add(row[0], row[1], row[2], row[3])
         except ValueError as error:

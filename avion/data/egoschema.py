@@ -79,7 +79,7 @@ def _text(row: Mapping[str, object], field: str) -> str:
 
 
 def _checked_uid(uid: object) -> str:
-    """A plain name: it becomes a file's, and must not lead out of the video root."""
+    """Return the uid if it is a plain name: it becomes the name of a file, and must not lead out of the video root."""
     if not isinstance(uid, str) or not _UID.fullmatch(uid):
         raise ValueError(
             f"field 'q_uid': a name of letters, digits, '-', '_' and '.' is required, found {str(uid)[:60]!r}"
@@ -128,7 +128,7 @@ def read_sources(path: str | os.PathLike) -> dict[str, str]:
 
 
 def read_json(path: str | os.PathLike, what: str) -> object:
-    """Any JSON value; a key that occurs twice in one object is an error too."""
+    """Return any JSON value; a key that occurs twice in one object is an error."""
     try:
         return parse_json(read_text(path), pairs=_without_repeats, nan=True)
     except FileNotFoundError:
@@ -193,7 +193,7 @@ class LongVideos(Dataset):
         clips    {count: LongTensor (count,)}, a clip's frames as positions in `frames`
         error    str, why the video cannot be read (`frames` is then empty); "" if it could
 
-    Only what is in `frames` is ever held: pictures of full size come and go one by one.
+    Only the content of `frames` is held in memory; pictures of full size are decoded one by one.
     """
 
     def __init__(
@@ -236,7 +236,7 @@ class LongVideos(Dataset):
             size = self.transform.crop_size
             frames = torch.empty(len(needed), 3, size, size, dtype=torch.uint8)
             for number, picture in reader.stream_frames(needed):
-                # A copy, as a turned picture is a view that torch cannot take.
+                # A copy, because a rotated picture is a view that torch does not accept.
                 clip = self.transform(np.ascontiguousarray(picture)[None], None)  # (3, 1, size, size)
                 frames[np.searchsorted(needed, number)] = clip[:, 0]
         positions = {count: torch.from_numpy(np.searchsorted(needed, ids)) for count, ids in clips.items()}

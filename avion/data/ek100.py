@@ -29,8 +29,8 @@ class EK100Table(NarrationTable):
     """Clips of EPIC-KITCHENS-100.
 
     Attributes:
-        verb_class, noun_class: (n,) int64, beside the columns of `NarrationTable`; None where the CSV has no such
-            column.
+        verb_class: (n,) int64; None where the CSV has no such column.
+        noun_class: (n,) int64; None where the CSV has no such column.
         all_noun_classes: A tuple of ints per clip, or None.
     """
 
@@ -40,7 +40,11 @@ class EK100Table(NarrationTable):
 
 
 def parse_timestamp(text: str) -> float:
-    """Convert "HH:MM:SS.ss" to seconds. Raises ValueError for any other text."""
+    """Convert "HH:MM:SS.ss" to seconds.
+
+    Raises:
+        ValueError: The text has another form.
+    """
     match = _TIMESTAMP.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{text[:40]!r} is not a timestamp of the form HH:MM:SS.ss")
@@ -94,7 +98,14 @@ def _with_classes(table: NarrationTable, classes: dict[str, list], present: list
 
 
 def read_sentences(path: str | os.PathLike) -> tuple[list[str], list[str]]:
-    """Read the sentences of a retrieval split: narration ids and texts, in the order of the relevancy's columns."""
+    """Read the sentences of a retrieval split.
+
+    Returns:
+        Narration ids and texts, in the order of the columns of the relevancy matrix.
+
+    Raises:
+        UserError: The file is malformed or empty, or two rows have the same id.
+    """
     ids, texts = [], []
     for line, row in csv_rows(path, ("narration_id", "narration")):
         if not row["narration"].strip():
@@ -184,7 +195,7 @@ def csv_rows(path: str | os.PathLike, required: tuple[str, ...]) -> Iterator[tup
             for row in reader:
                 if None in row or None in row.values():
                     raise UserError(
-                        f"{name}: line {reader.line_num}: has not the header's {len(reader.fieldnames)} fields"
+                        f"{name}: line {reader.line_num}: does not have the header's {len(reader.fieldnames)} fields"
                     )
                 yield reader.line_num, row
     except FileNotFoundError:
@@ -196,8 +207,10 @@ def csv_rows(path: str | os.PathLike, required: tuple[str, ...]) -> Iterator[tup
 
 
 def is_ek100_file(path: str | os.PathLike) -> bool:
-    """Whether a file is a CSV of EPIC-KITCHENS-100, by its header. One that cannot be read is, unless its name says
-    otherwise: the error is then told by whoever reads it."""
+    """Return whether a file is a CSV of EPIC-KITCHENS-100, which its header tells.
+
+    A file that cannot be read counts as one, unless its name says otherwise, so that its reader reports the error.
+    """
     if Path(path).suffix.lower() != ".csv":
         return False
     try:
@@ -208,14 +221,22 @@ def is_ek100_file(path: str | os.PathLike) -> bool:
 
 
 def check_ids_differ(ids: Sequence[str], name: str) -> None:
-    """UserError where two rows have one narration_id: sentences and relevancies are found by it. name: of the file."""
+    """Check that all narration ids differ, because sentences and relevancies are found by them.
+
+    Raises:
+        UserError: Two rows have the same narration_id. The message names the file `name`.
+    """
     if len(set(ids)) != len(ids):
         repeated = next(found for found, count in Counter(ids).items() if count > 1)
         raise UserError(f"{name}: narration_id {repeated[:40]!r} is there twice; each row needs an id of its own")
 
 
 def class_number(text: str) -> int:
-    """Convert "17" to 17. Raises ValueError for any other text."""
+    """Convert "17" to 17.
+
+    Raises:
+        ValueError: The text is no such number.
+    """
     if not _CLASS.fullmatch(text.strip()):
         raise ValueError(f"{text[:40]!r} is not a class number")
     return int(text)

@@ -26,10 +26,10 @@ def read_ek100_actions(path: str | os.PathLike) -> EK100Table:
 
     Returns:
         The clips in the order of the CSV. `verb_class` and `noun_class` are None where the CSV has neither column, as
-        that of the test split. The text of a clip is its narration, or its narration id where there is no narration.
+            in the test split. The text of a clip is its narration, or its narration id where there is no narration.
 
     Raises:
-        UserError: The file is refused by `read_ek100_retrieval`, a class does not exist, or an id occurs twice. The
+        UserError: `read_ek100_retrieval` would refuse the file, a class does not exist, or an id occurs twice. The
             message has one line with file, line and column.
     """
     builder, lines = TableBuilder(), {}
@@ -174,7 +174,7 @@ def participants(table: EK100Table) -> list[str]:
 
 
 def _list_rows(path: str | os.PathLike, names: tuple[str, ...]) -> list[tuple[int, str, str]]:
-    """(line, column, text) of the first column of `names` that a CSV has, or of its only one."""
+    """Return (line, column, text) of the first column of `names` that a CSV has, or of the CSV's only column."""
     rows = list(csv_rows(path, ()))
     if not rows:
         raise UserError(f"annotations {path}: holds no rows")

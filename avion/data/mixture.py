@@ -10,10 +10,12 @@ from torch.utils.data import Dataset
 
 
 class Mixture(Dataset):
-    """Datasets one after the other, with the weights that a sampler draws from them by.
+    """Datasets one after the other, and the weights with which a sampler draws from them.
 
-    `dataset[(epoch, index)]` is a sample of the part that `index` falls into, with that index. sources: (rows, weight)
-    of each part; see `drawn_rows`.
+    `dataset[(epoch, index)]` is a sample of the part that contains `index`, and the sample has this index.
+
+    Attributes:
+        sources: The number of rows and the weight of each part; see `drawn_rows`.
     """
 
     def __init__(self, parts: Sequence[Dataset], weights: Sequence[float]):
@@ -35,16 +37,28 @@ class Mixture(Dataset):
 
 
 def rows_per_epoch(sources: Sequence[tuple[int, float]]) -> int:
-    """How many samples an epoch has. sources: (rows, weight) of each."""
+    """Return the number of samples of an epoch.
+
+    Args:
+        sources: The number of rows and the weight of each source.
+    """
     return sum(_share(rows, weight) for rows, weight in sources)
 
 
 def drawn_rows(sources: Sequence[tuple[int, float]], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows an epoch takes: (n,) numbers, counted through all sources, and (n,) how often the row came before in
-    the same epoch.
+    """Return which rows an epoch takes.
 
-    A source of n rows and weight w gives round(w · n) of them. Its epochs go on through one permutation of its rows
+    A source of n rows and weight w gives round(w · n) rows. Its epochs continue through one permutation of its rows
     after the other, so that with a weight of 0.5 two epochs together take each row once.
+
+    Args:
+        sources: The number of rows and the weight of each source.
+        seed: The seed of the permutations.
+        epoch: The number of the epoch.
+
+    Returns:
+        The numbers of the rows, counted through all sources, (n,), and how often each row has occurred before in the
+            same epoch, (n,).
     """
     rows, copies, first = [], [], 0
     for number, (count, weight) in enumerate(sources):
@@ -66,7 +80,7 @@ def _share(rows: int, weight: float) -> int:
 
 
 def _copies(taken: np.ndarray) -> np.ndarray:
-    """How often each value came before. (n,) -> (n,)"""
+    """Return how often each value has occurred before: (n,) → (n,)."""
     order = np.argsort(taken, kind="stable")
     values = taken[order]
     starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])

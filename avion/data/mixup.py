@@ -14,7 +14,8 @@ class VideoMixup:
     labels (B,) to (B, 3, T, H, W), in place where possible, and soft targets (B, num_classes) float32.
 
     Args:
-        mixup, cutmix: The alpha of the beta distribution; 0 turns the mixing off.
+        mixup: The alpha of mixup's beta distribution; 0 turns mixup off.
+        cutmix: The alpha of cutmix's beta distribution; 0 turns cutmix off.
         cutmix_minmax: The range of the box's sides as fractions of the frame; it replaces cutmix's alpha.
     """
 
@@ -50,6 +51,6 @@ class VideoMixup:
         if self.minmax is not None and len({int(video.shape[-1] * share) for share in self.minmax}) == 1:
             raise UserError(f"cutmix minmax: {list(self.minmax)} are the same in whole pixels of {video.shape[-1]}")
         frames = video.shape[2]
-        # timm knows pictures: frames become channels, so that whatever it does to a picture it does to all of them.
+        # timm mixes pictures. The frames become channels, so that all frames of a clip are mixed in the same way.
         mixed, targets = self.mix(video.flatten(1, 2), labels)  # (B, 3·T, H, W), (B, num_classes)
         return mixed.unflatten(1, (-1, frames)), targets

@@ -1,8 +1,7 @@
 """Narrated clips as a table of columns.
 
-Four million rows as Python tuples take gigabytes, and forked DataLoader workers copy them page by page as
-reference counts change. Numpy columns and one UTF-8 blob for all the texts take a few hundred megabytes and stay
-shared.
+Four million rows as Python tuples take gigabytes, and forked DataLoader workers copy them page by page as reference
+counts change. Numpy columns and one UTF-8 blob for all texts take a few hundred megabytes and stay shared.
 """
 
 from __future__ import annotations
@@ -23,13 +22,19 @@ _MAX_TEXT = 100_000  # characters; the text tower reads 77 tokens
 # bytes and more, and 100 characters of text.
 _SHARED_BYTES, _SHARED_TIMES = 32_000_000, 20
 TEXTS_TOO_LONG = "the texts up to here are much longer than the file; write a text of its own into each row"
-_MAX_NAME = 200  # bytes; file systems allow 255, of which extensions take some
+_MAX_NAME = 200  # bytes; file systems allow 255, some of which the extension takes
 
 
 @dataclass(frozen=True)
 class Narration:
-    """One clip: seconds [start, end) of a video (its path below the video root, without extension) and what is
-    said about it, in one or several wordings. An infinite end is that of the video."""
+    """One clip, and what is said about it.
+
+    Attributes:
+        video: The path of the video below the video root, without extension.
+        start: Where the clip begins, in seconds.
+        end: Where the clip ends, in seconds; infinity means the end of the video.
+        texts: One or several wordings of the narration.
+    """
 
     video: str
     start: float
@@ -39,7 +44,12 @@ class Narration:
 
 
 class StringColumn(Sequence):
-    """Strings in one blob: blob (bytes, UTF-8), ends (n,) int64, the position after each string's last byte."""
+    """Strings in one blob.
+
+    Attributes:
+        blob: The bytes of all strings, in UTF-8.
+        ends: The position after the last byte of each string, (n,) int64.
+    """
 
     def __init__(self, blob: bytes, ends: np.ndarray):
         self._blob, self._ends = blob, ends
@@ -70,9 +80,14 @@ class StringColumn(Sequence):
 class NarrationTable(Sequence):
     """A read-only sequence of `Narration`s, kept as columns.
 
-    videos: the distinct video names; video (n,) int32: which of them; start, end (n,) float64, seconds;
-    texts: all wordings; text_ends (n,) int64: the position in `texts` after each row's last wording;
-    narration_ids: one per row, or None.
+    Attributes:
+        videos: The distinct names of videos.
+        video: The number of each row's video, (n,) int32.
+        start: (n,) float64, in seconds.
+        end: (n,) float64, in seconds.
+        texts: All wordings.
+        text_ends: The position in `texts` after the last wording of each row, (n,) int64.
+        narration_ids: One id per row, or None.
     """
 
     def __init__(
@@ -94,7 +109,7 @@ class NarrationTable(Sequence):
         return len(self.video)
 
     def __getitem__(self, i: int) -> Narration:
-        i = range(len(self))[i]  # IndexError, and negative numbers, as in a list
+        i = range(len(self))[i]  # raises IndexError and takes negative numbers, as a list does
         first = int(self.text_ends[i - 1]) if i > 0 else 0
         return Narration(
             video=self.videos[self.video[i]],
@@ -105,7 +120,7 @@ class NarrationTable(Sequence):
         )
 
     def where(self, rows: np.ndarray) -> NarrationTable:
-        """The rows for which `rows` (n,) bool is True, in order."""
+        """Return the rows for which `rows` (n,) bool is True, in order."""
         (kept,) = np.nonzero(rows)
         used, video = np.unique(self.video[kept], return_inverse=True)
         texts = [self[int(i)].texts for i in kept]
@@ -134,21 +149,21 @@ class NarrationTable(Sequence):
 
     @property
     def nbytes(self) -> int:
-        """Memory of the columns, in bytes."""
+        """The memory of the columns, in bytes."""
         columns = (self.video, self.start, self.end, self.text_ends, self.texts, self.narration_ids)
         return sum(column.nbytes for column in columns if column is not None)
 
 
 def texts_allowed(size: int) -> int:
-    """How many characters of text a file of `size` bytes may hold, where rows can share texts."""
+    """Return how many characters of text a file of `size` bytes may hold, where rows can share texts."""
     return _SHARED_BYTES + _SHARED_TIMES * size
 
 
 class TableBuilder:
-    """Collects checked rows. `add` raises ValueError with one clause ("end is nan, ...") for a bad field.
+    """Collects rows and checks them.
 
-    Real annotations hold rows that are odd rather than wrong; they are mended and counted in `mended`: a start
-    before 0, an end not after the start (such a clip is read from its start on), an empty text among others.
+    Real annotations hold rows that are odd but usable. They are mended, and counted in `mended`: a start before 0, an
+    end that is not after the start (such a clip is read from its start on), an empty text among others.
     """
 
     def __init__(self):
@@ -174,7 +189,18 @@ class TableBuilder:
         return len(self._text_blob) + len(self._text_ends)
 
     def add(self, video: object, start: object, end: object, texts: object, narration_id: str | None = None) -> None:
-        """end: seconds; None: the clip goes on to the end of its video."""
+        """Add a row.
+
+        Args:
+            video: The path of the video below the video root, without extension.
+            start: In seconds.
+            end: In seconds; None means the end of the video.
+            texts: A text or a list of texts.
+            narration_id: The id of the row, or None.
+
+        Raises:
+            ValueError: A field is wrong. The message is one clause, such as "end is nan, ...".
+        """
         number = self._number_of.get(video) if type(video) is str else None
         if number is None:
             number = self._number_of[_checked_video(video)] = len(self._number_of)
@@ -201,13 +227,13 @@ class TableBuilder:
         if type(texts) is str:
             texts = (texts,)
         elif not isinstance(texts, (list, tuple)):
-            raise ValueError(f"narration is of type {type(texts).__name__}, a text or a list of texts is due")
+            raise ValueError(f"narration is of type {type(texts).__name__}, a text or a list of texts is required")
         if self._volume() + len(texts) > self._allowed:
             raise ValueError(TEXTS_TOO_LONG)
         wordings = []
         for text in texts:
             if not isinstance(text, str):
-                raise ValueError(f"narration holds a {type(text).__name__}, texts are due")
+                raise ValueError(f"narration holds a {type(text).__name__}, texts are required")
             if len(text) > _MAX_TEXT:
                 raise ValueError(f"narration is a text of {len(text)} characters, at most {_MAX_TEXT} are read")
             try:
@@ -217,7 +243,7 @@ class TableBuilder:
             if encoded:
                 wordings.append(encoded)
         if not wordings:
-            raise ValueError("narration is empty, a text is due")
+            raise ValueError("narration is empty, a text is required")
         self.mended["empty wording"] += len(texts) - len(wordings)
         return wordings
 
@@ -234,31 +260,31 @@ class TableBuilder:
         )
 
     def report(self) -> str:
-        """What was mended, as one clause; "" if nothing was."""
+        """Return what was mended, as one clause; "" if nothing was mended."""
         return ", ".join(f"{count} x {what}" for what, count in self.mended.items() if count)
 
 
 def _checked_video(video: object) -> str:
-    """A path below the video root; a row must not lead out of it."""
+    """Return a path below the video root; a row must not lead out of this folder."""
     if not isinstance(video, str):
-        raise ValueError(f"video is of type {type(video).__name__}, a text is due")
+        raise ValueError(f"video is of type {type(video).__name__}, a text is required")
     parts = video.split("/")
     if any(len(part.encode(errors="replace")) > _MAX_NAME for part in parts):
         raise ValueError(f"video is a name of {len(video)} characters, longer than file names can be")
     if not video or "\0" in video or "\\" in video or any(part in ("", ".", "..") for part in parts):
-        raise ValueError(f"video is {video[:80]!r}, a name or a relative path below the video root is due")
+        raise ValueError(f"video is {video[:80]!r}, a name or a relative path below the video root is required")
     return video
 
 
 def _checked_seconds(field: str, value: object) -> float:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise ValueError(f"{field} is of type {type(value).__name__}, a number of seconds is due")
+        raise ValueError(f"{field} is of type {type(value).__name__}, a number of seconds is required")
     try:
         seconds = float(value)
     except OverflowError:
         seconds = math.inf
     if not math.isfinite(seconds):
-        raise ValueError(f"{field} is {seconds}, a finite number of seconds is due")
+        raise ValueError(f"{field} is {seconds}, a finite number of seconds is required")
     if abs(seconds) > _MAX_SECONDS:
         raise ValueError(f"{field} is {seconds:g} seconds, longer than videos can be")
     return seconds

@@ -1,8 +1,8 @@
-"""How well sentences describe clips of EPIC-KITCHENS-100, from the classes of their verbs and nouns.
+"""How well sentences describe clips of EPIC-KITCHENS-100, by the classes of their verbs and nouns.
 
-The relevancy of clip c and sentence s is ½ · [verb class of c = that of s] + ½ · |N_c ∩ N_s| / |N_c ∪ N_s|, N the sets
-of noun classes (Damen et al., arXiv 2006.13256); a sentence has the classes of the clip of its narration id. Two
-empty sets have nothing in common: their share is 0.
+The relevancy of clip c and sentence s is ½ · [c and s have the same verb class] + ½ · |N_c ∩ N_s| / |N_c ∪ N_s|, where
+N are the sets of noun classes (Damen et al., arXiv 2006.13256). A sentence has the classes of the clip of its narration
+id. The share of two empty sets is 0.
 """
 
 from __future__ import annotations
@@ -19,12 +19,17 @@ from avion.data.ek100 import EK100Table
 from avion.errors import UserError
 from avion.files import written_whole
 
-BLOCK_ELEMENTS = 1 << 21  # of the matrix at a time: 16 MB of float64, and a few times that on the way
+BLOCK_ELEMENTS = 1 << 21  # of the matrix at a time: 16 MB of float64, and a few times as much while they are computed
 
 
 @dataclass(frozen=True)
 class Classes:
-    """verbs (n,) int64: a verb class each; nouns: the noun classes of each, a set written as a tuple."""
+    """The classes of clips or sentences.
+
+    Attributes:
+        verbs: A verb class each, (n,) int64.
+        nouns: The noun classes of each, a set written as a tuple.
+    """
 
     verbs: np.ndarray
     nouns: Sequence[tuple[int, ...]]
@@ -88,7 +93,13 @@ def relevancy_blocks(clips: Classes, sentences: Classes) -> Iterator[np.ndarray]
 
 
 def _members(nouns: Sequence[tuple[int, ...]], flat: np.ndarray, count: int) -> np.ndarray:
-    """(len(nouns), count) float32: 1 where a set has a noun. flat: the numbers of all sets' nouns, end to end."""
+    """Return a matrix (len(nouns), count) float32 that is 1 where a set contains a noun.
+
+    Args:
+        nouns: The sets.
+        flat: The numbers of the nouns of all sets, one set after the other.
+        count: The number of nouns.
+    """
     members = np.zeros((len(nouns), count), dtype=np.float32)
     members[np.repeat(np.arange(len(nouns)), [len(n) for n in nouns]), flat.reshape(-1)] = 1.0
     return members
@@ -120,7 +131,7 @@ def write_relevancy(path: str | os.PathLike, blocks: Iterator[np.ndarray], shape
 
 
 def _pickle_around(shape: tuple[int, int]) -> tuple[bytes, bytes]:
-    """What stands before and after the numbers of a float64 matrix in its pickle."""
+    """Return the bytes before and after the numbers of a float64 matrix in its pickle."""
 
     def named(module: str, name: str) -> bytes:
         return pickle.GLOBAL + f"{module}\n{name}\n".encode()

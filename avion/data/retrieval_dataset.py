@@ -57,11 +57,11 @@ class ClipsWithPositives(Sequence):
 
     @property
     def positives(self) -> int:
-        """How many pairs of a clip and a relevant sentence there are."""
+        """The number of pairs of a clip and a relevant sentence."""
         return len(self._columns)
 
     def draw(self, i: int, rng: np.random.Generator) -> tuple[str, dict[str, torch.Tensor]]:
-        """Draw one of clip i's positives, all equally likely. Returns its text and {"relevancy": 0-d float32}."""
+        """Draw one of clip i's positives, all equally likely, and return its text and {"relevancy": 0-d float32}."""
         first = self._ends[i - 1] if i > 0 else 0
         at = rng.integers(first, self._ends[i])
         return self.sentences[self._columns[at]], {"relevancy": torch.tensor(self._values[at])}

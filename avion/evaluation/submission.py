@@ -58,7 +58,7 @@ def retrieval_submission(
     _check_ids(vis_ids, "ids of the clips")
     _check_ids(txt_ids, "ids of the sentences")
     shape = (len(vis_ids), len(txt_ids))
-    _check_matrix(similarity, shape, "similarities", f"{shape[0]} clips", "sentences", "; (cosine + 1) / 2 is due")
+    _check_matrix(similarity, shape, "similarities", f"{shape[0]} clips", "sentences", "; (cosine + 1) / 2 is required")
     return {
         "version": "0.1",
         "challenge": "multi_instance_retrieval",
@@ -85,7 +85,7 @@ def _levels(sls: Mapping[str, int]) -> dict[str, int]:
     for name in SLS:
         level = sls.get(name)
         if isinstance(level, bool) or not isinstance(level, int) or level not in SLS_LEVELS:
-            raise UserError(f"{name}: a level from 0 to 5 is due, found {level!r}")
+            raise UserError(f"{name}: a level from 0 to 5 is required, found {level!r}")
     return {name: sls[name] for name in SLS}
 
 
@@ -95,7 +95,7 @@ def _check_ids(ids: Sequence[str], what: str) -> None:
     seen = set()
     for name in ids:
         if not isinstance(name, str) or not name:
-            raise UserError(f"{what}: {name!r} is no id, a text is due")
+            raise UserError(f"{what}: {name!r} is no id, a text is required")
         if name in seen:
             raise UserError(f"{what}: {name} comes twice")
         seen.add(name)
@@ -113,4 +113,4 @@ def _check_matrix(
         raise UserError(f"{what}: hold values that are not numbers")
     low, high = float(matrix.min()), float(matrix.max())
     if low < -_TOLERANCE or high > 1 + _TOLERANCE:
-        raise UserError(f"{what}: run from {low:.4g} to {high:.4g}, 0 to 1 is due{cure}")
+        raise UserError(f"{what}: run from {low:.4g} to {high:.4g}, 0 to 1 is required{cure}")

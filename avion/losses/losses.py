@@ -52,7 +52,9 @@ class _GlobalBatchLoss(nn.Module):
         """
         images, texts = tuple(image_features.shape), tuple(text_features.shape)
         if len(images) != 2 or images != texts:
-            raise UserError(f"{type(self).__name__}: features of one shape (B, E) are due, found {images} and {texts}")
+            raise UserError(
+                f"{type(self).__name__}: features of one shape (B, E) are required, found {images} and {texts}"
+            )
 
     def first_row(self, rows: int) -> int:
         """Return the first row of the global batch for which the loss is computed."""
@@ -214,7 +216,9 @@ class MaxMarginRankingLoss(_GlobalBatchLoss):
         if weight is None:
             return None
         if weight.shape != (pairs,):
-            raise UserError(f"MaxMarginRankingLoss: weights of shape ({pairs},) are due, found {tuple(weight.shape)}")
+            raise UserError(
+                f"MaxMarginRankingLoss: weights of shape ({pairs},) are required, found {tuple(weight.shape)}"
+            )
         if self.weighted:
             return weight.float()
         if not self._warned:

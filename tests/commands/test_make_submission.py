@@ -128,7 +128,7 @@ def assert_refused(words, message, output, capsys):
             np.zeros((2, 3)),
             r"s.npy: similarities: float64 of shape \(2, 3\), due are numbers for 3 clips x 2 sentences",
         ),
-        (np.full((3, 2), -0.5), "run from -0.5 to -0.5, 0 to 1 is due"),
+        (np.full((3, 2), -0.5), "run from -0.5 to -0.5, 0 to 1 is required"),
         (np.full((3, 2), np.nan), "not numbers"),
         (np.array([[None, 1]] * 3), "not a .npy of plain numbers"),
     ],

@@ -87,7 +87,7 @@ def test_captions_beside_a_pickle(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("c.csv", "video,caption\na\n", "line 2: has not the header's 2 fields"),
+        ("c.csv", "video,caption\na\n", "line 2: does not have the header's 2 fields"),
         ("c.csv", "video,text\na,b\n", "line 2: the column 'caption' is missing; found video, text; --caption-columns"),
         ("c.csv", "video,start,caption\na,soon,b\n", "line 2: start: 'soon' is no number of seconds"),
         ("c.csv", "video,end,caption\na,nan,b\n", "line 2: end: 'nan' is no number of seconds"),
@@ -97,11 +97,11 @@ def test_captions_beside_a_pickle(tmp_path):
         ("c.csv", "video,caption,caption\na,b,c\n", "the column 'caption' is there twice"),
         ("c.csv", "video,caption\n", "holds no clips"),
         ("c.jsonl", '{"video": "a", "caption": "b"}\n{"video": "a"', "line 2: is not JSON"),
-        ("c.jsonl", '["a", "b"]\n', "line 1: an object is due, found a list"),
-        ("c.jsonl", '{"video": "a", "caption": 3}\n', "line 1: caption: a text or a list of texts is due, found '3'"),
+        ("c.jsonl", '["a", "b"]\n', "line 1: an object is required, found a list"),
+        ("c.jsonl", '{"video": "a", "caption": 3}\n', "line 1: caption: a text or a list of texts is required, found '3'"),
         ("c.jsonl", '{"video": "a", "caption": "b", "end": Infinity}\n', "line 1: end: a finite number of seconds"),
-        ("c.jsonl", '{"video": true, "caption": "b"}\n', "line 1: video: a text is due, found a bool"),
-        ("c.json", '{"video": "a"}', "a list of objects is due, found a dict"),
+        ("c.jsonl", '{"video": true, "caption": "b"}\n', "line 1: video: a text is required, found a bool"),
+        ("c.json", '{"video": "a"}', "a list of objects is required, found a dict"),
         ("c.parquet", "no parquet", "is not a Parquet file that can be read"),
     ],
 )

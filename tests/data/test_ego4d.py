@@ -58,7 +58,7 @@ def test_a_bad_row_is_named(write, row, message):
 def test_bad_files(write, tmp_path):
     with pytest.raises(UserError, match="holds no clips"):
         read_ego4d(write([]))
-    with pytest.raises(UserError, match="a list of rows is due, the pickle holds a dict"):
+    with pytest.raises(UserError, match="a list of rows is required, the pickle holds a dict"):
         read_ego4d(write({"a": 1}))
     with pytest.raises(UserError, match="no such file"):
         read_ego4d(tmp_path / "gone.pkl")

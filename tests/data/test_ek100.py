@@ -88,8 +88,8 @@ class TestClips:
             ("[2]", "[99999999999999999999]", "line 2: all_noun_classes: '[99999999999999999999]' is not a list"),
             ("[2]", "2;3", "line 2: all_noun_classes: '2;3' is not a list"),
             ("P01_11,", "../x,", "line 2: clip: video is 'P01/../x'"),
-            (",[2]", "", "line 2: has not the header's 15 fields"),
-            ("[2]", "[2],9", "line 2: has not the header's 15 fields"),
+            (",[2]", "", "line 2: does not have the header's 15 fields"),
+            ("[2]", "[2],9", "line 2: does not have the header's 15 fields"),
         ],
     )
     def test_a_malformed_field_is_named(self, write, old, new, message):

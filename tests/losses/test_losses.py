@@ -110,7 +110,7 @@ def test_weights_are_not_used_unasked_and_that_is_said_once(caplog):
 def test_features_that_are_no_pairs(loss):
     images, texts = features(4)
     for v, t in ((images, texts[:3]), (images[0], texts[0]), (images, texts[:, :3])):
-        with pytest.raises(UserError, match=r"features of one shape \(B, E\) are due, found \("):
+        with pytest.raises(UserError, match=r"features of one shape \(B, E\) are required, found \("):
             loss(v, t, *([torch.tensor(2.0)] if isinstance(loss, ClipLoss) else []))
 
 
@@ -118,7 +118,7 @@ def test_features_that_are_no_pairs(loss):
 def test_weights_of_another_shape(weighted):
     images, texts = features(4)
     for shape in ((4, 1), (3,), ()):
-        with pytest.raises(UserError, match=r"weights of shape \(4,\) are due, found"):
+        with pytest.raises(UserError, match=r"weights of shape \(4,\) are required, found"):
             MaxMarginRankingLoss(weighted=weighted)(images, texts, torch.ones(shape))
 
 
