@@ -34,6 +34,7 @@ class Narration:
         start: Where the clip begins, in seconds.
         end: Where the clip ends, in seconds; infinity means the end of the video.
         texts: One or several wordings of the narration.
+        narration_id: The id of the clip, or None.
     """
 
     video: str
@@ -46,7 +47,7 @@ class Narration:
 class StringColumn(Sequence):
     """Strings in one blob.
 
-    Attributes:
+    Args:
         blob: The bytes of all strings, in UTF-8.
         ends: The position after the last byte of each string, (n,) int64.
     """
@@ -80,7 +81,7 @@ class StringColumn(Sequence):
 class NarrationTable(Sequence):
     """A read-only sequence of `Narration`s, kept as columns.
 
-    Attributes:
+    Args:
         videos: The distinct names of videos.
         video: The number of each row's video, (n,) int32.
         start: (n,) float64, in seconds.
