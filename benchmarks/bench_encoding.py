@@ -1,16 +1,17 @@
-"""Bytes against reading time: what x264's settings cost where clips are read at random.
+"""Bytes against reading time: what x264's settings cost where clips are read at random places.
 
     python benchmarks/bench_encoding.py [--videos FILE ...] [--plot docs/images/encoding.png]
 
 Every setting encodes the same pictures, 288 pixels high. Clips of 4 frames of 1 s, 16 of 1 s and 16 of 3 s are then
 read from the files: positioned reads of the packets that are needed, a bare decoder, cropping and scaling to 224 x 224.
-Printed are the bytes relative to x264's default (CRF 23, preset medium), the CPU time per clip, and how many times
-faster that is than AVION's way (decord, crops of floats) on x264's default. The PSNR of the pictures is that of luma
-against what the encoder was given, so that no setting is ahead because it shows less. Both ways of reading alternate.
+The benchmark prints the bytes relative to x264's default (CRF 23, preset medium), the CPU time per clip, and how many
+times faster this is than AVION's way (decord, crops of floats) on x264's default. The PSNR of the pictures is computed
+on luma against the encoder's input, so that no setting looks better because it shows less. Both ways of reading
+alternate.
 
---videos: real files to take the pictures from. Without, a hand-held camera looks at photographs that scikit-image
-ships (where it is installed, else at drawn pictures with the spectrum of natural ones): it pans, zooms, turns and
-shakes, something moves in front of it, exposure and sensor noise are added.
+--videos names real files from which the pictures are taken. Without it, a hand-held camera looks at photographs that
+scikit-image ships (where it is installed, otherwise at drawn pictures with the spectrum of natural ones): the camera
+pans, zooms, turns and shakes, something moves in front of it, and exposure and sensor noise are added.
 """
 
 import argparse
@@ -56,14 +57,14 @@ SETTINGS = {
 
 
 class Default(Encoding):
-    """x264 as FFmpeg calls it when nothing is asked for."""
+    """x264 as FFmpeg calls it by default."""
 
     def options(self) -> dict[str, str]:
         return {}
 
 
 def photographs(height: int, width: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Pictures of at least twice the frame's size, uint8 RGB."""
+    """Return pictures of at least twice the frame's size, uint8 RGB."""
     try:
         import skimage
     except ImportError:
@@ -79,7 +80,7 @@ def photographs(height: int, width: int, rng: np.random.Generator) -> list[np.nd
 
 
 def walk(steps: int, pull: float, push: float, rng: np.random.Generator) -> np.ndarray:
-    """A smooth random walk around 0. (steps,)"""
+    """Return a smooth random walk around 0, (steps,)."""
     place, speed, places = 0.0, 0.0, []
     for _ in range(steps):
         speed += rng.normal(0, push) - 0.05 * speed - pull * place
@@ -91,7 +92,9 @@ def walk(steps: int, pull: float, push: float, rng: np.random.Generator) -> np.n
 def hand_held(
     scene: np.ndarray, other: np.ndarray, frames: int, height: int, width: int, rng: np.random.Generator
 ) -> Iterator[np.ndarray]:
-    """A hand-held camera in front of `scene`, past which a piece of `other` moves. -> (height, width, 3) uint8 each"""
+    """Yield the frames of a hand-held camera in front of `scene`, past which a piece of `other` moves: (height, width,
+    3) uint8.
+    """
     picture = Image.fromarray(scene)
     view = min(picture.height / height, picture.width / width)  # scene pixels per pixel, at most
     piece = Image.fromarray(other).resize((width // 3, height // 2)).convert("RGBA")
@@ -123,7 +126,7 @@ def real_frames(path: str, height: int, most: int) -> Iterator[np.ndarray]:
 
 
 def material(files: list[str], height: int, width: int, frames: int) -> list[tuple[str, Fraction, list]]:
-    """(name, frames per second, pictures in yuv420p) of every video"""
+    """Return the name, the frames per second and the pictures in yuv420p of every video."""
     sources = []
     if files:
         for file in files:
@@ -149,7 +152,7 @@ def luma(picture) -> np.ndarray:
 
 
 def write(path: Path, shots: list, rate: Fraction, encoding: Encoding) -> float:
-    """Encode. -> mean squared error of luma"""
+    """Encode, and return the mean squared error of luma."""
     ticks = rate.numerator
     path.parent.mkdir(parents=True, exist_ok=True)
     encoder = Encoder(str(path), (shots[0].height, shots[0].width), ticks, rate, encoding)
@@ -165,7 +168,9 @@ def write(path: Path, shots: list, rate: Fraction, encoding: Encoding) -> float:
 
 
 def clip_times(loads: list[Callable], lengths: list[float], clips: int, rounds: int) -> list[list[float]]:
-    """CPU ms per clip of each way of loading (inner list) and each case; the least of the rounds, which alternate."""
+    """Return the CPU time in ms per clip of each case and each way of loading (inner list): the least of the rounds,
+    which alternate.
+    """
     found = []
     for frames, seconds in CASES:
         times: list[list[float]] = [[] for _ in loads]
@@ -182,7 +187,14 @@ def clip_times(loads: list[Callable], lengths: list[float], clips: int, rounds: 
 
 
 class Row(NamedTuple):
-    """size: bytes. psnr: of luma, in dB. ours, avion: CPU ms per clip of each case, measured in turn."""
+    """The result of a setting.
+
+    Attributes:
+        size: Bytes.
+        psnr: The PSNR of luma, in dB.
+        ours: The CPU time in ms per clip of each case.
+        avion: The same for AVION's way, measured in turn.
+    """
 
     size: int
     psnr: float
@@ -191,7 +203,7 @@ class Row(NamedTuple):
 
 
 def measure(videos: list, encoding: Encoding, root: Path, base: Path, clips: int, rounds: int) -> Row:
-    """base: the folder of x264's defaults, which AVION's way reads."""
+    """Measure a setting. `base` is the folder of x264's defaults, which AVION's way reads."""
     errors = []
     for i, (_, rate, shots) in enumerate(videos):
         errors.append(write(root / f"video{i}.mp4" / "0.mp4", shots, rate, encoding))
@@ -204,7 +216,7 @@ def measure(videos: list, encoding: Encoding, root: Path, base: Path, clips: int
 
 
 def plot(rows: dict[str, Row], default: str, path: str) -> None:
-    """A panel per case: bytes against milliseconds."""
+    """Draw a panel per case: bytes against milliseconds."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,18 +1,18 @@
-"""Loading training clips: this project's way against AVION's and against other readers, one process, one core.
+"""Loading training clips: this project's way against AVION's and other readers, in one process, on one core.
 
     python benchmarks/bench_loader.py [--clips 24] [--rounds 3] [--videos FILE ...] [--reads 20000]
 
 The same pictures are encoded twice: as chunks of 15 s with x264's default settings, which AVION's recipe makes, and as
 tools/prepare_videos.py encodes by default. AVION's way, written here after its description, reads the former: stock
-decord, frames to float32 one by one, torchvision's RandomResizedCrop on floats, normalisation, all in the worker. Ours
-is `VideoStore` with `--fused-decode-crop` (uint8 until the device), with and without the packet index. The peers decode
-the same frames and crop them as uint8: decord, torchcodec (exact and approximate, where it is installed), and PyAV as
-its documentation shows it (seek, decode, convert).
+decord, frames to float32 one by one, torchvision's RandomResizedCrop on floats, normalisation, all in the worker. Our
+way is `VideoStore` with `--fused-decode-crop` (uint8 until the device), with and without the packet index. The other
+readers decode the same frames and crop them as uint8: decord, torchcodec (exact and approximate, where it is
+installed), and PyAV as its documentation shows it (seek, decode, convert).
 
-All sides read the same spans and draw their crops from the same distribution. Rounds alternate between the sides; the
-best round of each counts. Times are of the CPU, all threads together: with a worker per core, that is what limits.
-Ratios are AVION's time over the side's. Then: clips a second with two processes over those with one, a whole video of
-an hour against a chunk, and how much memory many reads take.
+All sides read the same spans and draw their crops from the same distribution. Rounds alternate between the sides, and
+the best round of each counts. The times are CPU times of all threads together, because with a worker per core the CPU
+is the limit. Ratios are AVION's time over the time of the side. The benchmark then measures clips per second with two
+processes over those with one, a whole video of an hour against a chunk, and how much memory many reads take.
 """
 
 import argparse
@@ -47,7 +47,9 @@ HOUR_S = 3600
 
 
 def smooth_noise(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """A picture with the spectrum of natural ones (amplitude falls as 1/frequency). (height, width), unit variance"""
+    """Return a picture (height, width) of unit variance with the spectrum of natural ones: the amplitude falls as
+    1/frequency.
+    """
     spectrum = np.fft.rfft2(rng.standard_normal((height, width)))
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     picture = np.fft.irfft2(spectrum / np.maximum(frequency, 1 / max(height, width)), s=(height, width))
@@ -55,7 +57,7 @@ def smooth_noise(height: int, width: int, rng: np.random.Generator) -> np.ndarra
 
 
 def avions_way(root: Path, crop: int) -> Callable:
-    """(video, start, seconds, frames, seed) -> (3, T, crop, crop) float32"""
+    """Return a function (video, start, seconds, frames, seed) → (3, T, crop, crop) float32."""
     import decord
 
     mean, std = (torch.tensor(v).view(3, 1, 1, 1) for v in NORM_STYLES["openai"])
@@ -84,7 +86,7 @@ def our_way(root: Path, crop: int, decoder: str, fused: bool, index: str | None 
 
 
 def peer(root: Path, crop: int, read: Callable) -> Callable:
-    """read: (path, frames' numbers for this rate) -> (T, H, W, 3) uint8"""
+    """Return a way of loading that reads with `read`: (path, numbers of the frames) → (T, H, W, 3) uint8."""
     transform = TrainTransform(crop, fused=True)
 
     def load(video: str, start: float, seconds: float, frames: int, seed: int) -> torch.Tensor:
@@ -96,7 +98,7 @@ def peer(root: Path, crop: int, read: Callable) -> Callable:
 
 
 def peers() -> dict[str, Callable]:
-    """The readers that are installed."""
+    """Return the readers that are installed."""
     found: dict[str, Callable] = {"PyAV, plainly used": _read_with_pyav}
     try:
         import decord
@@ -110,7 +112,7 @@ def peers() -> dict[str, Callable]:
         pass
     try:
         from torchcodec.decoders import VideoDecoder
-    except Exception as error:  # it raises a RuntimeError where it finds no FFmpeg
+    except Exception as error:  # torchcodec raises a RuntimeError where it finds no FFmpeg
         print(f"without torchcodec ({str(error).splitlines()[0]})")
         return found
     for mode in ("exact", "approximate"):
@@ -154,7 +156,7 @@ def milliseconds_per_clip(load: Callable, spans: list[tuple]) -> float:
 
 
 def compare(sides: dict[str, Callable], frames: int, seconds: float, clips: int, rounds: int) -> dict[str, float]:
-    """CPU milliseconds per clip of every side"""
+    """Return the CPU time in milliseconds per clip of every side."""
     spans = spans_of(clips, frames, seconds)
     times: dict[str, list[float]] = {name: [] for name in sides}
     for load in sides.values():
@@ -171,8 +173,9 @@ def spans_of(clips: int, frames: int, seconds: float, length: float = CHUNK_S) -
 
 
 def processes(load: Callable, count: int, seconds: float) -> tuple[float, float]:
-    """Of so many processes together: clips a second, and clips a second of CPU time on `count` cores (which other
-    programs on the machine do not change)."""
+    """Return the speed of `count` processes together: clips per second, and clips per second of CPU time on `count`
+    cores, which other programs on the machine do not change.
+    """
     context = multiprocessing.get_context("fork")
     results = context.Queue()
 
@@ -194,7 +197,7 @@ def processes(load: Callable, count: int, seconds: float) -> tuple[float, float]
 
 
 def join_chunks(chunks: list[Path], target: Path, seconds: int) -> None:
-    """One file of the packets of `chunks`, over and over, until it is so long. Nothing is encoded."""
+    """Write one file with the packets of `chunks`, repeated until the file has this length. Nothing is encoded."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(target), "w") as sink:
         out, offset = None, 0
@@ -214,7 +217,7 @@ def join_chunks(chunks: list[Path], target: Path, seconds: int) -> None:
 
 
 def an_hour(root: Path, folder: Path, crop: int, clips: int, rounds: int) -> float:
-    """Time of clips of a whole video of an hour over that of clips of a chunk of 15 s, both indexed."""
+    """Return the time of clips of a whole video of an hour over that of clips of a chunk of 15 s, both indexed."""
     chunks = sorted(root.rglob("0.mp4"))
     for i in range(VIDEOS):
         join_chunks(chunks[i:] + chunks[:i], folder / f"video{i}.mp4", HOUR_S)
@@ -222,7 +225,7 @@ def an_hour(root: Path, folder: Path, crop: int, clips: int, rounds: int) -> flo
     long, short = our_way(folder, crop, "pyav", True), our_way(root, crop, "pyav", True)
     times: dict[str, list[float]] = {"long": [], "short": []}
     spans = {"long": spans_of(clips, 4, 1.0, HOUR_S), "short": spans_of(clips, 4, 1.0)}
-    # The same places of the same chunks: what differs is the file around them.
+    # The same places of the same chunks are read, so that only the file around them differs.
     spans["long"] = [(v, t + CHUNK_S * 3 * (7 * i % 70), s, n, k) for i, (v, t, s, n, k) in enumerate(spans["short"])]
     for _ in range(rounds + 1):
         for name, load in (("long", long), ("short", short)):
@@ -231,7 +234,7 @@ def an_hour(root: Path, folder: Path, crop: int, clips: int, rounds: int) -> flo
 
 
 def growth(load: Callable, reads: int) -> float:
-    """MB by which the memory in use grows over so many reads, after the first hundred."""
+    """Return by how many MB the memory in use grows over so many reads, after the first hundred."""
     spans = spans_of(100, 4, 1.0)
     for span in spans:
         load(*span)
@@ -250,7 +253,7 @@ def _resident() -> float:
 
 
 def write_videos(folder: Path, files: list[str], height: int, width: int) -> tuple[Path, Path]:
-    """The same pictures in both encodings. -> root of x264's defaults, root of ours"""
+    """Write the same pictures in both encodings, and return the folder of x264's defaults and the folder of ours."""
     from avion.data.video.prepare_encode import Encoding
     from benchmarks.bench_encoding import Default, material, write
 

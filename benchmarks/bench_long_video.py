@@ -2,20 +2,21 @@
 
     python benchmarks/bench_long_video.py [b16] [memory] [time] [--frames 256 512 ...] [--rounds 3]
 
-b16: the bounds of `avion.models.long_video.memory_bytes` for ViT-B/16 at 8,192 frames, and a real B/16 tower of two
-blocks (memory does not depend on their number) against its bound at --b16-frames.
+b16 prints the bounds of `avion.models.long_video.memory_bytes` for ViT-B/16 at 8,192 frames, and compares a real B/16
+tower of two blocks (the memory does not depend on the number of blocks) with its bound at --b16-frames.
 
-memory: for each length a process of its own, its peak resident size above what it was before the first frame. Frames
-are made as they are asked for, so that all of it is the forward's own: residual stream and work. How it grows from one
-length to the next is held against how the stream does (4 bytes a channel), and its size against its bound. A tower of
-width 192 with 2 blocks and 64 patches per frame; 8,192 tokens in work, one row of the longest clip, so that the work is
-the same for all.
+memory runs a process for each length and takes the process's peak resident size above its size before the first frame.
+Frames are made as they are asked for, so that all of this memory belongs to the forward pass: the residual stream, and
+the tokens that are computed. Its growth from one length to the next is compared with the growth of the stream (4 bytes
+per channel), and its size with its bound. The tower has width 192, 2 blocks and 64 patches per frame; 8,192 tokens are
+computed at a time, one row of the longest clip, so that this part is the same for all lengths.
 
-time: a tower of B/16's width with 2 blocks and 9 patches per frame, ViM in time or attention in time, fp32; frames are
-read from memory. CPU time of one thread, which neighbours disturb less than the clock. Medians of rounds that go
-through all lengths (attention: one round); the ratios are to the cheapest length of the same model. Attention's cost
-per frame grows with the clip, ViM's should not. Memory comes in huge pages where the system grants them: fresh pages of
-4 kB cost up to a fifth of the time, and long clips need more of them at a time.
+time runs a tower of B/16's width with 2 blocks and 9 patches per frame, with ViM or attention in time, in fp32; frames
+are read from memory. It measures the CPU time of one thread, which other programs disturb less than the clock. It
+prints medians of rounds that go through all lengths (attention: one round); the ratios are to the cheapest length of
+the same model. The cost of attention per frame grows with the clip, and the cost of ViM should not. Memory comes in
+huge pages where the system grants them: fresh pages of 4 kB cost up to a fifth of the time, and long clips need more of
+them at a time.
 """
 
 import argparse
@@ -47,7 +48,7 @@ WEIGHTS_B16 = 175_000_000  # of both towers, about
 
 
 def build(name: str, overrides: dict):
-    """A model in evaluation mode, its time gates open, so that nothing is multiplied by zero."""
+    """Build a model in evaluation mode with open time gates, so that nothing is multiplied by zero."""
     torch.manual_seed(0)
     model = create_model(name, **overrides).eval()
     with torch.no_grad():
@@ -85,17 +86,17 @@ def compare_times(args: argparse.Namespace) -> None:
 
 
 def resident_kb(what: str) -> int:
-    """VmRSS (now) or VmHWM (at most so far), of Linux; getrusage's peak would include the parent's."""
+    """Return Linux's VmRSS (now) or VmHWM (at most so far); getrusage's peak would include the parent process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
 def print_peak(case: dict) -> None:
-    """In a process of its own: bytes at the peak above the state before, as JSON."""
+    """Print, in a process of its own, the bytes at the peak above the state before, as JSON."""
     model = build(case["name"], case["overrides"])
     side = model.config.img_size
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=case["bf16"]):
-        for frames in (4, case["frames"]):  # the first time for kernels and casts of weights
+        for frames in (4, case["frames"]):  # the first call loads kernels and casts weights
             before = resident_kb("VmRSS")
             encode_long_video(
                 model, lambda a, b: torch.randn(3, b - a, side, side), frames, max_tokens=case["max_tokens"]
@@ -106,7 +107,7 @@ def print_peak(case: dict) -> None:
 def peak(name: str, overrides: dict, frames: int, bf16: bool, max_tokens: int) -> int:
     case = {"name": name, "overrides": overrides, "frames": frames, "bf16": bf16, "max_tokens": max_tokens}
     command = [sys.executable, __file__, "--peak-of", json.dumps(case)]
-    # Freed memory goes back to the system at once, so that the peak is of what was in use.
+    # Freed memory goes back to the system at once, so that the peak counts only what was in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "THP_MEM_ALLOC_ENABLE": "0"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return json.loads(done.stdout)

@@ -2,11 +2,11 @@
 
     python benchmarks/bench_retrieval_metrics.py [--clips 9668] [--sentences 3842] [--dtype float32]
 
-Both sides score the same matrices in one process, one after the other, and have to agree. So does one sort of the
-similarities, `np.argsort(similarities, axis=1)`, in turn with ours: the ratio of their CPU times, all threads together,
-says what the figures cost whatever the machine. Each side runs once more in a process of its own, which reports its
-peak memory. The sizes are those of EPIC-KITCHENS-100's retrieval test split and the relevancies are drawn to be like
-its own: half a point for the verb class, half for the overlap of the nouns, a ninth of them above zero.
+Both sides score the same matrices in one process, one after the other, and must agree. One sort of the similarities,
+`np.argsort(similarities, axis=1)`, runs in turn with our side: the ratio of their CPU times, all threads together, says
+what the metrics cost on any machine. Each side runs once more in a process of its own, which reports its peak memory.
+The sizes are those of EPIC-KITCHENS-100's retrieval test split, and the relevancies are drawn to be like the dataset's:
+half a point for the verb class, half for the overlap of the nouns, a ninth of them above zero.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from avion.evaluation.ek100_mir import retrieval_metrics
 
 
 def make_case(clips: int, sentences: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """(clips, sentences) similarities of `dtype` and float32 relevancies."""
+    """Return similarities of `dtype` and float32 relevancies, (clips, sentences) each."""
     rng = np.random.default_rng(0)
     # A few classes make up much of the annotations: class c is drawn in proportion to 1 / (c + 1).
     verb, noun, second = (
@@ -49,7 +49,7 @@ def make_case(clips: int, sentences: int, dtype: str) -> tuple[np.ndarray, np.nd
 
 
 def whole_matrix_metrics(similarity: np.ndarray, relevancy: np.ndarray) -> dict[str, float]:
-    """The same figures as they are usually written: sort, gather and accumulate the whole matrix."""
+    """Compute the same metrics as they are usually written: sort, gather and accumulate the whole matrix."""
     figures = {}
     for side, s, r in (("vis", similarity, relevancy), ("txt", similarity.T, relevancy.T)):
         ap = whole_matrix_ap(s, r)
@@ -85,7 +85,7 @@ def peak_mib() -> float:
 
 
 def print_peak(side: str, case: tuple) -> None:
-    """In a process of its own: (peak before the metrics, peak after), with the inputs in both."""
+    """Print, in a process of its own, the peak before the metrics and the peak after them, with the inputs in both."""
     inputs = make_case(*case)
     before = peak_mib()
     SIDES[side](*inputs)
@@ -93,7 +93,7 @@ def print_peak(side: str, case: tuple) -> None:
 
 
 def compare(case: tuple, repeats: int) -> None:
-    # First of all, since a child's peak starts from what its parent occupies.
+    # This comes first, because the peak of a child process starts from what its parent occupies.
     peaks = {}
     for side in SIDES:
         command = [sys.executable, __file__, "--peak-of", side, *map(str, _case_flags(case))]
@@ -130,7 +130,7 @@ def compare(case: tuple, repeats: int) -> None:
 
 
 def timed(work) -> tuple:
-    """What it returns, seconds, and seconds of CPU time of all threads."""
+    """Return the result of `work`, the seconds, and the seconds of CPU time of all threads."""
     start = time.perf_counter(), time.process_time()
     result = work()
     return result, time.perf_counter() - start[0], time.process_time() - start[1]

@@ -1,15 +1,16 @@
-"""Both scans of the mixer and its gate, forward and forward + backward, on a GPU: every backend that runs there.
+"""Both scans of the mixer and its gate, forward and forward + backward, on a GPU, with every backend that runs there.
 
     python benchmarks/bench_scan.py [--rounds 21] [--backends triton torch mamba_ssm] [--output FILE.md]
-    TRITON_INTERPRET=1 python benchmarks/bench_scan.py --toy      # that it runs, on a CPU
+    TRITON_INTERPRET=1 python benchmarks/bench_scan.py --toy      # shows on a CPU that it runs
 
-Where there is no GPU the scan's backends are measured on the CPU, at sizes for it (`scan_on_cpu.py`).
+Where there is no GPU, the scan's backends are measured on the CPU, at smaller sizes (`scan_on_cpu.py`).
 
-At D = 768, N = 16, bf16: R = 12,544 rows (64 clips of 196 patches) with T = 4, 16, 64; R = 196 with T = 256, 1,024,
-8,192; R = 64 (space-time) with T = 784, 3,136. Correctness first: outputs and all gradients of some of the rows against
-the reference in float64 on the same bf16 numbers, and those rows' share of the whole. Then medians of alternating
-rounds, by CUDA events; the ratio to mamba-ssm's kernels where they are installed; and the ratio to the floor: the
-largest of exponentials, float32 instructions and bytes over what the device was measured to do of each.
+The shapes have D = 768 and N = 16, in bf16: R = 12,544 rows (64 clips of 196 patches) with T = 4, 16, 64; R = 196 with
+T = 256, 1,024, 8,192; R = 64 (space-time) with T = 784, 3,136. First the benchmark checks correctness: outputs and all
+gradients of some of the rows against the reference in float64 on the same bf16 numbers, computed alone and within the
+whole. Then it prints medians of alternating rounds, timed with CUDA events; the ratio to mamba-ssm's kernels where they
+are installed; and the ratio to the floor, the largest of exponentials, float32 instructions and bytes, each divided by
+what the device was measured to do per second.
 """
 
 import argparse
@@ -30,7 +31,7 @@ SHAPES = ((12544, 4), (12544, 16), (12544, 64), (196, 256), (196, 1024), (196, 8
 TOY_SHAPES = ((6, 4), (2, 40))
 PEER = "mamba_ssm"
 WHAT = {"forward": "forward", "both": "forward + backward"}
-# Of bf16 inputs, whose gradients are rounded to bf16 as well.
+# The tolerance for bf16 inputs, whose gradients are rounded to bf16 as well.
 TOLERANCE = 2e-2
 # Per row, step, channel and state and direction: float32 instructions forward (ΔA; ΔBu; the state; y), and backward
 # (these four once more; the adjoint, dC, dB, by Δu, the carry, by ΔA, dΔ, dA).
@@ -72,12 +73,12 @@ class Case:
             return gated_bidirectional_scan(*self.directions, self.z, backend=backend)
 
     def both(self, backend: str) -> list[torch.Tensor]:
-        """The output and every gradient."""
+        """Return the output and every gradient."""
         out = gated_bidirectional_scan(*self.directions, self.z, backend=backend)
         return [out.detach(), *torch.autograd.grad(out, self.tensors(), self.weight.to(out.dtype))]
 
     def of_rows(self, rows: list[int], dtype: torch.dtype | None = None) -> "Case":
-        """The same numbers, of some of the rows."""
+        """Return the same numbers for some of the rows."""
         some = object.__new__(Case)
         some.shape = (len(rows), *self.shape[1:])
 
@@ -91,8 +92,10 @@ class Case:
 
 
 def worst_error(case: Case, backend: str) -> float:
-    """Largest difference from the float64 reference relative to a tensor's largest value: of a few rows alone, all
-    gradients, and of the same rows within the whole."""
+    """Return the largest difference from the float64 reference, relative to a tensor's largest value.
+
+    All gradients of a few rows alone are compared, and those of the same rows within the whole.
+    """
     count = max(1, min(4, case.shape[0], 8192 // case.shape[1]))
     rows = sorted({round(i * (case.shape[0] - 1) / max(1, count - 1)) for i in range(count)})
     expected = case.of_rows(rows, torch.float64).both("reference")
@@ -108,12 +111,13 @@ def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def floor_ms(shape: tuple[int, int, int, int], ceilings: Ceilings, backward: bool) -> float:
-    """The least that the exponentials, float32 instructions or bytes of both directions take; forward alone, or
-    forward + backward."""
+    """Return the least time in ms that the exponentials, float32 instructions or bytes of both directions take, forward
+    or forward + backward.
+    """
     rows, steps, channels, states = shape
     elements = 2 * rows * steps * channels * states
-    exponentials = elements * (steps - 1) / steps  # the first step needs none
-    # u and delta of both directions, z, the output; backward all inputs again, the gradients of all.
+    exponentials = elements * (steps - 1) / steps  # the first step needs no exponential
+    # Forward: u and delta of both directions, z and the output. Backward: all inputs again, and their gradients.
     tensors, small = (6, 4) if not backward else (6 + 6 + 5, 4 + 4 + 4)
     bytes_moved = 2 * rows * steps * (tensors * channels + small * states)
     passes = 2 if backward else 1
@@ -124,7 +128,7 @@ def floor_ms(shape: tuple[int, int, int, int], ceilings: Ceilings, backward: boo
 
 
 def peak_mb(case: Case, backend: str) -> float:
-    """On a GPU: what forward + backward take above the inputs."""
+    """Return the memory in MB that forward + backward take above the inputs, on a GPU."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     case.both(backend)
@@ -132,8 +136,9 @@ def peak_mb(case: Case, backend: str) -> float:
 
 
 def measure(shape: tuple[int, int], args: argparse.Namespace, ceilings: Ceilings) -> list[dict]:
-    """A record for each backend and pass: R, T, what, backend, error, and of those that are right ms, floor_ms, peer_ms
-    (None without the peer), peak_mb."""
+    """Return a record for each backend and pass: R, T, what, backend and error; for right backends also ms, floor_ms,
+    peer_ms (None without mamba-ssm) and peak_mb.
+    """
     case = Case(*shape, args.dim, args.states, args.device)
     records, errors = [], {}
     for backend in args.backends:

@@ -2,10 +2,10 @@
 
     python benchmarks/bench_towers.py [--threads 2] [--rounds 5] [--clips 2] [--frames 4] [--device cpu]
 
-ViT-B/16 at 224 px, fp32, random weights, the gates open (a gate at zero would spare no work, only hide it).
-Forward, and forward + backward: medians of rounds that alternate between the models. Peak memory is taken in
-a process of its own for each model, as the peak resident size of one forward + backward, above what it was
-when model and video stood ready, and in all. Ratios are ID6 over ID4.
+The towers are ViT-B/16 at 224 px in fp32, with random weights and open gates. The benchmark prints medians of rounds
+that alternate between the models, forward and forward + backward. Peak memory is measured in a process of its own for
+each model, as the peak resident size of one forward + backward pass: above the size when model and video were ready,
+and in all. Ratios are ID6 over ID4.
 """
 
 import argparse
@@ -27,7 +27,7 @@ MODELS = {"ID4": "TIMESFORMER_VITB16", "ID6": "TIMEMAMBA_VITB16"}
 
 
 def build(name: str, args: argparse.Namespace) -> tuple[torch.nn.Module, torch.Tensor]:
-    """The video tower, in training mode, and a video (B, 3, T, 224, 224)."""
+    """Return the video tower, in training mode, and a video (B, 3, T, 224, 224)."""
     torch.manual_seed(0)
     tower = create_model(MODELS[name], num_frames=args.frames, text_layers=1).visual.to(args.device).train()
     with torch.no_grad():
@@ -67,10 +67,10 @@ def compare_times(args: argparse.Namespace) -> None:
 
 
 def peak_memory(name: str, args: argparse.Namespace) -> tuple[float, float]:
-    """MB at the peak of one forward + backward: in all, and above the state before it."""
+    """Return the MB at the peak of one forward + backward pass: in all, and above the state before it."""
     tower, video = build(name, args)
     for parameter in tower.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # as in every step but the first
+        parameter.grad = torch.zeros_like(parameter)  # as in every optimizer step but the first
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -84,7 +84,7 @@ def peak_memory(name: str, args: argparse.Namespace) -> tuple[float, float]:
 
 
 def resident_kb(what: str) -> int:
-    """VmRSS (now) or VmHWM (at most so far), of Linux; getrusage's peak would include the parent's."""
+    """Return Linux's VmRSS (now) or VmHWM (at most so far); getrusage's peak would include the parent process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(what))
 

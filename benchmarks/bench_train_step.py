@@ -1,14 +1,14 @@
-"""A whole training step on a GPU: forward, loss, backward, AdamW; rows ID4, ID6, ID7 and ID8 with every scan backend.
+"""A whole optimizer step on a GPU: forward, loss, backward, AdamW, for ID4, ID6, ID7 and ID8 with every scan backend.
 
     python benchmarks/bench_train_step.py [--clips 64] [--frames 4] [--rounds 11] [--output FILE.md]
-    TRITON_INTERPRET=1 python benchmarks/bench_train_step.py --toy      # that it runs, on a CPU
+    TRITON_INTERPRET=1 python benchmarks/bench_train_step.py --toy      # shows on a CPU that it runs
 
-ViT-B/16 at 224 px, bf16 autocast, random clips and narrations; the step is the one that training takes
-(`avion/engine/steps.py`, CLIP's loss). Medians of rounds that alternate between the configurations, by CUDA events:
-clips per second, the step's time over ID4's, the time with mamba-ssm's kernels over this one's. Peak memory of a step.
-Model FLOP utilisation: three times the forward pass's multiply-adds (counted by PyTorch in matrix products and
-attention, with the scans' own added), times two, over the step's time and what bf16 matrix products reach on this
-device.
+The models are ViT-B/16 at 224 px under bf16 autocast, with random clips and narrations. The step is the one that
+training takes (`avion/engine/steps.py`, with CLIP's loss). The benchmark prints medians of rounds that alternate
+between the configurations, timed with CUDA events: clips per second, the step's time over ID4's, the time with
+mamba-ssm's kernels over this time, and the peak memory of a step. Model FLOP utilisation is three times the
+multiply-adds of the forward pass (counted by PyTorch in matrix products and attention, plus those of the scans), times
+two, over the step's time and what bf16 matrix products reach on this device.
 """
 
 import argparse
@@ -41,12 +41,12 @@ TOY = {
     "img_size": 16, "embed_dim": 8, "depth": 1, "num_heads": 2, "text_width": 16, "text_heads": 2, "text_layers": 1,
     "context_length": 16, "project_embed_dim": 8,
 }  # fmt: skip
-# Multiply-adds of the scan per row, step, channel and state and direction: ΔA, ΔBu, the state, y.
+# The multiply-adds of the scan per row, step, channel, state and direction: ΔA, ΔBu, the state, y.
 SCAN_MULTIPLY_ADDS = 4
 
 
 class Step:
-    """A model with its optimizer, and one training step of it."""
+    """A model with its optimizer, and one optimizer step."""
 
     def __init__(self, row: str, backend: str | None, args: argparse.Namespace):
         torch.manual_seed(0)
@@ -77,7 +77,7 @@ class Step:
         self.optimizer.step()
 
     def flops_per_clip(self, batch: dict[str, torch.Tensor]) -> float:
-        """Of forward and backward, which takes twice the forward pass's."""
+        """Return the floating-point operations of forward and backward, which takes twice those of the forward pass."""
         one = {name: tensor[:1] for name, tensor in batch.items()}
         scans, handles = [0.0], []
 
@@ -104,15 +104,21 @@ def random_batch(args: argparse.Namespace) -> dict[str, torch.Tensor]:
 
 
 def peak_gb(step: Step, batch: dict[str, torch.Tensor], others_gb: float) -> float:
-    """On a GPU: of one step, model, optimizer and batch included, the other configurations' not."""
+    """Return the peak memory of one step in GB on a GPU, with model, optimizer and batch, without the other
+    configurations.
+    """
     torch.cuda.reset_peak_memory_stats()
     step.run(batch)
     return torch.cuda.max_memory_allocated() / 1e9 - others_gb
 
 
 def build_all(args: argparse.Namespace, batch) -> tuple[dict[str, Step], list[dict]]:
-    """Every configuration that fits, by name; and a record of each: row, backend (None for ID4), peak_gb (None on a
-    CPU), out_of_memory."""
+    """Build every configuration that fits.
+
+    Returns:
+        The configurations by name; and a record of each: row, backend (None for ID4), peak_gb (None on a CPU),
+            out_of_memory.
+    """
     steps: dict[str, Step] = {}
     records = []
     for row in args.rows:
@@ -137,8 +143,9 @@ def build_all(args: argparse.Namespace, batch) -> tuple[dict[str, Step], list[di
 
 
 def complete(records: list[dict], found: dict[str, float], flops: dict[str, float], matmul: float | None, clips: int):
-    """Adds to the records of what was measured: ms, clips_per_s, to_id4, to_peer (None where the other side was not
-    measured), mfu (None on a CPU)."""
+    """Add what was measured to the records: ms, clips_per_s, to_id4, to_peer (None where the other side was not
+    measured), mfu (None on a CPU).
+    """
     for record in records:
         ms = found.get(record["name"])
         if ms is None:
@@ -172,13 +179,13 @@ def table_row(record: dict) -> list[str]:
 
 
 def measure(args: argparse.Namespace) -> tuple[list[dict], str]:
-    """The records of all configurations, and what was measured, in a line."""
+    """Return the records of all configurations, and a line that says what was measured."""
     batch = random_batch(args)
     steps, records = build_all(args, batch)
     found = medians(
         {name: functools.partial(step.run, batch) for name, step in steps.items()}, args.rounds, args.device
     )
-    # On a CPU the other ceilings would be measured in Triton's interpreter.
+    # On a CPU, the other ceilings would be those of Triton's interpreter.
     matmul = measure_ceilings(args.device, toy=args.toy).matmul if args.toy or args.device != "cpu" else None
     flops = {name: step.flops_per_clip(batch) for name, step in steps.items()}
     complete(records, found, flops, matmul, args.clips)

@@ -1,4 +1,4 @@
-"""Two kernels that do nothing but multiply-adds, or base-2 exponentials: how many a GPU really does per second."""
+"""Two kernels that only compute multiply-adds, or base-2 exponentials: they measure what a GPU computes per second."""
 
 from collections.abc import Callable
 
@@ -30,7 +30,7 @@ def exponential_kernel(x, steps, CHAINS: tl.constexpr, LANES: tl.constexpr):
 
 
 def issue_rates(device: str, rounds: int, toy: bool, medians: Callable) -> tuple[float, float]:
-    """Multiply-adds and exponentials per second."""
+    """Return the multiply-adds and the exponentials per second."""
     programs, steps, lanes = (2, 2, 32) if toy else (132 * 64, 512, 128)
     x = torch.rand(programs * _CHAINS * lanes, device=device)
     work = {

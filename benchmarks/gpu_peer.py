@@ -1,7 +1,8 @@
-"""Builds mamba-ssm and causal-conv1d, whose kernels are compared with ours, in the background, from the package index's
-source and for the GPU at hand alone: for all architectures it would take an hour.
+"""Builds mamba-ssm and causal-conv1d, whose kernels are compared with ours, in the background.
 
-Their own set-up files name every architecture. So nvcc is wrapped: what is said of other architectures is left out.
+They are built from the source in the package index and for the GPU at hand only, because a build for all architectures
+takes an hour. Their set-up files name every architecture, so nvcc is wrapped: the wrapper leaves out what belongs to
+other architectures.
 """
 
 import os
@@ -27,7 +28,7 @@ os.execv({nvcc!r}, [{nvcc!r}, *for_one_architecture(sys.argv[1:], {arch!r})])
 
 
 def for_one_architecture(words: list[str], arch: str) -> list[str]:
-    """nvcc's command line with code for `arch` ("90") alone, where it makes code at all."""
+    """Return nvcc's command line with code for `arch` ("90") only, where it makes code at all."""
     kept, skip, asked = [], False, False
     for word, after in zip(words, [*words[1:], ""], strict=True):
         if skip:
@@ -44,14 +45,14 @@ def for_one_architecture(words: list[str], arch: str) -> list[str]:
 
 
 def pinned(requirements: Path) -> list[str]:
-    """The packages as requirements-cuda.txt pins them."""
+    """Return the packages as requirements-cuda.txt pins them."""
     lines = [line.split("#")[0].strip() for line in requirements.read_text(encoding="utf-8").splitlines()]
     found = {line.split("==")[0].strip().lower(): line for line in lines if line}
     return [found.get(name, name) for name in PACKAGES]
 
 
 class Build:
-    """A build that nobody waits for. As a context: what still runs at the end is stopped."""
+    """A build in the background. As a context manager it stops what still runs at the end."""
 
     def __init__(self, target: Path, log: Path, env: dict[str, str]):
         self.target, self.log, self.env = target, log, env
@@ -72,7 +73,11 @@ class Build:
                 self._process.wait(5)
 
     def begin(self, device: dict[str, Any]) -> None:
-        """device: what the section on the device has found."""
+        """Start the build, if there is a GPU and an nvcc.
+
+        Args:
+            device: What the section on the device has found.
+        """
         nvcc = _nvcc_path(self.env)
         if "capability" not in device or nvcc is None:
             why = "there is no GPU" if "capability" not in device else "nvcc was not found (set CUDA_HOME)"
@@ -87,7 +92,7 @@ class Build:
             sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-binary", ":all:",
             "--target", str(self.target), *pinned(ROOT / "requirements-cuda.txt"),
         ]  # fmt: skip
-        jobs = max(1, (os.cpu_count() or 2) // 2)  # the other half is the report's
+        jobs = max(1, (os.cpu_count() or 2) // 2)  # the other half is for the report
         env = {
             **self.env, "PYTORCH_NVCC": str(wrapper), "MAX_JOBS": str(jobs), "MAMBA_FORCE_BUILD": "TRUE",
             "CAUSAL_CONV1D_FORCE_BUILD": "TRUE",
@@ -104,11 +109,11 @@ class Build:
             )
 
     def is_pending(self) -> bool:
-        """Whether it still runs, or has ended and `news` was not asked."""
+        """Return whether the build still runs, or has ended without a call of `news` since."""
         return self._process is not None or bool(self._line)
 
     def news(self) -> str:
-        """What became of it, once."""
+        """Return a line that says how the build ended, once; otherwise ""."""
         if self._process is not None and not self.is_built and self._process.poll() is not None:
             self.is_built = self._process.returncode == 0
             self._line = "mamba-ssm and causal-conv1d were built." if self.is_built else self._why()

@@ -1,17 +1,18 @@
-"""Everything that only a GPU can tell, in one command and a few minutes: a Markdown and a JSON file.
+"""Measures everything that needs a GPU, in one command and a few minutes, and writes a Markdown and a JSON file.
 
     python benchmarks/gpu_report.py --output DIR --minutes 8
     python benchmarks/gpu_report.py --output DIR --minutes 8 --build-peer      # builds mamba-ssm beside it, from source
-    python benchmarks/gpu_report.py --output DIR --minutes 3 --dry-run         # that it runs, on a CPU, at toy sizes
+    python benchmarks/gpu_report.py --output DIR --minutes 3 --dry-run         # shows on a CPU that it runs, at toy
+    sizes
 
-Sections come in the order of their worth: the device; the kernels against float64; the scan, a training step and the
-demo's pretraining at the paper's shapes; long sequences; the tests. Each is a process group of its own with a limit of
-its own, and both files in DIR are written anew after each, so that a run that is cut off has told what
-it knew. What is missing on the machine is a line. `auto` takes the backend that is found to be the fastest from then on
-(`avion/ops/choices.py`), tuned plans are kept in the same cache and copied to DIR/plans.
+The most important sections come first: the device; the kernels against float64; the scan, an optimizer step and the
+demo's pretraining at the paper's shapes; long sequences; the tests. Each section is a process group with its own time
+limit, and both files in DIR are written anew after each section, so that a run that is cut off leaves what it has
+measured. If the machine lacks a package, a line says so. From then on `auto` takes the backend that was the fastest
+(`avion/ops/choices.py`); tuned plans are kept in the same cache and copied to DIR/plans.
 
-Needs PyTorch with Triton, timm and torchvision; everything else only makes it tell more. Exit status: 0 where all
-sections ran and nothing was wrong, 1 where something was wrong, failed or was cut off, 2 where there is no GPU.
+The report needs PyTorch with Triton, timm and torchvision; with the other packages it measures more. The exit status is
+0 if all sections ran and nothing was wrong, 1 if something was wrong, failed or was cut off, and 2 if there is no GPU.
 """
 
 import argparse
@@ -35,12 +36,12 @@ from benchmarks import gpu_peer
 from benchmarks.gpu_verdicts import verdicts
 
 ROOT = Path(__file__).resolve().parents[1]
-MINUTES = 8  # what the limits below are for; they grow and shrink with --minutes
+MINUTES = 8  # the time for which the limits below are meant; they grow and shrink with --minutes
 RESERVE_S = 5  # to write the last report
 
 
 class Plan(NamedTuple):
-    """A section: its name, its title, the seconds it may take of MINUTES, its words for `gpu_sections.py`."""
+    """A section: its name, its title, the seconds that it may take of MINUTES, and its words for `gpu_sections.py`."""
 
     name: str
     title: str
@@ -62,7 +63,7 @@ PLANS = (
     ),
     Plan("tests", "tests/ops and tests/gpu", 200, ("tests", "paths=tests/ops tests/gpu")),
 )  # fmt: skip
-# Once mamba-ssm was built; in front of what is left then.
+# This section runs once mamba-ssm is built, before the sections that are left then.
 PEER = Plan(
     "peer", "Beside the mamba-ssm that was built", 120,
     ("scan", "shapes=12544x4 12544x16 196x256 196x1024 64x3136", "backends=triton mamba_ssm"),
@@ -71,7 +72,7 @@ TOY_TESTS = "paths=tests/gpu tests/ops/test_choices.py"
 
 
 class Report:
-    """What is known so far, and its two files."""
+    """What has been measured so far, and the two files."""
 
     def __init__(self, folder: Path, dry_run: bool):
         self.folder, self.dry_run = folder, dry_run
@@ -116,7 +117,7 @@ class Report:
 
 @contextlib.contextmanager
 def group(command: list[str], log: Path, env: dict[str, str]) -> Iterator[subprocess.Popen]:
-    """The command in a process group of its own, of which nothing is left afterwards."""
+    """Run the command in a process group of its own, and end the whole group afterwards."""
     with log.open("w", encoding="utf-8") as out:
         process = subprocess.Popen(
             command,
@@ -138,7 +139,7 @@ def group(command: list[str], log: Path, env: dict[str, str]) -> Iterator[subpro
 
 
 def run_section(plan: Plan, folder: Path, seconds: float, env: dict[str, str], dry_run: bool) -> dict[str, Any]:
-    """What the section has found, or had when its time was up."""
+    """Return what the section has found, or had found when its time was up."""
     found_at, log = folder / f"{plan.name}.json", folder / f"{plan.name}.txt"
     found_at.unlink(missing_ok=True)
     name, *options = plan.words
@@ -163,13 +164,13 @@ def run_section(plan: Plan, folder: Path, seconds: float, env: dict[str, str], d
 
 def environment(args: argparse.Namespace) -> dict[str, str]:
     env = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    if args.dry_run:  # its choices and plans are nobody's business
+    if args.dry_run:  # its choices and plans must not be kept
         env |= {"TRITON_INTERPRET": "1", "XDG_CACHE_HOME": str(args.output / "cache"), "OMP_NUM_THREADS": "1"}
     return env
 
 
 def keep_plans(folder: Path, env: dict[str, str]) -> None:
-    """Copies the cache's files beside the report."""
+    """Copy the files of the cache beside the report."""
     cache = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avion"
     for path in cache.glob("*.json"):
         (folder / "plans").mkdir(exist_ok=True)
@@ -201,7 +202,7 @@ def run_all(args: argparse.Namespace, report: Report) -> int:
             if args.dry_run and plan.name == "tests":
                 plan = plan._replace(words=("tests", TOY_TESTS))
             start = time.monotonic()
-            # The first one reads PyTorch from a disk that may be slow.
+            # The first section reads PyTorch from a disk that may be slow.
             limit = max(plan.seconds * scale, 60) if plan.name == "device" else plan.seconds * scale
             found = run_section(plan, folder, min(left, limit), env, args.dry_run)
             keep_plans(args.output, env)
@@ -233,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
         "--sections", nargs="*", choices=[plan.name for plan in PLANS], help="only these (and the device)"
     )
     args = parser.parse_args(argv)
-    if not 0.2 <= args.minutes <= 24 * 60:  # NaN is neither
+    if not 0.2 <= args.minutes <= 24 * 60:  # NaN is neither of them
         parser.error(f"--minutes {args.minutes:g}: give 0.2 to 1440, best 8")
     args.output = args.output.absolute()
     try:

@@ -1,7 +1,7 @@
 """The sections of `gpu_report.py`, each run in a process of its own: `python benchmarks/gpu_sections.py NAME …`.
 
-A section writes what it has found so far to its JSON file, again and again, so that one that is stopped has told what
-it knew. A package that is missing is one line, an error is its last line; neither concerns the sections after it.
+A section writes what it has found so far to its JSON file, again and again, so that a section that is stopped leaves
+it. A missing package is one line, and an error is the last line of the section; neither affects the sections after it.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from avion.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Of the project's packages those without which something of it does not run; the import's name where it is another.
+# The packages without which a part of the project does not run, by the names under which they are imported.
 PACKAGES = {
     "torch": "torch", "triton": "triton", "torchvision": "torchvision", "timm": "timm", "numpy": "numpy",
     "av": "av", "decord": "decord", "open_clip": "open_clip_torch", "ftfy": "ftfy", "regex": "regex",
@@ -43,7 +43,7 @@ class Section:
         self.found: dict[str, Any] = {"status": "running", "line": "", "markdown": "", "data": {}}
 
     def tell(self, *, status: str = "running", line: str = "", markdown: str = "", **data: Any) -> None:
-        """Writes it down; data are added to those there are."""
+        """Write the findings to the file; data are added to the earlier data."""
         self.found |= {
             "status": status,
             "line": line or self.found["line"],
@@ -59,7 +59,7 @@ class Section:
 
 
 def device(section: Section) -> None:
-    """Versions, what is missing, and what the device says of itself."""
+    """Find versions, what is missing, and the properties of the device."""
     missing = [package for name, package in PACKAGES.items() if importlib.util.find_spec(name) is None]
     line = "missing: " + ", ".join(missing) if missing else "every package is there"
     section.tell(line=line, missing=missing)
@@ -102,7 +102,7 @@ def _compiler() -> str | None:
 
 
 def kernels(section: Section) -> None:
-    """Every kernel against float64, without pytest."""
+    """Compare every kernel with float64, without pytest."""
     os.environ["AVION_TUNE"] = "0"  # measuring every plan of every shape would take most of the time
     import torch
 
@@ -129,7 +129,7 @@ def kernels(section: Section) -> None:
 
 
 def scan(section: Section, shapes: str, backends: str = "triton torch mamba_ssm") -> None:
-    """bench_scan, shape by shape; `auto`'s choice follows."""
+    """Run bench_scan, shape by shape; the choices of `auto` follow."""
     import torch
 
     from avion.ops.selective_scan import available_backends
@@ -159,7 +159,7 @@ def scan(section: Section, shapes: str, backends: str = "triton torch mamba_ssm"
 
 
 def _follow(section: Section, records: list[dict], args: argparse.Namespace) -> tuple[dict[str, str], str]:
-    """Saves the fastest right backend of each class of shapes, which `auto` takes from now on; and says so."""
+    """Save the fastest right backend of each class of shapes, which `auto` takes from now on, and say so."""
     import torch
 
     from avion.ops import choices
@@ -183,7 +183,7 @@ def _follow(section: Section, records: list[dict], args: argparse.Namespace) -> 
 
 
 def steps(section: Section, rows: str, clips: str, frames: str, checkpointing: str = "") -> None:
-    """bench_train_step: ID4 and others."""
+    """Run bench_train_step: ID4 and others."""
     import torch
 
     from avion.ops.selective_scan import available_backends
@@ -207,7 +207,7 @@ def steps(section: Section, rows: str, clips: str, frames: str, checkpointing: s
 
 
 def pretraining(section: Section) -> None:
-    """The demo's pretraining in every mode, its losses beside the CPU's."""
+    """Run the demo's pretraining in every mode, and compare the losses with the CPU's."""
     import torch
 
     from benchmarks.measure import markdown_table
@@ -218,7 +218,7 @@ def pretraining(section: Section) -> None:
         of_cpu = room.losses("fp32", "cpu", Path(folder) / "cpu")
     rows, wrong = [["CPU, fp32", *_few(of_cpu), ""]], []
     for mode in room.MODES:
-        if section.toy and "compiled" in mode:  # on a CPU it takes a C++ compiler and a minute
+        if section.toy and "compiled" in mode:  # on a CPU this needs a C++ compiler and a minute
             continue
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -241,13 +241,13 @@ def _few(losses: list[float]) -> list[str]:
 
 
 def tests(section: Section, paths: str) -> None:
-    """pytest, where it is installed."""
+    """Run pytest, where it is installed."""
     import pytest  # noqa: F401  the missing package is named, not the failed command
 
     log = section.path.with_suffix(".pytest.txt")
     with log.open("w", encoding="utf-8") as out:
         command = [sys.executable, "-m", "pytest", "-q", "-x" if section.toy else "--maxfail=20", *paths.split()]
-        # Without the project's own options, which want further packages.
+        # Without the project's pytest options, which need further packages.
         options = ["-p", "no:cacheprovider", "-o", "addopts=", "-ra"]
         done = subprocess.run([*command, *options], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -1,17 +1,17 @@
-"""What the sections' numbers say about the goals: a line for each."""
+"""What the sections' numbers say about the goals: a line for each goal."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-# Forward + backward of the scan: mamba-ssm's time over ours, at least, from that many steps on.
+# The least ratio of mamba-ssm's time to ours, forward + backward of the scan, from that many steps on.
 TO_PEER = ((4, 10.0), (16, 5.0), (256, 1.0))
-TO_FLOOR = 2.5  # our time over the floor, at most
-TO_ID4 = 1.10  # an optimizer step of ID6 over ID4's at 64 clips, at most
+TO_FLOOR = 2.5  # the largest ratio of our time to the floor
+TO_ID4 = 1.10  # the largest ratio of an optimizer step of ID6 to one of ID4 at 64 clips
 OURS = "triton"
 
 
 class Verdict(NamedTuple):
-    """`met` is None where it was not measured."""
+    """A goal; `met` is None where nothing was measured."""
 
     goal: str
     found: str
@@ -40,14 +40,16 @@ def _right(status: dict[str, dict], name: str, goal: str) -> Iterator[Verdict]:
         yield Verdict(goal, "not run", None)
     else:
         met = {"ok": True, "wrong": False, "failed": False}.get(section["status"])
-        # What was found to be wrong before the time was up is wrong.
+        # An error that was found before the time was up counts.
         met = False if section["data"].get("wrong") else met
         yield Verdict(goal, section["line"] or section["status"], met)
 
 
 def _scans(data: dict[str, dict]) -> dict[tuple[int, int], dict[str, float]]:
-    """By rows and steps: milliseconds of forward + backward with each backend, and the floor's. Later sections, the one
-    beside the peer that was built, come after."""
+    """Return, by rows and steps, the milliseconds of forward + backward with each backend, and the floor.
+
+    Later sections come after earlier ones; one of them is the section that runs once mamba-ssm is built.
+    """
     found: dict[tuple[int, int], dict[str, float]] = {}
     for name in ("scan", "long", "peer"):
         for r in data.get(name, {}).get("records", []):
@@ -71,7 +73,7 @@ def _to_peer(scans: dict[tuple[int, int], dict[str, float]]) -> Iterator[Verdict
 
 
 def _goal_of(steps: int) -> int | None:
-    """The goal that a number of steps comes under: the first two are for just so many."""
+    """Return the goal for a number of steps; the first two goals are for exactly one number."""
     return steps if steps in (4, 16) else 256 if steps >= 256 else None
 
 
@@ -84,7 +86,7 @@ def _to_floor(scans: dict[tuple[int, int], dict[str, float]]) -> Iterator[Verdic
 
 def _to_id4(data: dict[str, dict]) -> Verdict:
     goal = f"an optimizer step of ID6 at most {TO_ID4:.2f} x ID4's at 64 clips of 4 frames"
-    for name in ("steps", "step"):  # the former alternates between more rows
+    for name in ("steps", "step"):  # the former section alternates between more models
         for r in data.get(name, {}).get("records", []):
             if r["row"] == "ID6" and r["backend"] == OURS and r.get("to_id4"):
                 return Verdict(goal, f"{r['to_id4']:.2f} x ({r['ms']:.1f} ms)", r["to_id4"] <= TO_ID4)

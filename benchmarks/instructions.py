@@ -4,15 +4,16 @@
                                       [--output FILE.md] [--json FILE.json]
 
 Every kernel is compiled for sm_90 as the launch code launches it, with every plan that it would try on an H100 (with
---guess-only: the first one), and disassembled. Printed per step, state and channel of a thread, so per 32 channels of a
-warp: the instructions of the loops that walk over rows and steps, by class. A loop's instructions are divided by the
-steps of one iteration (a chunk, a segment of 32 or a whole row), by the states and by the channels of a thread. What
-runs once per program is left out, but printed as a number of its own. Loops count as if every instruction ran.
+--guess-only: the first one), and disassembled. The program prints the instructions of the loops that walk over rows and
+steps, by class, per step, state and channel of a thread, that is per 32 channels of a warp. The instructions of a loop
+are divided by the steps of one iteration (a chunk, a segment of 32 or a whole row), by the states and by the channels
+of a thread. What runs once per program is not included and is printed as a number of its own. Loops count as if every
+instruction ran.
 
 The time is the larger of two bounds: a multiprocessor starts four instructions of a warp per cycle, and computes 16
-exponentials, reciprocals or roots (MUFU) per cycle. Waiting is not in it, nor is memory. The floor counts in the same
-way what no way of computing the scan avoids: 4 float32 instructions forward and 12 backward
-(`bench_scan.py` says which), and an exponential for all but the first step. Convolutions: per step and channel.
+exponentials, reciprocals or roots (MUFU) per cycle. Waiting and memory are not included. The floor counts in the same
+way what every way of computing the scan needs: 4 float32 instructions forward and 12 backward (`bench_scan.py` lists
+them), and an exponential for all but the first step. The numbers of the convolutions are per step and channel.
 """
 
 import argparse
@@ -49,7 +50,7 @@ SCHEDULERS, MUFU_CYCLES = 4, 8  # of a multiprocessor; of one warp's MUFU on one
 
 
 class Count(NamedTuple):
-    """Of one kernel with one plan: instructions per step, state and channel of a thread, all and by class."""
+    """The instructions of one kernel with one plan, per step, state and channel of a thread, all and by class."""
 
     case: str
     kernel: str
@@ -68,7 +69,7 @@ def half(*shape: int) -> torch.Tensor:
 
 
 def scan_inputs(rows: int, steps: int, channels: int, states: int) -> ScanInputs:
-    """As the mixer makes them: B and C are columns of one product."""
+    """Return inputs as the mixer makes them: B and C are columns of one product."""
     product = half(rows, steps, RANK + 2 * states)
     A, D = torch.empty(channels, states, device="meta"), torch.empty(channels, device="meta")
     B, C = product[..., RANK : RANK + states], product[..., RANK + states :]
@@ -76,14 +77,15 @@ def scan_inputs(rows: int, steps: int, channels: int, states: int) -> ScanInputs
 
 
 def scan_work(case: str, processors: int, guess_only: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """(case, plan, work) of the directions, forward and backward."""
+    """Yield (case, plan, work) of the directions, forward and backward."""
     rows, steps, channels, states = SHAPES[case]
     p = scan_inputs(*SHAPES[case])
     z, y = half(rows, steps, 2 * channels)[..., channels:], half(rows, steps, channels)
     kept = torch.empty(scan.kept_shape(p.u, states, keep=True), device="meta")
     forward = scan.forward_plans_for((rows, steps, channels), processors)
     backward = scan.backward_plans_for((rows, steps, channels), states, processors)
-    # Only in training's shape both: the code of the second direction, which has the gate to do, is the longer one.
+    # Both directions are counted in training's shape only. The code of the second one, which also gates, is the longer
+    # one.
     for second in (False, True) if case == "training" else (True,):
         time, name = Time(reverse=second), f"{case}, {'second' if second else 'first'} direction"
         for plan in forward[: 1 if guess_only else None]:
@@ -101,7 +103,7 @@ def _describe(plan: scan.Plan) -> str:
 
 
 def conv_work() -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """Both directions of the convolution in one launch."""
+    """Yield both directions of the convolution in one launch."""
     rows, steps, channels, _ = SHAPES["training"]
     weight, bias = torch.empty(channels, 4, device="meta"), torch.empty(channels, device="meta")
     x, both = half(rows, steps, 2 * channels)[..., :channels], [(weight, bias), (weight, bias)]
@@ -110,7 +112,7 @@ def conv_work() -> Iterator[tuple[str, str, Callable[[], object]]]:
 
 
 def count(case: str, plan: str, launch: Launch, processors: int, clock: float) -> Count:
-    """A launch's numbers. `clock` in GHz."""
+    """Count the instructions of a launch; `clock` is in GHz."""
     constants = launch.constants
     rows, steps, channels, _ = SHAPES["training" if case == "convolution" else case.split(",")[0]]
     states = constants.get("n", 1)
@@ -134,7 +136,7 @@ def count(case: str, plan: str, launch: Launch, processors: int, clock: float) -
     if launch.kernel in FLOOR and "convolution" not in case:
         floor = milliseconds * max(FLOOR[launch.kernel], MUFU_CYCLES * (steps - 1) / steps)
     bound = milliseconds * max(total, MUFU_CYCLES * numbers["MUFU"])
-    if launch.kernel == "join_kernel":  # walks over parts, not over steps
+    if launch.kernel == "join_kernel":  # this kernel walks over parts, not over steps
         bound = None
     classes = {name: numbers[name] for name in CLASSES}
     return Count(case, launch.kernel, plan, launch.registers, launch.local_bytes, total, classes, once, bound, floor)

@@ -1,7 +1,7 @@
-"""The machine code that Triton makes for a GPU which need not be there: compiled, disassembled and counted.
+"""The machine code that Triton makes for a GPU, which need not be present: compiled, disassembled and counted.
 
-`launches` runs a function that launches kernels, on tensors of the device "meta", and compiles what it launches as a
-GPU would get it: what Triton specialises on, such as alignments and strides of 1, included.
+`launches` runs a function that launches kernels, on tensors of the device "meta", and compiles what it launches as for
+a GPU, with everything on which Triton specialises, such as alignments and strides of 1.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from avion.errors import UserError
 
-# The class of an instruction is that of the first pattern that its text matches.
+# An instruction belongs to the class of the first pattern that its text matches.
 CLASSES = {
     "spills": r"(LDL|STL)\b",
     "shared memory": r"(LDS|STS|LDSM|STSM|BAR|LDGSTS|ATOMS)\b",
@@ -38,7 +38,7 @@ _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 class Loop(NamedTuple):
-    """The instructions first … end - 1, `depth` loops around them."""
+    """The instructions first … end - 1, inside `depth` other loops."""
 
     first: int
     end: int
@@ -58,7 +58,7 @@ class Launch(NamedTuple):
     loops: list[Loop]
 
     def own(self, loop: Loop | None) -> list[str]:
-        """The instructions of a loop that no inner loop repeats; of None: those that no loop repeats."""
+        """Return the instructions of a loop that no inner loop repeats; without a loop, those that no loop repeats."""
         first, end = (0, len(self.instructions)) if loop is None else (loop.first, loop.end)
         depth = -1 if loop is None else loop.depth
         inner = [x for x in self.loops if x.depth == depth + 1 and first <= x.first and x.end <= end]
@@ -70,14 +70,16 @@ class Launch(NamedTuple):
 
 
 def count_by_class(instructions: list[str]) -> Counter[str]:
-    """How many instructions are of each of `CLASSES`."""
+    """Return how many instructions belong to each of `CLASSES`."""
     return Counter(next(name for name, p in CLASSES.items() if re.match(p, text)) for text in instructions)
 
 
 def launches(work: Callable[[], object], capability: int = 90) -> list[Launch]:
-    """What `work` launches, compiled for GPUs of that compute capability.
+    """Compile what `work` launches for GPUs of this compute capability.
 
-    Raises UserError where kernels are interpreted, and so not compiled."""
+    Raises:
+        UserError: Kernels are interpreted, and so not compiled.
+    """
     if triton.knobs.runtime.interpret:
         raise UserError("TRITON_INTERPRET is set, so that Triton interprets its kernels; unset it to compile them")
     found: list[Launch] = []
@@ -101,7 +103,7 @@ def launches(work: Callable[[], object], capability: int = 90) -> list[Launch]:
 
 
 class _Target:
-    """The part of Triton's driver that compiling needs."""
+    """The part of Triton's driver that the compiler needs."""
 
     def __init__(self, capability: int):
         self.capability = capability
@@ -120,7 +122,7 @@ class _Target:
 
 
 def _constants(kernel: JITFunction, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Returns the values for which the kernel is compiled; those of a record under the names of its fields."""
+    """Return the values for which the kernel is compiled; those of a record by the names of its fields."""
     values = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr}
     records = [dataclasses.asdict(value) for value in values.values() if dataclasses.is_dataclass(value)]
     return {name: value for part in (values, *records) for name, value in part.items()}
@@ -150,7 +152,9 @@ def _launch(kernel: str, constants: dict, programs: int, compiled: Any) -> Launc
 
 
 def parse(code: str) -> tuple[list[str], dict[str, int]]:
-    """nvdisasm's text → the instructions, without their predicates and what only fills up the end, and the labels."""
+    """Return the instructions of nvdisasm's text, without predicates and without the padding at the end, and the
+    labels.
+    """
     instructions: list[str] = []
     labels: dict[str, int] = {}
     for line in code.splitlines():
@@ -172,7 +176,9 @@ def _target(instruction: str, labels: dict[str, int]) -> int | None:
 
 
 def find_loops(instructions: list[str], labels: dict[str, int]) -> list[Loop]:
-    """From each target of a jump backward to the last jump there, outer loops first."""
+    """Find the loops, outer ones first: each begins at the target of a backward jump and ends at the last jump to this
+    target.
+    """
     ends: dict[int, int] = {}
     for i, instruction in enumerate(instructions):
         if instruction.startswith("BRA"):

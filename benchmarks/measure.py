@@ -1,5 +1,6 @@
-"""What the benchmarks share: medians of alternating rounds, a device's measured ceilings, tables that name where and
-when they were made."""
+"""What the benchmarks share: medians of alternating rounds, a device's measured ceilings, tables with the place and the
+date of the measurement.
+"""
 
 import datetime
 import statistics
@@ -13,7 +14,9 @@ import torch
 
 
 def medians(work: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
-    """Median milliseconds of each, rounds alternating between them, after a warm-up round. By CUDA events on a GPU."""
+    """Return the median milliseconds of each work, after a warm-up round; the rounds alternate between them. On a GPU
+    they are timed with CUDA events.
+    """
     times: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds + 1):
         for name, function in work.items():
@@ -36,8 +39,9 @@ def milliseconds(work: Callable[[], object], device: str) -> float:
 
 
 class Ceilings(NamedTuple):
-    """What the device reached here: bytes read and written, float32 instructions (a multiply-add is one) and base-2
-    exponentials, each per second, and bf16 matrix products in FLOP per second."""
+    """What the device reached: bytes read and written, float32 instructions (a multiply-add counts as one) and base-2
+    exponentials, each per second, and bf16 matrix products in FLOP per second.
+    """
 
     bytes: float
     float32: float
@@ -52,7 +56,7 @@ class Ceilings(NamedTuple):
 
 
 def measure_ceilings(device: str, toy: bool = False) -> Ceilings:
-    """Large copies, matrix products, and two kernels that do nothing but multiply-adds or exponentials."""
+    """Measure large copies, matrix products, and two kernels that only compute multiply-adds or exponentials."""
     from benchmarks.ceiling_kernels import issue_rates
 
     numbers = torch.randn(2**12 if toy else 2**29, device=device)
@@ -68,7 +72,7 @@ def measure_ceilings(device: str, toy: bool = False) -> Ceilings:
 
 
 def where(device: str) -> str:
-    """Date, device and versions, one line."""
+    """Return date, device and versions in one line."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     versions = [f"torch {torch.__version__}", f"Triton {_version('triton')}"]
     if torch.version.cuda is not None:

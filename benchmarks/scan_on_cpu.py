@@ -3,11 +3,11 @@
     python benchmarks/scan_on_cpu.py [--threads 2] [--rounds 9] [--long-rounds 5] [--dim 768] [--states 16]
         [--device cpu]
 
-Correctness first: every output and gradient against the reference. Then, at R = 392 rows and T = 4 steps
-(ViT-B/16, two clips), the median times of forward and of forward + backward, rounds alternating between the
-backends, and their ratios to the reference. Then, for long sequences, what a step of a row costs each backend but
-the reference at T = 64, 1,024 and 8,192, with the same number of rows x steps, and its ratios to T = 64: with as much
-work, and with as many rows as at T = 8,192. Under load the times mean little: the load average is printed.
+First every output and gradient is compared with the reference. Then, at R = 392 rows and T = 4 steps (ViT-B/16, two
+clips), the program prints the median times of forward and of forward + backward, with rounds that alternate between the
+backends, and their ratios to the reference. Last, for long sequences, it prints what a step of a row costs each backend
+but the reference at T = 64, 1,024 and 8,192, with the same number of rows x steps, and the ratios to T = 64: with as
+much work, and with as many rows as at T = 8,192. Under load the times mean little, so the load average is printed.
 """
 
 import argparse
@@ -64,7 +64,9 @@ class Case:
         return (y.detach(), *torch.autograd.grad(y, self.inputs, self.weight))
 
     def worst_error(self, backend: str) -> tuple[str, float]:
-        """The output or gradient furthest from the reference's, relative to its largest value."""
+        """Return the output or gradient that differs most from the reference's, and the difference relative to its
+        largest value.
+        """
         errors = {}
         for name, actual, expected in zip(("y", *NAMES), self.both(backend), self.both("reference"), strict=True):
             errors[name] = ((actual - expected).abs().max() / expected.abs().max()).item()

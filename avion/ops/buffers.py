@@ -16,7 +16,7 @@ class Buffers:
         self._dtype, self._device = dtype, device
 
     def view(self, name: str, *shape: int) -> Tensor:
-        """Returns a view of this shape, not initialised. Views of one name share memory."""
+        """Return a view of this shape, not initialised. Views of one name share memory."""
         elements = math.prod(shape)
         if name not in self._flat or self._flat[name].numel() < elements:
             with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside of it
@@ -24,7 +24,7 @@ class Buffers:
         return self._flat[name][:elements].view(shape)
 
     def nbytes(self) -> int:
-        """Returns the size of all buffers in bytes."""
+        """Return the size of all buffers in bytes."""
         return sum(flat.nbytes for flat in self._flat.values())
 
 
@@ -34,7 +34,7 @@ _MAX_SPARE, _MAX_SPARE_BYTES = 2, 1 << 28  # more than this is not kept
 
 @contextlib.contextmanager
 def borrowed_buffers(dtype: torch.dtype, device: torch.device) -> Iterator[Buffers]:
-    """Lends buffers to a call; on a CPU, where there are any, those of an earlier call.
+    """Lend buffers to a call; on a CPU, where there are any, those of an earlier call.
 
     Memory that comes fresh from the system costs a page fault per 1,024 numbers, which takes longer than what a scan
     does with the numbers. Calls that run at the same time have different buffers.
@@ -52,5 +52,5 @@ def borrowed_buffers(dtype: torch.dtype, device: torch.device) -> Iterator[Buffe
 
 
 def forget_spare_buffers() -> None:
-    """Frees the buffers of earlier calls; the next call makes new ones."""
+    """Free the buffers of earlier calls; the next call makes new ones."""
     _spare.clear()

@@ -37,19 +37,19 @@ class Choice(NamedTuple):
 
 
 def shape_class(steps: int, channels: int, states: int, dtype: torch.dtype) -> str:
-    """Names the class of shapes: T within a factor of two, D, N and the dtype. The number of rows does not matter."""
+    """Name the class of shapes: T within a factor of two, D, N and the dtype. The number of rows does not matter."""
     return f"T<{1 << steps.bit_length()}, D={channels}, N={states}, {str(dtype).removeprefix('torch.')}"
 
 
 def fastest(device: torch.device, steps: int, channels: int, states: int, dtype: torch.dtype) -> Choice | None:
-    """Returns what was measured for such tensors on this kind of GPU; None where nothing was measured."""
+    """Return what was measured for such tensors on this kind of GPU; None where nothing was measured."""
     if device.type != "cuda" or os.environ.get("AVION_TUNE") == "0":
         return None
     return _stored(torch.cuda.get_device_name(device)).get(shape_class(steps, channels, states, dtype))
 
 
 def store(device: str, choices: Mapping[str, Choice]) -> str:
-    """Adds choices to the file of a kind of GPU.
+    """Add choices to the file of a kind of GPU.
 
     Args:
         device: the GPU's name.
@@ -72,13 +72,13 @@ def store(device: str, choices: Mapping[str, Choice]) -> str:
 
 
 def forget() -> None:
-    """Forgets what was read from the files, so that the next call reads them again."""
+    """Forget what was read from the files, so that the next call reads them again."""
     _stored.cache_clear()
 
 
 @functools.cache
 def _stored(device: str) -> dict[str, Choice]:
-    """Returns the choices in the file, without those that `store` cannot have written."""
+    """Return the choices in the file, without those that `store` cannot have written."""
     try:
         content = parse_json(read_text(cache_file("backends", device)))
     except (OSError, ValueError):

@@ -40,7 +40,7 @@ class _Case(NamedTuple):
     plans: tuple[tuple[Any, ...], ...]
 
     def key(self) -> str:
-        """Names the case in the file. The plans are part of the name, so that a choice among others is not used."""
+        """Name the case in the file. The plans are part of the name, so that a choice among others is not used."""
         offered = hashlib.sha256(repr([tuple(plan) for plan in self.plans]).encode()).hexdigest()[:8]
         shape = f"R<2^{self.row_bits}, T<2^{self.step_bits}, D={self.channels}, N={self.states}"
         return f"{self.op}, {shape}, {self.dtype}, {offered}"
@@ -50,7 +50,7 @@ _chosen: dict[tuple[torch.device, _Case], Any] = {}
 
 
 def tuned(op: str, like: Tensor, states: int, plans: Sequence[Plan], run: Callable[[Plan], Result]) -> Result:
-    """Runs an op with the plan that is the fastest for such tensors.
+    """Run an op with the plan that is the fastest for such tensors.
 
     Args:
         op: the name of the op.
@@ -81,7 +81,7 @@ def _measured(
     plans: Sequence[Plan],
     run: Callable[[Plan], object],
 ) -> Plan:
-    """Returns the fastest plan, and stores it."""
+    """Return the fastest plan, and stores it."""
     from triton import OutOfResources
 
     times: dict[int, float] = {}
@@ -99,7 +99,7 @@ def _measured(
 
 
 def milliseconds(run: Callable[[], object]) -> float:
-    """Times `run` with CUDA events, after the compilation and a warm-up; returns the median over a few rounds."""
+    """Time `run` with CUDA events, after the compilation and a warm-up; return the median over a few rounds."""
     run()
     times = []
     for _ in range(_ROUNDS):
@@ -113,7 +113,7 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 
 def cache_file(kind: str, device: str) -> Path:
-    """Returns the path of a file of measurements on GPUs of this name, under this version of PyTorch.
+    """Return the path of a file of measurements on GPUs of this name, under this version of PyTorch.
 
     Args:
         kind: what was measured: "plans" or "backends".
@@ -124,12 +124,12 @@ def cache_file(kind: str, device: str) -> Path:
 
 
 def forget_choices() -> None:
-    """Forgets the choices of this process, so that the next call reads the file again."""
+    """Forget the choices of this process, so that the next call reads the file again."""
     _chosen.clear()
 
 
 def _stored(device: str) -> dict[str, list[Any]]:
-    """Returns what earlier runs chose; nothing where the file is missing or is not what `_store` writes."""
+    """Return what earlier runs chose; nothing where the file is missing or is not what `_store` writes."""
     try:
         content = parse_json(read_text(cache_file("plans", device)))
     except (OSError, ValueError):
@@ -138,7 +138,7 @@ def _stored(device: str) -> dict[str, list[Any]]:
 
 
 def _store(device: str, key: str, plan: list[Any]) -> None:
-    """Adds a choice to the file. Where several processes do so, the last one wins; what is lost is measured again."""
+    """Add a choice to the file. Where several processes do so, the last one wins; what is lost is measured again."""
     path = cache_file("plans", device)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -98,7 +98,7 @@ def test_captions_beside_a_pickle(tmp_path):
         ("c.csv", "video,caption\n", "holds no clips"),
         ("c.jsonl", '{"video": "a", "caption": "b"}\n{"video": "a"', "line 2: is not JSON"),
         ("c.jsonl", '["a", "b"]\n', "line 1: an object is required, found a list"),
-        ("c.jsonl", '{"video": "a", "caption": 3}\n', "line 1: caption: a text or a list of texts is required, found '3'"),
+        ("c.jsonl", '{"video": "a", "caption": 3}\n', "caption: a text or a list of texts is required, found '3'"),
         ("c.jsonl", '{"video": "a", "caption": "b", "end": Infinity}\n', "line 1: end: a finite number of seconds"),
         ("c.jsonl", '{"video": true, "caption": "b"}\n', "line 1: video: a text is required, found a bool"),
         ("c.json", '{"video": "a"}', "a list of objects is required, found a dict"),

@@ -64,7 +64,7 @@ def test_what_the_action_server_would_refuse(scores, change, message):
     "similarity, message",
     [
         (np.zeros((3, 2)), r"shape \(3, 2\), due are numbers for 2 clips x 3 sentences"),
-        (np.array([[0.1, 0.2, -0.3], [0.0, 0.0, 0.0]]), r"run from -0.3 to 0.2, 0 to 1 is required; \(cosine \+ 1\) / 2"),
+        (np.array([[0.1, 0.2, -0.3], [0.0, 0.0, 0.0]]), r"from -0.3 to 0.2, 0 to 1 is required; \(cosine \+ 1\) / 2"),
         (np.full((2, 3), np.inf), "not numbers"),
         (np.zeros(6), "shape"),
     ],

@@ -10,7 +10,7 @@ Taps = tuple[Tensor, Tensor]
 
 
 def differentiable(conv: CustomOpDef, conv_backward: CustomOpDef) -> None:
-    """Registers the gradients of the convolution in one direction. Only the inputs are kept for the backward pass.
+    """Register the gradients of the convolution in one direction. Only the inputs are kept for the backward pass.
 
     Args:
         conv: the operator (x, weight, bias, reverse) → y.
@@ -32,7 +32,7 @@ def differentiable(conv: CustomOpDef, conv_backward: CustomOpDef) -> None:
 
 
 def differentiable_both(conv: CustomOpDef, conv_backward: CustomOpDef) -> None:
-    """Registers the gradients of the convolution in both directions at once.
+    """Register the gradients of the convolution in both directions at once.
 
     Args:
         conv: the operator (x, weight, bias, weight_b, bias_b) → y and y_b.

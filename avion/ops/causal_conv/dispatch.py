@@ -16,7 +16,7 @@ _TAPS = range(2, 5)
 def causal_conv_silu(
     x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = False, backend: str = "auto"
 ) -> Tensor:
-    """Convolves over time, causally and per channel, and applies the SiLU. Gradients flow to every tensor.
+    """Convolve over time, causally and per channel, and apply the SiLU. Gradients flow to every tensor.
 
     Args:
         x: the input, (R, T, D), of any strides.
@@ -46,7 +46,7 @@ def causal_conv_silu(
 
 
 def causal_conv_silu_both(x: Tensor, forward: Taps, backward: Taps, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """Computes `causal_conv_silu` of x in both directions of time.
+    """Compute `causal_conv_silu` of x in both directions of time.
 
     Args:
         x: the input, (R, T, D), of any strides.

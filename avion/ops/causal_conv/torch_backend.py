@@ -20,7 +20,7 @@ BLOCK_ELEMENTS_ELSEWHERE = 64_000_000
 
 
 def _blocks(x: Tensor) -> Iterator[tuple[slice, int, int]]:
-    """Yields the rows, the first step and the end of each block."""
+    """Yield the rows, the first step and the end of each block."""
     rows, steps, channels = x.shape
     budget = BLOCK_ELEMENTS if x.device.type == "cpu" else BLOCK_ELEMENTS_ELSEWHERE
     in_steps = max(1, min(steps, budget // channels))
@@ -31,7 +31,7 @@ def _blocks(x: Tensor) -> Iterator[tuple[slice, int, int]]:
 
 
 def _overlap(start: int, stop: int, shift: int, low: int, high: int) -> tuple[slice, slice] | None:
-    """Finds the steps t of [start, stop) for which t - shift is in [low, high).
+    """Find the steps t of [start, stop) for which t - shift is in [low, high).
 
     Returns:
         The steps t as a slice that counts from `start`, and the steps t - shift as a slice that counts from `low`; None
@@ -53,7 +53,7 @@ class _Direction:
         self.reverse, self.sign, self.halo = reverse, -1 if reverse else 1, len(self.taps) - 1
 
     def convolve(self, x: Tensor, start: int, stop: int, out: Tensor) -> None:
-        """Writes the steps [start, stop) of x (rows, T, D), convolved, without the SiLU, to `out`."""
+        """Write the steps [start, stop) of x (rows, T, D), convolved, without the SiLU, to `out`."""
         torch.addcmul(self.bias, x[:, start:stop], self.taps[0], out=out)
         for s, tap in enumerate(self.taps[1:], 1):
             overlap = _overlap(start, stop, self.sign * s, 0, x.shape[1])
@@ -72,7 +72,7 @@ def _forward(x: Tensor, directions: list[_Direction], outputs: list[Tensor], dty
 
 
 def _with_halo(x: Tensor, rows: slice, start: int, stop: int, halo: int, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """Returns rows of x with up to `halo` steps around [start, stop), in the compute dtype, and the first step."""
+    """Return rows of x with up to `halo` steps around [start, stop), in the compute dtype, and the first step."""
     first = max(0, start - halo)
     return x[rows, first : min(stop + halo, x.shape[1])].to(dtype), first
 
@@ -91,7 +91,7 @@ class _Gradients:
 def _backward(
     x: Tensor, directions: list[_Direction], by_y: list[Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, list[_Gradients]]:
-    """Returns dx, summed over the directions, and the gradients of each direction's taps and bias."""
+    """Return dx, summed over the directions, and the gradients of each direction's taps and bias."""
     dx, grads = x.new_empty(x.shape), [_Gradients(p) for p in directions]
     with borrowed_buffers(dtype, x.device) as buffers:
         for rows, start, stop in _blocks(x):
@@ -111,7 +111,7 @@ def _backward_block(
     grad: _Gradients,
     buffers: Buffers,
 ) -> None:
-    """Adds one direction's share to d_block, the gradient of x at the block, and to `grad`."""
+    """Add one direction's share to d_block, the gradient of x at the block, and to `grad`."""
     rows, start, stop = at
     # The steps of y that x_t reaches, t in [start, stop): up to `halo` later ones, or earlier ones in reverse.
     low = max(0, start - p.halo) if p.reverse else start
@@ -153,7 +153,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
 def _conv_silu_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, weight and bias."""
+    """Return the gradients of x, weight and bias."""
     dtype = compute_dtype(x, weight, bias)
     dx, (grad,) = _backward(x, [_Direction((weight, bias), reverse, dtype)], [dy], dtype)
     return dx, *grad.as_inputs(weight, bias)
@@ -164,7 +164,7 @@ differentiable(_conv_silu, _conv_silu_backward)
 
 @torch.library.custom_op("avion::causal_conv_silu_both", mutates_args=())
 def _conv_silu_both(x: Tensor, weight: Tensor, bias: Tensor, weight_b: Tensor, bias_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns y of both directions of time; x is read once."""
+    """Return y of both directions of time; x is read once."""
     dtype, directions = _both(x, (weight, bias), (weight_b, bias_b))
     outputs = [x.new_empty(x.shape) for _ in directions]
     _forward(x, directions, outputs, dtype)
@@ -185,7 +185,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, weight_b: Tensor, bias_b: Tensor)
 def _conv_silu_both_backward(
     dy: Tensor, dy_b: Tensor, x: Tensor, weight: Tensor, bias: Tensor, weight_b: Tensor, bias_b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of x and of the parameters."""
+    """Return the gradients of x and of the parameters."""
     dtype, directions = _both(x, (weight, bias), (weight_b, bias_b))
     dx, (ahead, behind) = _backward(x, directions, [dy, dy_b], dtype)
     return dx, *ahead.as_inputs(weight, bias), *behind.as_inputs(weight_b, bias_b)
@@ -195,10 +195,10 @@ differentiable_both(_conv_silu_both, _conv_silu_both_backward)
 
 
 def causal_conv_silu_torch(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
-    """Computes y, (R, T, D) in x's dtype. The package's docstring has the maths."""
+    """Compute y, (R, T, D) in x's dtype. The package's docstring has the maths."""
     return _conv_silu(x, weight, bias, reverse)
 
 
 def causal_conv_silu_both_torch(x: Tensor, ahead: Taps, behind: Taps) -> tuple[Tensor, Tensor]:
-    """Computes y of both directions, (R, T, D) each in x's dtype."""
+    """Compute y of both directions, (R, T, D) each in x's dtype."""
     return _conv_silu_both(x, *ahead, *behind)

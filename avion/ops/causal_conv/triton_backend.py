@@ -69,7 +69,7 @@ class Direction(NamedTuple):
 
 @triton.jit
 def _tile(item: Scalar, steps: Scalar, channels: Scalar, cut: constexpr) -> tuple[Scalar, Tile]:
-    """Returns the row and the tile of an item; channels vary fastest, then steps, then rows."""
+    """Return the row and the tile of an item; channels vary fastest, then steps, then rows."""
     blocks_d, blocks_t = tl.cdiv(channels, cut.block_d), tl.cdiv(steps, cut.block_t)
     item = tl.full((), 0, tl.int64) + item
     t = (item // blocks_d % blocks_t) * cut.block_t + tl.arange(0, cut.block_t)[:, None]
@@ -79,7 +79,7 @@ def _tile(item: Scalar, steps: Scalar, channels: Scalar, cut: constexpr) -> tupl
 
 @triton.jit
 def _load_shifted(x: Strided, tile: Tile, shift: Scalar) -> tl.tensor:
-    """Loads x at the steps t - shift of a tile, in float32; zeros outside of the sequence. x points to the row."""
+    """Load x at the steps t - shift of a tile, in float32; zeros outside of the sequence. x points to the row."""
     at = tile.t - shift
     inside = (at >= 0) & (at < tile.steps) & (tile.d < tile.channels)
     place = x.data + at * x.strides[1] + tile.d * x.strides[2]
@@ -88,13 +88,13 @@ def _load_shifted(x: Strided, tile: Tile, shift: Scalar) -> tl.tensor:
 
 @triton.jit
 def _tap(p: Direction, tile: Tile, s: Int, K: Int) -> tl.tensor:
-    """Loads the tap of x_{t ∓ s}, (1, block_d)."""
+    """Load the tap of x_{t ∓ s}, (1, block_d)."""
     return tl.load(p.weight + tile.d * K + (K - 1 - s), mask=tile.d < tile.channels, other=0.0)
 
 
 @triton.jit
 def _convolve(x: Strided, p: Direction, tile: Tile, K: Int, SIGN: Int) -> tl.tensor:
-    """Computes b + sum_s w[:, K-1-s] x_{t - SIGN·s} at a tile, (block_t, block_d). x points to the row."""
+    """Compute b + sum_s w[:, K-1-s] x_{t - SIGN·s} at a tile, (block_t, block_d). x points to the row."""
     bias = tl.load(p.bias + tile.d, mask=tile.d < tile.channels, other=0.0)
     total = bias + tl.zeros((tile.t.shape[0], tile.d.shape[1]), tl.float32)
     for s in tl.static_range(K):
@@ -106,7 +106,7 @@ def _convolve(x: Strided, p: Direction, tile: Tile, K: Int, SIGN: Int) -> tl.ten
 def forward_kernel(
     x: Strided, parameters: Direction, y: Pointer, y_b: Pointer, steps: Scalar, channels: Scalar, cut: constexpr
 ) -> None:
-    """Writes y (R, T, D), contiguous, and y_b of the other direction where there are two.
+    """Write y (R, T, D), contiguous, and y_b of the other direction where there are two.
 
     The weights and the biases of the two directions lie one behind the other.
     """
@@ -125,7 +125,7 @@ def forward_kernel(
 
 @triton.jit
 def _by_conv(dy: Strided, x: Strided, p: Direction, tile: Tile, K: Int, SIGN: Int) -> tl.tensor:
-    """Computes the gradient of what is before the SiLU at a tile, zero outside of the sequence."""
+    """Compute the gradient of what is before the SiLU at a tile, zero outside of the sequence."""
     inside = (tile.t >= 0) & (tile.t < tile.steps) & (tile.d < tile.channels)
     conv = _convolve(x, p, tile, K, SIGN)
     gate = tl.sigmoid(conv)
@@ -137,7 +137,7 @@ def _by_conv(dy: Strided, x: Strided, p: Direction, tile: Tile, K: Int, SIGN: In
 def _tile_gradients(
     dy: Strided, x: Strided, p: Direction, sums: Values, tile: Tile, K: Int, SIGN: Int
 ) -> tuple[tl.tensor, Values]:
-    """Returns one direction's share of a tile's dx, and `sums` with the tile's shares.
+    """Return one direction's share of a tile's dx, and `sums` with the tile's shares.
 
     The sums are the K gradients of the taps and the gradient of the bias. x and dy point to the row.
     """
@@ -188,7 +188,7 @@ def backward_kernel(
     programs: Scalar,
     cut: constexpr,
 ) -> None:
-    """Writes dx (R, T, D), contiguous, and partial sums of the parameters' gradients.
+    """Write dx (R, T, D), contiguous, and partial sums of the parameters' gradients.
 
     The partial sums are by_taps (directions, programs, K, D) and by_bias (directions, programs, D). Program (p, block
     of channels) takes the tiles p, p + programs, … of the block.
@@ -220,19 +220,19 @@ _OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 
 def _blocks(x: Tensor) -> tuple[int, int]:
-    """Returns the steps and the channels of a tile."""
+    """Return the steps and the channels of a tile."""
     if x.device.type == "cpu":  # in the interpreter: several tiles at small sizes
         return 4, 4
     return min(4, triton.next_power_of_2(x.shape[1])), 128  # with more steps the backward kernel runs out of registers
 
 
 def _stacked(directions: list[Taps]) -> Direction:
-    """Returns the parameters of all directions, one behind the other, in float32."""
+    """Return the parameters of all directions, one behind the other, in float32."""
     return Direction(torch.stack([w for w, _ in directions]).float(), torch.stack([b for _, b in directions]).float())
 
 
 def forward(x: Tensor, directions: list[Taps], sign: int) -> list[Tensor]:
-    """Convolves in one or two directions.
+    """Convolve in one or two directions.
 
     Args:
         x: the input, (R, T, D).
@@ -256,7 +256,7 @@ def forward(x: Tensor, directions: list[Taps], sign: int) -> list[Tensor]:
 
 
 def backward(dys: list[Tensor], x: Tensor, directions: list[Taps], sign: int) -> tuple[Tensor, list[Taps]]:
-    """Computes the gradients of `forward`.
+    """Compute the gradients of `forward`.
 
     Args:
         dys: the gradient of y of each direction, (R, T, D).
@@ -302,7 +302,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
 def _conv_silu_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, weight and bias."""
+    """Return the gradients of x, weight and bias."""
     dx, (grads,) = backward([dy], x, [(weight, bias)], -1 if reverse else 1)
     return dx, *grads
 
@@ -326,7 +326,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, weight_b: Tensor, bias_b: Tensor)
 def _conv_silu_both_backward(
     dy: Tensor, dy_b: Tensor, x: Tensor, weight: Tensor, bias: Tensor, weight_b: Tensor, bias_b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, weight, bias, weight_b and bias_b."""
+    """Return the gradients of x, weight, bias, weight_b and bias_b."""
     dx, (ahead, behind) = backward([dy, dy_b], x, [(weight, bias), (weight_b, bias_b)], 1)
     return dx, *ahead, *behind
 
@@ -335,10 +335,10 @@ differentiable_both(_conv_silu_both, _conv_silu_both_backward)
 
 
 def causal_conv_silu_triton(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
-    """Computes y, (R, T, D) in x's dtype, which is float32, bfloat16 or float16; K is at most 4."""
+    """Compute y, (R, T, D) in x's dtype, which is float32, bfloat16 or float16; K is at most 4."""
     return _conv_silu(x, weight, bias, reverse)
 
 
 def causal_conv_silu_both_triton(x: Tensor, ahead: Taps, behind: Taps) -> tuple[Tensor, Tensor]:
-    """Computes y of both directions, whose weights (D, K) have the same K."""
+    """Compute y of both directions, whose weights (D, K) have the same K."""
     return _conv_silu_both(x, *ahead, *behind)

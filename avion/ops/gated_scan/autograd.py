@@ -11,7 +11,7 @@ from torch.library import CustomOpDef
 def differentiable(
     scan: CustomOpDef, scan_backward: CustomOpDef
 ) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], Tensor]:
-    """Registers the gradients of a backend's operator.
+    """Register the gradients of a backend's operator.
 
     Args:
         scan: the operator (ahead, behind, z, keep) → the output, and what the backward pass needs beside the inputs,
@@ -49,7 +49,7 @@ def differentiable(
     scan.register_autograd(backward, setup_context=keep_for_backward)
 
     def run(ahead: Sequence[Tensor], behind: Sequence[Tensor], z: Tensor) -> Tensor:
-        """Computes the output. The package's docstring has the maths."""
+        """Compute the output. The package's docstring has the maths."""
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (*ahead, *behind, z))
         return scan(list(ahead), list(behind), z, keep)[0]
 

@@ -12,7 +12,7 @@ from .torch_backend import gated_scan_torch
 
 
 def gated_bidirectional_scan(forward: ScanInputs, backward: ScanInputs, z: Tensor, *, backend: str = "auto") -> Tensor:
-    """Computes (y forward + y backward) · SiLU(z). Gradients flow to every tensor.
+    """Compute (y forward + y backward) · SiLU(z). Gradients flow to every tensor.
 
     Args:
         forward: the inputs of the scan along time.
@@ -46,7 +46,7 @@ def gated_bidirectional_scan(forward: ScanInputs, backward: ScanInputs, z: Tenso
 
 
 def _tensors(p: ScanInputs) -> list[Tensor]:
-    """Returns the seven tensors as the custom operators take them: a bias is among them in any case."""
+    """Return the seven tensors as the custom operators take them: a bias is among them in any case."""
     return [*p[:6], p.D.new_zeros(p.D.shape) if p.delta_bias is None else p.delta_bias]
 
 

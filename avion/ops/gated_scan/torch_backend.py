@@ -27,7 +27,7 @@ def _silu(z: Tensor, out: Tensor) -> Tensor:
 def _gated_scan(
     ahead: Sequence[Tensor], behind: Sequence[Tensor], z: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the output (R, T, D), and what the backward pass needs, which is empty unless `keep`.
+    """Return the output (R, T, D), and what the backward pass needs, which is empty unless `keep`.
 
     The latter is the sum of the scans (R, T, D), and for each direction the states that enter the later blocks of time,
     (R, blocks - 1, N, D).
@@ -67,7 +67,7 @@ def _(
 def _gated_scan_backward(
     d_out: Tensor, ahead: Sequence[Tensor], behind: Sequence[Tensor], z: Tensor, kept: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Returns the gradients of the tensors of `ahead`, of those of `behind`, and of z."""
+    """Return the gradients of the tensors of `ahead`, of those of `behind`, and of z."""
     total, *entering = kept
     dz = z.new_empty(z.shape)
 

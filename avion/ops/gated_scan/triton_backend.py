@@ -24,7 +24,7 @@ _AHEAD, _BEHIND = Time(), Time(reverse=True)
 def _gated_scan(
     ahead: Sequence[Tensor], behind: Sequence[Tensor], z: Tensor, keep_states: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the output (R, T, D), and for each direction the states (R, segments - 1, N, D) of the later segments."""
+    """Return the output (R, T, D), and for each direction the states (R, segments - 1, N, D) of the later segments."""
     first, second = ScanInputs(*ahead), ScanInputs(*behind)
     u, states = first.u, first.states
 
@@ -48,7 +48,7 @@ def _(ahead: Sequence[Tensor], behind: Sequence[Tensor], z: Tensor, keep_states:
 def _gated_scan_backward(
     d_out: Tensor, ahead: Sequence[Tensor], behind: Sequence[Tensor], z: Tensor, kept: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Returns the gradients of the tensors of `ahead`, of those of `behind`, and of z."""
+    """Return the gradients of the tensors of `ahead`, of those of `behind`, and of z."""
     first, second = ScanInputs(*ahead), ScanInputs(*behind)
     u, states = first.u, first.states
 

@@ -42,7 +42,7 @@ class MixerWeights(NamedTuple):
 
 
 def runs_whole(xz: Tensor, backend: str) -> bool:
-    """Returns whether `mixer_of_whole_rows` is for this case: the torch backend on a CPU, rows of one block of time."""
+    """Return whether `mixer_of_whole_rows` is for this case: the torch backend on a CPU, rows of one block of time."""
     float64 = xz.dtype == torch.float64
     on_cpu = xz.device.type == "cpu" and xz.shape[1] <= MAX_STEPS
     return on_cpu and resolve_backend(backend, xz.device, float64=float64) == "torch"
@@ -67,13 +67,13 @@ class _Direction(Parameters):
         return self.dt_proj.shape[1]
 
     def shifts(self, steps: int) -> Iterator[tuple[int, slice, slice]]:
-        """Yields the number of each tap, the steps of y to which the tap adds and the steps of x that it reads."""
+        """Yield the number of each tap, the steps of y to which the tap adds and the steps of x that it reads."""
         for s in range(min(len(self.taps), steps)):
             late, early = slice(s, steps), slice(0, steps - s)
             yield (s, early, late) if self.time.reverse else (s, late, early)
 
     def convolve(self, x: Tensor, out: Tensor) -> None:
-        """Writes x, convolved, without the SiLU, to `out`; both are (blocks, steps, rows, I)."""
+        """Write x, convolved, without the SiLU, to `out`; both are (blocks, steps, rows, I)."""
         for s, served, read in self.shifts(x.shape[1]):
             if s == 0:
                 torch.addcmul(self.conv_bias, x, self.taps[0], out=out)
@@ -104,7 +104,7 @@ class _Space(Generic[Kind]):
             walk.u = self.u
 
     def steps_of(self, p: _Direction, walk: Scratch, projected: Tensor) -> None:
-        """Fills the buffers of a direction's walk from `projected`: dt, B and C of the group's tokens."""
+        """Fill the buffers of a direction's walk from `projected`: dt, B and C of the group's tokens."""
         dt, B, C = projected.split([p.rank, p.states, p.states], dim=-1)
         raw = walk.raw.flatten(0, 2)
         if dt.dtype == raw.dtype:
@@ -119,7 +119,7 @@ class _Space(Generic[Kind]):
 def _spaces(
     kind: type[Kind], buffers: Buffers, directions: Sequence[_Direction], xz: Tensor
 ) -> Iterator[tuple[Group, slice, _Space[Kind]]]:
-    """Yields every group of rows, the places of the group's tokens among all tokens, and buffers for the group."""
+    """Yield every group of rows, the places of the group's tokens among all tokens, and buffers for the group."""
     made: dict[tuple[int, int], _Space[Kind]] = {}
     shape = torch.Size((*xz.shape[:2], xz.shape[2] // 2))
     for group in whole_rows(shape, directions[0].states, xz.device):
@@ -131,7 +131,7 @@ def _spaces(
 
 
 def _halves(xz: Tensor, group: Group, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns x and z of the group, (blocks, steps, rows, I), in the compute dtype."""
+    """Return x and z of the group, (blocks, steps, rows, I), in the compute dtype."""
     x, z = group.view(xz).chunk(2, dim=-1)
     return x.to(dtype), z.to(dtype)
 
@@ -143,7 +143,7 @@ def _halves(xz: Tensor, group: Group, dtype: torch.dtype) -> tuple[Tensor, Tenso
 def _mixer(
     ahead: Sequence[Tensor], behind: Sequence[Tensor], xz: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the output (R, T, I), and what the backward pass needs, which is empty unless `keep`.
+    """Return the output (R, T, I), and what the backward pass needs, which is empty unless `keep`.
 
     The latter is the sum of the scans (R·T, I) and each direction's output of x_proj (R·T, Q+2N), with the tokens in
     the order of the groups' buffers.
@@ -172,7 +172,7 @@ def _mixer(
 
 
 def _forward_group(space: _Space[Scratch], p: _Direction, walk: Scratch, x: Tensor, projected: Tensor) -> Tensor:
-    """Returns y of the group; writes `projected`."""
+    """Return y of the group; write `projected`."""
     p.convolve(x, out=space.conv)
     torch.ops.aten.silu.out(space.conv, out=space.u)
     torch.mm(space.u_flat.to(projected.dtype), p.x_proj.t(), out=projected)
@@ -212,7 +212,7 @@ class _Gradients(ParameterGradients):
 def _mixer_backward(
     d_out: Tensor, ahead: Sequence[Tensor], behind: Sequence[Tensor], xz: Tensor, kept: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Returns the gradients of the tensors of `ahead`, of those of `behind`, and of xz."""
+    """Return the gradients of the tensors of `ahead`, of those of `behind`, and of xz."""
     total, *projected = kept
     with torch.autocast(xz.device.type, enabled=False):
         directions = _directions(ahead, behind, xz)
@@ -234,7 +234,7 @@ def _mixer_backward(
 
 
 def _through_gate(space: _Space[BackwardScratch], d_out: Tensor, total: Tensor, z: Tensor, out: Tensor) -> None:
-    """Writes the gradient of z to `out`, and the gradient of the sum of both scans to their common buffer dy."""
+    """Write the gradient of z to `out`, and the gradient of the sum of both scans to their common buffer dy."""
     dy = space.walks[0].dy
     torch.mul(d_out, total, out=dy)
     torch.ops.aten.silu_backward.grad_input(dy, z, grad_input=out)
@@ -244,7 +244,7 @@ def _through_gate(space: _Space[BackwardScratch], d_out: Tensor, total: Tensor, 
 def _recompute(
     space: _Space[BackwardScratch], p: _Direction, walk: BackwardScratch, x: Tensor, projected: Tensor
 ) -> None:
-    """Recomputes everything that the forward pass had, except for the states."""
+    """Recompute everything that the forward pass had, except for the states."""
     p.convolve(x, out=space.conv)
     torch.ops.aten.silu.out(space.conv, out=space.u)
     space.steps_of(p, walk, projected)
@@ -258,7 +258,7 @@ def _backward_group(
     grads: _Gradients,
     buffers: Buffers,
 ) -> None:
-    """Writes the gradient of u to walk.d_step_u, and adds to the parameters' gradients except the convolution's."""
+    """Write the gradient of u to walk.d_step_u, and add to the parameters' gradients except the convolution's."""
     walk.backward(None, None, grads)
     d_raw, du = (t.flatten(0, 2) for t in (walk.d_step, walk.d_step_u))
     linear = projected.dtype
@@ -282,7 +282,7 @@ def _backward_group(
 def _convolve_backward(
     space: _Space[BackwardScratch], p: _Direction, walk: BackwardScratch, x: Tensor, dx: Tensor, grads: _Gradients
 ) -> None:
-    """Adds the gradients of the convolution's parameters.
+    """Add the gradients of the convolution's parameters.
 
     The direction ahead writes its gradient of x to `dx`; the direction behind adds its own.
     """
@@ -304,7 +304,7 @@ _run = differentiable(_mixer, _mixer_backward)
 
 
 def mixer_of_whole_rows(xz: Tensor, forward: MixerWeights, backward: MixerWeights) -> Tensor:
-    """Computes a bidirectional mixer between its projections. The package's docstring has the maths.
+    """Compute a bidirectional mixer between its projections. The package's docstring has the maths.
 
     Args:
         xz: the output of the input projection, (R, T, 2I), of any strides; T is at most 32.

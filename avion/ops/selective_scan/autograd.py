@@ -11,7 +11,7 @@ from .inputs import ScanGradients, ScanInputs, Time
 
 
 def differentiable(scan: CustomOpDef, scan_backward: CustomOpDef) -> Callable[[ScanInputs, Time], Tensor]:
-    """Registers the gradients of a backend's operator.
+    """Register the gradients of a backend's operator.
 
     Args:
         scan: the operator (u, delta, A, B, C, D, delta_bias | None, delta_softplus, reverse, keep_states) → y and the
@@ -59,7 +59,7 @@ def differentiable(scan: CustomOpDef, scan_backward: CustomOpDef) -> Callable[[S
     scan.register_autograd(backward, setup_context=keep_for_backward)
 
     def run(inputs: ScanInputs, time: Time) -> Tensor:
-        """Computes y, (R, T, D) in u's dtype. The package's docstring has the maths."""
+        """Compute y, (R, T, D) in u's dtype. The package's docstring has the maths."""
         keep_states = torch.is_grad_enabled() and any(t.requires_grad for t in inputs.given())
         y, _ = scan(*inputs, *time, keep_states)
         return y

@@ -49,7 +49,7 @@ class Backend:
     run_with_state: Callable[[ScanInputs, Time, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def in_auto(self, device: torch.device) -> bool:
-        """Returns whether `auto` may take this backend on the device."""
+        """Return whether `auto` may take this backend on the device."""
         return (self.auto_on is None or device.type in self.auto_on) and self.unavailable(device) is None
 
 
@@ -84,18 +84,18 @@ logged_picks: set[tuple[str, str]] = set()
 
 
 def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
-    """Returns the names of the backends that can run on `device`, in the order in which `auto` prefers them."""
+    """Return the names of the backends that can run on `device`, in the order in which `auto` prefers them."""
     device = torch.device(device)
     return tuple(name for name, backend in BACKENDS.items() if backend.unavailable(device) is None)
 
 
 def backend_names() -> tuple[str, ...]:
-    """Returns the names of all backends, whether they can run here or not."""
+    """Return the names of all backends, whether they can run here or not."""
     return tuple(BACKENDS)
 
 
 def check_backend_name(name: str) -> None:
-    """Checks that a backend has this name, or that the name is `auto`.
+    """Check that a backend has this name, or that the name is `auto`.
 
     Raises:
         UserError: no backend has this name; the message lists similar names.
@@ -115,7 +115,7 @@ def resolve_backend(
     like: torch.Tensor | None = None,
     states: int = 0,
 ) -> str:
-    """Returns the name of the backend that runs on `device` when the user asks for `name`.
+    """Return the name of the backend that runs on `device` when the user asks for `name`.
 
     Args:
         name: a backend's name, or `auto`.
@@ -184,7 +184,7 @@ def selective_scan(
     reverse: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Computes the selective scan (Mamba, arXiv 2312.00752, section 3.3). Gradients flow to every tensor.
+    """Compute the selective scan (Mamba, arXiv 2312.00752, section 3.3). Gradients flow to every tensor.
 
     Args:
         u: the input, (R, T, D).
@@ -225,7 +225,7 @@ def selective_scan_with_state(
     initial_state: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scans one piece of a long sequence, for inference.
+    """Scan one piece of a long sequence, for inference.
 
     Args:
         u: the input, (R, T, D).
@@ -268,7 +268,7 @@ def _is_float64(inputs: ScanInputs) -> bool:
 
 
 def check_shapes(inputs: ScanInputs) -> None:
-    """Checks that the shapes are those of the package's docstring.
+    """Check that the shapes are those of the package's docstring.
 
     Raises:
         ValueError: a shape does not fit; the message names the tensor.

@@ -26,7 +26,7 @@ _MAX_STATES = 256
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Says why the kernels cannot run on a device.
+    """Say why the kernels cannot run on a device.
 
     The compiled extensions are loaded to find out, because a package can be importable without a working extension.
 
@@ -59,13 +59,13 @@ def _load_extension(package: str) -> None:
 
 
 def rows_per_call(channels: int, steps: int, states: int) -> int:
-    """Returns how many rows one call may take: neither a tensor nor the kernel's buffer reaches 2^31 elements."""
+    """Return how many rows one call may take: neither a tensor nor the kernel's buffer reaches 2^31 elements."""
     chunks = -(-steps // _STEPS_PER_CHUNK)
     return max(1, _MAX_ELEMENTS // (channels * max(steps, 2 * states * chunks)))
 
 
 def selective_scan_mamba_ssm(inputs: ScanInputs, time: Time) -> Tensor:
-    """Computes y, (R, T, D) in u's dtype. The package's docstring has the maths.
+    """Compute y, (R, T, D) in u's dtype. The package's docstring has the maths.
 
     Raises:
         ValueError: N is above 256.
@@ -92,7 +92,7 @@ def selective_scan_mamba_ssm(inputs: ScanInputs, time: Time) -> Tensor:
 
 
 def causal_conv_silu_mamba_ssm(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
-    """Computes `avion.ops.causal_conv.causal_conv_silu` with causal-conv1d, for K from 2 to 4."""
+    """Compute `avion.ops.causal_conv.causal_conv_silu` with causal-conv1d, for K from 2 to 4."""
     from causal_conv1d import causal_conv1d_fn
 
     size = max(1, _MAX_ELEMENTS // (x.shape[1] * x.shape[2]))

@@ -8,14 +8,14 @@ from .inputs import ScanInputs, Time
 
 
 def selective_scan_reference(inputs: ScanInputs, time: Time) -> Tensor:
-    """Computes y, (R, T, D) in u's dtype. The package's docstring has the maths."""
+    """Compute y, (R, T, D) in u's dtype. The package's docstring has the maths."""
     return selective_scan_with_state_reference(inputs, time, None)[0]
 
 
 def selective_scan_with_state_reference(
     inputs: ScanInputs, time: Time, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Scans one piece of a sequence.
+    """Scan one piece of a sequence.
 
     Args:
         inputs: the tensors of the piece.

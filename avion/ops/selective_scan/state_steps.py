@@ -20,7 +20,7 @@ _TINY_STEP = 2.0**-60
 def with_state_by_steps(
     run: Callable[[ScanInputs, Time], Tensor], inputs: ScanInputs, time: Time, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Scans one piece of a sequence with a backend that takes and returns no states.
+    """Scan one piece of a sequence with a backend that takes and returns no states.
 
     Args:
         run: the backend's function, y of the inputs.

@@ -25,7 +25,7 @@ def _scan(
     reverse: bool,
     keep_states: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Returns y (R, T, D), and the states (R, blocks of time - 1, N, D) that enter the second and later blocks.
+    """Return y (R, T, D), and the states (R, blocks of time - 1, N, D) that enter the second and later blocks.
 
     Without `keep_states` there are no blocks.
     """
@@ -68,7 +68,7 @@ def _scan_backward(
     delta_softplus: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of u, delta, A, B, C, D and delta_bias, (0,) where there is no bias."""
+    """Return the gradients of u, delta, A, B, C, D and delta_bias, (0,) where there is no bias."""
 
     def load_dy(out: Tensor, _: Tensor, group: Group) -> None:
         out.copy_(group.view(dy))
@@ -94,7 +94,7 @@ def _scan_with_state(
     reverse: bool,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns y (R, T, D) and the state (R, N, D) after the last step in walking order."""
+    """Return y (R, T, D) and the state (R, N, D) after the last step in walking order."""
     with torch.autocast(u.device.type, enabled=False):
         x = Direction(ScanInputs(u, delta, A, B, C, D, delta_bias), Time(delta_softplus, reverse))
         y, final = u.new_empty(u.shape), x.A.new_empty(len(u), *x.A.shape)
@@ -123,7 +123,7 @@ def _(
 def selective_scan_with_state_torch(
     inputs: ScanInputs, time: Time, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Scans one piece of a sequence, without gradients.
+    """Scan one piece of a sequence, without gradients.
 
     Args:
         inputs: the tensors of the piece.

@@ -36,7 +36,7 @@ class Budget(NamedTuple):
 
 
 def budget(device: torch.device) -> Budget:
-    """Returns how large buffers may be on a device."""
+    """Return how large buffers may be on a device."""
     if device.type == "cpu":
         # With fewer elements the calls cost more than their work; with more the scratch memory leaves the cache.
         return Budget(block=400_000 * torch.get_num_threads(), group=200_000 * torch.get_num_threads())
@@ -58,7 +58,7 @@ class Group(NamedTuple):
         return slice(self.start, self.start + self.blocks * self.rows)
 
     def view(self, tensor: Tensor) -> Tensor:
-        """Returns the group's part of `tensor` (R, T, X) as a view (blocks, steps, rows, X)."""
+        """Return the group's part of `tensor` (R, T, X) as a view (blocks, steps, rows, X)."""
         return tensor[self.slice, self.steps].unflatten(0, (self.blocks, self.rows)).transpose(1, 2)
 
 
@@ -75,19 +75,19 @@ def _cut_rows(u_shape: torch.Size, states: int, limits: Budget) -> Iterator[tupl
 
 
 def whole_rows(shape: torch.Size, states: int, device: torch.device) -> Iterator[Group]:
-    """Yields the groups of a tensor (R, T, D), T at most MAX_STEPS: each row's time is in one piece."""
+    """Yield the groups of a tensor (R, T, D), T at most MAX_STEPS: each row's time is in one piece."""
     for start, blocks, rows in _cut_rows(shape, states, budget(device)):
         yield Group(start, blocks, rows, slice(0, shape[1]))
 
 
 def _cut_steps(steps: int, reverse: bool) -> list[slice]:
-    """Cuts time into blocks of MAX_STEPS, in walking order."""
+    """Cut time into blocks of MAX_STEPS, in walking order."""
     cuts = [slice(t, min(t + MAX_STEPS, steps)) for t in range(0, steps, MAX_STEPS)]
     return cuts[::-1] if reverse else cuts
 
 
 def entering_shape(u: Tensor, states: int, keep: bool) -> tuple[int, ...]:
-    """Returns the shape of the states that enter the second and later blocks of time, (R, blocks - 1, N, D).
+    """Return the shape of the states that enter the second and later blocks of time, (R, blocks - 1, N, D).
 
     Args:
         u: the input, (R, T, D).
@@ -108,7 +108,7 @@ class Direction(Parameters):
         self.rows = list(_cut_rows(inputs.u.shape, inputs.states, budget(inputs.u.device)))
 
     def load(self, scratch: Scratch, group: Group) -> None:
-        """Fills the group's buffers; u is not copied."""
+        """Fill the group's buffers; u is not copied."""
         u = group.view(self.inputs.u)
         scratch.u = u if u.dtype == self.dtype else u.to(self.dtype)
         delta = group.view(self.inputs.delta)
@@ -153,7 +153,7 @@ def forward(
     initial: Tensor | None = None,
     final: Tensor | None = None,
 ) -> None:
-    """Walks one direction forward.
+    """Walk one direction forward.
 
     Args:
         x: the direction.
@@ -197,21 +197,21 @@ class Gradients(ParameterGradients):
         )
 
     def store(self, scratch: BackwardScratch, group: Group) -> None:
-        """Takes the gradients of u, delta, B and C at the group."""
+        """Take the gradients of u, delta, B and C at the group."""
         group.view(self.u).copy_(scratch.d_step_u)
         group.view(self.delta).copy_(scratch.d_step)
         group.view(self.B).copy_(scratch.dB)
         group.view(self.C).copy_(scratch.dC)
 
     def of_inputs(self) -> ScanGradients:
-        """Returns the gradients of u, delta, A, B, C, D and delta_bias, which is (0,) where there is no bias."""
+        """Return the gradients of u, delta, A, B, C, D and delta_bias, which is (0,) where there is no bias."""
         A, D, delta_bias = self._inputs.A, self._inputs.D, self._inputs.delta_bias
         bias = D.new_empty(0) if delta_bias is None else self.bias.to(delta_bias.dtype)
         return self.u, self.delta, self.A.t().contiguous().to(A.dtype), self.B, self.C, self.D.to(D.dtype), bias
 
 
 def backward(x: Direction, load_dy: LoadDy, entering: Tensor) -> ScanGradients:
-    """Walks one direction back.
+    """Walk one direction back.
 
     Args:
         x: the direction.

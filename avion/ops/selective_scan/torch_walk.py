@@ -77,14 +77,14 @@ class _Products(NamedTuple):
     dB: Tensor
 
     def of(self, adjoint: Tensor) -> None:
-        """Fills d_step_u and dB from the adjoint (M, N, D)."""
+        """Fill d_step_u and dB from the adjoint (M, N, D)."""
         # The transpose is used because the product of a column is eight times slower on CPUs than that of a row.
         torch.bmm(self.step_u, adjoint.mT, out=self.dB)
         torch.bmm(self.B, adjoint, out=self.d_step_u)
 
 
 def softplus(x: Tensor, out: Tensor) -> None:
-    """Writes log(1 + exp(x)) to `out`.
+    """Write log(1 + exp(x)) to `out`.
 
     PyTorch's default threshold, beyond which x itself is returned, is too low for float64.
     """
@@ -97,7 +97,7 @@ def _as_rows(block: Tensor) -> Tensor:
 
 
 def _at(states: Tensor | None, i: int, rows: int) -> Tensor | None:
-    """Returns the part of a group's states (R', N, D) that belongs to block i."""
+    """Return the part of a group's states (R', N, D) that belongs to block i."""
     return None if states is None else states[i * rows : (i + 1) * rows]
 
 
@@ -157,7 +157,7 @@ class Scratch:
         )
 
     def derive(self) -> None:
-        """Fills step, step_u and BC from raw, u, B and C."""
+        """Fill step, step_u and BC from raw, u, B and C."""
         if self.p.time.softplus:
             softplus(self.raw, out=self.step)
         else:
@@ -166,7 +166,7 @@ class Scratch:
         torch.sum(torch.mul(self.B, self.C, out=self.spare), -1, keepdim=True, out=self.BC)
 
     def forward(self, carry: Tensor | None = None, leaving: Tensor | None = None) -> Tensor:
-        """Walks the steps forward, after `derive`.
+        """Walk the steps forward, after `derive`.
 
         Args:
             carry: the state before the first step, (R', N, D); None means zeros.
@@ -191,7 +191,7 @@ class Scratch:
         torch.mul(block.step[enters], self.p.A_log2, out=self.live_decay[enters]).exp2_()
 
     def _walk(self, block: _Block, carry: Tensor | None, leaves: bool) -> None:
-        """Turns the decays into what is carried over. The last step's `states` are right only if `leaves` is set."""
+        """Turn the decays into what is carried over. The last step's `states` are right only if `leaves` is set."""
         part = slice(None) if leaves else self.before
         torch.mul(block.step_u[part], block.B[part], out=self.states[part])
         if carry is not None:
@@ -241,9 +241,9 @@ class BackwardScratch(Scratch):
         return _Products(*(_as_rows(t[i][steps]) for t in (self.step_u, self.B, self.d_step_u, self.dB)))
 
     def backward(self, carry: Tensor | None, adjoint: Tensor | None, grads: ParameterGradients) -> None:
-        """Walks the steps back, after `derive`, with dy filled.
+        """Walk the steps back, after `derive`, with dy filled.
 
-        Leaves the gradient of raw in d_step, the gradient of u in d_step_u, and dB and dC. Overwrites raw and step_u.
+        Leave the gradient of raw in d_step, the gradient of u in d_step_u, and dB and dC. Overwrite raw and step_u.
 
         Args:
             carry: the state before the first step, (R', N, D); None means zeros.
@@ -301,7 +301,7 @@ class BackwardScratch(Scratch):
         torch.sum(exponent.mul_(self.p.A), 2, out=own.d_step[enters])
 
     def _recompute(self, block: _Block, carry: Tensor | None) -> None:
-        """Fills `states` with what is carried over; `grad` serves as memory for the states themselves."""
+        """Fill `states` with what is carried over; `grad` serves as memory for the states themselves."""
         if carry is not None:
             torch.mul(self.decay_at[self.first], carry, out=self.carried_at[self.first])
         for now, after in self.pairs:

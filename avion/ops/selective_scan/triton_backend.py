@@ -30,7 +30,7 @@ def _scan(
     reverse: bool,
     keep_states: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Returns y (R, T, D), and the states (R, segments - 1, N, D) that enter the later segments of time."""
+    """Return y (R, T, D), and the states (R, segments - 1, N, D) that enter the later segments of time."""
     p, time = ScanInputs(u, delta, A, B, C, D, delta_bias), Time(delta_softplus, reverse)
 
     def run(plan: Plan) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def _scan_backward(
     delta_softplus: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of u, delta, A, B, C, D and delta_bias, (0,) where there is no bias."""
+    """Return the gradients of u, delta, A, B, C, D and delta_bias, (0,) where there is no bias."""
     p, time = ScanInputs(u, delta, A, B, C, D, delta_bias), Time(delta_softplus, reverse)
     plans = backward_plans(u, A.shape[1])
     return tuned("scan backward", u, A.shape[1], plans, lambda plan: backward(p, plan, dy, entering, time))

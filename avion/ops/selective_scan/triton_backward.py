@@ -44,7 +44,7 @@ class PartialSums(NamedTuple):
 
 @piece
 def row_of(x: ScanInputs, z: Pointer, dy: Pointer, strides: Strides, row: Scalar, d: tl.tensor) -> Reads:
-    """Returns the addresses at the beginning of a row."""
+    """Return the addresses at the beginning of a row."""
     u, delta = x.u + row * strides.u[0] + d * strides.u[2], x.delta + row * strides.delta[0] + d * strides.delta[2]
     B, C = x.B + row * strides.B[0], x.C + row * strides.C[0]
     z_row, dy_row = z + row * strides.z[0] + d * strides.z[2], dy + row * strides.dy[0] + d * strides.dy[2]
@@ -55,7 +55,7 @@ def row_of(x: ScanInputs, z: Pointer, dy: Pointer, strides: Strides, row: Scalar
 def adjoint_after_part(
     carried: Pointer, row: Scalar, part: Scalar, parts: Scalar, d: tl.tensor, in_d: tl.tensor, cut: "Cut"
 ) -> Values:
-    """Returns the adjoint of the state after a part of a row: zeros after the last part."""
+    """Return the adjoint of the state after a part of a row: zeros after the last part."""
     K: Int = cut.stacks
     carry = zeros(K, cut.block_d, cut.stack)
     if cut.parted:
@@ -69,7 +69,7 @@ def adjoint_after_part(
 def state_before_segment(
     entering: Pointer, row: Scalar, start: Scalar, steps: Scalar, d: tl.tensor, in_d: tl.tensor, cut: "Cut"
 ) -> Values:
-    """Returns the state before the segment that begins at step `start`: zeros before the first segment."""
+    """Return the state before the segment that begins at step `start`: zeros before the first segment."""
     K: Int = cut.stacks
     state = zeros(K, cut.block_d, cut.stack)
     if cut.kept:
@@ -97,9 +97,9 @@ def segment_gradients(
     in_d: tl.tensor,
     cut: "Cut",
 ) -> tuple[Values, Totals]:
-    """Takes the chunks of a segment from the last one back to the first.
+    """Take the chunks of a segment from the last one back to the first.
 
-    Returns the adjoint of the state before the segment, and the totals with the segment's shares. The pointers are to
+    Return the adjoint of the state before the segment, and the totals with the segment's shares. The pointers are to
     the beginning of the row.
     """
     N: Int = cut.n
@@ -150,7 +150,7 @@ def backward_kernel(
     work: Work,
     cut: constexpr,
 ) -> None:
-    """Computes all gradients. With `cut.add`, dz is added to.
+    """Compute all gradients. With `cut.add`, dz is added to.
 
     Program (p, block of channels) takes the items p, p + programs, …; an item is a row or a part of a row. In each
     segment of time, from the last to the first, the state before each chunk goes to `scratch` (programs · blocks,

@@ -106,7 +106,7 @@ class Totals(NamedTuple):
 
 @piece
 def step_values(at: Reads, strides: Strides, shift: tl.tensor, left: Scalar, in_d: tl.tensor, cut: "Cut") -> Steps:
-    """Computes what belongs to the steps of a chunk and to no state."""
+    """Compute what belongs to the steps of a chunk and to no state."""
     CHUNK: Int = cut.chunk
     sizes, drives, slopes, dys, by_zs = (), (), (), (), ()
     for j in tl.static_range(CHUNK):
@@ -131,7 +131,7 @@ def step_values(at: Reads, strides: Strides, shift: tl.tensor, left: Scalar, in_
 def store_by_state(
     by_C: Values, by_B: Values, target: Pointer, alive: tl.tensor, FIRST: Int, COUNT: Int, cut: "Cut"
 ) -> None:
-    """Stores dC and dB of a step, summed over the program's channels, for COUNT of the states."""
+    """Store dC and dB of a step, summed over the program's channels, for COUNT of the states."""
     LANES: Int = cut.lanes
     STACK: Int = cut.stack
     HALF: Int = triton.next_power_of_2(COUNT)
@@ -169,7 +169,7 @@ def group_states(
     cut: "Cut",
     IS_FIRST: Flag,
 ) -> tuple[Values, ...]:
-    """Returns a group's states before the first step of a chunk, `state`, and after each of its steps."""
+    """Return a group's states before the first step of a chunk, `state`, and after each of its steps."""
     CHUNK: Int = cut.chunk
     states = (state,)
     for j in tl.static_range(CHUNK):
@@ -198,9 +198,9 @@ def group_gradients(
     COUNT: Int,
     IS_FIRST: Flag,
 ) -> tuple[Values, Values, Sums]:
-    """Takes the states FIRST … FIRST + COUNT - 1 of a chunk, and their adjoint from the last step back to the first.
+    """Take the states FIRST … FIRST + COUNT - 1 of a chunk, and their adjoint from the last step back to the first.
 
-    Stores dB and dC. Returns the adjoint of the state before the chunk, dA so far, and the sums over states so far.
+    Store dB and dC. Return the adjoint of the state before the chunk, dA so far, and the sums over states so far.
     """
     CHUNK: Int = cut.chunk
     a = load_states(A, cut.channels, in_d, FIRST, COUNT, cut.n, cut.stack, cut.exact)
@@ -253,9 +253,9 @@ def chunk_gradients(
     cut: "Cut",
     IS_FIRST: Flag,
 ) -> tuple[Values, Totals]:
-    """Takes a chunk's steps from the last one back to the first.
+    """Take a chunk's steps from the last one back to the first.
 
-    Returns the adjoint of the state before the chunk, and the totals with the chunk's shares. The pointers are to the
+    Return the adjoint of the state before the chunk, and the totals with the chunk's shares. The pointers are to the
     chunk's first step; `before` points to the state before this step, with `pitch` between states.
     """
     GROUP: Int = cut.group
@@ -323,7 +323,7 @@ def store_chunk_states(
     in_d: tl.tensor,
     cut: "Cut",
 ) -> None:
-    """Stores the state before each chunk of a segment, beginning with `state` before the first chunk.
+    """Store the state before each chunk of a segment, beginning with `state` before the first chunk.
 
     The pointers of `row` are to the beginning of the row.
     """

@@ -59,7 +59,7 @@ def forward_chunk(
     cut: "Cut",
     IS_FIRST: Flag,
 ) -> Values:
-    """Stores the outputs of a chunk's steps and returns the state after the chunk.
+    """Store the outputs of a chunk's steps and return the state after the chunk.
 
     The pointers are to the first step of the chunk; `left` steps are left until the end. With IS_FIRST nothing came
     before the chunk, so that its first step needs no decay.
@@ -97,7 +97,7 @@ def forward_kernel(
     work: Work,
     cut: constexpr,
 ) -> None:
-    """Writes y (R, T, D), contiguous.
+    """Write y (R, T, D), contiguous.
 
     With `cut.kept` it also writes `entering` (R, segments - 1, N, D), the state before each later segment of steps.
     Program (p, block of channels) takes the items p, p + programs, …; an item is a row or a part of a row.
@@ -185,7 +185,7 @@ def part_chunk(
     SIGN: Int,
     ADJOINT: Flag,
 ) -> tuple[Values, tl.tensor]:
-    """Returns the state, or its adjoint, and the sum of Δ after a chunk. The pointers are to the chunk's first step."""
+    """Return the state, or its adjoint, and the sum of Δ after a chunk. The pointers are to the chunk's first step."""
     CHUNK: Int = cut.chunk
     K: Int = cut.stacks
     for j in tl.static_range(CHUNK):
@@ -221,7 +221,7 @@ def part_kernel(
     cut: constexpr,
     ADJOINT: constexpr,
 ) -> None:
-    """Writes what a part hands on if it begins with nothing to the part's slot of `carried`, and the sum of its Δ.
+    """Write what a part hands on if it begins with nothing to the part's slot of `carried`, and the sum of its Δ.
 
     The sums, `total`, are (R, parts - 1, D). With ADJOINT it is the adjoint of the state, walked from the part's end.
     Program (row, slot, block of channels).

@@ -65,7 +65,7 @@ class Gate(NamedTuple):
 
 
 def forward_plans(u: Tensor, states: int) -> list[Plan]:
-    """Lists plans for the forward kernel, the best guess first.
+    """List plans for the forward kernel, the best guess first.
 
     Args:
         u: the input, (R, T, D).
@@ -77,7 +77,7 @@ def forward_plans(u: Tensor, states: int) -> list[Plan]:
 
 
 def forward_plans_for(shape: tuple[int, ...], processors: int) -> list[Plan]:
-    """Lists plans for the forward kernel on (R, T, D), for a GPU with that many multiprocessors."""
+    """List plans for the forward kernel on (R, T, D), for a GPU with that many multiprocessors."""
     rows, steps, channels = shape
     # Four channels of a thread share the conversions of B and C; fewer channels leave more programs, and registers.
     blocks = (128, 64, 32)
@@ -92,7 +92,7 @@ def forward_plans_for(shape: tuple[int, ...], processors: int) -> list[Plan]:
 
 
 def backward_plans(u: Tensor, states: int) -> list[Plan]:
-    """Lists plans for the backward kernel, the best guess first.
+    """List plans for the backward kernel, the best guess first.
 
     Args:
         u: the input, (R, T, D).
@@ -104,7 +104,7 @@ def backward_plans(u: Tensor, states: int) -> list[Plan]:
 
 
 def backward_plans_for(shape: tuple[int, ...], states: int, processors: int) -> list[Plan]:
-    """Lists plans for the backward kernel on (R, T, D), for a GPU with that many multiprocessors."""
+    """List plans for the backward kernel on (R, T, D), for a GPU with that many multiprocessors."""
     rows, steps, channels = shape
     # (channels, steps of a chunk, states at a time.) dA of all states stays in registers, and with more than one chunk
     # the adjoint as well. With 16 states and two channels to a thread these numbers are what the other registers hold.
@@ -127,7 +127,7 @@ def _processors(u: Tensor) -> int:
 
 
 def _interpreter_plan(u: Tensor, states: int) -> Plan:
-    """Returns a plan that reaches every branch at small sizes: several blocks, programs, chunks, parts, groups."""
+    """Return a plan that reaches every branch at small sizes: several blocks, programs, chunks, parts, groups."""
     rows, steps, _ = u.shape
     parts = min(3, triton.cdiv(steps, SEGMENT)) if rows <= 2 else 1
     stack = max(1, triton.next_power_of_2(states) // 2)
@@ -135,7 +135,7 @@ def _interpreter_plan(u: Tensor, states: int) -> Plan:
 
 
 def _parts(shape: tuple[int, ...], processors: int) -> list[int]:
-    """Lists the numbers of parts that are worth trying: one, unless the rows alone leave the GPU idle."""
+    """List the numbers of parts that are worth trying: one, unless the rows alone leave the GPU idle."""
     rows, steps, channels = shape
     warps = max(1, rows * triton.cdiv(channels, 32))
     wanted = _WARPS_TO_KEEP_BUSY * processors / warps
@@ -145,12 +145,12 @@ def _parts(shape: tuple[int, ...], processors: int) -> list[int]:
 
 
 def _part_steps(steps: int, parts: int) -> int:
-    """Returns the steps of all parts but the last: whole segments, so that chunks end where parts do."""
+    """Return the steps of all parts but the last: whole segments, so that chunks end where parts do."""
     return steps if parts == 1 else SEGMENT * triton.cdiv(triton.cdiv(steps, SEGMENT), parts)
 
 
 def prepared(p: ScanInputs) -> ScanInputs:
-    """Prepares inputs for the kernels: A as (N, D) times log2(e), D and the bias in float32, zeros without a bias."""
+    """Prepare inputs for the kernels: A as (N, D) times log2(e), D and the bias in float32, zeros without a bias."""
     skip = p.D.float().contiguous()
     bias = torch.zeros_like(skip) if p.delta_bias is None else p.delta_bias.float().contiguous()
     return p._replace(A=(p.A.float() * _LOG2_E).t().contiguous(), D=skip, delta_bias=bias)
@@ -161,14 +161,14 @@ def _strides(p: ScanInputs, z: Tensor, dy: Tensor) -> Strides:
 
 
 def _in_words(weights: Tensor, group: int) -> bool:
-    """Returns whether the numbers of a step of `weights` (R, T, N), and those of a group, fill whole 64-bit words."""
+    """Return whether the numbers of a step of `weights` (R, T, N), and those of a group, fill whole 64-bit words."""
     per_word = 8 // weights.element_size()
     whole = all(count % per_word == 0 for count in (weights.shape[2], group, *weights.stride()[:2]))
     return whole and weights.stride(2) == 1 and weights.data_ptr() % 8 == 0
 
 
 def _cut(p: ScanInputs, time: Time, plan: Plan) -> Cut:
-    """Returns what all kernels of a launch are compiled for."""
+    """Return what all kernels of a launch are compiled for."""
     _, steps, channels = p.u.shape
     return Cut(
         channels,
@@ -188,7 +188,7 @@ def _cut(p: ScanInputs, time: Time, plan: Plan) -> Cut:
 
 
 def kept_shape(u: Tensor, states: int, keep: bool) -> tuple[int, ...]:
-    """Returns the shape of the states that enter the later segments, (R, segments - 1, N, D).
+    """Return the shape of the states that enter the later segments, (R, segments - 1, N, D).
 
     Args:
         u: the input, (R, T, D).
@@ -199,7 +199,7 @@ def kept_shape(u: Tensor, states: int, keep: bool) -> tuple[int, ...]:
 
 
 def _join_parts(x: ScanInputs, plan: Plan, cut: Cut, v: Tensor, W: Tensor, gate: Gate | None, adjoint: bool) -> Tensor:
-    """Returns `carried` (R, parts - 1, N, D), what enters the parts.
+    """Return `carried` (R, parts - 1, N, D), what enters the parts.
 
     It is the state, from v = u and W = B; with `adjoint` its adjoint, from v = dy and W = C.
     """
@@ -226,7 +226,7 @@ def _join_parts(x: ScanInputs, plan: Plan, cut: Cut, v: Tensor, W: Tensor, gate:
 
 
 def forward(p: ScanInputs, plan: Plan, y: Tensor, keep: bool, time: Time, gate: Gate | None = None) -> Tensor:
-    """Scans one direction.
+    """Scan one direction.
 
     Args:
         p: the inputs.
@@ -269,7 +269,7 @@ def backward(
     gate: Gate | None = None,
     dz: Tensor | None = None,
 ) -> ScanGradients:
-    """Computes the gradients of one direction.
+    """Compute the gradients of one direction.
 
     Args:
         p: the inputs.
@@ -328,7 +328,7 @@ def _partial_sums(p: ScanInputs, plan: Plan, cut: Cut) -> PartialSums:
 
 
 def _summed(p: ScanInputs, partial: PartialSums) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of A, B, C, D and delta_bias from the kernel's partial sums."""
+    """Return the gradients of A, B, C, D and delta_bias from the kernel's partial sums."""
     dC, dB = partial.by_state[..., : p.states].sum(0), partial.by_state[..., p.states :].sum(0)
     dA = partial.dA.sum(0).t().contiguous().to(p.A.dtype)
     dD, bias = partial.dD.sum(0).to(p.D.dtype), partial.d_bias.sum(0)

@@ -116,7 +116,7 @@ class Cut:
 
 
 def piece(function: Function) -> Function:
-    """Makes a function that kernels call, and that is compiled with them.
+    """Make a function that kernels call, and that is compiled with them.
 
     In the interpreter it stays a Python function, because the call of a jit function takes 0.3 ms there.
     """
@@ -126,7 +126,7 @@ def piece(function: Function) -> Function:
 
 @piece
 def softplus(x: tl.tensor) -> tl.tensor:
-    """Computes log(1 + exp(x)) within a relative error of 3e-7, also where exp(x) is tiny.
+    """Compute log(1 + exp(x)) within a relative error of 3e-7, also where exp(x) is tiny.
 
     The result is max(x, 0) + log1p(e) with e = exp(-|x|). log1p(e) / e is computed as a polynomial on [0, 1] whose
     constant term is 1, fitted by weighted least squares to a relative error of 4e-8.
@@ -144,21 +144,21 @@ def softplus(x: tl.tensor) -> tl.tensor:
 
 @piece
 def sigmoid(x: tl.tensor) -> tl.tensor:
-    """Computes 1 / (1 + exp(-x)). The reciprocal square root is one instruction, and a division would be ten."""
+    """Compute 1 / (1 + exp(-x)). The reciprocal square root is one instruction, and a division would be ten."""
     root = tl.rsqrt(1.0 + tl.exp2(x * -_LOG2_E))
     return root * root
 
 
 @piece
 def time_of(i: Scalar, steps: Scalar, REVERSE: Flag) -> Scalar:
-    """Returns t of step i. It is 64 bits wide, because offsets can be beyond 2^31."""
+    """Return t of step i. It is 64 bits wide, because offsets can be beyond 2^31."""
     i = tl.full((), 0, tl.int64) + i
     return steps - 1 - i if REVERSE else i
 
 
 @piece
 def span(item: Scalar, steps: Scalar, part_steps: Scalar, PARTED: Flag) -> tuple[Scalar, Scalar, Scalar, Scalar]:
-    """Returns the row and the part of an item, and the first step and the end of the part."""
+    """Return the row and the part of an item, and the first step and the end of the part."""
     item = tl.full((), 0, tl.int64) + item
     if PARTED:
         parts = tl.cdiv(steps, part_steps)
@@ -171,20 +171,20 @@ def span(item: Scalar, steps: Scalar, part_steps: Scalar, PARTED: Flag) -> tuple
 
 @piece
 def where_both(condition: Block, mask: tl.tensor) -> tl.tensor:
-    """Combines a scalar condition with a mask. (In the interpreter `&` does not give a mask.)"""
+    """Combine a scalar condition with a mask. (In the interpreter `&` does not give a mask.)"""
     return tl.where(condition, mask, False)
 
 
 @piece
 def channels_of(block: Scalar, BLOCK_D: Int, STACK: Int) -> tl.tensor:
-    """Returns the channels of a block, in the shape of a value per channel."""
+    """Return the channels of a block, in the shape of a value per channel."""
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     return d if STACK == 1 else d[None, :]
 
 
 @piece
 def load(pointer: Pointer, mask: tl.tensor, EXACT: Flag) -> tl.tensor:
-    """Loads values in float32, and zeros where the mask is not set. With EXACT the mask is set everywhere."""
+    """Load values in float32, and zeros where the mask is not set. With EXACT the mask is set everywhere."""
     if EXACT:
         return tl.load(pointer).to(tl.float32)
     else:
@@ -193,7 +193,7 @@ def load(pointer: Pointer, mask: tl.tensor, EXACT: Flag) -> tl.tensor:
 
 @piece
 def store(pointer: Pointer, value: tl.tensor, mask: tl.tensor, EXACT: Flag) -> None:
-    """Stores values where the mask is set, in the pointer's dtype. With EXACT the mask is set everywhere."""
+    """Store values where the mask is set, in the pointer's dtype. With EXACT the mask is set everywhere."""
     if EXACT:
         tl.store(pointer, value.to(pointer.dtype.element_ty))
     else:
@@ -202,7 +202,7 @@ def store(pointer: Pointer, value: tl.tensor, mask: tl.tensor, EXACT: Flag) -> N
 
 @piece
 def zeros(COUNT: Int, SIZE: Int, STACK: Int) -> Values:
-    """Returns zeros for COUNT stacks of states and SIZE channels."""
+    """Return zeros for COUNT stacks of states and SIZE channels."""
     values = ()
     for _ in tl.static_range(COUNT):
         values = values + (tl.zeros((SIZE,) if STACK == 1 else (STACK, SIZE), tl.float32),)
@@ -211,7 +211,7 @@ def zeros(COUNT: Int, SIZE: Int, STACK: Int) -> Values:
 
 @piece
 def stack_of(k: Scalar, N: Int, STACK: Int) -> tuple[tl.tensor, tl.tensor]:
-    """Returns the numbers of the states in a stack, (STACK, 1), and which of these states exist."""
+    """Return the numbers of the states in a stack, (STACK, 1), and which of these states exist."""
     n = k * STACK + tl.arange(0, STACK)[:, None]
     return n, n < N
 
@@ -220,7 +220,7 @@ def stack_of(k: Scalar, N: Int, STACK: Int) -> tuple[tl.tensor, tl.tensor]:
 def load_states(
     pointer: Pointer, pitch: Scalar, mask: tl.tensor, FIRST: Int, COUNT: Int, N: Int, STACK: Int, EXACT: Flag
 ) -> Values:
-    """Loads the states FIRST … FIRST + COUNT - 1 of float32 numbers per state and channel, `pitch` between states."""
+    """Load the states FIRST … FIRST + COUNT - 1 of float32 numbers per state and channel, `pitch` between states."""
     values = ()
     for k in tl.static_range(FIRST, FIRST + COUNT):
         if STACK > 1:
@@ -237,7 +237,7 @@ def load_states(
 def store_states(
     pointer: Pointer, pitch: Scalar, values: Values, mask: tl.tensor, COUNT: Int, N: Int, STACK: Int, EXACT: Flag
 ) -> None:
-    """Stores the first COUNT states, with `pitch` between states."""
+    """Store the first COUNT states, with `pitch` between states."""
     for k in tl.static_range(COUNT):
         if STACK > 1:
             n, there = stack_of(k, N, STACK)
@@ -250,7 +250,7 @@ def store_states(
 
 @piece
 def _unpacked(word: tl.tensor, kind: Dtype) -> Values:
-    """Returns the numbers in 64 bits, in float32. A bfloat16 is the upper half of a float32: one instruction each."""
+    """Return the numbers in 64 bits, in float32. A bfloat16 is the upper half of a float32: one instruction each."""
     values = ()
     for half in tl.static_range(2):
         bits = (word >> (32 * half)).to(tl.int32)
@@ -270,7 +270,7 @@ def _unpacked(word: tl.tensor, kind: Dtype) -> Values:
 
 @piece
 def load_weights(pointer: Pointer, stride: Scalar, alive: tl.tensor, FIRST: Int, COUNT: Int, cut: "Cut") -> Values:
-    """Loads B or C of a step, for the states FIRST … FIRST + COUNT - 1, as float32 scalars.
+    """Load B or C of a step, for the states FIRST … FIRST + COUNT - 1, as float32 scalars.
 
     Where the numbers lie next to each other in whole 64-bit words, they are read in such words.
     """
@@ -300,13 +300,13 @@ def load_weights(pointer: Pointer, stride: Scalar, alive: tl.tensor, FIRST: Int,
 
 @piece
 def sum_over_stack(x: tl.tensor, STACK: Int) -> Block:
-    """Returns the sum over the states of a stack."""
+    """Return the sum over the states of a stack."""
     return x if STACK == 1 else tl.sum(x, axis=0, keep_dims=True)
 
 
 @piece
 def _exchange(values: Values, lane: tl.tensor, COUNT: Int, MASK: Int, AXIS: Int) -> Values:
-    """Adds up the values of lanes that differ in bit MASK.
+    """Add up the values of lanes that differ in bit MASK.
 
     Each lane of a pair gives away one half of the values and keeps the sums of the other half. Both lanes keep the sum
     of a single value.
@@ -325,10 +325,10 @@ def _exchange(values: Values, lane: tl.tensor, COUNT: Int, MASK: Int, AXIS: Int)
 
 @piece
 def sum_over_lanes(values: Values, COUNT: Int, LANES: Int, STACK: Int) -> Values:
-    """Sums each of COUNT tensors over its last LANES elements; COUNT and LANES are powers of two, LANES at most 32.
+    """Sum each of COUNT tensors over its last LANES elements; COUNT and LANES are powers of two, LANES at most 32.
 
     This is a butterfly that transposes: it takes COUNT - 1 exchanges where COUNT sums one by one would take 5 · COUNT.
-    Returns max(1, COUNT / LANES) tensors: element l of tensor k is the sum number l · COUNT / LANES + k, rounded down.
+    Return max(1, COUNT / LANES) tensors: element l of tensor k is the sum number l · COUNT / LANES + k, rounded down.
     """
     lane = tl.arange(0, LANES)
     if STACK > 1:
@@ -343,7 +343,7 @@ def sum_over_lanes(values: Values, COUNT: Int, LANES: Int, STACK: Int) -> Values
 
 @piece
 def fold(x: tl.tensor, LANES: Int, BLOCK_D: Int, STACK: Int) -> Block:
-    """Sums over the channels of a thread: the last BLOCK_D elements become LANES."""
+    """Sum over the channels of a thread: the last BLOCK_D elements become LANES."""
     if BLOCK_D == LANES:
         return x
     elif STACK == 1:
@@ -356,7 +356,7 @@ def fold(x: tl.tensor, LANES: Int, BLOCK_D: Int, STACK: Int) -> Block:
 def next_states(
     state: Values, size: tl.tensor, drive: tl.tensor, a: Values, b: Values, COUNT: Int, IS_FIRST: Flag
 ) -> Values:
-    """Computes exp(ΔA) · state + B · Δu for COUNT states. With IS_FIRST no state came before."""
+    """Compute exp(ΔA) · state + B · Δu for COUNT states. With IS_FIRST no state came before."""
     new = ()
     for n in tl.static_range(COUNT):
         now = b[n] * drive
@@ -370,6 +370,6 @@ def next_states(
 def step_size(
     delta: Pointer, shift: tl.tensor, mask: tl.tensor, SOFTPLUS: Flag, EXACT: Flag
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Returns Δ before and after the softplus."""
+    """Return Δ before and after the softplus."""
     raw = load(delta, mask, EXACT) + shift
     return raw, (softplus(raw) if SOFTPLUS else raw)
