@@ -40,6 +40,14 @@ ALLOWED = {
     ("tests/engine/test_signals.py", "_Run"): "a signal must arrive at one moment of an evaluation",
     ("tests/endurance/bombs.py", "_read_matrix"): "the reader of a submission's matrix is private to its command",
     ("tests/test_safe_pickle.py", "_holds_rows_only"): "which of two readers took a pickle shows in the time alone",
+    (
+        "tests/engine/kill_points.py",
+        "_WatchedFile",
+    ): "a process is killed at each call of the file that is being written",
+    ("tests/engine/test_changes.py", "_FREE"): "every flag is on one of the lists, which the test compares",
+    ("tests/search/test_excerpts.py", "_KEPT"): "the cache is filled in a moment with a small limit",
+    ("tests/search/test_page.py", "_card"): "the page shows its cards in a browser only",
+    ("tests/search/test_page.py", "_restrict"): "the page's server is tested without its page",
     ("tests/weights/test_zoo.py", "_open_clip_name"): "the names are compared with those of open_clip",
 }
 
