@@ -48,6 +48,12 @@ ALLOWED = {
     ("tests/search/test_excerpts.py", "_KEPT"): "the cache is filled in a moment with a small limit",
     ("tests/search/test_page.py", "_card"): "the page shows its cards in a browser only",
     ("tests/search/test_page.py", "_restrict"): "the page's server is tested without its page",
+    ("tests/engine/test_watch.py", "_GRACE_S"): "connections and time limits cannot be made to fail from outside",
+    ("tests/engine/test_watch.py", "_accept"): "connections and time limits cannot be made to fail from outside",
+    ("tests/engine/test_watch.py", "_is_there"): "connections and time limits cannot be made to fail from outside",
+    ("tests/engine/test_watch.py", "_links"): "connections and time limits cannot be made to fail from outside",
+    ("tests/engine/test_watch.py", "_listen"): "connections and time limits cannot be made to fail from outside",
+    ("tests/engine/test_workers.py", "_ErrorsAsSamples"): "an error in a worker is made by hand",
     ("tests/weights/test_zoo.py", "_open_clip_name"): "the names are compared with those of open_clip",
 }
 
