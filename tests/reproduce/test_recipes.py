@@ -226,7 +226,7 @@ BAD = {
     "unknown key 'toleranze': did you mean tolerance?": {"toleranze": 1},
     "unknown key 'zzz': a recipe's keys are table, figure": {"zzz": 1},
     "unknown key 'lr2': did you mean lr": {"flags": FLAGS | {"lr2": 1}},
-    "unknown key 'pretrain-model'": {"flags": FLAGS | {"pretrain-model": "x"}},
+    "unknown key 'dropout-rate'": {"flags": FLAGS | {"dropout-rate": 0.5}},
     "argument --batch-size: found 'many', expected a whole number from 1 to 1000000": {
         "flags": FLAGS | {"batch-size": "many"}
     },
