@@ -18,14 +18,25 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _child(rank: int, size: int, port: int, folder: str, function: Callable, args: tuple) -> None:
+def next_meeting() -> None:
+    """Let the next group of these processes meet at a port of its own.
+
+    A process that meets at the old port before process 0 has closed it reads addresses of the group that has ended, and
+    waits for them.
+    """
+    port, *more = os.environ["TEST_PORTS"].split()
+    os.environ.update(MASTER_PORT=port, TEST_PORTS=" ".join(more))
+
+
+def _child(rank: int, size: int, ports: list[int], folder: str, function: Callable, args: tuple) -> None:
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(size),
         LOCAL_RANK=str(rank),
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
+        TEST_PORTS=" ".join(map(str, ports)),
     )
+    next_meeting()
     torch.set_num_threads(1)
     try:
         result = (True, function(rank, size, *args))
@@ -47,8 +58,8 @@ def run_processes(function: Callable, size: int, folder: Path, *args) -> list:
     # The fork server imports what takes seconds once, for all processes of all tests.
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "avion.engine.run"])
-    port = free_port()
-    children = [context.Process(target=_child, args=(r, size, port, str(folder), function, args)) for r in range(size)]
+    ports = [free_port() for _ in range(4)]
+    children = [context.Process(target=_child, args=(r, size, ports, str(folder), function, args)) for r in range(size)]
     for child in children:
         child.start()
     for child in children:

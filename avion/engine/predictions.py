@@ -62,8 +62,13 @@ def check_run_target(options: "TrainingOptions", path: str | None, flag: str, su
 
 
 def write_of_run(options: "TrainingOptions", path: str, content: bytes, flag: str) -> None:
-    """Write the content of a file that `flag` of a run named, and remember that the run wrote it."""
+    """Write the content of a file that `flag` of a run named, and remember that a training wrote it.
+
+    An evaluation leaves nothing else behind: it never replaces a file without being asked.
+    """
     write_whole(path, content, flag)
+    if options.evaluate:
+        return
     try:
         remember_target(options.output_dir, path)
     except OSError as e:

@@ -23,7 +23,7 @@ from avion.errors import UserError
 from avion.weights import Checkpoint, classifier_from_checkpoint
 from tests.engine.actions import ACTIONS, TINY, VAL, csv_text, pretrained
 from tests.engine.test_pretrain import EXACT, assert_same_weights, interrupt_after, lines
-from tests.processes import run_processes
+from tests.processes import next_meeting, run_processes
 from tests.weights import upstream_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +52,11 @@ def without(flags, *names):
 
 
 def _run_all(rank, size, jobs):
-    return [train_or_evaluate(FinetuneClassification, options(words)) for words in jobs]
+    found = []
+    for words in jobs:
+        found.append(train_or_evaluate(FinetuneClassification, options(words)))
+        next_meeting()
+    return found
 
 
 @pytest.fixture(scope="module")

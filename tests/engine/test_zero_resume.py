@@ -7,6 +7,7 @@ import torch
 
 from avion.engine.args import parse
 from avion.engine.options import PretrainOptions
+from avion.engine.peers import LostPeer
 from avion.engine.run import train_or_evaluate
 from avion.engine.tasks.pretrain import Pretrain
 from avion.engine.trainer import Trainer
@@ -32,7 +33,7 @@ def _train(rank, size, words, output, stop_after):
         train_or_evaluate(
             Pretrain, parse(PretrainOptions, [*words, "--output-dir", str(output)], "main_pretrain.py", "")
         )
-    except Interrupted:
+    except (Interrupted, LostPeer):  # whichever a process learns of first: its own end, or that of the other
         return "interrupted"
     return len(done)
 
