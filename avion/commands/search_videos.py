@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _usage() -> str:
     lines = [f"usage: {_PROGRAM} COMMAND [FLAGS]      COMMAND --help says more of a command", ""]
     lines += [f"  {form:<32}  {what}" for form, what in _COMMANDS.values()]
+    lines += ["", "Every command takes --import MODULE, a module that registers models and mixers of your own."]
     return "\n".join(lines)
 
 

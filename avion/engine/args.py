@@ -98,17 +98,6 @@ def other_default(group: type, name: str, default: Any, help: str | None = None)
     return flag(default, help or spec["help"], **{k: v for k, v in spec.items() if k != "help"})
 
 
-class _Import(argparse.Action):
-    """Imports the module when the flag is read."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        try:
-            import_plugins([values])
-        except UserError as e:
-            parser.error(str(e))
-        setattr(namespace, self.dest, [*getattr(namespace, self.dest), values])
-
-
 class ToolParser(argparse.ArgumentParser):
     """An argument parser that ends the program with one line and status 2 for words that it refuses.
 
@@ -119,12 +108,20 @@ class ToolParser(argparse.ArgumentParser):
         super().__init__(*args, **keywords)
         if self.add_help and type(self) is ToolParser:  # options of dataclasses have a flag of their own for it
             self.add_argument(
-                "--import", dest="plugins", action=_Import, default=[], metavar="MODULE",
+                "--import", dest="plugins", action="append", type=self._imported, default=[], metavar="MODULE",
                 help="module, or path of a .py file, to import first, which registers models and mixers (repeatable)",
             )  # fmt: skip
         self.prog = called_names(self.prog)
         # argparse takes -1e-3 and -inf for flags, and then says that a value is missing.
         self._negative_number_matcher = re.compile(r"-\.?\d.*|-inf.*|-nan", re.IGNORECASE)
+
+    def _imported(self, name: str) -> str:
+        """The name of a module, which is imported when the flag is read."""
+        try:
+            import_plugins([name])
+        except UserError as e:
+            self.error(str(e))
+        return name
 
     def error(self, message: str):
         self.exit(USER_ERROR, f"{UserError(f'{self.prog}: error: {message} (--help says more)')}\n")

@@ -200,6 +200,7 @@ class _Batches(_MultiProcessingDataLoaderIter):
     def __init__(self, loader: WatchedLoader):
         self._allowed_s = loader.data_timeout
         self._ended, self._owner = False, os.getpid()
+        self._shutdown = False  # PyTorch's: its iterator gives nothing more once this is set
         _iterators.add(self)
         super().__init__(loader)
         # PyTorch would raise the death of a worker out of its handler of SIGCHLD, wherever the main thread is.

@@ -17,6 +17,7 @@ import main_pretrain
 from avion.commands import convert_checkpoint, demo, doctor, extract_features, plot_run, reproduce, submit
 from avion.commands.table import programs
 from avion.engine.args import build_parser
+from avion.engine.options.search import IndexOptions, SearchOptions, ServeOptions
 from avion.engine.submit import ENTRY_POINTS, SubmitOptions
 from avion.errors import UserError
 from avion.models import __main__ as models
@@ -155,7 +156,8 @@ def test_a_recipe_and_the_recipes_that_it_starts_from_import_it(call, capsys):
 def test_every_program_has_the_flag():
     for file in ENTRY_POINTS:
         assert "--import" in build_parser(ENTRY_POINTS[file], file, "")._option_string_actions
-    assert "--import" in build_parser(SubmitOptions, "", "")._option_string_actions
+    for options in (SubmitOptions, IndexOptions, SearchOptions, ServeOptions):
+        assert "--import" in build_parser(options, "", "")._option_string_actions
     for program in programs():
         if program.name != "torchrun":  # its words are torchrun's
             assert_help_names_the_flag(program)

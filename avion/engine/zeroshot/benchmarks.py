@@ -156,7 +156,7 @@ class Ek100Mir(_Retrieval):
     name, protocol = "ek100_mir", Protocol(4)
     headline = {"avg_map": "mAP", "avg_ndcg": "nDCG"}
 
-    def _evaluation(self, options):
+    def _evaluation(self, options: ZeroShotOptions) -> Evaluation:
         folder = Path(options.ek100_annotations) / "retrieval_annotations"
         return Ek100Evaluation(
             options.ek100_root, "--ek100-root", str(folder / "EPIC_100_retrieval_test.csv"),
@@ -172,7 +172,7 @@ class Captions(_Retrieval):
         f"{side}_r{level}": f"{label} R@{level}" for side, label in (("vis", "V2T"), ("txt", "T2V")) for level in LEVELS
     }
 
-    def _evaluation(self, options):
+    def _evaluation(self, options: ZeroShotOptions) -> Evaluation:
         clips = read_narrations([options.retrieval_captions], Columns.parse(options.caption_columns))
         return CaptionEvaluation(options.retrieval_root, "--retrieval-root", clips)
 
@@ -182,6 +182,8 @@ class Captions(_Retrieval):
 
 class _Classes(Benchmark):
     """Clips of one or several of some classes, which are compared as texts.
+
+    Raises UserError for templates that cannot be.
 
     Attributes:
         names: Of each class, its names.
@@ -195,9 +197,10 @@ class _Classes(Benchmark):
     ids: Sequence[str]
     keys: Sequence[str]
 
-    def _settle(self) -> None:
-        """Make the texts of the classes. Raises UserError for templates that cannot be."""
-        texts = class_texts(self.names, self.options.templates or PLAIN)
+    def __init__(self, options: ZeroShotOptions, names: Sequence[str | Sequence[str]]):
+        super().__init__(options)
+        self.names = names
+        texts = class_texts(names, options.templates or PLAIN)
         self.texts = list(dict.fromkeys(text for own in texts for text in own))
         self._rows = rows_of(texts, self.texts)
 
@@ -221,18 +224,16 @@ class Ek100Cls(_Classes):
     headline = {"top1": "top-1", "top5": "top-5"}
 
     def __init__(self, options: ZeroShotOptions):
-        super().__init__(options)
         paths = [Path(options.ek100_annotations) / f"EPIC_100_{split}.csv" for split in ("train", "validation")]
         tables = [read_ek100_actions(path) for path in paths]
         for path, table in zip(paths, tables, strict=True):
             if table.verb_class is None:
                 raise UserError(f"annotations {path}: the columns verb_class and noun_class are missing")
-        self.root, self.flag, self.clips = options.ek100_root, "--ek100-root", tables[1]
         self.keys = action_list(*tables)
-        self.names = action_names(self.keys, *tables)
+        super().__init__(options, action_names(self.keys, *tables))
+        self.root, self.flag, self.clips = options.ek100_root, "--ek100-root", tables[1]
         self.labels = action_numbers(self.keys, tables[1])
         self.ids = list(tables[1].narration_ids or ())
-        self._settle()
 
 
 class Egtea(_Classes):
@@ -242,12 +243,11 @@ class Egtea(_Classes):
     headline = {"mean_class": "mean class accuracy", "top1": "top-1"}
 
     def __init__(self, options: ZeroShotOptions):
-        super().__init__(options)
-        self.names = self.keys = read_egtea_classes(options.egtea_classes)
-        split = read_egtea_split(options.egtea_split, len(self.names))
+        self.keys = read_egtea_classes(options.egtea_classes)
+        split = read_egtea_split(options.egtea_split, len(self.keys))
+        super().__init__(options, self.keys)
         self.root, self.flag = options.egtea_root, "--egtea-root"
         self.ids, self.labels, self.clips = split.clips, split.labels, split.videos
-        self._settle()
 
     def dataset(self, size, frames):
         return TrimmedClips(
@@ -266,13 +266,12 @@ class Charades(_Classes):
     headline = {"map": "mAP"}
 
     def __init__(self, options: ZeroShotOptions):
-        super().__init__(options)
         classes = read_charades_classes(options.charades_classes)
         split = read_charades_ego(options.charades_split, classes)
+        super().__init__(options, list(classes.values()))
         self.root, self.flag, self.clips = options.charades_root, "--charades-root", split.videos
-        self.keys, self.names, self.labels = list(classes), list(classes.values()), split.labels
+        self.keys, self.labels = list(classes), split.labels
         self.ids = list(split.videos.narration_ids or ())
-        self._settle()
 
     def dataset(self, size, frames):
         return ClipViews(
