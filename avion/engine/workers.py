@@ -163,7 +163,8 @@ class _Received:
     """What the workers send, received by a thread: `get` then really returns within its timeout."""
 
     def __init__(self, sent: Any, device: torch.device):
-        self._items: queue.SimpleQueue = queue.SimpleQueue()
+        # A SimpleQueue waits for ever where a signal arrives just as its timeout is over (CPython 3.11).
+        self._items: queue.Queue = queue.Queue()
         self._device = device
         self._sent, self._ended = sent, threading.Event()
         self._thread = threading.Thread(target=self._receive, name="batches", daemon=True)

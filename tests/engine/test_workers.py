@@ -97,6 +97,27 @@ STUCK = {
 }
 
 
+def test_signals_that_arrive_just_as_a_wait_is_over(tmp_path):
+    """The main thread waits in slices of a time; a signal at the end of a slice must not make it wait for ever."""
+    body = """
+import random
+from avion.engine import workers
+workers._LOOK_EVERY_S = 0.002
+signal.signal(signal.SIGALRM, lambda number, frame: None)
+b = batches_of(loader(list(range(7)) * 9, timeout=12))
+[read(b) for _ in range(4)]
+[os.kill(p, signal.SIGSTOP) for p in pids()]
+def ring():
+    while True:
+        time.sleep(0.002 + random.uniform(-2e-5, 1.2e-4))
+        os.kill(os.getpid(), signal.SIGALRM)
+threading.Thread(target=ring, daemon=True).start()
+told(b, 60)
+"""
+    lines, errors, status, _ = run(body, tmp_path)
+    assert lines[0].startswith("UserError after 1") and lines[1] == "end", (lines, errors)
+
+
 @pytest.mark.parametrize("how", STUCK)
 def test_stuck_workers_are_told_and_not_waited_for(tmp_path, how):
     lines, errors, status, seconds = run(STUCK[how] + "told(b, 60)", tmp_path)
