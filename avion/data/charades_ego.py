@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from avion.data.narrations import NarrationTable, TableBuilder
+from avion.data.text_lines import text_lines
 from avion.errors import UserError
 from avion.reading import open_file
 
@@ -45,24 +46,12 @@ def read_charades_classes(path: str | os.PathLike) -> dict[str, str]:
         UserError: A line is not a class, or a class occurs twice. The message names file and line.
     """
     classes: dict[str, str] = {}
-    try:
-        with open_file(path, "r", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                match = _CLASS.fullmatch(line.strip())
-                if match is None or match[1] in classes:
-                    why = "a class such as `c000 Holding some clothes`" if match is None else "each class only once"
-                    raise UserError(f"classes {path}: line {number}: {why} is required, found {line.strip()[:60]!r}")
-                classes[match[1]] = match[2]
-    except FileNotFoundError:
-        raise UserError(f"classes {path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"classes {path}: cannot be read ({error.strerror or error})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"classes {path}: is not a text in UTF-8 ({error})") from None
-    if not classes:
-        raise UserError(f"classes {path}: the file is empty")
+    for number, line in text_lines(path, "classes"):
+        match = _CLASS.fullmatch(line)
+        if match is None or match[1] in classes:
+            why = "a class such as `c000 Holding some clothes`" if match is None else "each class only once"
+            raise UserError(f"classes {path}: line {number}: {why} is required, found {line[:60]!r}")
+        classes[match[1]] = match[2]
     return classes
 
 

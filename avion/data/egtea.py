@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from avion.data.text_lines import text_lines
 from avion.data.transforms import CropsTransform
 from avion.data.video import VideoError, VideoStore, open_video
 from avion.errors import UserError
-from avion.reading import open_file
 
 _CLIP = re.compile(r"[A-Za-z0-9_]+(-[A-Za-z0-9_.&]+){3,}")
 _LONGEST_NAME = 200
@@ -52,7 +52,8 @@ def read_egtea_classes(path: str | os.PathLike) -> list[str]:
         UserError: A line has no number, or the numbers are not 1, 2, 3, … The message names file and line.
     """
     names: dict[int, str] = {}
-    for line, words in _lines(path, "classes"):
+    for line, content in text_lines(path, "classes"):
+        words = content.split()
         *name, number = words
         text = " ".join(name).replace("_", " ").strip().lower()
         if not text or not re.fullmatch(r"[0-9]{1,4}", number):
@@ -80,7 +81,8 @@ def read_egtea_split(path: str | os.PathLike, num_classes: int) -> EgteaSplit:
             file and line.
     """
     labels: dict[str, int] = {}
-    for line, (clip, *classes) in _lines(path, "split"):
+    for line, content in text_lines(path, "split"):
+        clip, *classes = content.split()
         where = f"split {path}: line {line}"
         if not _CLIP.fullmatch(clip) or len(clip) > _LONGEST_NAME:
             raise UserError(f"{where}: an id such as OP01-R01-PastaSalad-… is required, found {clip[:60]!r}")
@@ -91,25 +93,6 @@ def read_egtea_split(path: str | os.PathLike, num_classes: int) -> EgteaSplit:
             raise UserError(f"{where}: {clip} is there twice; remove one of the two")
         labels[clip] = int(classes[0]) - 1
     return EgteaSplit(tuple(labels), np.array(list(labels.values()), dtype=np.int64))
-
-
-def _lines(path: str | os.PathLike, what: str) -> Iterator[tuple[int, list[str]]]:
-    """The number and the words of every line that is not empty."""
-    found = False
-    try:
-        with open_file(path, "r", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    found = True
-                    yield number, line.split()
-    except FileNotFoundError:
-        raise UserError(f"{what} {path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{what} {path}: cannot be read ({error.strerror or error})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} {path}: is not a text in UTF-8 ({error})") from None
-    if not found:
-        raise UserError(f"{what} {path}: the file is empty")
 
 
 def window_frame_ids(video_frames: int, num_frames: int, stride: int, windows: int) -> np.ndarray:

@@ -1,17 +1,19 @@
-"""`--dataset demo`: the embedded demo dataset in the place of files that were not given."""
+"""The embedded demo dataset in the place of files that were not given."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TypeVar
 
-from avion.data.demo import ensure_demo_dataset
+from avion.data.demo import DemoPaths, ensure_demo_dataset
 
-from .options import EgoSchemaOptions, TrainingOptions
+from .options import EgoSchemaOptions, TrainingOptions, ZeroShotOptions
 
 T = TypeVar("T", bound=TrainingOptions | EgoSchemaOptions)
+U = TypeVar("U", bound=TrainingOptions | EgoSchemaOptions | ZeroShotOptions)
 
 
 def on_demo_dataset(options: T, root: str, **files: str) -> T:
-    """The same options with the paths of the demo dataset, which is generated where it is missing.
+    """The same options with `--dataset demo`: with the paths of the demo dataset, generated where it is missing.
 
     Args:
         options: The options of a task. `--root`, where it was given, is the folder of the demo dataset.
@@ -19,5 +21,16 @@ def on_demo_dataset(options: T, root: str, **files: str) -> T:
         files: By the name of a flag, the attribute of `DemoPaths` that it becomes unless it was given.
     """
     paths = ensure_demo_dataset(options.root if options.was_given("root") else "datasets/demo")
-    attributes = {"root": root} | {name: value for name, value in files.items() if not options.was_given(name)}
-    return dataclasses.replace(options, **{name: str(getattr(paths, a)) for name, a in attributes.items()})
+    return dataclasses.replace(with_demo_files(options, paths, files), root=str(getattr(paths, root)))
+
+
+def with_demo_files(options: U, paths: DemoPaths, files: Mapping[str, str]) -> U:
+    """The same options with files of the demo dataset.
+
+    Args:
+        options: The options of a run.
+        paths: The files of the demo dataset.
+        files: By the name of a flag, the attribute of `paths` that it becomes unless it was given.
+    """
+    names = {name: attribute for name, attribute in files.items() if not options.was_given(name)}
+    return dataclasses.replace(options, **{name: str(getattr(paths, attribute)) for name, attribute in names.items()})

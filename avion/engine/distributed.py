@@ -92,6 +92,10 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def __str__(self) -> str:
+        """The device and the processes, for log lines: cpu, 2 processes (torchrun, gloo)."""
+        return f"{self.device.type}, {self.size} process{'' if self.size == 1 else 'es'} ({self.how})"
+
     def gather(self, value: Any) -> list[Any]:
         """A picklable value of every process, in rank order, on every process."""
         if self.size == 1:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from avion.errors import UserError
+from avion.evaluation.vectors import unit
 
 from . import signals
 from .distributed import World
@@ -141,11 +142,7 @@ def encode_texts(
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cosine similarities (n, m) float32 of the rows of a (n, E) and b (m, E)."""
-
-    def unit(x: np.ndarray) -> np.ndarray:
-        return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-
-    return (unit(a) @ unit(b).T).astype(np.float32)
+    return (unit(a, None) @ unit(b, None).T).astype(np.float32)
 
 
 def describe(errors: dict[int, str], limit: int = 3) -> str:

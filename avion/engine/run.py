@@ -121,10 +121,9 @@ def _train(task: Task, model: nn.Module, precision: Precision, start: Start) -> 
         training = start_training(task, model, task.checkpoint, start, options, world, precision, sampler)
     wrapped_model = wrapped(model, options, world)
     logger.info(
-        "%s: %d clips, %d steps of %d clips per epoch, epochs %d to %d, %s on %s, %d process%s (%s)",
+        "%s: %d clips, %d steps of %d clips per epoch, epochs %d to %d, %s on %s",
         model.config.name, sampler.count, sampler.steps, sampler.global_batch,
-        training.position.epoch, options.epochs - 1, str(precision.dtype).removeprefix("torch."),
-        world.device.type, world.size, "" if world.size == 1 else "es", world.how,
+        training.position.epoch, options.epochs - 1, str(precision.dtype).removeprefix("torch."), world,
     )  # fmt: skip
     with sinks.opened(options, task.saved_flags(model), world, training.position.steps_done(sampler.steps)) as log:
         trainer = Trainer(task, training, wrapped_model, dataset, sampler, options, world, precision, log)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from avion.evaluation.ek100_cls import label_ranks, mean_class_accuracy
+from avion.evaluation.vectors import unit
 
 
 def best_view_scores(clips: np.ndarray, classes: np.ndarray) -> np.ndarray:
@@ -20,8 +21,7 @@ def best_view_scores(clips: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """
     scores = np.empty((len(clips), len(classes)), dtype=np.float32)
     for i, views in enumerate(clips):  # a clip at a time: of a large set, all views of all clips would not fit
-        unit = views / np.maximum(np.linalg.norm(views, axis=1, keepdims=True), 1e-12)
-        scores[i] = (unit @ classes.T).max(axis=0)
+        scores[i] = (unit(views, None) @ classes.T).max(axis=0)
     return scores
 
 

@@ -31,6 +31,7 @@ from avion.engine.signals import Stopped, name
 from avion.engine.steps import Precision
 from avion.engine.trainer import choose_precision
 from avion.errors import UserError, say
+from avion.evaluation.vectors import unit
 from avion.files import write_text
 from avion.json_lines import append_json
 from avion.models.long_video import default_max_tokens, encode_long_video, memory_bytes
@@ -38,7 +39,7 @@ from avion.weights import Checkpoint
 
 from .answers import choose_answers, metrics_of, submit, table, write_answers
 from .results import ResultLog, Scores, fingerprint, read_results
-from .texts import DEFAULT_PROMPT, OptionTexts, encode_options, parse_prompt, unit
+from .texts import DEFAULT_PROMPT, OptionTexts, encode_options, parse_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -178,10 +179,9 @@ class _Run:
                 todo.append((i, missing))
         before = len(self.questions) - len(todo)
         logger.info(
-            "%s: %d questions, %d of them answered before, %s frames (%s), %s on %s, %d process%s (%s)",
+            "%s: %d questions, %d of them answered before, %s frames (%s), %s on %s",
             self.config.name, len(self.questions), before, ", ".join(map(str, self.options.frames)),
-            self.options.sampling, str(self.precision.dtype).removeprefix("torch."), world.device.type, world.size,
-            "" if world.size == 1 else "es", world.how,
+            self.options.sampling, str(self.precision.dtype).removeprefix("torch."), world,
         )  # fmt: skip
         own, errors = self._answer(todo) if todo else ({}, {})
         for part, failed in world.gather((own, errors)):

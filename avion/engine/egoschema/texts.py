@@ -17,6 +17,7 @@ from avion.engine.distributed import World
 from avion.engine.inputs import warn_of_small_vocabulary
 from avion.engine.steps import Precision
 from avion.errors import UserError
+from avion.evaluation.vectors import unit
 from avion.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -65,12 +66,6 @@ class OptionTexts:
         """The features of the five options, (5, E): means over the templates, brought to length 1."""
         rows = [[self.place[text] for text in texts] for texts in option_texts(question, prompts)]
         return unit(self.features[rows].mean(axis=1))
-
-
-def unit(x: np.ndarray) -> np.ndarray:
-    """The vectors in the last dimension, brought to length 1; float64."""
-    x = x.astype(np.float64)
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def _tokenizer(config: ModelConfig, cut: set[str]) -> Callable[[list[str]], torch.Tensor]:

@@ -32,6 +32,7 @@ from avion.evaluation.charades import charades_metrics
 from avion.evaluation.egomcq import egomcq_metrics
 from avion.evaluation.egtea import best_view_scores, class_metrics
 from avion.evaluation.recall import LEVELS
+from avion.evaluation.vectors import unit
 
 from .classes import PLAIN, class_texts, mean_of_units, rows_of
 
@@ -322,12 +323,6 @@ class EgoMcqQuestions(Benchmark):
 BENCHMARKS: dict[str, type[Benchmark]] = {
     kind.name: kind for kind in (Ek100Mir, Ek100Cls, Egtea, Charades, EgoMcqQuestions, Captions)
 }
-
-
-def unit(x: np.ndarray) -> np.ndarray:
-    """The vectors in the last dimension, brought to length 1; float64."""
-    x = np.asarray(x, dtype=np.float64)
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def _npy(array: np.ndarray) -> bytes:

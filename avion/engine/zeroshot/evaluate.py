@@ -21,6 +21,7 @@ from avion.data.video import resolve_decoder
 from avion.engine import encode
 from avion.engine.build import build_as_saved
 from avion.engine.console import duration
+from avion.engine.demo_data import with_demo_files
 from avion.engine.distributed import World
 from avion.engine.egoschema.results import fingerprint
 from avion.engine.features import extract
@@ -68,20 +69,12 @@ def run_zeroshot(options: ZeroShotOptions) -> dict[str, dict[str, float]]:
         world.agree({**shared_flags(options), "torch": torch.__version__})
         if options.demo_root:
             with world.together("making the demo dataset"):
-                options = _on_demo_dataset(options)
+                options = with_demo_files(options, ensure_demo_dataset(options.demo_root), _DEMO)
         run = _Run(options, world)
         found = {chosen: run.benchmark(chosen) for chosen in dict.fromkeys(options.dataset)}
         if world.is_main:
             print(table(found))
         return found
-
-
-def _on_demo_dataset(options: ZeroShotOptions) -> ZeroShotOptions:
-    paths = ensure_demo_dataset(options.demo_root)
-    given = options.given()
-    return dataclasses.replace(
-        options, **{flag: str(getattr(paths, attribute)) for flag, attribute in _DEMO.items() if flag not in given}
-    )
 
 
 class _Run:
@@ -143,10 +136,9 @@ class _Run:
         mark, done = world.broadcast((mark, sorted(before)))
         todo = [number for number in range(len(plan)) if number not in set(done)]
         logger.info(
-            "%s: %d clips, %d of %d batches read before, %d frames x %d views, %s on %s, %d process%s (%s)",
+            "%s: %d clips, %d of %d batches read before, %d frames x %d views, %s on %s",
             bench.name, len(bench.clips), len(done), len(plan), frames, views,
-            str(self.precision.dtype).removeprefix("torch."), world.device.type, world.size,
-            "" if world.size == 1 else "es", world.how,
+            str(self.precision.dtype).removeprefix("torch."), world,
         )  # fmt: skip
         log = FeatureLog(self.folder / "features", bench.name, world.rank, mark)
         own, errors = self._encode_share(bench, dataset, log, plan, todo) if todo else ({}, {})
