@@ -260,7 +260,7 @@ def test_kill_9_in_a_loop(tmp_path):
         before = partial_files(target)
         while process.poll() is None and partial_files(target) <= before:
             time.sleep(0.01)
-        time.sleep(dice.uniform(0, 0.4))
+        time.sleep(dice.uniform(0, 0.1))
         kills += process.poll() is None
         process.kill()
         process.communicate(timeout=60)  # the pipe ends when the processes that were killed with it have ended
