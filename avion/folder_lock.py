@@ -68,9 +68,12 @@ class Holder:
         try:
             fields = json.loads(line)
             return cls(
-                _plain(fields["host"]), int(fields["pid"]), _plain(fields["job"]), _plain(fields["since"]),
+                _plain(fields["host"]),
+                int(fields["pid"]),
+                _plain(fields["job"]),
+                _plain(fields["since"]),
                 None if fields.get("started") is None else int(fields["started"]),
-            )  # fmt: skip
+            )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
             return None
 
@@ -180,8 +183,10 @@ def _try(path: Path, flag: str) -> tuple[int | None, Holder | None]:
                 return None, holder
             logger.warning(
                 "%s %s: its file system knows no locks (%s); a second run on another machine would not be noticed",
-                flag, path.parent, e.strerror,
-            )  # fmt: skip
+                flag,
+                path.parent,
+                e.strerror,
+            )
         # The holder before may have removed the file between `open` and `lockf`: then the name is free again.
         with contextlib.suppress(FileNotFoundError):
             kept = _inode(os.stat(path)) == _inode(os.fstat(handle))

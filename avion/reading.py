@@ -55,9 +55,11 @@ def check_regular(mode: int) -> None:
     if stat.S_ISREG(mode):
         return
     kinds: tuple[tuple[Callable[[int], bool], str], ...] = (
-        (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"),
+        (stat.S_ISFIFO, "a named pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
         (stat.S_ISBLK, "a device"),
-    )  # fmt: skip
+    )
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     kind = next((name for test, name in kinds if test(mode)), "something else")
@@ -205,9 +207,14 @@ def check_nesting(
         inside: By type, what gives the values inside of an object of another kind.
     """
     parts: dict[type, Callable[[Any], Iterable[Any]]] = {
-        list: iter, tuple: iter, set: iter, frozenset: iter, dict: _keys_and_values, OrderedDict: _keys_and_values,
+        list: iter,
+        tuple: iter,
+        set: iter,
+        frozenset: iter,
+        dict: _keys_and_values,
+        OrderedDict: _keys_and_values,
         **(inside or {}),
-    }  # fmt: skip
+    }
     level: list[Any] = [value] if type(value) in parts else []
     for _ in range(most):
         items = chain.from_iterable(parts[type(item)](item) for item in level)

@@ -200,11 +200,18 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
         opcode[0]: pickle._Unpickler.dispatch[opcode[0]]  # type: ignore[attr-defined]
         for opcode in _OPCODES
     } | {
-        pickle.DICT[0]: load_dict, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems,
-        pickle.ADDITEMS[0]: load_additems, pickle.FROZENSET[0]: load_frozenset, pickle.LONG1[0]: load_long1,
-        pickle.LONG4[0]: load_long4, pickle.INT[0]: load_int, pickle.LONG[0]: load_long, pickle.FLOAT[0]: load_float,
+        pickle.DICT[0]: load_dict,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.ADDITEMS[0]: load_additems,
+        pickle.FROZENSET[0]: load_frozenset,
+        pickle.LONG1[0]: load_long1,
+        pickle.LONG4[0]: load_long4,
+        pickle.INT[0]: load_int,
+        pickle.LONG[0]: load_long,
+        pickle.FLOAT[0]: load_float,
         pickle.BUILD[0]: load_build,
-    }  # fmt: skip
+    }
 
 
 def check_keys(keys: Iterable[Any], *, texts_only: bool = False) -> None:
@@ -375,14 +382,19 @@ class _FastUnpickler(pickle.Unpickler):
 
 
 # Opcodes of a fixed length (with what follows them), and those whose text or bytes follow a length of so many bytes.
+_OPCODES_BY_LENGTH = {
+    1: (
+        pickle.MARK, pickle.STOP, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.EMPTY_TUPLE, pickle.TUPLE,
+        pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_LIST, pickle.LIST, pickle.APPEND, pickle.APPENDS,
+        pickle.MEMOIZE, pickle.STACK_GLOBAL, pickle.REDUCE, pickle.BUILD,
+    ),
+    2: (pickle.PROTO, pickle.BININT1, pickle.BINGET),
+    3: (pickle.BININT2,),
+    5: (pickle.BININT, pickle.LONG_BINGET),
+    9: (pickle.FRAME, pickle.BINFLOAT),
+}  # fmt: skip
 _FIXED = bytearray(256)
-for _opcodes, _length in (
-    ((pickle.MARK, pickle.STOP, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.EMPTY_TUPLE, pickle.TUPLE,
-      pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_LIST, pickle.LIST, pickle.APPEND, pickle.APPENDS,
-      pickle.MEMOIZE, pickle.STACK_GLOBAL, pickle.REDUCE, pickle.BUILD), 1),
-    ((pickle.PROTO, pickle.BININT1, pickle.BINGET), 2), ((pickle.BININT2,), 3),
-    ((pickle.BININT, pickle.LONG_BINGET), 5), ((pickle.FRAME, pickle.BINFLOAT), 9),
-):  # fmt: skip
+for _length, _opcodes in _OPCODES_BY_LENGTH.items():
     for _opcode in _opcodes:
         _FIXED[_opcode[0]] = _length
 _SIZED_1 = frozenset(b"".join((pickle.SHORT_BINUNICODE, pickle.SHORT_BINBYTES, pickle.SHORT_BINSTRING)))

@@ -89,15 +89,27 @@ class Build:
         wrapper.write_text(_WRAPPER.format(python=sys.executable, root=str(ROOT), nvcc=nvcc, arch=arch))
         wrapper.chmod(0o755)
         command = [
-            sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-binary", ":all:",
-            "--target", str(self.target), *pinned(ROOT / "requirements-cuda.txt"),
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-binary",
+            ":all:",
+            "--target",
+            str(self.target),
+            *pinned(ROOT / "requirements-cuda.txt"),
+        ]
         jobs = max(1, (os.cpu_count() or 2) // 2)  # the other half is for the report
         env = {
-            **self.env, "PYTORCH_NVCC": str(wrapper), "MAX_JOBS": str(jobs), "MAMBA_FORCE_BUILD": "TRUE",
+            **self.env,
+            "PYTORCH_NVCC": str(wrapper),
+            "MAX_JOBS": str(jobs),
+            "MAMBA_FORCE_BUILD": "TRUE",
             "CAUSAL_CONV1D_FORCE_BUILD": "TRUE",
             "TORCH_CUDA_ARCH_LIST": ".".join(map(str, device["capability"])),
-        }  # fmt: skip
+        }
         with self.log.open("w", encoding="utf-8") as out:
             self._process = subprocess.Popen(
                 ["nice", *command] if shutil.which("nice") else command,

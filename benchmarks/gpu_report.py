@@ -65,9 +65,11 @@ PLANS = (
 )  # fmt: skip
 # This section runs once mamba-ssm is built, before the sections that are left then.
 PEER = Plan(
-    "peer", "Beside the mamba-ssm that was built", 120,
+    "peer",
+    "Beside the mamba-ssm that was built",
+    120,
     ("scan", "shapes=12544x4 12544x16 196x256 196x1024 64x3136", "backends=triton mamba_ssm"),
-)  # fmt: skip
+)
 TOY_TESTS = "paths=tests/gpu tests/ops/test_choices.py"
 
 

@@ -74,9 +74,11 @@ def device(section: Section) -> None:
     if section.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         data |= {
-            "name": properties.name, "memory_gb": properties.total_memory / 1e9,
-            "multiprocessors": properties.multi_processor_count, "capability": list(torch.cuda.get_device_capability()),
-        }  # fmt: skip
+            "name": properties.name,
+            "memory_gb": properties.total_memory / 1e9,
+            "multiprocessors": properties.multi_processor_count,
+            "capability": list(torch.cuda.get_device_capability()),
+        }
         lines.append(
             f"{properties.name}: {properties.multi_processor_count} multiprocessors, "
             f"{properties.total_memory / 1e9:.0f} GB, compute capability {properties.major}.{properties.minor}."

@@ -131,11 +131,17 @@ def test_the_example_starts_from_an_image_clip(timeconv, tmp_path):
 
 def _to_clip(name: str) -> str:
     for ours, theirs in (
-        ("textual.", ""), ("visual.cls_token", "visual.class_embedding"), ("visual.image_projection", "visual.proj"),
-        ("visual.pos_embed", "visual.positional_embedding"), ("visual.patch_embed.proj.", "visual.conv1."),
-        ("visual.norm.", "visual.ln_post."), ("visual.blocks.", "visual.transformer.resblocks."),
-        ("attn.Wqkv.", "attn.in_proj_"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"),
-    ):  # fmt: skip
+        ("textual.", ""),
+        ("visual.cls_token", "visual.class_embedding"),
+        ("visual.image_projection", "visual.proj"),
+        ("visual.pos_embed", "visual.positional_embedding"),
+        ("visual.patch_embed.proj.", "visual.conv1."),
+        ("visual.norm.", "visual.ln_post."),
+        ("visual.blocks.", "visual.transformer.resblocks."),
+        ("attn.Wqkv.", "attn.in_proj_"),
+        ("mlp.fc1", "mlp.c_fc"),
+        ("mlp.fc2", "mlp.c_proj"),
+    ):
         name = name.replace(ours, theirs)
     return re.sub(r"(visual.*)\.norm([12])\.", r"\1.ln_\2.", name)
 

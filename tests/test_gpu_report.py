@@ -217,10 +217,13 @@ def by_goal(*sections: dict) -> dict[str, Verdict]:
 
 def test_speeds_beside_mamba_ssm_and_the_floor():
     records = [
-        scan_record(4, "triton", 2.0), scan_record(4, "mamba_ssm", 21.0), scan_record(4, "torch", 9.0),
+        scan_record(4, "triton", 2.0),
+        scan_record(4, "mamba_ssm", 21.0),
+        scan_record(4, "torch", 9.0),
         scan_record(4, "triton", 50.0, what="forward"),
-        scan_record(16, "triton", 2.6), scan_record(16, "mamba_ssm", 12.9),
-    ]  # fmt: skip
+        scan_record(16, "triton", 2.6),
+        scan_record(16, "mamba_ssm", 12.9),
+    ]
     long = [scan_record(256, "triton", 3.0, 2.0), scan_record(256, "mamba_ssm", 3.0, 2.0)]
     long += [scan_record(784, "triton", 3.0, 2.0), scan_record(784, "mamba_ssm", 2.9, 2.0)]
     found = by_goal(section("scan", records=records), section("long", records=long))
@@ -263,9 +266,17 @@ def test_what_is_wrong_is_missed_even_where_time_was_up():
 
 def test_nvcc_is_told_of_one_architecture_alone():
     words = [
-        "-c", "scan.cu", "-gencode", "arch=compute_70,code=sm_70", "-gencode=arch=compute_80,code=sm_80",
-        "--generate-code=arch=compute_90,code=[sm_90,compute_90]", "-arch=sm_75", "-O3", "--threads", "4",
-    ]  # fmt: skip
+        "-c",
+        "scan.cu",
+        "-gencode",
+        "arch=compute_70,code=sm_70",
+        "-gencode=arch=compute_80,code=sm_80",
+        "--generate-code=arch=compute_90,code=[sm_90,compute_90]",
+        "-arch=sm_75",
+        "-O3",
+        "--threads",
+        "4",
+    ]
     kept = ["-c", "scan.cu", "-O3", "--threads", "4", "-gencode", "arch=compute_90,code=sm_90"]
     assert gpu_peer.for_one_architecture(words, "90") == kept
     assert gpu_peer.for_one_architecture(["--version"], "90") == ["--version"]

@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from tests.layering import circles, imported_names, project_sources, violations
+from tests.layering import ROOT, circles, imported_names, project_sources, violations
 
 SOURCES = project_sources()
 MAX_FILE_LINES = 500
@@ -103,3 +103,30 @@ def test_old_paths_only_re_export():
             docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
             names = isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__"
             assert docstring or names or isinstance(statement, ast.ImportFrom), f"{module}:{statement.lineno}"
+
+
+def skipped_formatting(source):
+    """The lines with `# fmt: skip` that do not end a table of data (a literal of a module or a class, or the cases of a
+    test)."""
+    tables = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef):
+            for statement in node.body:
+                value = getattr(statement, "value", None)
+                if isinstance(value, ast.Call) and ast.unparse(value.func) == "frozenset" and value.args:
+                    value = value.args[0]
+                if isinstance(value, ast.Dict | ast.List | ast.Tuple | ast.Set):
+                    tables.add(statement.end_lineno)
+        for decorator in getattr(node, "decorator_list", []):
+            if "parametrize" in ast.unparse(decorator):
+                tables.add(decorator.end_lineno)
+    marker = "# fmt: " + "skip"
+    return [n for n, line in enumerate(source.splitlines(), 1) if line.endswith(marker) and n not in tables]
+
+
+def test_only_tables_of_data_are_formatted_by_hand():
+    assert skipped_formatting("TABLE = {\n    1: 2,\n}  # fmt: skip\n") == []
+    assert skipped_formatting("found = f(\n    1,\n)  # fmt: skip\n") == [3]
+    for path in sorted(ROOT.rglob("*.py")):
+        if ".venv" not in path.parts:
+            assert skipped_formatting(path.read_text()) == [], path

@@ -143,8 +143,10 @@ def test_marks_by_hand(tmp_path):
     text = "```bash\na  # says needs x\nb \\\n    -c  # plain\n# needs y and z\nd '# needs'  # more\n```\n"
     (tmp_path / "page.md").write_text(text)
     assert commands(tmp_path / "page.md") == [
-        Command(("a",), "x"), Command(("b", "-c"), None), Command(("d", "# needs"), "y and z"),
-    ]  # fmt: skip
+        Command(("a",), "x"),
+        Command(("b", "-c"), None),
+        Command(("d", "# needs"), "y and z"),
+    ]
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks/README.md"], ids=lambda page: str(page.relative_to(ROOT)))

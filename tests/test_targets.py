@@ -56,10 +56,14 @@ def test_an_existing_file_is_kept_unless_asked(tmp_path):
 def test_what_is_no_file_is_refused_whatever_is_asked(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, says in (
-        (tmp_path, "is a folder"), ("/dev/null", "is a device or a pipe"), (tmp_path / "pipe", "is a device or a pipe"),
-        (tmp_path / ("x" * 256), "longer than the 255 bytes"), (tmp_path / ("é" * 128), "longer than the 255 bytes"),
-        (str(tmp_path / "a\0b"), "zero byte"), (tmp_path / "/".join(["x" * 200] * 30), "File name too long"),
-    ):  # fmt: skip
+        (tmp_path, "is a folder"),
+        ("/dev/null", "is a device or a pipe"),
+        (tmp_path / "pipe", "is a device or a pipe"),
+        (tmp_path / ("x" * 256), "longer than the 255 bytes"),
+        (tmp_path / ("é" * 128), "longer than the 255 bytes"),
+        (str(tmp_path / "a\0b"), "zero byte"),
+        (tmp_path / "/".join(["x" * 200] * 30), "File name too long"),
+    ):
         assert says in refusal(path, overwrite=True)
     check_target(tmp_path / ("x" * 255), "--output")
     (tmp_path / "file").touch()
@@ -106,10 +110,11 @@ def test_folders(tmp_path):
     check_target_folder(tmp_path, "--output-dir")
     (tmp_path / "file").touch()
     for path, says in (
-        (tmp_path / "file", "is no folder"), ("/dev/null", "is no folder"),
+        (tmp_path / "file", "is no folder"),
+        ("/dev/null", "is no folder"),
         (tmp_path / ("x" * 256), "longer than the 255"),
         (tmp_path / "file" / "x", "cannot be written"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError, match=says):
             check_target_folder(path, "--output-dir")
 

@@ -130,10 +130,15 @@ def _random_case(device: str) -> dict:
 
     rows, steps, channels, states = 6, 37, 40, 16
     shapes = {
-        "u": (rows, steps, channels), "delta": (rows, steps, channels), "A": (channels, states),
-        "B": (rows, steps, states), "C": (rows, steps, states), "D": (channels,), "delta_bias": (channels,),
+        "u": (rows, steps, channels),
+        "delta": (rows, steps, channels),
+        "A": (channels, states),
+        "B": (rows, steps, states),
+        "C": (rows, steps, states),
+        "D": (channels,),
+        "delta_bias": (channels,),
         "weight": (rows, steps, channels),
-    }  # fmt: skip
+    }
     case = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
     return case | {"A": -case["A"].abs() - 0.1}
 

@@ -41,9 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
     for name in SLS:
         default, what = _LEVELS[name]
         shared.add_argument(
-            "--" + name.replace("_", "-"), type=whole(0, 5), default=default, choices=SLS_LEVELS, metavar="0-5",
+            "--" + name.replace("_", "-"),
+            type=whole(0, 5),
+            default=default,
+            choices=SLS_LEVELS,
+            metavar="0-5",
             help=f"supervision that the submission declares: {what} [{default}]",
-        )  # fmt: skip
+        )
     shared.add_argument("--overwrite", action="store_true", help="replace an existing output")
     shared.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
     tasks = parser.add_subparsers(dest="task", required=True)

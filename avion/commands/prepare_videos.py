@@ -44,24 +44,45 @@ def build_parser() -> argparse.ArgumentParser:
     add("source", metavar="SOURCE", help="folder of raw videos, or one file")
     add("target", metavar="TARGET", help="folder to fill")
     add("--dataset", default="folder", choices=DATASETS, help="how the files are named (folder: as in SOURCE)")
-    add("--layout", default="", choices=LAYOUTS, help="avion: {video}.mp4/{start}.mp4; vms: {video}/{number}.mp4; "
-        "whole: {video}.mp4 [avion for ego4d and ek100, else whole]")  # fmt: skip
+    add(
+        "--layout",
+        default="",
+        choices=LAYOUTS,
+        help="avion: {video}.mp4/{start}.mp4; vms: {video}/{number}.mp4; "
+        "whole: {video}.mp4 [avion for ego4d and ek100, else whole]",
+    )
     add("--chunk-length", type=whole(1, 86400), default=15, metavar="S", help="seconds per chunk (15)")
     add("--short-side", type=whole(16, 4320), default=288, metavar="PIXELS", help="of the pictures, even (288)")
     add("-j", "--processes", type=WORKERS, default=0, metavar="N", help="videos at a time [cores / threads]")
-    add("--threads", type=whole(0, 1024), default=0, metavar="N",
-        help="of each decoder and encoder [cores / processes]")  # fmt: skip
+    add(
+        "--threads", type=whole(0, 1024), default=0, metavar="N", help="of each decoder and encoder [cores / processes]"
+    )
     add("--shard", default="0/1", metavar="I/N", help="only every N-th video, from the I-th on, counted from 0")
     add("--retry", action="store_true", help="try videos again that failed before")
     encoding = parser.add_argument_group("encoding", "the default was measured: docs/data.md")
     add = encoding.add_argument
     add("--crf", type=Number(float, 0, 51), default=plain.crf, help=f"x264's quality, lower is better ({plain.crf:g})")
-    add("--gop", type=whole(1, 1000), default=plain.gop, metavar="N",
-        help=f"frames from keyframe to keyframe ({plain.gop})")  # fmt: skip
-    add("--bframes", type=whole(0, 16), default=plain.bframes, metavar="N",
-        help=f"frames between two anchors, which no other frame refers to ({plain.bframes})")  # fmt: skip
-    add("--refs", type=whole(1, 16), default=plain.refs, metavar="N",
-        help=f"anchors that a frame may refer to ({plain.refs})")  # fmt: skip
+    add(
+        "--gop",
+        type=whole(1, 1000),
+        default=plain.gop,
+        metavar="N",
+        help=f"frames from keyframe to keyframe ({plain.gop})",
+    )
+    add(
+        "--bframes",
+        type=whole(0, 16),
+        default=plain.bframes,
+        metavar="N",
+        help=f"frames between two anchors, which no other frame refers to ({plain.bframes})",
+    )
+    add(
+        "--refs",
+        type=whole(1, 16),
+        default=plain.refs,
+        metavar="N",
+        help=f"anchors that a frame may refer to ({plain.refs})",
+    )
     add("--cabac", action=argparse.BooleanOptionalAction, default=plain.cabac, help="smaller, slower to read")
     add("--deblock", action=argparse.BooleanOptionalAction, default=plain.deblock, help="smooth block edges")
     add("--preset", default=plain.preset, choices=PRESETS, metavar="NAME", help=f"x264's effort ({plain.preset})")
@@ -138,9 +159,16 @@ def run(args: argparse.Namespace) -> int:
     progress = Progress()
     try:
         report = prepare_videos(
-            args.source, args.target, settings, processes=args.processes, threads=args.threads,
-            shard=parse_shard(args.shard), retry=args.retry, progress=progress, failed=progress.failed,
-        )  # fmt: skip
+            args.source,
+            args.target,
+            settings,
+            processes=args.processes,
+            threads=args.threads,
+            shard=parse_shard(args.shard),
+            retry=args.retry,
+            progress=progress,
+            failed=progress.failed,
+        )
     finally:
         progress.close()
     tell(report, args.target, settings)

@@ -64,9 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     how.add_argument("--scale", default=FULL, help=f"{FULL}, demo (recipes/scales/demo.yaml) or a YAML file [{FULL}]")
     how.add_argument(
-        "--data-on-nodes", action="store_true",
+        "--data-on-nodes",
+        action="store_true",
         help="with --submit: files that this machine does not see are on the nodes; submit the jobs all the same",
-    )  # fmt: skip
+    )
     how.add_argument("--runs", default="runs", metavar="DIR", help="folder that holds the runs [%(default)s]")
     return parser
 
@@ -184,12 +185,20 @@ def reproduce(args: argparse.Namespace, options: SubmitOptions | None, words: Se
     if args.checkpoint and not args.from_released:
         raise UserError("--checkpoint: goes with --from-released; to start from it, give `-- --pretrain-model FILE`")
     request = Request(
-        runs=args.runs, scale=args.scale, seeds=tuple(args.seed) or (None,), gpus=processes(args, options),
-        device=args.device, released=args.from_released, checkpoint=args.checkpoint, words=tuple(words),
+        runs=args.runs,
+        scale=args.scale,
+        seeds=tuple(args.seed) or (None,),
+        gpus=processes(args, options),
+        device=args.device,
+        released=args.from_released,
+        checkpoint=args.checkpoint,
+        words=tuple(words),
         plugins=tuple(args.plugins),
-        with_prerequisites=args.with_prerequisites, again=args.again, here=not args.submit,
+        with_prerequisites=args.with_prerequisites,
+        again=args.again,
+        here=not args.submit,
         nodes=1 if options is None else options.nodes,
-    )  # fmt: skip
+    )
     steps = plan(selected(args), request)
     if args.mark:
         for step in steps:

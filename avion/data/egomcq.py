@@ -66,9 +66,13 @@ def read_egomcq(path: str | os.PathLike) -> EgoMcq:
         except ValueError as error:
             raise UserError(f"questions {path}: question {name[:40]}: {error}") from None
     return EgoMcq(
-        tuple(content), tuple(queries), builder.build(), np.array(choices, dtype=np.int64),
-        np.array(answers, dtype=np.int64), np.array(types, dtype=np.int64),
-    )  # fmt: skip
+        tuple(content),
+        tuple(queries),
+        builder.build(),
+        np.array(choices, dtype=np.int64),
+        np.array(answers, dtype=np.int64),
+        np.array(types, dtype=np.int64),
+    )
 
 
 def _clip(row: object, where: str, builder: TableBuilder, place: dict[tuple[str, float, float], int]) -> int:

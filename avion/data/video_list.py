@@ -205,8 +205,13 @@ class SpanDataset(Dataset):
         store, name = self.finder.find(span.video)
         if store.layout.kind == "files":
             return read_span(
-                store.chunk_path(name, 0), self.num_frames, self.transform, start=span.start, end=span.end,
-                decoder=store.decoder, threads=store.threads,
-            )  # fmt: skip
+                store.chunk_path(name, 0),
+                self.num_frames,
+                self.transform,
+                start=span.start,
+                end=span.end,
+                decoder=store.decoder,
+                threads=store.threads,
+            )
         clip = store.read_clip(name, span.start, TO_THE_END if span.end is None else span.end, self.num_frames)
         return self.transform(clip.frames, None)

@@ -108,9 +108,14 @@ class ToolParser(argparse.ArgumentParser):
         super().__init__(*args, **keywords)
         if self.add_help and type(self) is ToolParser:  # options of dataclasses have a flag of their own for it
             self.add_argument(
-                "--import", dest="plugins", action="append", type=self._imported, default=[], metavar="MODULE",
+                "--import",
+                dest="plugins",
+                action="append",
+                type=self._imported,
+                default=[],
+                metavar="MODULE",
                 help="module, or path of a .py file, to import first, which registers models and mixers (repeatable)",
-            )  # fmt: skip
+            )
         self.prog = called_names(self.prog)
         # argparse takes -1e-3 and -inf for flags, and then says that a value is missing.
         self._negative_number_matcher = re.compile(r"-\.?\d.*|-inf.*|-nan", re.IGNORECASE)
@@ -227,9 +232,14 @@ def _add(group, field: dataclasses.Field, annotation: Any) -> None:
         default = _default(field)
         count = len(default) if is_list and default else "*" if is_list else None
         action = group.add_argument(
-            *names, type=_reader(spec, element, field.name), nargs=count, choices=spec["choices"], help=spec["help"],
-            metavar=spec["metavar"], **common,
-        )  # fmt: skip
+            *names,
+            type=_reader(spec, element, field.name),
+            nargs=count,
+            choices=spec["choices"],
+            help=spec["help"],
+            metavar=spec["metavar"],
+            **common,
+        )
         if spec["choices"] is None and spec["metavar"] is None:
             action.metavar = {int: "N", float: "X", str: "STR"}[element]
     action.shown_default = _default(field)
@@ -255,9 +265,11 @@ def build_parser(config: type, prog: str, description: str) -> argparse.Argument
     parser = _Parser(prog=prog, description=description, formatter_class=_Help, allow_abbrev=False)
     hints = typing.get_type_hints(config)
     parser.add_argument(
-        "--config", metavar="FILE", default=argparse.SUPPRESS,
+        "--config",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
         help="YAML file whose keys are these flags, or a recipe; flags on the command line override the file",
-    )  # fmt: skip
+    )
     for title, fields in _groups(config).items():
         group = parser.add_argument_group(title)
         for field in fields:
@@ -352,9 +364,11 @@ def _flag_words(where: str, key: str, value: Any, field: dataclasses.Field, anno
 
 def _expected(element: type, is_list: bool) -> str:
     one, several = {
-        int: ("a whole number", "whole numbers"), float: ("a number", "numbers"), str: ("a text", "texts"),
+        int: ("a whole number", "whole numbers"),
+        float: ("a number", "numbers"),
+        str: ("a text", "texts"),
         bool: ("true or false", ""),
-    }[element]  # fmt: skip
+    }[element]
     return f"a list of {several}" if is_list else one
 
 

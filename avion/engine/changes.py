@@ -134,8 +134,11 @@ def tell_schedule(changes: list[Change], before: float, after: float) -> None:
     ratio = f", {after / before:.3g} times as much" if before > 0 else ""
     logger.warning(
         "--%s changes the schedule: the learning rate of the last step was %.3g, that of the next step is %.3g%s",
-        flags, before, after, ratio,
-    )  # fmt: skip
+        flags,
+        before,
+        after,
+        ratio,
+    )
 
 
 def _listed(changes: list[Change]) -> str:

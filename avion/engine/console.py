@@ -123,9 +123,17 @@ class Progress:
     """
 
     def __init__(
-        self, world: "World", *, epoch: int, epochs: int, steps: int, done: int, print_freq: int,
-        write: Callable[[dict[str, Any]], None], so_far: Mapping[str, Any] | None = None,
-    ):  # fmt: skip
+        self,
+        world: "World",
+        *,
+        epoch: int,
+        epochs: int,
+        steps: int,
+        done: int,
+        print_freq: int,
+        write: Callable[[dict[str, Any]], None],
+        so_far: Mapping[str, Any] | None = None,
+    ):
         self.world, self.epoch, self.epochs, self.steps = world, epoch, epochs, steps
         self.print_freq, self.write = print_freq, write
         self.meters: dict[str, Meter] = {}
@@ -152,8 +160,11 @@ class Progress:
         """What the means of the epoch come from, as far as it has got, in plain numbers."""
         return {
             "meters": {name: [meter.total, meter.count] for name, meter in self.meters.items()},
-            "seconds": self._seconds, "waited": self._waited, "clips": self._clips, "skipped": self._skipped,
-        }  # fmt: skip
+            "seconds": self._seconds,
+            "waited": self._waited,
+            "clips": self._clips,
+            "skipped": self._skipped,
+        }
 
     @property
     def _seconds(self) -> float:
@@ -217,9 +228,12 @@ class Progress:
         elapsed = self._seconds
         means = {name: meter.mean for name, meter in self.meters.items()}
         return {
-            **means, "clips_per_s": self._clips / elapsed, "wait": self._waited / elapsed,
-            "memory_gb": memory_gb(self.world.device), "skipped_steps": self._skipped,
-        }  # fmt: skip
+            **means,
+            "clips_per_s": self._clips / elapsed,
+            "wait": self._waited / elapsed,
+            "memory_gb": memory_gb(self.world.device),
+            "skipped_steps": self._skipped,
+        }
 
 
 def sums_of_all(sums: Sequence[Mapping[str, Any]], replaced: int) -> dict[str, Any]:

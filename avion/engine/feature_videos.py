@@ -136,9 +136,12 @@ class VideoFiles(FeatureFolder):
         times["valid"] = valid
         path, told = self.path(number), [error for error in errors if error]
         entry: dict[str, Any] = {
-            "video": self.videos[number], "file": path.relative_to(self.folder).as_posix(), "rows": len(errors),
-            "unreadable": len(told), "spans": self.digests[number],
-        }  # fmt: skip
+            "video": self.videos[number],
+            "file": path.relative_to(self.folder).as_posix(),
+            "rows": len(errors),
+            "unreadable": len(told),
+            "spans": self.digests[number],
+        }
         if told:
             entry["errors"] = list(dict.fromkeys(told))[:_SHOWN]
         try:

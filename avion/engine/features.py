@@ -83,7 +83,7 @@ def load_clip(
     """
     clip = read_span(
         path, frames, EvalTransform(model.config.img_size, fused=True), start=start, end=end, decoder=decoder
-    )  # fmt: skip
+    )
     return normalize_clip(clip[None].to(next(model.parameters()).device), norm_style)
 
 
@@ -196,16 +196,24 @@ class _Run:
         """What all kinds of features depend on."""
         options = self.options
         return {
-            "version": 2, "model": self.model.config.name, "weights": self.mark, "precision": str(self.precision.dtype),
-            "dtype": options.dtype, "format": options.format,
-        }  # fmt: skip
+            "version": 2,
+            "model": self.model.config.name,
+            "weights": self.mark,
+            "precision": str(self.precision.dtype),
+            "dtype": options.dtype,
+            "format": options.format,
+        }
 
     def _video_settings(self) -> dict[str, Any]:
         options = self.options
         return {
-            **self._settings(), "root": options.root, "frames": self.frames, "img_size": self.model.config.img_size,
-            "features": self.kinds, "norm_style": options.norm_style,
-        }  # fmt: skip
+            **self._settings(),
+            "root": options.root,
+            "frames": self.frames,
+            "img_size": self.model.config.img_size,
+            "features": self.kinds,
+            "norm_style": options.norm_style,
+        }
 
     def texts(self) -> None:
         """Write the features of the sentences. Of the jobs of an array, the first does it."""
@@ -219,10 +227,14 @@ class _Run:
     def _finder(self, in_store: bool) -> VideoFinder:
         options = self.options
         return VideoFinder(
-            options.root, in_store=in_store, chunk_length=options.video_chunk_length, layout=options.video_layout,
-            decoder=options.decoder, threads=options.decode_threads,
+            options.root,
+            in_store=in_store,
+            chunk_length=options.video_chunk_length,
+            layout=options.video_layout,
+            decoder=options.decoder,
+            threads=options.decode_threads,
             index={"auto": "auto", "off": None}.get(options.video_index, options.video_index),
-        )  # fmt: skip
+        )
 
     def _files(self) -> Report:
         options = self.options
@@ -242,11 +254,20 @@ class _Run:
             files = VideoFiles(options.output_dir, rows.videos, digests, settings, self.part, options.retry)
         with files:
             extract_rows(
-                files, rows, finder, functools.partial(extract, self.model, kinds=self.kinds), self.world,
-                frames=self.frames, size=self.model.config.img_size, norm_style=options.norm_style,
-                precision=self.precision, dtype=options.dtype, batch_size=options.batch_size, workers=options.workers,
+                files,
+                rows,
+                finder,
+                functools.partial(extract, self.model, kinds=self.kinds),
+                self.world,
+                frames=self.frames,
+                size=self.model.config.img_size,
+                norm_style=options.norm_style,
+                precision=self.precision,
+                dtype=options.dtype,
+                batch_size=options.batch_size,
+                workers=options.workers,
                 timeout=options.data_timeout,
-            )  # fmt: skip
+            )
             return Report(len(files.own()), "videos", dict(files.errors))
 
     def _shards(self) -> Report:
@@ -257,9 +278,11 @@ class _Run:
                 spans, self._finder(spans.in_store), num_frames=self.frames, size=self.model.config.img_size
             )
             settings = {
-                **self._video_settings(), "videos": _digest(spans), "clips": len(spans),
+                **self._video_settings(),
+                "videos": _digest(spans),
+                "clips": len(spans),
                 "shard_size": options.shard_size,
-            }  # fmt: skip
+            }
             shards = Shards(options.output_dir, len(spans), settings, self.part, options.retry)
         with shards:
             _extract_shards(shards, dataset, self)
@@ -282,15 +305,20 @@ def _extract_shards(shards: Shards, dataset: SpanDataset, run: _Run) -> None:
     """Write the shards of this part that are not finished. All processes go in step, a batch at a time."""
     options, world, todo = run.options, run.world, shards.todo()
     logger.info(
-        "%d clips in %d shards, %d of them finished before", shards.count, len(shards.shards()),
+        "%d clips in %d shards, %d of them finished before",
+        shards.count,
+        len(shards.shards()),
         len(shards.shards()) - len(todo),
-    )  # fmt: skip
+    )
     # Batches do not reach from one shard into the next, so that features do not depend on which shards are finished.
     plan = [(shard, batch) for shard in todo for batch in _batches(shards.rows(shard), options.batch_size)]
     loader = build_loader(
-        dataset, [batch for _, batch in plan], workers=options.workers, device=world.device,
+        dataset,
+        [batch for _, batch in plan],
+        workers=options.workers,
+        device=world.device,
         timeout=options.data_timeout,
-    )  # fmt: skip
+    )
     samples = batches_of(loader)
     parts: dict[str, list[torch.Tensor]] = {}
     entries: list[dict[str, Any]] = []

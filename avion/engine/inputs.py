@@ -46,5 +46,6 @@ def warn_of_small_vocabulary(config: ModelConfig) -> None:
     if config.vocab_size < VOCAB_SIZE:
         logger.warning(
             "the model's vocabulary of %d is smaller than the tokenizer's of %d: words share entries",
-            config.vocab_size, VOCAB_SIZE,
-        )  # fmt: skip
+            config.vocab_size,
+            VOCAB_SIZE,
+        )

@@ -178,10 +178,15 @@ def build_loader(
         how = {"sampler": sampler, "batch_size": None, "prefetch_factor": 1 if workers > 0 else None}
         how["collate_fn"] = functools.partial(collate_in_worker, None)
     return WatchedLoader(
-        _ErrorsAsSamples(dataset), timeout, device, num_workers=workers, persistent_workers=workers > 0, **how,
+        _ErrorsAsSamples(dataset),
+        timeout,
+        device,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        **how,
         # A generator of its own: the start of an epoch must not advance the generator that dropout draws from.
         generator=torch.Generator(),
-    )  # fmt: skip
+    )
 
 
 def batches_of(loader: DataLoader) -> Iterator[dict[str, Any]]:

@@ -136,9 +136,13 @@ def _srun_launch(env: Mapping[str, str]) -> Launch:
     job, step = (_integer(env, name) if name in env else 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     port = _integer(env, "MASTER_PORT") if env.get("MASTER_PORT") else meeting_port(job, step)
     return Launch(
-        _integer(env, "SLURM_PROCID"), _integer(env, "SLURM_STEP_NUM_TASKS"), _integer(env, "SLURM_LOCALID"),
-        f"tcp://{host}:{port}", "srun", _gpus_per_task(env.get("SLURM_GPUS_PER_TASK", "")),
-    )  # fmt: skip
+        _integer(env, "SLURM_PROCID"),
+        _integer(env, "SLURM_STEP_NUM_TASKS"),
+        _integer(env, "SLURM_LOCALID"),
+        f"tcp://{host}:{port}",
+        "srun",
+        _gpus_per_task(env.get("SLURM_GPUS_PER_TASK", "")),
+    )
 
 
 def _gpus_per_task(text: str) -> int | None:

@@ -56,9 +56,15 @@ def check_run_target(options: "TrainingOptions", path: str | None, flag: str, su
     texts = [text for value in given for text in (value if isinstance(value, list) else [value])]
     inputs = [text for text in texts if isinstance(text, str) and text and text != path]
     check_target(
-        path, flag, suffix=suffix, overwrite=options.overwrite, inputs=inputs, run_folder=options.output_dir,
-        replace_own=not options.evaluate, make_folder=True,
-    )  # fmt: skip
+        path,
+        flag,
+        suffix=suffix,
+        overwrite=options.overwrite,
+        inputs=inputs,
+        run_folder=options.output_dir,
+        replace_own=not options.evaluate,
+        make_folder=True,
+    )
 
 
 def write_of_run(options: "TrainingOptions", path: str, content: bytes, flag: str) -> None:

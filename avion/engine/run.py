@@ -122,9 +122,15 @@ def _train(task: Task, model: nn.Module, precision: Precision, start: Start) -> 
     wrapped_model = wrapped(model, options, world)
     logger.info(
         "%s: %d clips, %d steps of %d clips per epoch, epochs %d to %d, %s on %s",
-        model.config.name, sampler.count, sampler.steps, sampler.global_batch,
-        training.position.epoch, options.epochs - 1, str(precision.dtype).removeprefix("torch."), world,
-    )  # fmt: skip
+        model.config.name,
+        sampler.count,
+        sampler.steps,
+        sampler.global_batch,
+        training.position.epoch,
+        options.epochs - 1,
+        str(precision.dtype).removeprefix("torch."),
+        world,
+    )
     with sinks.opened(options, task.saved_flags(model), world, training.position.steps_done(sampler.steps)) as log:
         trainer = Trainer(task, training, wrapped_model, dataset, sampler, options, world, precision, log)
         if start.is_older:

@@ -94,10 +94,15 @@ class WeightsAndBiases:
             write_text(known, secrets.token_hex(4))
         try:
             self._run = wandb.init(
-                project=options.wandb_project, name=options.wandb_name or folder.resolve().name,
-                mode=options.wandb_mode, id=known.read_text(encoding="utf-8").strip(), resume="allow", dir=str(folder),
-                config=dict(flags), settings=wandb.Settings(console="off"),
-            )  # fmt: skip
+                project=options.wandb_project,
+                name=options.wandb_name or folder.resolve().name,
+                mode=options.wandb_mode,
+                id=known.read_text(encoding="utf-8").strip(),
+                resume="allow",
+                dir=str(folder),
+                config=dict(flags),
+                settings=wandb.Settings(console="off"),
+            )
         except Exception as e:  # the package has many kinds of errors
             raise UserError(
                 f"--wandb: the run could not be started ({_line(e)}); log in with `wandb login`, or use "

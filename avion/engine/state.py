@@ -261,8 +261,10 @@ def restore(
     elif saved.rng and world.is_main:
         logger.warning(
             "%s was written by %d processes and goes on with %d: same data order, other dropout draws",
-            source, len(saved.rng), world.size,
-        )  # fmt: skip
+            source,
+            len(saved.rng),
+            world.size,
+        )
     clips = saved.step * global_batch(checkpoint) if saved.clips is None else saved.clips
     position = Position(
         saved.epoch, saved.step, _UNKNOWN if saved.best is None else saved.best, None, clips, saved.so_far

@@ -66,10 +66,12 @@ class SubmitOptions(Options):
     comment: str = flag("", "comment for the scheduler")
     dependency: str = flag("", "jobs to wait for, in the words of sbatch, such as afterok:1234", metavar="KIND:JOB")
     job_dir: str = flag(
-        "", "folder of submitit's files and of the output of the processes, on a disk that all nodes see "
+        "",
+        "folder of submitit's files and of the output of the processes, on a disk that all nodes see "
         "[OUTPUT_DIR/slurm]",
-        names=["--job_dir"], metavar="DIR",
-    )  # fmt: skip
+        names=["--job_dir"],
+        metavar="DIR",
+    )
     signal_delay: int = flag(
         120, "seconds before the time limit at which the checkpoint is asked for", whole(0, 65535), metavar="S"
     )
@@ -235,9 +237,14 @@ def _parameters(entry_point: str, options: SubmitOptions) -> dict[str, Any]:
     common = resources(SLURM) / "common.sh"
     constraint = "&".join(filter(None, [options.constraint, "volta32gb" if options.use_volta32 else ""]))
     named = {
-        "partition": options.partition, "account": options.account, "qos": options.qos, "comment": options.comment,
-        "constraint": constraint, "dependency": options.dependency, "mem": options.mem,
-    }  # fmt: skip
+        "partition": options.partition,
+        "account": options.account,
+        "qos": options.qos,
+        "comment": options.comment,
+        "constraint": constraint,
+        "dependency": options.dependency,
+        "mem": options.mem,
+    }
     return {
         "name": Path(entry_point).stem.removeprefix("main_"),
         "nodes": options.nodes,

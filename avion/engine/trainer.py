@@ -76,9 +76,14 @@ def learning_rate_schedule(task: Task, options: OptimOptions, steps: int) -> np.
 def train_sampler(dataset: Dataset, options: TrainingOptions, world: World) -> TrainBatchSampler:
     """The sampler of the micro-batches of this process."""
     return TrainBatchSampler(
-        len(dataset), options.batch_size, update_freq=options.update_freq, rank=world.rank, size=world.size,
-        seed=options.seed, sources=dataset.sources if isinstance(dataset, Mixture) else None,
-    )  # fmt: skip
+        len(dataset),
+        options.batch_size,
+        update_freq=options.update_freq,
+        rank=world.rank,
+        size=world.size,
+        seed=options.seed,
+        sources=dataset.sources if isinstance(dataset, Mixture) else None,
+    )
 
 
 def start_training(
@@ -107,16 +112,26 @@ def start_training(
         UserError: The checkpoint has the state of another optimizer.
     """
     optimizer = build_optimizer(
-        model, options.optimizer, lr=task.learning_rates()[0], weight_decay=options.wd, betas=tuple(options.betas),
-        eps=options.eps, use_zero=options.use_zero and world.size > 1,
-    )  # fmt: skip
+        model,
+        options.optimizer,
+        lr=task.learning_rates()[0],
+        weight_decay=options.wd,
+        betas=tuple(options.betas),
+        eps=options.eps,
+        use_zero=options.use_zero and world.size > 1,
+    )
     if options.optimizer == "sgd" and options.was_given("eps"):
         logger.info("--eps has no effect with --optimizer sgd (nor had it in AVION)")
     scaler = torch.amp.GradScaler(world.device.type, enabled=precision.dtype is torch.float16)
     training = state.Training(
-        model, optimizer, scaler, state.Position(epoch=options.start_epoch), start.began_from,
-        task.data() if world.is_main else {}, start.best,
-    )  # fmt: skip
+        model,
+        optimizer,
+        scaler,
+        state.Position(epoch=options.start_epoch),
+        start.began_from,
+        task.data() if world.is_main else {},
+        start.best,
+    )
     if checkpoint is not None:
         batches = (state.global_batch(checkpoint), sampler.global_batch)
         found = changes.find_changes(checkpoint, options, model, training.data, batches)
@@ -206,8 +221,9 @@ class Trainer:
         if self.position.epoch >= self.options.epochs:
             logger.info(
                 "nothing left to train: epoch %d of %d is done; raise --epochs or change --output-dir",
-                self.position.epoch, self.options.epochs,
-            )  # fmt: skip
+                self.position.epoch,
+                self.options.epochs,
+            )
         while self.position.epoch < self.options.epochs:
             epoch = self.position.epoch
             row = {f"train_{k}": v for k, v in self.train_epoch(epoch).items()}
@@ -270,7 +286,7 @@ class Trainer:
     def save(self, is_best: bool = False) -> None:
         """Write a checkpoint. All processes call this method."""
         self.position.so_far = self._sums()
-        if self.position.due is None or not self.position.logs:  # lines about what is due may be there already
+        if self.position.due is None or not self.position.logs:  # lines of that epoch may be there already
             with self.world.together("reading the logs"):
                 lengths = self.log.lengths() if self.world.is_main else {}
             self.position.logs = self.world.broadcast(lengths)
@@ -322,10 +338,15 @@ class Trainer:
             torch.manual_seed(seed)  # for dropout; data order and augmentation have generators of their own
             np.random.seed(seed)  # for mixup, which is timm's
         progress = Progress(
-            self.world, epoch=epoch, epochs=self.options.epochs, steps=self.sampler.steps, done=first,
-            print_freq=self.options.print_freq, write=lambda row: self.log.progress(row | self._alpha("")),
+            self.world,
+            epoch=epoch,
+            epochs=self.options.epochs,
+            steps=self.sampler.steps,
+            done=first,
+            print_freq=self.options.print_freq,
+            write=lambda row: self.log.progress(row | self._alpha("")),
             so_far=position.so_far,
-        )  # fmt: skip
+        )
         replaced_before = self.replaced.count - (position.so_far.get("replaced", 0) if self.world.is_main else 0)
 
         def sums() -> Mapping[str, Any]:

@@ -185,9 +185,7 @@ def extract_rows(
     logger.info("%d videos, %d of them finished before", len(files.own()), len(files.own()) - todo)
     plan = _Plan(files, rows, finder, batch_size, ahead=2 * max(workers, 1))
     dataset = BlockDataset(rows.videos, finder, num_frames=frames, size=size)
-    loader = build_loader(
-        dataset, plan, workers=workers, device=world.device, timeout=timeout, large_samples=True
-    )  # fmt: skip
+    loader = build_loader(dataset, plan, workers=workers, device=world.device, timeout=timeout, large_samples=True)
     batches = batches_of(loader)
     started = told = time.perf_counter()
     done = clips = 0

@@ -156,7 +156,7 @@ def action_metrics(
     verb_class, noun_class = np.asarray(verb_class), np.asarray(noun_class)
     columns = {"verb": np.asarray(actions[0]), "noun": np.asarray(actions[1])}
     if probs.ndim != 2 or not len(probs) or probs.shape[1] != len(columns["verb"]):
-        raise UserError(f"probabilities: shape {probs.shape}, due are clips x {len(columns['verb'])} actions")
+        raise UserError(f"probabilities: shape {probs.shape}, expected clips x {len(columns['verb'])} actions")
     place = {(int(v), int(n)): i for i, (v, n) in enumerate(zip(columns["verb"], columns["noun"], strict=True))}
     own = [place.get((int(v), int(n)), -1) for v, n in zip(verb_class, noun_class, strict=True)]
     verbs, nouns = action_marginals(probs, actions)

@@ -107,7 +107,7 @@ def _check_matrix(
     matrix = np.asarray(matrix)
     if matrix.shape != shape or matrix.dtype.kind not in "fiu":
         raise UserError(
-            f"{what}: {matrix.dtype} of shape {matrix.shape}, due are numbers for {rows} x {shape[1]} {columns}"
+            f"{what}: {matrix.dtype} of shape {matrix.shape}, expected numbers for {rows} x {shape[1]} {columns}"
         )
     if not np.isfinite(matrix).all():
         raise UserError(f"{what}: hold values that are not numbers")

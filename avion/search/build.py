@@ -42,11 +42,15 @@ def make_index(options: IndexOptions) -> tuple[Report, SearchIndex | None, int]:
         return report, None, left
     local = os.path.exists(options.checkpoint)
     facts = {
-        "root": options.root if is_remote(options.root) else os.path.abspath(options.root), "video_layout": layout.kind,
-        "video_chunk_length": options.video_chunk_length, "norm_style": options.norm_style,
-        "checkpoint": os.path.abspath(options.checkpoint) if local else options.checkpoint, "model": options.model,
-        "model_args": options.model_args, "frames": done.settings["frames"],
-    }  # fmt: skip
+        "root": options.root if is_remote(options.root) else os.path.abspath(options.root),
+        "video_layout": layout.kind,
+        "video_chunk_length": options.video_chunk_length,
+        "norm_style": options.norm_style,
+        "checkpoint": os.path.abspath(options.checkpoint) if local else options.checkpoint,
+        "model": options.model,
+        "model_args": options.model_args,
+        "frames": done.settings["frames"],
+    }
     return report, build_index(options.index, facts, videos), 0
 
 

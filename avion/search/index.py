@@ -93,10 +93,18 @@ def build_index(folder: str | os.PathLike, facts: Mapping[str, Any], videos: Seq
     arrays = {"windows": f"windows-{token}.npy", "times": f"times-{token}.npy"}
     kept, counts, width = _write_arrays(folder, features, names, arrays)
     about = {
-        "format": FORMAT, "version": VERSION, **facts, "weights": features.settings.get("weights"), "width": width,
-        "window": features.settings.get("window"), "stride": features.settings.get("stride"),
-        "rows": sum(counts), "files": arrays, "videos": kept, "counts": counts,
-    }  # fmt: skip
+        "format": FORMAT,
+        "version": VERSION,
+        **facts,
+        "weights": features.settings.get("weights"),
+        "width": width,
+        "window": features.settings.get("window"),
+        "stride": features.settings.get("stride"),
+        "rows": sum(counts),
+        "files": arrays,
+        "videos": kept,
+        "counts": counts,
+    }
     write_text(folder / NAME, json.dumps(about) + "\n", flag="--index", cure="choose another --index")
     for old in [*folder.glob("windows-*.npy"), *folder.glob("times-*.npy")]:
         if old.name not in arrays.values():
@@ -163,11 +171,16 @@ def open_index(folder: str | os.PathLike) -> SearchIndex:
         videos, counts = facts.pop("videos"), facts.pop("counts")
         rows, width = facts["rows"], facts["width"]
         sound = (
-            all(type(n) is int for n in (rows, width)) and 1 <= width <= 1 << 16 and isinstance(videos, list)
-            and isinstance(counts, list) and len(videos) == len(counts) and all(_is_name(v) for v in videos)
-            and all(type(n) is int and n > 0 for n in counts) and sum(counts) == rows > 0
+            all(type(n) is int for n in (rows, width))
+            and 1 <= width <= 1 << 16
+            and isinstance(videos, list)
+            and isinstance(counts, list)
+            and len(videos) == len(counts)
+            and all(_is_name(v) for v in videos)
+            and all(type(n) is int and n > 0 for n in counts)
+            and sum(counts) == rows > 0
             and len(set(videos)) == len(videos)
-        )  # fmt: skip
+        )
         files = facts["files"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / NAME}: {error} is missing or of another type; {_CURE}") from None
@@ -237,5 +250,5 @@ def _array(folder: Path, files: object, name: str, dtype: np.dtype, shape: tuple
     except Exception as error:  # NumPy raises several kinds for files that are no arrays
         raise UserError(f"{folder / file}: is no array ({str(error).splitlines()[0][:60]}); {_CURE}") from None
     if found.dtype != dtype or found.shape != shape or not found.flags.c_contiguous:
-        raise UserError(f"{folder / file}: is {found.dtype} {found.shape}, {dtype} {shape} is due; {_CURE}")
+        raise UserError(f"{folder / file}: is {found.dtype} {found.shape}, expected {dtype} {shape}; {_CURE}")
     return found

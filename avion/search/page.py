@@ -145,9 +145,14 @@ def build_app(searcher: Searcher, options: ServeOptions, folder: str) -> FastAPI
     blocks = _blocks(searcher, options, moments)
     blocks.has_launched = True  # or gradio does not check where files of queries lie
     return gradio.mount_gradio_app(
-        app, blocks, path="/", allowed_paths=[], max_file_size=_LARGEST_UPLOAD,
-        css=_STYLE, footer_links=[],
-    )  # fmt: skip
+        app,
+        blocks,
+        path="/",
+        allowed_paths=[],
+        max_file_size=_LARGEST_UPLOAD,
+        css=_STYLE,
+        footer_links=[],
+    )
 
 
 def _restrict(app: FastAPI, uploads: str) -> None:
@@ -233,9 +238,13 @@ def _blocks(searcher: Searcher, options: ServeOptions, moments: Moments) -> Any:
         with gradio.Row():
             file = gradio.File(label="Or an image or a clip", type="filepath", height=170, elem_id="file")
             videos = gradio.Dropdown(
-                index.videos[:_MOST_NAMES], multiselect=True, allow_custom_value=True, elem_id="videos",
-                label="Only in videos of these names", info="A part of a name will do.",
-            )  # fmt: skip
+                index.videos[:_MOST_NAMES],
+                multiselect=True,
+                allow_custom_value=True,
+                elem_id="videos",
+                label="Only in videos of these names",
+                info="A part of a name will do.",
+            )
             count = gradio.Slider(1, max(50, options.top), options.top, step=1, label="Moments")
         status = gradio.Markdown(elem_id="status")
         results = gradio.HTML(elem_id="results")

@@ -229,7 +229,7 @@ def refuse_outside_args(contents: Any, found: Scout, path: Path) -> None:
         todo = [field] if field == "args" else [field, value]
         while todo:
             item = todo.pop()
-            # A class itself can stand where its object is due.
+            # A class itself can stand where an object of the class is expected.
             stood_in = isinstance(item, Foreign) or (isinstance(item, type) and issubclass(item, Foreign))
             if stood_in or id(item) in made:
                 name = item.path if stood_in else made[id(item)]
@@ -279,7 +279,7 @@ def table_columns(table: Any) -> dict[str, list[Any]] | None:
 
 def _named(value: Any, *names: str) -> Foreign:
     if not isinstance(value, Foreign) or value.path.rpartition(".")[2] not in names:
-        raise TypeError(f"{type(value).__name__} where {' or '.join(names)} is due")
+        raise TypeError(f"{type(value).__name__} where {' or '.join(names)} is expected")
     return value
 
 

@@ -49,9 +49,15 @@ def test_each_fault_is_listed_with_the_clips_that_suffer(capsys, root, annotate,
     data = (root / "a.mp4/0.mp4").read_bytes()
     (root / "a.mp4/0.mp4").write_bytes(data[: len(data) // 2])
     path = annotate(
-        ("a", 1.0, 2.0), ("a", 3.0, 4.0), ("a", 14.0, 16.0), ("a", 31.0, 33.0), ("a", 40.0, 44.0),
-        ("b", 1.0, 9.0), ("b", 1.0, 35.0), ("c", 0.0, 1.0),
-    )  # fmt: skip
+        ("a", 1.0, 2.0),
+        ("a", 3.0, 4.0),
+        ("a", 14.0, 16.0),
+        ("a", 31.0, 33.0),
+        ("a", 40.0, 44.0),
+        ("b", 1.0, 9.0),
+        ("b", 1.0, 35.0),
+        ("c", 0.0, 1.0),
+    )
     status, lines, _ = check(capsys, path, root, "--workers", workers)
     assert status == 1
     found = {tuple(line.split()[:2]): line for line in lines[1:-1]}

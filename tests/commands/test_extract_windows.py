@@ -178,9 +178,13 @@ def start(data, out, *flags, torchrun=0):
         command += ["-m", "torch.distributed.run", "--nproc_per_node", torchrun, "--master_port", free_port()]
     command += ["tools/extract_features.py", *words(data, out, *flags)]
     return subprocess.Popen(
-        [str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [str(word) for word in command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
 
 
 def ended(process):
@@ -289,7 +293,7 @@ def test_other_sentences_and_classifiers_are_refused(data, tmp_path, capsys):
         (["--window", "0.1", "--fps", "3"], "--fps 3: gives a window of 0.1 s 0 frames"),
         (["--window", "2", "--format", "npy", "--features", "clip", "frame"], "--format npy: holds one array"),
         (["--videos", "x", "--format", "pt"], "--format pt: holds one array per video; give --window or --per-video"),
-        (["--window", "2", "--shard", "3/3"], "--shard 3/3: I/N is due"),
+        (["--window", "2", "--shard", "3/3"], "--shard 3/3: expected I/N"),
         (["--window", "2", "--root", "gone"], "video root gone: no such folder"),
         (["--texts", "gone.txt"], "--texts gone.txt: no such file"),
     ],

@@ -71,9 +71,14 @@ def test_retrieval(files, kind):
     matrix = sent.pop("sim_mat")
     assert matrix.dtype == np.float32 and matrix.tolist() == similarity.tolist()
     assert sent == {
-        "version": "0.1", "challenge": "multi_instance_retrieval", "sls_pt": 2, "sls_tl": 3, "sls_td": 5,
-        "vis_ids": IDS, "txt_ids": list(SENTENCES),
-    }  # fmt: skip
+        "version": "0.1",
+        "challenge": "multi_instance_retrieval",
+        "sls_pt": 2,
+        "sls_tl": 3,
+        "sls_td": 5,
+        "vis_ids": IDS,
+        "txt_ids": list(SENTENCES),
+    }
 
 
 def test_the_same_predictions_give_the_same_bytes(files):
@@ -93,7 +98,7 @@ class Anything:
     [
         (lambda p: {**p, "verb_output": p["verb_output"][:, 1:]}, r"verb scores: float32 of shape \(3, 96\)"),
         (lambda p: {**p, "noun_output": np.log(p["noun_output"])}, "noun scores: run from -"),
-        (lambda p: {**p, "narration_id": IDS[:2]}, "verb scores: .*due are numbers for 2 ids"),
+        (lambda p: {**p, "narration_id": IDS[:2]}, "verb scores: .*expected numbers for 2 ids"),
         (lambda p: {**p, "narration_id": [IDS[0], *IDS[:2]]}, "P01_11_0 comes twice"),
         (lambda p: {**p, "narration_id": "P01_11_0"}, "narration_id is no list"),
         (lambda p: {k: v for k, v in p.items() if k != "noun_output"}, "a dict with narration_id, verb_output"),
@@ -126,7 +131,7 @@ def assert_refused(words, message, output, capsys):
     [
         (
             np.zeros((2, 3)),
-            r"s.npy: similarities: float64 of shape \(2, 3\), due are numbers for 3 clips x 2 sentences",
+            r"s.npy: similarities: float64 of shape \(2, 3\), expected numbers for 3 clips x 2 sentences",
         ),
         (np.full((3, 2), -0.5), "run from -0.5 to -0.5, 0 to 1 is required"),
         (np.full((3, 2), np.nan), "not numbers"),

@@ -106,9 +106,15 @@ def test_one_run_shows_its_figures(tmp_path):
     folder = write_run(tmp_path / "id6", steps, [epoch(10), epoch(20, **MIR)])
     found, figure = axes_by_title([folder])
     assert set(found) == {
-        "training loss", "learning rate", "gradient norm, before clipping", "speed, all processes", "waiting for data",
-        "time gates", "evaluation: mAP, mean of V2T and T2V", "evaluation: nDCG, mean of V2T and T2V",
-    }  # fmt: skip
+        "training loss",
+        "learning rate",
+        "gradient norm, before clipping",
+        "speed, all processes",
+        "waiting for data",
+        "time gates",
+        "evaluation: mAP, mean of V2T and T2V",
+        "evaluation: nDCG, mean of V2T and T2V",
+    }
     assert data(found["training loss"].lines[0]) == [(5, 1.8), (10, 0.9), (15, 0.6), (20, 0.45)]
     assert data(found["waiting for data"].lines[0])[0] == (5, 25.0)
     gates = found["time gates"]
@@ -121,8 +127,12 @@ def test_one_run_shows_its_figures(tmp_path):
 def test_a_run_without_gates_and_evaluations_leaves_their_panels_out(tmp_path):
     found, _ = axes_by_title([write_run(tmp_path / "a", [progress(5, blocks=0)])])
     assert set(found) == {
-        "training loss", "learning rate", "gradient norm, before clipping", "speed, all processes", "waiting for data",
-    }  # fmt: skip
+        "training loss",
+        "learning rate",
+        "gradient norm, before clipping",
+        "speed, all processes",
+        "waiting for data",
+    }
 
 
 def test_several_runs_lie_over_each_other(tmp_path):

@@ -93,8 +93,10 @@ def test_a_chain_is_submitted_in_order(jobs, tmp_path, capsys):
     words = "--table 9 --row 6 --submit --with-prerequisites --partition gpu --timeout 720".split()
     assert main(words) == 0
     assert [entry for entry, *_ in jobs] == [
-        "main_pretrain.py", "main_finetune_classification.py", "main_finetune_retrieval.py",
-    ]  # fmt: skip
+        "main_pretrain.py",
+        "main_finetune_classification.py",
+        "main_finetune_retrieval.py",
+    ]
     assert [options.dependency for *_, options in jobs] == ["", "afterok:101", "afterok:101"]
     assert all((o.partition, o.timeout, o.ngpus, o.nodes) == ("gpu", 720, 8, 1) for *_, o in jobs)
     assert "--pretrain-model=runs/table8_row6/checkpoint.pt" in jobs[1][1]

@@ -69,10 +69,19 @@ def split(tmp_path):
 def test_arguments_stand_where_avions_stand():
     parameters = list(inspect.signature(VideoCaptionDatasetCLIP).parameters.values())
     assert {p.name: p.default for p in parameters[3:]} == {
-        "transform": None, "is_training": True, "tokenizer": None, "chunk_len": 300, "clip_length": 32,
-        "clip_stride": 2, "threads": 1, "fast_rrc": False, "rrc_params": (224, (0.5, 1.0)), "fast_rcc": False,
-        "rcc_params": (224,), "subsample_stride": None,
-    }  # fmt: skip
+        "transform": None,
+        "is_training": True,
+        "tokenizer": None,
+        "chunk_len": 300,
+        "clip_length": 32,
+        "clip_stride": 2,
+        "threads": 1,
+        "fast_rrc": False,
+        "rrc_params": (224, (0.5, 1.0)),
+        "fast_rcc": False,
+        "rcc_params": (224,),
+        "subsample_stride": None,
+    }
     assert [p.name for p in parameters[:3]] == ["dataset", "root", "metadata"]
 
 

@@ -74,9 +74,12 @@ def test_damaged_rows_cost_a_line(tmp_path, column, value, what):
 def test_damaged_files_cost_a_line(tmp_path):
     path = tmp_path / "v.csv"
     for content, what in (
-        (b"", "empty"), (b"id,a\n", "columns id, actions and length are required"), (b"\xff\xfe", "UTF-8"),
-        (",".join(HEADER).encode() + b"\n", "no videos"), (",".join(HEADER).encode() + b"\na,b\n", "2 fields"),
-    ):  # fmt: skip
+        (b"", "empty"),
+        (b"id,a\n", "columns id, actions and length are required"),
+        (b"\xff\xfe", "UTF-8"),
+        (",".join(HEADER).encode() + b"\n", "no videos"),
+        (",".join(HEADER).encode() + b"\na,b\n", "2 fields"),
+    ):
         path.write_bytes(content)
         with pytest.raises(UserError, match=what):
             read_charades_ego(path, CLASSES)

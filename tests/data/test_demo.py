@@ -106,8 +106,12 @@ def test_the_project_s_readers_read_it(demo):
 
 def test_sentences():
     assert [third_person(v) for v in ("put", "push", "empty", "turn on", "close")] == [
-        "puts", "pushes", "empties", "turns on", "closes",
-    ]  # fmt: skip
+        "puts",
+        "pushes",
+        "empties",
+        "turns on",
+        "closes",
+    ]
     rng = np.random.default_rng(0)
     drawn = [training_sentence(Label(PAIRS[0], "mug", True), rng) for _ in range(200)]
     assert set(drawn) == {

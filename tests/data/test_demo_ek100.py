@@ -134,8 +134,9 @@ def test_unseen_participants_are_in_no_training_video(demo):
 
 def test_tail_lists_name_classes_by_number(demo):
     for path, column, classes in (
-        (demo.tail_verbs, "verb", demo.verb_classes), (demo.tail_nouns, "noun", demo.noun_classes),
-    ):  # fmt: skip
+        (demo.tail_verbs, "verb", demo.verb_classes),
+        (demo.tail_nouns, "noun", demo.noun_classes),
+    ):
         listed = rows(path)
         assert listed and all(list(row) == [column] for row in listed)
         assert {row[column] for row in listed} < {r["id"] for r in rows(classes)}

@@ -13,16 +13,22 @@ UID = "0836e1a5-c2d0-4c9b-9b46-{:012d}"
 
 def clip(video, start, length=0.9):
     return {
-        "video_uid": UID.format(video), "clip_start": start, "clip_end": start + length,
-        "clip_text": "#C C moves the right hand", "noun": [12], "verb": [3],
-    }  # fmt: skip
+        "video_uid": UID.format(video),
+        "clip_start": start,
+        "clip_end": start + length,
+        "clip_text": "#C C moves the right hand",
+        "noun": [12],
+        "verb": [3],
+    }
 
 
 def question(answer, kind, clips):
     return {
-        "answer": answer, "query": {"clip_text": "#C C picks a bag #unsure", "video_uid": clips[answer]["video_uid"]},
-        "choices": {str(k): c for k, c in enumerate(clips)}, "types": kind,
-    }  # fmt: skip
+        "answer": answer,
+        "query": {"clip_text": "#C C picks a bag #unsure", "video_uid": clips[answer]["video_uid"]},
+        "choices": {str(k): c for k, c in enumerate(clips)},
+        "types": kind,
+    }
 
 
 QUESTIONS = {

@@ -131,11 +131,17 @@ def test_the_fingerprint_is_that_of_the_clips():
     assert table(ROWS).fingerprint() == table(ROWS).fingerprint()
     renamed = {"a": "x", "b": "y"}
     others = [
-        ROWS[:2], ROWS[::-1], [(renamed[v], *rest) for v, *rest in ROWS], [*ROWS[:2], ("b", *ROWS[2][1:])],
-        [("a", 0.5, 1.0, "C opens"), *ROWS[1:]], [*ROWS[:2], ("a", 2.0, 3.0, "C waits")],
-        [("a", 0.0, 1.0, "C open"), *ROWS[1:]], [ROWS[0], ("b", 1.0, 2.0, "C closesC shuts"), ROWS[2]],
+        ROWS[:2],
+        ROWS[::-1],
+        [(renamed[v], *rest) for v, *rest in ROWS],
+        [*ROWS[:2], ("b", *ROWS[2][1:])],
+        [("a", 0.5, 1.0, "C opens"), *ROWS[1:]],
+        [*ROWS[:2], ("a", 2.0, 3.0, "C waits")],
+        [("a", 0.0, 1.0, "C open"), *ROWS[1:]],
+        [ROWS[0], ("b", 1.0, 2.0, "C closesC shuts"), ROWS[2]],
         [ROWS[0], ("b", 1.0, 2.0, ["C close", "sC shuts"]), ROWS[2]],
-        [(*row, str(i)) for i, row in enumerate(ROWS)], [(*row, str(i + 1)) for i, row in enumerate(ROWS)],
-    ]  # fmt: skip
+        [(*row, str(i)) for i, row in enumerate(ROWS)],
+        [(*row, str(i + 1)) for i, row in enumerate(ROWS)],
+    ]
     marks = [table(rows).fingerprint() for rows in [ROWS, *others]]
     assert len(set(marks)) == len(marks)

@@ -15,11 +15,16 @@ from avion.errors import UserError
 
 SENTENCES = ["take cup", "put cup", "open door", "wash pan", "take pan"]
 #                       take cup  put  open  wash  take pan
-RELEVANCY = np.array([[1.0,      0.5, 0.0,  0.0,  0.5],
-                      [0.1,      0.0, 0.1,  0.0,  0.0],   # 0.1 is not above 0.1
-                      [0.0,      0.0, 1.0,  0.25, 0.0],
-                      [0.0,      0.0, 0.0,  0.0,  0.0],
-                      [0.125,    0.0, 0.0,  0.0,  0.0]], dtype=np.float32)  # fmt: skip
+RELEVANCY = np.array(
+    [
+        [1.0, 0.5, 0.0, 0.0, 0.5],
+        [0.1, 0.0, 0.1, 0.0, 0.0],  # 0.1 is not above 0.1
+        [0.0, 0.0, 1.0, 0.25, 0.0],
+        [0.0, 0.0, 0.0, 0.0, 0.0],
+        [0.125, 0.0, 0.0, 0.0, 0.0],
+    ],
+    dtype=np.float32,
+)
 KEPT = [0, 2, 4]
 
 

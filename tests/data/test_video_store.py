@@ -283,7 +283,7 @@ class TestEdges:
 
     def test_a_chunk_cut_short_in_the_middle_is_an_error(self, chunks_of):
         store = chunks_of({0: 80, 1: 150})
-        with pytest.raises(VideoError, match="0.mp4: is cut short: 80 frames, 150 are due"):
+        with pytest.raises(VideoError, match="0.mp4: is cut short: 80 frames, 150 are expected"):
             store.read_clip("v", 6.0, 12.0, 4)
         assert barcodes(store.read_clip("v", 1.0, 3.0, 2)) == [15, 25]  # what is there can be read
 

@@ -148,10 +148,20 @@ def pickles() -> Iterator[tuple[str, bytes]]:
     yield "bytes longer than the file", b"\x8e" + struct.pack("<Q", 1 << 40)
     yield "a bytearray longer than the file", b"\x96" + struct.pack("<Q", 1 << 40)
     encode = name("_codecs", "encode")
-    yield "one text encoded a hundred thousand times", (
-        text("x" * 1_000_000) + b"q\x00" + text("latin1") + b"q\x01" + encode + b"q\x02]"
-        + b"(" + b"h\x02h\x00h\x01\x86R" * 100_000 + b"e"
-    )  # fmt: skip
+    yield (
+        "one text encoded a hundred thousand times",
+        (
+            text("x" * 1_000_000)
+            + b"q\x00"
+            + text("latin1")
+            + b"q\x01"
+            + encode
+            + b"q\x02]"
+            + b"("
+            + b"h\x02h\x00h\x01\x86R" * 100_000
+            + b"e"
+        ),
+    )
     for opcode in (
         b"\x82\x01",
         b"\x83\x01\x00",
@@ -183,9 +193,16 @@ def data_pickles() -> Iterator[tuple[str, Callable[[Path], object]]]:
         ("an array of 10^12 numbers", array(_TERA + b"\x85", "u1", b"C\x00")),
         ("an array of 10^12 empty texts", array(_TERA + b"\x85", "S0", b"C\x00")),
         ("an array of 0 times 10^12 numbers", array(b"K\x00" + _TERA + b"\x86", "u1", b"C\x00")),
-        ("one megabyte in ten thousand arrays", b"\x8e" + struct.pack("<Q", 10**6) + bytes(10**6) + b"q\x00](" + array(
-            pickle.BININT + struct.pack("<i", 10**6) + b"\x85", "u1", b"h\x00") * 10_000 + b"e"),
-    ]  # fmt: skip
+        (
+            "one megabyte in ten thousand arrays",
+            b"\x8e"
+            + struct.pack("<Q", 10**6)
+            + bytes(10**6)
+            + b"q\x00]("
+            + array(pickle.BININT + struct.pack("<i", 10**6) + b"\x85", "u1", b"h\x00") * 10_000
+            + b"e",
+        ),
+    ]
     for what, body in bodies:
         content = b"\x80\x04" + body + b"."
         yield f"narrations: {what}", lambda folder, c=content: read_narrations([written(folder, "a.pkl", c)])
@@ -241,7 +258,7 @@ def checkpoints() -> Iterator[tuple[str, Callable[[Path], object]]]:
         ("a tensor by its size alone", name("torch", "FloatTensor") + b"J\x00\xca\x9a\x3b\x85R"),
         ("a tensor of stride 0", tensor(b"K\x04", _TERA + b"\x85", b"K\x00\x85")),
         ("a tensor of 10^12 numbers", tensor(_TERA, _TERA + b"\x85", b"K\x01\x85")),
-    ]  # fmt: skip
+    ]
     for what, body in bodies:
         for field in ("args", "optimizer", "state_dict"):
 
@@ -293,20 +310,29 @@ def yamls() -> Iterator[tuple[str, Callable[[Path], object]]]:
         f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
     )
     texts = {
-        "aliases of aliases": laughs, "an alias of itself": "a: &a [*a]",
+        "aliases of aliases": laughs,
+        "an alias of itself": "a: &a [*a]",
         "a merged alias": "a: &a {b: 1}\nc:\n  <<: *a",
-        "deep lists": "epochs: " + "[" * 30_000, "deep mappings": "{a: " * 20_000,
+        "deep lists": "epochs: " + "[" * 30_000,
+        "deep mappings": "{a: " * 20_000,
         "an integer of a million digits": "epochs: " + "9" * 1_000_000,
         "an integer of 90,000 digits": "epochs: " + "9" * 90_000,
-        "an integer of base 60": "epochs: " + "1:" * 30_000 + "1", "a date that does not exist": "seed: 2001-13-45",
-        "a tag that lies": "seed: !!int x", "a tag of Python": "seed: !!python/object/apply:os.system [true]",
-        "binary that is none": "seed: !!binary \xe4", "a key that is a list": "? [a]\n: 1",
-        "nan": "lr: .nan", "inf": "lr: .inf",
-        "minus inf": "lr: -.inf", "a float of the wrong type": "epochs: 1.5", "a control character": "a: \x1b[2J",
+        "an integer of base 60": "epochs: " + "1:" * 30_000 + "1",
+        "a date that does not exist": "seed: 2001-13-45",
+        "a tag that lies": "seed: !!int x",
+        "a tag of Python": "seed: !!python/object/apply:os.system [true]",
+        "binary that is none": "seed: !!binary \xe4",
+        "a key that is a list": "? [a]\n: 1",
+        "nan": "lr: .nan",
+        "inf": "lr: .inf",
+        "minus inf": "lr: -.inf",
+        "a float of the wrong type": "epochs: 1.5",
+        "a control character": "a: \x1b[2J",
         "colliding keys": "".join(f"{i * _PRIME}: 1\n" for i in range(1, 3800)),
         "a text of a megabyte": "model: " + "x" * 2**20,
-        "an empty key": "? \n: 1", "an escape in a key": '"\\e[2J\\n": 1',
-    }  # fmt: skip
+        "an empty key": "? \n: 1",
+        "an escape in a key": '"\\e[2J\\n": 1',
+    }
 
     def configured(folder: Path, content: str) -> object:
         return parse(PretrainOptions, ["--config", str(written(folder, "a.yaml", content))], "main_pretrain.py", "x")
@@ -315,15 +341,26 @@ def yamls() -> Iterator[tuple[str, Callable[[Path], object]]]:
         yield f"--config: {what}", lambda folder, c=content: configured(folder, c)
     yield "a recipe of aliases", lambda folder: read_yaml_mapping(written(folder, "a.yaml", laughs), "recipe")
     for what, words in (
-        ("digits", "depth=" + "9" * 100_000), ("nan", "drop_path_rate=nan"), ("inf", "temperature_init=inf"),
-        ("a list", "depth=[[[[]]]]"), ("an alias", "dt_rank=*a"), ("escapes", "depth=\x1b[2J\n"),
+        ("digits", "depth=" + "9" * 100_000),
+        ("nan", "drop_path_rate=nan"),
+        ("inf", "temperature_init=inf"),
+        ("a list", "depth=[[[[]]]]"),
+        ("an alias", "dt_rank=*a"),
+        ("escapes", "depth=\x1b[2J\n"),
         ("a name", "\x1b[2J=1"),
-    ):  # fmt: skip
+    ):
         yield f"--model-args: {what}", lambda folder, w=words: parse_model_args([w], "TIMEMAMBA_VITB16")
     for flag, word in (
-        ("--epochs", "9" * 100_000), ("--lr", "9" * 100_000), ("--lr", "nan"), ("--wd", "inf"), ("--epochs", "1e999"),
-        ("--epochs", "\x1b[2J\n"), ("--model", "\x1b[2J\n" * 1000), ("--\x1b[2J\n", "1"), ("--seed", "1_0"),
-    ):  # fmt: skip
+        ("--epochs", "9" * 100_000),
+        ("--lr", "9" * 100_000),
+        ("--lr", "nan"),
+        ("--wd", "inf"),
+        ("--epochs", "1e999"),
+        ("--epochs", "\x1b[2J\n"),
+        ("--model", "\x1b[2J\n" * 1000),
+        ("--\x1b[2J\n", "1"),
+        ("--seed", "1_0"),
+    ):
         yield (
             f"{flag!r} {word[:10]!r}",
             lambda folder, f=flag, w=word: parse(PretrainOptions, [f"{f}={w}"], "main", "x"),
@@ -332,11 +369,15 @@ def yamls() -> Iterator[tuple[str, Callable[[Path], object]]]:
 
 def jsons() -> Iterator[tuple[str, Callable[[Path], object]]]:
     texts = {
-        "deep lists": "[" * 1_000_000, "deep lists that end": "[" * 900 + "]" * 900, "deep objects": '{"a":' * 500_000,
+        "deep lists": "[" * 1_000_000,
+        "deep lists that end": "[" * 900 + "]" * 900,
+        "deep objects": '{"a":' * 500_000,
         "an integer of a million digits": '[{"q_uid": ' + "9" * 1_000_000 + "}]",
-        "nan": '[{"q_uid": NaN}]', "an infinity": '[{"q_uid": 1e999}]', "half": '[{"q_uid"',
+        "nan": '[{"q_uid": NaN}]',
+        "an infinity": '[{"q_uid": 1e999}]',
+        "half": '[{"q_uid"',
         "surrogates": '["\\ud800"]',
-    }  # fmt: skip
+    }
     for what, content in texts.items():
         for reader in (read_questions, lambda path: read_narrations([path]), lambda path: read_answers(path, [])):
             yield what, lambda folder, r=reader, c=content: r(written(folder, "a.json", c))
@@ -356,11 +397,14 @@ def arrays() -> Iterator[tuple[str, Callable[[Path], object]]]:
         return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + raw
 
     for what, content in {
-        "10^12 numbers": npy((10**12,)), "10^6 by 10^6 numbers": npy((10**6, 10**6), raw=bytes(80)),
-        "10^12 empty texts": npy((10**12,), "|S0"), "objects": npy((2,), "|O", pickle.dumps([1, 2])),
-        "fewer than stated": npy((3,), raw=bytes(8)), "a negative side": npy((-3, -3), raw=bytes(72)),
+        "10^12 numbers": npy((10**12,)),
+        "10^6 by 10^6 numbers": npy((10**6, 10**6), raw=bytes(80)),
+        "10^12 empty texts": npy((10**12,), "|S0"),
+        "objects": npy((2,), "|O", pickle.dumps([1, 2])),
+        "fewer than stated": npy((3,), raw=bytes(8)),
+        "a negative side": npy((-3, -3), raw=bytes(72)),
         "no header": b"\x93NUMPY",
-    }.items():  # fmt: skip
+    }.items():
         yield what, lambda folder, c=content: _read_matrix(str(written(folder, "a.npy", c)))
 
     buffer = io.BytesIO()
@@ -384,10 +428,15 @@ def names() -> Iterator[tuple[str, Callable[[Path], object]]]:
     ):
         path = f"no such folder/{what}"
         for reader in (
-            lambda p: load_pickle(p, "narrations"), read_checkpoint, read_video_list, read_ek100_retrieval,
-            read_questions, lambda p: read_narrations([p + ".csv"]),
-            read_yaml_mapping, lambda p: load_relevancy(p, 1, 1),
-        ):  # fmt: skip
+            lambda p: load_pickle(p, "narrations"),
+            read_checkpoint,
+            read_video_list,
+            read_ek100_retrieval,
+            read_questions,
+            lambda p: read_narrations([p + ".csv"]),
+            read_yaml_mapping,
+            lambda p: load_relevancy(p, 1, 1),
+        ):
             yield f"a file {what!r}", lambda folder, r=reader, p=path: r(p)
         row = [("../" + what, 0.0, 1.0, "caption")]
         yield (
@@ -494,10 +543,19 @@ def names_of_bytes(trial: frame.Trial) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    frame.main(__doc__, {
-        "pickles of data": each(data_pickles), "checkpoints": each(checkpoints),
-        "old checkpoints": each(old_checkpoints),
-        "YAML and words": each(yamls), "JSON and CSV": each(jsons), "arrays": each(arrays), "names": each(names),
-        "pipes": each(pipes), "torn shards": (torn_shards, 200, 16), "forged lines": (forged_lines, 200, 20),
-        "folders that are no UTF-8": (names_of_bytes, 2, 1),
-    })  # fmt: skip
+    frame.main(
+        __doc__,
+        {
+            "pickles of data": each(data_pickles),
+            "checkpoints": each(checkpoints),
+            "old checkpoints": each(old_checkpoints),
+            "YAML and words": each(yamls),
+            "JSON and CSV": each(jsons),
+            "arrays": each(arrays),
+            "names": each(names),
+            "pipes": each(pipes),
+            "torn shards": (torn_shards, 200, 16),
+            "forged lines": (forged_lines, 200, 20),
+            "folders that are no UTF-8": (names_of_bytes, 2, 1),
+        },
+    )

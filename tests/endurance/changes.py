@@ -32,8 +32,19 @@ def every_clip_once(trial: frame.Trial) -> None:
     for number, (size, batch, steps) in enumerate(plan):
         last = number == len(plan) - 1
         path = trial.folder / f"seen{number}"
-        words = ["--epochs", "1", "--batch-size", str(batch), "--allow-changes", "batch-size", "--save-steps", "0",
-                 "--fix-lr", "--print-freq", "1"]  # fmt: skip
+        words = [
+            "--epochs",
+            "1",
+            "--batch-size",
+            str(batch),
+            "--allow-changes",
+            "batch-size",
+            "--save-steps",
+            "0",
+            "--fix-lr",
+            "--print-freq",
+            "1",
+        ]
         environment = {"CLIPS": str(CLIPS), "SEEN": str(path), "STOP_AFTER": "0" if last else str(steps)}
         said = run_processes(quick.run_as_rank, size, trial.folder / f"p{number}", str(folder), words, environment)
         stopped = [text.startswith("Stopped") for text in said]

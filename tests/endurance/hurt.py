@@ -70,9 +70,13 @@ class Run:
 
 @contextlib.contextmanager
 def run(
-    trial: frame.Trial, *more: object, processes: int = 1, program: str = "main_pretrain.py",
-    launcher: str = "avion.engine.torchrun", flags: Sequence[str] | None = None,
-) -> Iterator[Run]:  # fmt: skip
+    trial: frame.Trial,
+    *more: object,
+    processes: int = 1,
+    program: str = "main_pretrain.py",
+    launcher: str = "avion.engine.torchrun",
+    flags: Sequence[str] | None = None,
+) -> Iterator[Run]:
     """A run of many epochs, killed with all its processes when the block is left."""
     folder, log = trial.folder / "run", trial.folder / "log"
     flags = [*frame.tiny_flags(), *LONG] if flags is None else flags

@@ -14,8 +14,18 @@ from tests.endurance import frame
 
 def training(folder, *more: str) -> list[str]:
     """The words of a training that lasts, with a checkpoint after every step."""
-    return [*frame.tiny_flags(), "--output-dir", str(folder), "--epochs", "400", "--eval-freq", "400",
-            "--save-steps", "1", *more]  # fmt: skip
+    return [
+        *frame.tiny_flags(),
+        "--output-dir",
+        str(folder),
+        "--epochs",
+        "400",
+        "--eval-freq",
+        "400",
+        "--save-steps",
+        "1",
+        *more,
+    ]
 
 
 def children(pid: int) -> list[int]:

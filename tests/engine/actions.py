@@ -40,10 +40,22 @@ def csv_text(clips, prefix: str, columns=COLUMNS) -> str:
     writer.writeheader()
     for i, (video, start, stop, verb, noun) in enumerate(clips):
         values = [
-            f"{video}_{prefix}{i}", video[:3], video, "00:00:00.00", f"00:00:{start:05.2f}", f"00:00:{stop:05.2f}",
-            0, 1,
-            f"do {verb} to {noun}", f"verb{verb}", verb, f"noun{noun}", noun, f"['noun{noun}']", f"[{noun}]",
-        ]  # fmt: skip
+            f"{video}_{prefix}{i}",
+            video[:3],
+            video,
+            "00:00:00.00",
+            f"00:00:{start:05.2f}",
+            f"00:00:{stop:05.2f}",
+            0,
+            1,
+            f"do {verb} to {noun}",
+            f"verb{verb}",
+            verb,
+            f"noun{noun}",
+            noun,
+            f"['noun{noun}']",
+            f"[{noun}]",
+        ]
         writer.writerow(dict(zip(COLUMNS, values, strict=True)))
     return text.getvalue()
 
@@ -70,9 +82,17 @@ def write_actions(root: Path, videos: Path, chunk_s: int) -> SimpleNamespace:
     (root / "tail_nouns.csv").write_text("noun\n1\n")
     (root / "unseen.csv").write_text("participant_id\nP02\n")
     flags = [
-        "--root", videos, "--train-metadata", root / "train.csv", "--val-metadata", root / "val.csv",
-        "--video-chunk-length", chunk_s, "--pretrain-model", pretrained(root / "pretrained.pt"),
-    ]  # fmt: skip
+        "--root",
+        videos,
+        "--train-metadata",
+        root / "train.csv",
+        "--val-metadata",
+        root / "val.csv",
+        "--video-chunk-length",
+        chunk_s,
+        "--pretrain-model",
+        pretrained(root / "pretrained.pt"),
+    ]
     flags += "--batch-size 4 --epochs 2 --warmup-epochs 1 --eval-freq 1 --lr 0.5 --workers 0 --device cpu".split()
     flags += "--clip-length 4 --print-freq 2".split()
     return SimpleNamespace(root=root, flags=[str(f) for f in flags])

@@ -23,10 +23,20 @@ def mir_flags(tiny_data) -> list[str]:
     write_split(root, "train", TRAIN_CLIPS + ODD_CLIPS, unspoken=(3,))
     write_split(root, "test", EVAL_CLIPS)
     flags = [
-        "--root", tiny_data.root / "val", "--train-metadata", root / "train.csv", "--val-metadata", root / "test.csv",
-        "--relevancy-path", root / "test_relevancy.pkl", "--video-chunk-length", CHUNK_S, "--clip-length", 4,
+        "--root",
+        tiny_data.root / "val",
+        "--train-metadata",
+        root / "train.csv",
+        "--val-metadata",
+        root / "test.csv",
+        "--relevancy-path",
+        root / "test_relevancy.pkl",
+        "--video-chunk-length",
+        CHUNK_S,
+        "--clip-length",
+        4,
         *SCHEDULE,
-    ]  # fmt: skip
+    ]
     return [str(f) for f in flags]
 
 

@@ -42,8 +42,9 @@ class Clips(Dataset):
         return {
             "video": torch.randn(3, 1, 16, 16, generator=generator),
             "tokens": torch.randint(1, 15, (4,), generator=generator),
-            "index": index, "error": "",
-        }  # fmt: skip
+            "index": index,
+            "error": "",
+        }
 
 
 class Seen(Contrastive):

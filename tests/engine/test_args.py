@@ -115,9 +115,16 @@ def write(path, **content):
 
 def test_config_file_sets_flags_and_the_command_line_overrides_it(tmp_path):
     path = write(
-        tmp_path / "run.yaml", **{"batch-size": 7, "lr": 1e-4, "freeze_temperature": True, "gather-with-grad": False,
-        "betas": [0.5, 0.6], "model-args": {"depth": 3, "act_layer": "gelu"}},
-    )  # fmt: skip
+        tmp_path / "run.yaml",
+        **{
+            "batch-size": 7,
+            "lr": 1e-4,
+            "freeze_temperature": True,
+            "gather-with-grad": False,
+            "betas": [0.5, 0.6],
+            "model-args": {"depth": 3, "act_layer": "gelu"},
+        },
+    )
     args = read("--lr", "2e-4", "--config", path)
     assert (args.batch_size, args.lr, args.freeze_temperature, args.gather_with_grad) == (7, 2e-4, True, False)
     assert args.betas == [0.5, 0.6] and sorted(args.model_args) == ["act_layer=gelu", "depth=3"]

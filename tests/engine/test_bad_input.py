@@ -186,8 +186,16 @@ def test_checkpoint_of_another_model(fails, checkpoint, capsys):
 
 def test_checkpoint_with_another_activation(fails, checkpoint, capsys):
     capsys.readouterr()
-    words = ["act_layer=quick_gelu", "img_size=32", "embed_dim=32", "depth=2", "num_heads=2", "text_width=32",
-             "text_heads=2", "text_layers=1"]  # fmt: skip
+    words = [
+        "act_layer=quick_gelu",
+        "img_size=32",
+        "embed_dim=32",
+        "depth=2",
+        "num_heads=2",
+        "text_width=32",
+        "text_heads=2",
+        "text_layers=1",
+    ]
     line = fails("--model-args", *words, "--resume", str(checkpoint))
     assert "checkpoint.pt" in line and "gelu" in line
 
@@ -253,15 +261,22 @@ def start_processes(words_per_rank, folders, output):
     port = free_port()
     jobs = [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "main_pretrain.py"), *words, "--output-dir", str(output)], cwd=folder,
+            [sys.executable, str(ROOT / "main_pretrain.py"), *words, "--output-dir", str(output)],
+            cwd=folder,
             env={
-                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(len(words_per_rank)), "LOCAL_RANK": str(rank),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+                **os.environ,
+                "RANK": str(rank),
+                "WORLD_SIZE": str(len(words_per_rank)),
+                "LOCAL_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
             },
-            stderr=subprocess.PIPE, text=True,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank, (words, folder) in enumerate(zip(words_per_rank, folders, strict=True))
-    ]  # fmt: skip
+    ]
     outputs = [job.communicate(timeout=200)[1] for job in jobs]
     return [(job.returncode, output) for job, output in zip(jobs, outputs, strict=True)]
 

@@ -300,10 +300,16 @@ def _under_slurm(rank, size, job):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
     os.environ.update(
-        SLURM_JOB_ID=job, SLURM_STEP_ID="1", SLURM_STEP_NUM_TASKS=str(size), SLURM_NTASKS=str(size),
-        SLURM_PROCID=str(rank), SLURM_NODEID=str(rank // 2), SLURM_LOCALID=str(rank % 2),
-        SLURM_STEP_NODELIST="localhost,nowhere[07-09]", SLURM_JOB_NODELIST="elsewhere[1-4]",
-    )  # fmt: skip
+        SLURM_JOB_ID=job,
+        SLURM_STEP_ID="1",
+        SLURM_STEP_NUM_TASKS=str(size),
+        SLURM_NTASKS=str(size),
+        SLURM_PROCID=str(rank),
+        SLURM_NODEID=str(rank // 2),
+        SLURM_LOCALID=str(rank % 2),
+        SLURM_STEP_NODELIST="localhost,nowhere[07-09]",
+        SLURM_JOB_NODELIST="elsewhere[1-4]",
+    )
     world = init_world(ARGS)
     found = world.gather((world.rank, world.size, world.how))
     distributed.shutdown()
@@ -352,8 +358,11 @@ def _together(world, body):
 def test_a_signal_to_one_process_stops_all_and_an_error_comes_first(tmp_path):
     first, second = run_processes(_stopping, 2, tmp_path)
     same = [
-        0, signal.SIGUSR1, (signals.Stopped, "SIGUSR1 here"), (signals.Stopped, "SIGUSR1 inside"),
-    ]  # fmt: skip
+        0,
+        signal.SIGUSR1,
+        (signals.Stopped, "SIGUSR1 here"),
+        (signals.Stopped, "SIGUSR1 inside"),
+    ]
     mine = (UserError, "no such file")
     assert first == [*same, mine, mine]
     peers = "reading the data failed on process 0: no such file", "reading failed on process 0: no such file"

@@ -54,8 +54,9 @@ def test_what_is_written_is_read(tmp_path, format, dtype):
         files.write(2, {"clip": stored[:2]}, spans[:2], ["", ""], ids=["n1", "n2"])
         files.fail(1, "deep/b.mp4: is no video")
         assert files.errors == {
-            "a.mp4": "1 of 4 rows, such as: chunk 3 is missing", "deep/b.mp4": "deep/b.mp4: is no video",
-        }  # fmt: skip
+            "a.mp4": "1 of 4 rows, such as: chunk 3 is missing",
+            "deep/b.mp4": "deep/b.mp4: is no video",
+        }
     found = read(tmp_path)
     assert list(found) == ["a.mp4", "P01/P01_01"] and len(found) == 2
     assert found.errors == {"deep/b.mp4": "deep/b.mp4: is no video"}

@@ -37,8 +37,10 @@ def test_kinds_of_features(name):
     found = extract(model, video)
     assert not model.training
     assert {k: tuple(v.shape) for k, v in found.items()} == {
-        "clip": (3, 16), "frame": (3, 5, 32), "spatial": (3, 4, 5, 32),
-    }  # fmt: skip
+        "clip": (3, 16),
+        "frame": (3, 5, 32),
+        "spatial": (3, 4, 5, 32),
+    }
     with torch.no_grad():
         torch.testing.assert_close(found["clip"], model.encode_image(video), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found["spatial"], model.visual.token_features(video)[1])

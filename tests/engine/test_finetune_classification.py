@@ -75,9 +75,14 @@ def trained(tiny_actions, tmp_path_factory):
 class TestRun:
     def test_files_and_figures(self, trained):
         assert {p.name for p in trained.iterdir()} == {
-            "checkpoint.pt", "checkpoint_previous.pt", "checkpoint_best.pt", "log.txt", "eval_log.txt", "steps.txt",
+            "checkpoint.pt",
+            "checkpoint_previous.pt",
+            "checkpoint_best.pt",
+            "log.txt",
+            "eval_log.txt",
+            "steps.txt",
             "train.log",
-        }  # fmt: skip
+        }
         epochs, evaluations = (lines(trained / name) for name in ("log.txt", "eval_log.txt"))
         assert len(epochs) == len(evaluations) == 2
         for row, evaluation in zip(epochs, evaluations, strict=True):
@@ -190,7 +195,7 @@ class TestRepeatability:
         original = FinetuneClassification.evaluate
         monkeypatch.setattr(
             FinetuneClassification, "evaluate", lambda *a: {**original(*a), "action_top1": next(figures)}
-        )  # fmt: skip
+        )
         train(tiny_actions.flags, tmp_path, "--epochs", "3")
         best = torch.load(tmp_path / "checkpoint_best.pt", weights_only=False)
         assert (best["epoch"], best["best_acc1"]) == (2, 0.5)
@@ -236,9 +241,17 @@ def read_pickle_elsewhere(path):
 class TestPredictions:
     def test_pickle_and_submission(self, trained, tiny_actions, tmp_path):
         figures = evaluate(
-            tiny_actions.flags, trained / "checkpoint.pt", "--pickle-filename", tmp_path / "new" / "p.pkl",
-            "--submission", tmp_path / "s.zip", "--sls-pt", "4", "--sls-td", "3",
-        )  # fmt: skip
+            tiny_actions.flags,
+            trained / "checkpoint.pt",
+            "--pickle-filename",
+            tmp_path / "new" / "p.pkl",
+            "--submission",
+            tmp_path / "s.zip",
+            "--sls-pt",
+            "4",
+            "--sls-td",
+            "3",
+        )
         content = read_pickle_elsewhere(tmp_path / "new" / "p.pkl")
         ids = [f"{video}_v{i}" for i, (video, *_) in enumerate(VAL)]
         assert content["narration_id"].tolist() == ids and content["actions"] == ACTIONS and content["errors"] == {}
@@ -311,9 +324,18 @@ class TestCheckpoints:
         path = ROOT / "tests" / "fixtures" / f"{fixture}_checkpoint.pt"
         words = [*without(tiny_actions.flags, "--pretrain-model", "--clip-length"), "--clip-length", "8"]
         checkpoint = train(
-            words, tmp_path, "--pretrain-model", path, "--norm-style", style, "--epochs", "1",
-            "--model-args", "num_heads=4", "text_heads=4",
-        )  # fmt: skip
+            words,
+            tmp_path,
+            "--pretrain-model",
+            path,
+            "--norm-style",
+            style,
+            "--epochs",
+            "1",
+            "--model-args",
+            "num_heads=4",
+            "text_heads=4",
+        )
         assert checkpoint["args"].model == name and checkpoint["model_config"]["num_frames"] == 8
         figures = evaluate(words, tmp_path / "checkpoint.pt", "--norm-style", style)
         assert figures["action_top1"] == lines(tmp_path / "eval_log.txt")[-1]["action_top1"]
@@ -322,9 +344,11 @@ class TestCheckpoints:
         """`module.visual.*` and `module.fc_cls.*`, args without a model, no list of actions."""
         ours = torch.load(trained / "checkpoint.pt", weights_only=False)
         upstream = {
-            "epoch": 99, "state_dict": {f"module.{k}": v for k, v in ours["state_dict"].items()}, "best_acc1": 0.5,
+            "epoch": 99,
+            "state_dict": {f"module.{k}": v for k, v in ours["state_dict"].items()},
+            "best_acc1": 0.5,
             "args": argparse.Namespace(dataset="ek100_cls", clip_length=4, num_classes=6, pretrain_model="x.pt"),
-        }  # fmt: skip
+        }
         torch.save(upstream, tmp_path / "up.pt")
         words = ["--model", "TIMEMAMBA_VITB16", "--model-args", "num_heads=2"]
         figures = evaluate(tiny_actions.flags, tmp_path / "up.pt", *words)

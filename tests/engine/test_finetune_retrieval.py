@@ -41,8 +41,12 @@ def lines(path):
 
 def pretrained(name="ID6"):
     return [
-        "--pretrain-model", str(FIXTURES / f"{name}_checkpoint.pt"), "--norm-style", NORM_STYLES[name], *HEADS,
-    ]  # fmt: skip
+        "--pretrain-model",
+        str(FIXTURES / f"{name}_checkpoint.pt"),
+        "--norm-style",
+        NORM_STYLES[name],
+        *HEADS,
+    ]
 
 
 def read(*words):

@@ -22,8 +22,12 @@ def read(*words, config=PretrainOptions):
 def test_words_become_values():
     words = ["temperature_init=1e-3", "depth=6", "dt-rank=none", "act_layer=quick_gelu", "gated_time=true"]
     assert parse_model_args(words) == {
-        "temperature_init": 0.001, "depth": 6, "dt_rank": None, "act_layer": "quick_gelu", "gated_time": True,
-    }  # fmt: skip
+        "temperature_init": 0.001,
+        "depth": 6,
+        "dt_rank": None,
+        "act_layer": "quick_gelu",
+        "gated_time": True,
+    }
 
 
 @pytest.mark.parametrize(

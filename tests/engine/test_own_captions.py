@@ -35,8 +35,16 @@ def write_odd(path, index):
     height, width = SIZES[index % len(SIZES)]
     if height % 2 == 0 and width % 2 == 0:
         rotation = (0, 90, 180, 270)[index % 4]
-        return write_video(path, 60, first=100 * index, fps=(30, 25, 12)[index % 3], height=height, width=width,
-                           rotation=rotation, with_audio=index % 2 == 0)  # fmt: skip
+        return write_video(
+            path,
+            60,
+            first=100 * index,
+            fps=(30, 25, 12)[index % 3],
+            height=height,
+            width=width,
+            rotation=rotation,
+            with_audio=index % 2 == 0,
+        )
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=24)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv444p"
@@ -135,10 +143,23 @@ def test_mixed_sources_of_two_roots(own, tmp_path):
     with open(tmp_path / "main.jsonl", "w") as file:
         file.writelines(json.dumps({"clip": f"v{i}", "said": f"film {i}", "from": 0}) + "\n" for i in (0, 2, 4, 6, 8))
     flags = [
-        "--train-metadata", str(tmp_path / "main.jsonl"), "--caption-columns", "video=clip", "caption=said",
-        "start=from", "--train-metadata-aux", str(tmp_path / "s.jsonl"), f"{tmp_path / 'x.jsonl'}:1.5",
-        "--root-aux", "-", str(other), "--val-metadata", "none", "--epochs", "1",
-    ]  # fmt: skip
+        "--train-metadata",
+        str(tmp_path / "main.jsonl"),
+        "--caption-columns",
+        "video=clip",
+        "caption=said",
+        "start=from",
+        "--train-metadata-aux",
+        str(tmp_path / "s.jsonl"),
+        f"{tmp_path / 'x.jsonl'}:1.5",
+        "--root-aux",
+        "-",
+        str(other),
+        "--val-metadata",
+        "none",
+        "--epochs",
+        "1",
+    ]
     task = make_task(own, *flags)
     assert [(len(s.table), s.root, s.weight) for s in task.sources] == [(7, own.videos, 1.0), (8, str(other), 1.5)]
     assert pretrain(own, tmp_path / "out", *flags) == 0
@@ -149,9 +170,23 @@ def test_mixed_sources_of_two_roots(own, tmp_path):
 def test_retrieval_fine_tuning_on_captions(own, tmp_path, capsys):
     assert pretrain(own, tmp_path / "a", "--val-metadata", "none", "--epochs", "1") == 0
     words = [
-        "--pretrain-model", str(tmp_path / "a" / "checkpoint.pt"), "--root", own.videos, "--train-metadata",
-        own.captions, "--clip-length", "2", "--epochs", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu",
-    ]  # fmt: skip
+        "--pretrain-model",
+        str(tmp_path / "a" / "checkpoint.pt"),
+        "--root",
+        own.videos,
+        "--train-metadata",
+        own.captions,
+        "--clip-length",
+        "2",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "4",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
     for name, flags in (("b", ["--val-metadata", own.captions]), ("c", ["--val-fraction", "0.3"])):
         assert main_finetune_retrieval.main([*words, *flags, "--output-dir", str(tmp_path / name)]) == 0
         assert 0 <= lines(tmp_path / name / "eval_log.txt")[0]["avg_recall"] <= 1

@@ -52,9 +52,14 @@ SGD = ["--optimizer", "sgd", "--lr", "0.02", "--epochs", "1"]
 def test_a_run_from_start_to_end(tiny_flags, tmp_path, capsys):
     assert main_pretrain.main([*tiny_flags, "--output-dir", str(tmp_path)]) == 0
     assert {p.name for p in tmp_path.iterdir()} == {
-        "checkpoint.pt", "checkpoint_previous.pt", "checkpoint_best.pt", "log.txt", "eval_log.txt", "steps.txt",
+        "checkpoint.pt",
+        "checkpoint_previous.pt",
+        "checkpoint_best.pt",
+        "log.txt",
+        "eval_log.txt",
+        "steps.txt",
         "train.log",
-    }  # fmt: skip
+    }
     epochs, evaluations, steps = (lines(tmp_path / f) for f in ("log.txt", "eval_log.txt", "steps.txt"))
     assert [e["epoch"] for e in epochs] == [0, 1] and len(evaluations) == 2
     for row, evaluation in zip(epochs, evaluations, strict=True):
@@ -179,9 +184,16 @@ def test_reduced_precision_learns_about_the_same(precision, tiny_flags, tmp_path
 
 def torchrun(words, processes, output, *, background=False):
     command = [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}",
-        str(ROOT / "main_pretrain.py"), *words, "--output-dir", str(output),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={processes}",
+        f"--master_port={free_port()}",
+        str(ROOT / "main_pretrain.py"),
+        *words,
+        "--output-dir",
+        str(output),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if background:
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -214,17 +226,22 @@ def test_processes_under_srun_find_each_other(tiny_flags, tmp_path):
     words = [*tiny_flags, "--epochs", "1", "--batch-size", "2", "--output-dir", str(tmp_path)]
     shared = {
         **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
-        "SLURM_JOB_ID": str(free_port()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_STEP_NODELIST": "localhost", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        "SLURM_JOB_ID": str(free_port()),
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "localhost",
+        "OMP_NUM_THREADS": "1",
+    }
     tasks = [
         subprocess.Popen(
             [sys.executable, str(ROOT / "main_pretrain.py"), *words],
             env={**shared, "SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for r in range(2)
-    ]  # fmt: skip
+    ]
     outputs = [task.communicate(timeout=240)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], "\n".join(outputs)
     assert "2 processes (srun, gloo)" in outputs[0]

@@ -89,8 +89,10 @@ def test_faults_are_seen():
     assert late_attributes(source + "  def f(self):\n    self.a = self.c = self.d = 3\n") == []
     assert late_attributes(source + "  def f(self):\n    (self.a, self.e), self.f = x\n") == ["A.e in f", "A.f in f"]
     assert smuggled("options.root = 1\nobject.__setattr__(o, 'given', 2)\nSimpleNamespace(a=1)\nself.x = 1") == [
-        "options.root", "object.__setattr__(o, 'given', 2)", "SimpleNamespace",
-    ]  # fmt: skip
+        "options.root",
+        "object.__setattr__(o, 'given', 2)",
+        "SimpleNamespace",
+    ]
 
 
 def every_options_class() -> list[type]:

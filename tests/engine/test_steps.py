@@ -17,9 +17,20 @@ FP32 = Precision("cpu", torch.float32)
 def tiny_model(**overrides):
     torch.manual_seed(5)
     model = create_model(
-        "TIMEMAMBA_VITT16", img_size=32, embed_dim=32, depth=2, num_heads=2, num_frames=2, project_embed_dim=16,
-        context_length=8, vocab_size=64, text_width=32, text_heads=2, text_layers=1, **overrides,
-    )  # fmt: skip
+        "TIMEMAMBA_VITT16",
+        img_size=32,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        num_frames=2,
+        project_embed_dim=16,
+        context_length=8,
+        vocab_size=64,
+        text_width=32,
+        text_heads=2,
+        text_layers=1,
+        **overrides,
+    )
     with torch.no_grad():  # gates that are zero would hide the time mixers from the test
         for block in model.visual.blocks:
             block.alpha_timeattn.fill_(0.7)
@@ -35,9 +46,7 @@ def batch(rows, seed):
 
 
 def run_step(model, micro_batches, loss, precision=FP32):
-    figures = contrastive_step(
-        model, micro_batches, lambda v, t, s, _: loss(v, t, s), precision, scale=lambda x: x
-    )  # fmt: skip
+    figures = contrastive_step(model, micro_batches, lambda v, t, s, _: loss(v, t, s), precision, scale=lambda x: x)
     bare = getattr(model, "module", model)
     return float(figures["loss"]), {n: p.grad.clone() for n, p in bare.named_parameters() if p.grad is not None}
 
@@ -117,8 +126,6 @@ def test_autocast_runs_the_model_in_bf16_and_the_loss_in_fp32():
 
     model = tiny_model()
     hook = model.visual.blocks[0].mlp.fc1.register_forward_hook(lambda m, i, out: seen.append(out.dtype))
-    figures = contrastive_step(
-        model, micro(0, CLIPS, 1, 0), loss, Precision("cpu", torch.bfloat16), scale=lambda x: x
-    )  # fmt: skip
+    figures = contrastive_step(model, micro(0, CLIPS, 1, 0), loss, Precision("cpu", torch.bfloat16), scale=lambda x: x)
     hook.remove()
     assert seen[0] is torch.bfloat16 and figures["loss"].dtype is torch.float32

@@ -87,19 +87,42 @@ def test_what_is_asked_of_slurm(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
     before = dict(os.environ)
     options = SubmitOptions(
-        ngpus=4, nodes=2, timeout=90, partition="gpu", comment="soon; please", account="me", qos="low", mem="100G",
-        constraint="ib", use_volta32=True, cpus_per_task=6, job_dir=str(tmp_path / "jobs"), max_requeues=3,
+        ngpus=4,
+        nodes=2,
+        timeout=90,
+        partition="gpu",
+        comment="soon; please",
+        account="me",
+        qos="low",
+        mem="100G",
+        constraint="ib",
+        use_volta32=True,
+        cpus_per_task=6,
+        job_dir=str(tmp_path / "jobs"),
+        max_requeues=3,
         dependency="afterok:16",
-    )  # fmt: skip
+    )
     assert submit("main_finetune_retrieval.py", ["--pretrain-model", "x.pt"], options) == "17"
     assert dict(os.environ) == before
     batch = (tmp_path / "batch.sh").read_text()
     asked = {line.removeprefix("#SBATCH --") for line in batch.splitlines() if line.startswith("#SBATCH")}
     wanted = {
-        "nodes=2", "ntasks-per-node=4", "gpus-per-node=4", "cpus-per-task=6", "time=90", "partition=gpu", "account=me",
-        "qos=low", "mem=100G", "comment='soon; please'", "requeue", "signal=USR1@120", "open-mode=append",
-        "job-name=finetune_retrieval", "dependency=afterok:16",
-    }  # fmt: skip
+        "nodes=2",
+        "ntasks-per-node=4",
+        "gpus-per-node=4",
+        "cpus-per-task=6",
+        "time=90",
+        "partition=gpu",
+        "account=me",
+        "qos=low",
+        "mem=100G",
+        "comment='soon; please'",
+        "requeue",
+        "signal=USR1@120",
+        "open-mode=append",
+        "job-name=finetune_retrieval",
+        "dependency=afterok:16",
+    }
     assert wanted <= asked and "constraint='ib&volta32gb'" in asked
     assert "MAX_REQUEUES=3" in batch and 'requeue_or_exit "$status"' in batch
     assert subprocess.run(["bash", "-n", str(tmp_path / "batch.sh")]).returncode == 0

@@ -99,9 +99,17 @@ def test_action_recognition(tiny_actions, tmp_path, capsys):
     model = classifier_from_checkpoint(FIXTURES / "classifier_pandas1.5.pt", name=NAMES["ID6"], num_heads=4)
     torch.save({"state_dict": model.state_dict(), "args": whole_args()}, tmp_path / "bare.pt")
     words = [
-        *without_clip_length(tiny_actions.flags), "--model", NAMES["ID6"], "--model-args", "num_heads=4", "--evaluate",
-        "--resume", tmp_path / "bare.pt", "--output-dir", tmp_path,
-    ]  # fmt: skip
+        *without_clip_length(tiny_actions.flags),
+        "--model",
+        NAMES["ID6"],
+        "--model-args",
+        "num_heads=4",
+        "--evaluate",
+        "--resume",
+        tmp_path / "bare.pt",
+        "--output-dir",
+        tmp_path,
+    ]
     told(main_finetune_classification.main, words, capsys)
     assert main_finetune_classification.main([*map(str, words), "--clip-length", "5"]) == 0
     assert f"{UNSAID}, the model is built for 5" in capsys.readouterr().err
@@ -126,9 +134,20 @@ def test_features(bare, tmp_path, caplog):
     write_video(tmp_path / "a.mp4", 30, width=48, height=40)
     (tmp_path / "videos.txt").write_text("a.mp4\n")
     words = [
-        "--videos", tmp_path / "videos.txt", "--root", tmp_path, "--checkpoint", bare, *MODEL, "--device", "cpu",
-        "--workers", "0", "--output-dir", tmp_path / "out",
-    ]  # fmt: skip
+        "--videos",
+        tmp_path / "videos.txt",
+        "--root",
+        tmp_path,
+        "--checkpoint",
+        bare,
+        *MODEL,
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--output-dir",
+        tmp_path / "out",
+    ]
     words = [str(word) for word in words]
     with pytest.raises(UserError, match=f"{UNSAID}.*--frames"):
         extract_features(parse(FeatureOptions, words, "", ""))

@@ -65,9 +65,12 @@ def run(body, tmp_path, timeout=60):
     os.mkfifo(tmp_path / "fifo")
     code = CODE.replace("BODY", "\n    ".join(body.strip().splitlines()))
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "fifo")], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-c", code, str(tmp_path / "fifo")],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     lines = []
     for line in process.stdout:
         lines.append(line.strip())

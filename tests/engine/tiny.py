@@ -23,8 +23,11 @@ EVAL_CLIPS = [
 ]  # fmt: skip
 VERBS, NOUNS = ("open", "close", "wash"), ("door", "drawer", "pan")
 # Clips of the same two videos to fine-tune on: of 14 there are sentences that fit 12.
-TRAIN_CLIPS = [(f"{v}_9{i}", v, 0.4 * i, 0.4 * i + 1.1, i % 3, (i + k) % 3) for k, v in enumerate(("P01_01", "P02_07"))
-               for i in range(6)]  # fmt: skip
+TRAIN_CLIPS = [
+    (f"{v}_9{i}", v, 0.4 * i, 0.4 * i + 1.1, i % 3, (i + k) % 3)
+    for k, v in enumerate(("P01_01", "P02_07"))
+    for i in range(6)
+]
 ODD_CLIPS = [("P01_01_80", "P01_01", 1.0, 2.0, 3, 3), ("P02_07_80", "P02_07", 2.0, 3.0, 3, 3)]
 
 
@@ -41,9 +44,22 @@ def write_split(root: Path, name: str, clips: list[tuple], unspoken: tuple[int, 
     rows = []
     for narration_id, video, start, stop, verb, noun in clips:
         values = [
-            narration_id, video[:3], video, "00:00:00.00", f"00:00:{start:05.2f}", f"00:00:{stop:05.2f}", 0, 1,
-            f"{verbs[verb]} {nouns[noun]}", verbs[verb], verb, nouns[noun], noun, f"['{nouns[noun]}']", f"[{noun}]",
-        ]  # fmt: skip
+            narration_id,
+            video[:3],
+            video,
+            "00:00:00.00",
+            f"00:00:{start:05.2f}",
+            f"00:00:{stop:05.2f}",
+            0,
+            1,
+            f"{verbs[verb]} {nouns[noun]}",
+            verbs[verb],
+            verb,
+            nouns[noun],
+            noun,
+            f"['{nouns[noun]}']",
+            f"[{noun}]",
+        ]
         rows.append(dict(zip(CSV_COLUMNS, values, strict=True)))
     unique = {row["narration"]: row for row in reversed(rows) if row["verb_class"] not in unspoken}
     sentences = sorted(unique.values(), key=lambda row: row["narration_id"])
@@ -52,9 +68,7 @@ def write_split(root: Path, name: str, clips: list[tuple], unspoken: tuple[int, 
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(content)
-    relevancy = np.array(
-        [[((a["verb"] == b["verb"]) + (a["noun"] == b["noun"])) / 2 for b in sentences] for a in rows]
-    )  # fmt: skip
+    relevancy = np.array([[((a["verb"] == b["verb"]) + (a["noun"] == b["noun"])) / 2 for b in sentences] for a in rows])
     (root / f"{name}_relevancy.pkl").write_bytes(pickle.dumps(relevancy))
 
 
@@ -86,8 +100,17 @@ def write_tiny_data(root: Path) -> list[str]:
         _write_chunks(root / f"val/{video[:3]}/{video}.MP4", first=1000 + 100 * v)
     _write_annotations(root)
     flags = [
-        "--root", root / "train", "--root-val", root / "val", "--train-metadata", root / "train.pkl",
-        "--val-metadata", root / "val.csv", "--relevancy-path", root / "relevancy.pkl",
-        "--video-chunk-length", CHUNK_S,
-    ]  # fmt: skip
+        "--root",
+        root / "train",
+        "--root-val",
+        root / "val",
+        "--train-metadata",
+        root / "train.pkl",
+        "--val-metadata",
+        root / "val.csv",
+        "--relevancy-path",
+        root / "relevancy.pkl",
+        "--video-chunk-length",
+        CHUNK_S,
+    ]
     return [str(f) for f in flags]

@@ -98,13 +98,23 @@ class TestFigures:
     def test_tail_and_unseen_by_hand(self):
         figures = self.figures(tail_verbs=[5], tail_nouns=[4, 9], unseen=np.array([False, True, True, False]))
         expected = {
-            "tail_verb_top1": 0.0, "tail_verb_top5": 1.0, "tail_verb_clips": 1,  # clip 2
-            "tail_noun_top1": 0.0, "tail_noun_top5": 1.0, "tail_noun_clips": 1,  # clip 1
-            "tail_action_top1": 1 / 2, "tail_action_top5": 1.0, "tail_action_clips": 2,  # clips 1 and 2
-            "unseen_verb_top1": 1 / 2, "unseen_verb_top5": 1.0,
-            "unseen_noun_top1": 1 / 2, "unseen_noun_top5": 1.0,
-            "unseen_action_top1": 1 / 2, "unseen_action_top5": 1.0, "unseen_clips": 2,
-        }  # fmt: skip
+            "tail_verb_top1": 0.0,
+            "tail_verb_top5": 1.0,
+            "tail_verb_clips": 1,  # clip 2
+            "tail_noun_top1": 0.0,
+            "tail_noun_top5": 1.0,
+            "tail_noun_clips": 1,  # clip 1
+            "tail_action_top1": 1 / 2,
+            "tail_action_top5": 1.0,
+            "tail_action_clips": 2,  # clips 1 and 2
+            "unseen_verb_top1": 1 / 2,
+            "unseen_verb_top5": 1.0,
+            "unseen_noun_top1": 1 / 2,
+            "unseen_noun_top5": 1.0,
+            "unseen_action_top1": 1 / 2,
+            "unseen_action_top5": 1.0,
+            "unseen_clips": 2,
+        }
         assert {k: v for k, v in figures.items() if k.startswith(("tail", "unseen"))} == pytest.approx(expected)
 
     def test_one_list_alone_decides_no_tail_actions(self):
@@ -117,7 +127,7 @@ class TestFigures:
         assert subset == {"tail_verb_clips": 0, "tail_noun_clips": 0, "tail_action_clips": 0, "unseen_clips": 0}
 
     def test_wrong_class_counts(self):
-        with pytest.raises(UserError, match=r"shape \(4, 5\), due are clips x 4 actions"):
+        with pytest.raises(UserError, match=r"shape \(4, 5\), expected clips x 4 actions"):
             action_metrics(self.PROBS, (ACTIONS[0][:4], ACTIONS[1][:4]), self.VERBS, self.NOUNS)
         with pytest.raises(UserError, match="labels run from 0 to 97"):
             action_metrics(self.PROBS, ACTIONS, np.array([0, 3, 97, 0]), self.NOUNS)

@@ -16,8 +16,12 @@ def scores(rng):
 def test_content_of_the_action_file(scores):
     content = action_submission(IDS, *scores, SLS)
     assert {k: v for k, v in content.items() if k != "results"} == {
-        "version": "0.2", "challenge": "action_recognition", "sls_pt": 2, "sls_tl": 3, "sls_td": 3,
-    }  # fmt: skip
+        "version": "0.2",
+        "challenge": "action_recognition",
+        "sls_pt": 2,
+        "sls_tl": 3,
+        "sls_td": 3,
+    }
     assert list(content["results"]) == IDS
     for i, name in enumerate(IDS):
         for kind, matrix in zip(("verb", "noun"), scores, strict=True):
@@ -32,14 +36,18 @@ def test_content_of_the_retrieval_file(rng):
     content = retrieval_submission(similarity, IDS, ["a", "b", "c"], SLS)
     assert content.pop("sim_mat") == pytest.approx(similarity.astype(np.float32))
     assert content == {
-        "version": "0.1", "challenge": "multi_instance_retrieval", **SLS, "vis_ids": IDS, "txt_ids": ["a", "b", "c"],
-    }  # fmt: skip
+        "version": "0.1",
+        "challenge": "multi_instance_retrieval",
+        **SLS,
+        "vis_ids": IDS,
+        "txt_ids": ["a", "b", "c"],
+    }
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda v, n: (IDS, v[:, :96], n, SLS), r"verb scores: float32 of shape \(2, 96\), due .* 97 classes"),
+        (lambda v, n: (IDS, v[:, :96], n, SLS), r"verb scores: float32 of shape \(2, 96\), expected .* 97 classes"),
         (lambda v, n: (IDS, v, n[:1], SLS), r"noun scores: .*\(1, 300\)"),
         (lambda v, n: (IDS, v.astype(str), n, SLS), "verb scores: <U"),
         (lambda v, n: (IDS, v, np.where(n > -1, np.nan, n), SLS), "noun scores: hold values that are not numbers"),
@@ -63,7 +71,7 @@ def test_what_the_action_server_would_refuse(scores, change, message):
 @pytest.mark.parametrize(
     "similarity, message",
     [
-        (np.zeros((3, 2)), r"shape \(3, 2\), due are numbers for 2 clips x 3 sentences"),
+        (np.zeros((3, 2)), r"shape \(3, 2\), expected numbers for 2 clips x 3 sentences"),
         (np.array([[0.1, 0.2, -0.3], [0.0, 0.0, 0.0]]), r"from -0.3 to 0.2, 0 to 1 is required; \(cosine \+ 1\) / 2"),
         (np.full((2, 3), np.inf), "not numbers"),
         (np.zeros(6), "shape"),

@@ -71,9 +71,13 @@ class _Clips(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         _, index = key
         return {
-            "index": index, "video": self.frames[index], "tokens": self.tokens[index], "clamped": 0, "error": "",
+            "index": index,
+            "video": self.frames[index],
+            "tokens": self.tokens[index],
+            "clamped": 0,
+            "error": "",
             "replaced_by": -1,
-        }  # fmt: skip
+        }
 
 
 class DemoClips(Task):
@@ -143,9 +147,20 @@ def _trainer(
     words: tuple[str, ...], device: str, folder: Path, zero: bool, checkpoint: Checkpoint | None = None
 ) -> _Recorder:
     flags = [
-        "--config", str(ROOT / "recipes" / "demo_pretrain.yaml"), "--batch-size", str(BATCH), "--epochs", str(EPOCHS),
-        "--workers", "0", "--output-dir", str(folder), "--lr", "5e-4", *words,
-    ]  # fmt: skip
+        "--config",
+        str(ROOT / "recipes" / "demo_pretrain.yaml"),
+        "--batch-size",
+        str(BATCH),
+        "--epochs",
+        str(EPOCHS),
+        "--workers",
+        "0",
+        "--output-dir",
+        str(folder),
+        "--lr",
+        "5e-4",
+        *words,
+    ]
     options = parse(PretrainOptions, flags, "main_pretrain.py", "")
     world = World(device=device)
     task = DemoClips(options, world, checkpoint)

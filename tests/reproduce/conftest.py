@@ -25,22 +25,42 @@ def small(tmp_path_factory) -> SimpleNamespace:
     retrieval = {"val-metadata": data.val_csv, "relevancy-path": data.relevancy}
     actions = {"train-metadata": data.action_train_csv, "val-metadata": data.action_validation_csv}
     flags = {
-        "main_pretrain.py": _QUICK | retrieval | {
-            "dataset": "ego4d", "root": data.train_videos, "root-val": data.val_videos,
-            "train-metadata": data.train_pickle, "model-args": _MODEL, "context-length": 12, "project-embed-dim": 16,
+        "main_pretrain.py": _QUICK
+        | retrieval
+        | {
+            "dataset": "ego4d",
+            "root": data.train_videos,
+            "root-val": data.val_videos,
+            "train-metadata": data.train_pickle,
+            "model-args": _MODEL,
+            "context-length": 12,
+            "project-embed-dim": 16,
         },
-        "main_finetune_retrieval.py": _QUICK | retrieval | {
-            "dataset": "ek100_mir", "root": data.ek100_videos, "train-metadata": data.train_csv, "clip-length": 6,
+        "main_finetune_retrieval.py": _QUICK
+        | retrieval
+        | {
+            "dataset": "ek100_mir",
+            "root": data.ek100_videos,
+            "train-metadata": data.train_csv,
+            "clip-length": 6,
             "train-relevancy-path": data.train_relevancy,
         },
-        "main_finetune_classification.py": _QUICK | actions | {
-            "dataset": "ek100_cls", "root": data.ek100_videos, "clip-length": 6, "warmup-epochs": 0,
+        "main_finetune_classification.py": _QUICK
+        | actions
+        | {
+            "dataset": "ek100_cls",
+            "root": data.ek100_videos,
+            "clip-length": 6,
+            "warmup-epochs": 0,
         },
         "main_egoschema.py": {
-            "dataset": "egoschema", "root": data.egoschema_videos, "questions": data.egoschema_questions,
-            "answers": data.egoschema_answers, "workers": 0,
+            "dataset": "egoschema",
+            "root": data.egoschema_videos,
+            "questions": data.egoschema_questions,
+            "answers": data.egoschema_answers,
+            "workers": 0,
         },
-    }  # fmt: skip
+    }
     scale = yaml.safe_load((RECIPES / "scales/demo.yaml").read_text())
     for entry_point, changes in flags.items():
         changes = {k: str(v) if isinstance(v, Path) else v for k, v in changes.items()}

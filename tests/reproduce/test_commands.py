@@ -267,6 +267,9 @@ def test_requests_that_cannot_be_meant():
 def test_the_record_of_a_run():
     run = Run(scaled(recipe("table10_row6"), "demo", "r", seed=4))
     assert run.record() == {
-        "recipe": "table10_row6", "scale": "demo", "seed": 4, "evaluated": "trained",
+        "recipe": "table10_row6",
+        "scale": "demo",
+        "seed": 4,
+        "evaluated": "trained",
         "checkpoint": "r/table8_row6/seed4/checkpoint.pt",
-    }  # fmt: skip
+    }

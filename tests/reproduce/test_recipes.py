@@ -76,12 +76,29 @@ FILES = {
 }
 ADAMW = {"optimizer": "adamw", "wd": 0.01, "betas": [0.9, 0.999], "eps": 1e-8, "lr": 3e-5, "grad_clip_norm": None}
 PRETRAINING = ADAMW | {
-    "dataset": "ego4d", "clip_length": 4, "epochs": 5, "fix_lr": True, "freeze_temperature": True, "local_loss": False,
-    "gather_with_grad": True, "pretrain_zoo": "openai", "pretrain_path": None, "project_embed_dim": 256,
-    "context_length": 77, "vocab_size": 49408, "scale_range": [0.5, 1.0], "frame_sampling": "uniform",
-    "video_chunk_length": 15, "drop_path_rate": 0.0, "patch_dropout": 0.0, "train_metadata_aux": [], "eval_freq": 1,
-    "train_metadata": "datasets/Ego4D/ego4d_train.pkl", "precision": "bf16", "model_args": [],
-}  # fmt: skip
+    "dataset": "ego4d",
+    "clip_length": 4,
+    "epochs": 5,
+    "fix_lr": True,
+    "freeze_temperature": True,
+    "local_loss": False,
+    "gather_with_grad": True,
+    "pretrain_zoo": "openai",
+    "pretrain_path": None,
+    "project_embed_dim": 256,
+    "context_length": 77,
+    "vocab_size": 49408,
+    "scale_range": [0.5, 1.0],
+    "frame_sampling": "uniform",
+    "video_chunk_length": 15,
+    "drop_path_rate": 0.0,
+    "patch_dropout": 0.0,
+    "train_metadata_aux": [],
+    "eval_freq": 1,
+    "train_metadata": "datasets/Ego4D/ego4d_train.pkl",
+    "precision": "bf16",
+    "model_args": [],
+}
 FINETUNING = {
     "clip_length": 16, "epochs": 100, "precision": "bf16", "grad_checkpointing": True, "norm_style": "openai",
     "lr_start": 1e-6, "lr_end": 1e-5, "fix_lr": False, "frame_sampling": "uniform", "scale_range": [0.5, 1.0],
@@ -144,10 +161,13 @@ def test_reference_rows():
     found = {(r.table, r.row, r.name): dict(r.paper) for r in load_references() if r.table != "zeroshot"}
     six = figures("x 19.4 13.9 16.6 24.1 22.0 23.1\ny 26.0 20.6 23.3 28.8 27.0 27.9\nz 49.9 40.5 45.0 60.9 57.9 59.4")
     assert found == {
-        (8, 1, "EgoVLP"): six["x"], (8, 2, "EgoVLP, better preprocessing"): six["y"],
-        (8, 3, "LaViLa"): {"avg_map": 26.0, "avg_ndcg": 28.8}, (9, None, "EgoVLP"): six["z"],
-        (10, None, "FrozenBiLM"): {10: 26.4, 90: 26.9}, (10, None, "InternVideo"): {15: 31.6, 90: 32.0},
-    }  # fmt: skip
+        (8, 1, "EgoVLP"): six["x"],
+        (8, 2, "EgoVLP, better preprocessing"): six["y"],
+        (8, 3, "LaViLa"): {"avg_map": 26.0, "avg_ndcg": 28.8},
+        (9, None, "EgoVLP"): six["z"],
+        (10, None, "FrozenBiLM"): {10: 26.4, 90: 26.9},
+        (10, None, "InternVideo"): {15: 31.6, 90: 32.0},
+    }
 
 
 @pytest.mark.parametrize("key", BY_KEY)

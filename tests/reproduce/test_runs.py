@@ -104,8 +104,12 @@ def test_every_recipe_runs_trained_and_from_weights(key, reproduce, runs, small,
     released = rows(folder / "released")
     record = json.loads((folder / "released/recipe.json").read_text())
     assert record == {
-        "recipe": key, "scale": "demo", "seed": 0, "evaluated": RELEASED, "checkpoint": str(source),
-    }  # fmt: skip
+        "recipe": key,
+        "scale": "demo",
+        "seed": 0,
+        "evaluated": RELEASED,
+        "checkpoint": str(source),
+    }
     assert len(released) == len(trained) and not any("epoch" in row for row in released)
     for one, other in zip(released, trained, strict=True):
         assert metrics(recipe, one) == pytest.approx(metrics(recipe, other))

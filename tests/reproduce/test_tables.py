@@ -46,9 +46,12 @@ def test_cells_of_a_full_run(tmp_path):
     assert rows[0] == ["model", "seeds", "paper", "released", "measured", "difference"]
     # Rows without runs stay, so that the table is the paper's.
     titles = {
-        "4 TimeSformer, vanilla", "5 TimeSformer, Frozen", "6 TimeMamba, vanilla", "7 TimeMamba, Frozen",
+        "4 TimeSformer, vanilla",
+        "5 TimeSformer, Frozen",
+        "6 TimeMamba, vanilla",
+        "7 TimeMamba, Frozen",
         "8 TimeMamba, Frozen, space-time",
-    }  # fmt: skip
+    }
     assert {row[0] for row in rows} >= titles
     mamba = [row for row in rows if row[0] == "6 TimeMamba, vanilla"]
     assert mamba[0] == ["6 TimeMamba, vanilla", "0", "26.2", "26.2", "26.30", "+0.10"]
@@ -335,8 +338,11 @@ def test_table_slots_and_marks():
     rows = [[Cell("a"), Cell("1.00", "± 0.10", mark="below")], [Cell("b"), Cell("2.00", bold=True)]]
     table = Table([Column("name", numeric=False), Column("x", over="many")], [Group("", rows)])
     assert markdown_table(table).splitlines() == [
-        "| name | many x |", "|:-|-:|", "| a | 1.00 ± 0.10 ▼ |", "| b | **2.00** |",
-    ]  # fmt: skip
+        "| name | many x |",
+        "|:-|-:|",
+        "| a | 1.00 ± 0.10 ▼ |",
+        "| b | **2.00** |",
+    ]
     page = html_table(table)
     check(page)
     assert page.count('class="spread"') == page.count('class="mark"') == 3  # the header too: numbers line up
@@ -362,16 +368,19 @@ def test_what_the_plot_shows(tmp_path, rng):
         assert curve.accuracy[i] == pytest.approx(statistics.fmean(pair))
         assert curve.spread[i] == pytest.approx(statistics.stdev(pair))
     assert {c.name: dict(zip(c.frames, c.accuracy, strict=True)) for c in published} == {
-        "TimeSformer": {16: 33.6, 128: 32.9, 8192: 38.1}, "TimeMamba": {16: 31.9, 128: 33.4, 8192: 38.7},
-    }  # fmt: skip
+        "TimeSformer": {16: 33.6, 128: 32.9, 8192: 38.1},
+        "TimeMamba": {16: 31.9, 128: 33.4, 8192: 38.7},
+    }
     drawn = figure.draw(measured, published, demo=False)
     (axes,) = drawn.axes
     assert axes.get_xscale() == "log" and axes.xaxis.get_transform().base == 2
     shown = [line.get_xydata() for line in axes.lines]
     assert any(len(data) == 3 and np.allclose(data[:, 1], curve.accuracy) for data in shown)
     assert {text.get_text() for text in axes.get_legend().get_texts()} == {
-        "TimeSformer, paper", "TimeMamba, paper", "TimeMamba",
-    }  # fmt: skip
+        "TimeSformer, paper",
+        "TimeMamba, paper",
+        "TimeMamba",
+    }
     left, right = figure.draw(measured, published, demo=True).axes
     assert [line.get_ydata()[0] for line in left.lines if line.get_label() == "guessing"] == [20.0]
     assert "guessing" not in [line.get_label() for line in right.lines]

@@ -27,9 +27,14 @@ def write_made_up(folder: Path, counts: dict[str, int], rows: np.ndarray, **fact
     np.save(folder / "windows-1.npy", rows.astype(np.float16))
     np.save(folder / "times-1.npy", np.stack([starts, starts + 2], axis=1))
     about = {
-        **FACTS, "files": {"windows": "windows-1.npy", "times": "times-1.npy"}, "videos": list(counts),
-        "counts": list(counts.values()), "rows": len(rows), "width": rows.shape[1], **facts,
-    }  # fmt: skip
+        **FACTS,
+        "files": {"windows": "windows-1.npy", "times": "times-1.npy"},
+        "videos": list(counts),
+        "counts": list(counts.values()),
+        "rows": len(rows),
+        "width": rows.shape[1],
+        **facts,
+    }
     (folder / "search.json").write_text(json.dumps(about))
     return folder
 

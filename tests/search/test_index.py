@@ -47,7 +47,7 @@ def test_unit_rows():
         ({"counts": None}, "holds values that cannot be"),
         ({"rows": 10**15}, "holds values that cannot be"),
         ({"width": True}, "holds values that cannot be"),
-        ({"width": 8}, "is float16 (5, 4), float16 (5, 8) is due"),
+        ({"width": 8}, "is float16 (5, 4), expected float16 (5, 8)"),
         ({"frames": 0}, "holds values that cannot be"),
         ({"window": float("nan")}, "holds values that cannot be"),
         ({"root": 3}, "holds values that cannot be"),

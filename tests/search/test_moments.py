@@ -29,8 +29,12 @@ def test_neighbours_are_merged_and_each_stretch_is_found_once(found):
     b = [0, 0.8, 0, 0, 0, 0]
     # The median is 0, so that a neighbour joins from half of the peak on: 3 and 5 to 4, nothing to the others.
     assert found(a + b, 5) == [
-        ("a", 3, 7, 0.9), ("b", 1, 3, 0.8), ("a", 9, 11, 0.3), ("a", 0, 2, 0.0), ("a", 7, 9, 0.0),
-    ]  # fmt: skip
+        ("a", 3, 7, 0.9),
+        ("b", 1, 3, 0.8),
+        ("a", 9, 11, 0.3),
+        ("a", 0, 2, 0.0),
+        ("a", 7, 9, 0.0),
+    ]
     assert found(a + b, 1) == [("a", 3, 7, 0.9)]
 
 

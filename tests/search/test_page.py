@@ -52,9 +52,13 @@ def data(tmp_path_factory):
 def running(data, *flags):
     words = ["serve", "--index", data / "index", "--device", "cpu", "--port", "0", *flags]
     process = subprocess.Popen(
-        [sys.executable, "tools/search_videos.py", *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [sys.executable, "tools/search_videos.py", *map(str, words)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     try:
         line = process.stdout.readline()
         found = re.fullmatch(r"search page: (http://127\.0\.0\.1:(\d+)/) \(Ctrl-C ends it\)\n", line)

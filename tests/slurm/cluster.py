@@ -123,10 +123,15 @@ def cluster(kill_wait: int = 30) -> Iterator[dict[str, str]]:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**21
     (folder / "slurm.conf").write_text(
         _CONF.format(
-            host=host, user=getpass.getuser(), folder=folder, ctld_port=ctld_port, d_port=d_port, memory=memory,
+            host=host,
+            user=getpass.getuser(),
+            folder=folder,
+            ctld_port=ctld_port,
+            d_port=d_port,
+            memory=memory,
             kill_wait=kill_wait,
         )
-    )  # fmt: skip
+    )
     foreign = ("SLURM_", "SBATCH_", "SRUN_")  # of a cluster that this may run on
     environment = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     environment |= {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _PATH}
@@ -142,9 +147,12 @@ def cluster(kill_wait: int = 30) -> Iterator[dict[str, str]]:
     try:
         files = {"key-file": key, **{f"{n}-file": folder / f"munge.{n}" for n in ("pid", "log", "seed")}}
         daemons.start(
-            "munged", "--foreground", "--force", f"--socket={folder}/munge.socket",
+            "munged",
+            "--foreground",
+            "--force",
+            f"--socket={folder}/munge.socket",
             *(f"--{name}={path}" for name, path in files.items()),
-        )  # fmt: skip
+        )
         _wait_for("munged", (folder / "munge.socket").exists, daemons)
         daemons.start("slurmctld", "-D", "-i")
         _wait_for("slurmctld", lambda: answers("scontrol", "ping"), daemons)

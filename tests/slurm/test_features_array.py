@@ -33,10 +33,23 @@ def test_an_array_of_jobs(tmp_path):
     flags = [str(word) for word in [*flags, "--workers", "0", "--device", "cpu"]]
     with cluster() as environment:
         submitted = subprocess.run(
-            ["sbatch", "--parsable", "--array=4-6", "--gpus-per-node=0", "--cpus-per-task=1",
-             f"--output={tmp_path}/%a.log", "slurm/features.sbatch", *flags, "--output-dir", tmp_path / "array"],
-            cwd=ROOT, env={**os.environ, **environment, "PYTHON": sys.executable}, capture_output=True, text=True,
-        )  # fmt: skip
+            [
+                "sbatch",
+                "--parsable",
+                "--array=4-6",
+                "--gpus-per-node=0",
+                "--cpus-per-task=1",
+                f"--output={tmp_path}/%a.log",
+                "slurm/features.sbatch",
+                *flags,
+                "--output-dir",
+                tmp_path / "array",
+            ],
+            cwd=ROOT,
+            env={**os.environ, **environment, "PYTHON": sys.executable},
+            capture_output=True,
+            text=True,
+        )
         assert submitted.returncode == 0, submitted.stderr
         give_up = time.monotonic() + 200
         while time.monotonic() < give_up:

@@ -102,9 +102,23 @@ def pretraining(folder, epochs):
     metadata = folder / "narrations.pkl"
     metadata.write_bytes(pickle.dumps(narrations))
     return [
-        "--config", "recipes/demo_pretrain.yaml", "--train-metadata", metadata, "--batch-size", BATCH,
-        "--epochs", epochs, "--eval-freq", epochs, "--print-freq", 1, "--workers", 1, "--device", "cpu",
-    ]  # fmt: skip
+        "--config",
+        "recipes/demo_pretrain.yaml",
+        "--train-metadata",
+        metadata,
+        "--batch-size",
+        BATCH,
+        "--epochs",
+        epochs,
+        "--eval-freq",
+        epochs,
+        "--print-freq",
+        1,
+        "--workers",
+        1,
+        "--device",
+        "cpu",
+    ]
 
 
 def assert_it_went_on(output, epochs, signal, launcher):
@@ -149,9 +163,13 @@ def test_a_job_at_its_time_limit_goes_on(slurm, requeued):
     epochs = math.ceil(55 * rate / CLIPS)  # more than fits into that minute
     output = slurm.folder / "limited"
     job = slurm.sbatch(
-        "pretrain", *pretraining(slurm.folder, epochs), "--output-dir", output,
-        options=["--time=1", "--signal=USR1@15"], LAUNCHER="torchrun",
-    )  # fmt: skip
+        "pretrain",
+        *pretraining(slurm.folder, epochs),
+        "--output-dir",
+        output,
+        options=["--time=1", "--signal=USR1@15"],
+        LAUNCHER="torchrun",
+    )
     restarts = int(slurm.finish(job, 240)["Restarts"])
     assert restarts >= 1 and assert_it_went_on(output, epochs, "SIGUSR1", "torchrun") == restarts
     (log,) = slurm.folder.glob(f"pretrain-{job}.log")

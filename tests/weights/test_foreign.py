@@ -83,9 +83,15 @@ def test_objects_of_any_library_in_args(tmp_path, classes, zipped):
     thing, settings, names = classes.Thing(), classes.Settings(a=1, b=[2]), classes.Names([1, "x"])
     thing.size, settings.frozen = 3, True
     args = argparse.Namespace(
-        thing=thing, kind=classes.Thing, settings=settings, names=names, lr=0.1, size=torch.ones(2),
-        area=slice(1, 5, 2), counts=collections.defaultdict(int, {"a": 2}),
-    )  # fmt: skip
+        thing=thing,
+        kind=classes.Thing,
+        settings=settings,
+        names=names,
+        lr=0.1,
+        size=torch.ones(2),
+        area=slice(1, 5, 2),
+        counts=collections.defaultdict(int, {"a": 2}),
+    )
     found = read_checkpoint(saved(tmp_path, {"state_dict": {"w": torch.ones(2)}, "args": args}, zipped))["args"]
     assert "somelib" not in sys.modules
     assert (found.thing.path, found.thing.state) == ("somelib.Thing", {"size": 3}) and not hasattr(found.thing, "size")
@@ -236,10 +242,13 @@ def _frame(**changes):
     """The parts of a table as pandas 2 pickles them, some of them changed."""
     foreign = {}
     for path in (
-        "pandas.core.frame.DataFrame", "pandas.core.internals.managers.BlockManager",
-        "pandas._libs.internals._unpickle_block", "numpy.core.multiarray._reconstruct",
-        "pandas.core.indexes.base._new_Index", "builtins.slice",
-    ):  # fmt: skip
+        "pandas.core.frame.DataFrame",
+        "pandas.core.internals.managers.BlockManager",
+        "pandas._libs.internals._unpickle_block",
+        "numpy.core.multiarray._reconstruct",
+        "pandas.core.indexes.base._new_Index",
+        "builtins.slice",
+    ):
         foreign[path.rpartition(".")[2]] = type(path, (Foreign,), {"path": path})
 
     def array(shape, raw):

@@ -107,10 +107,12 @@ def hub(monkeypatch, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     constants = huggingface_hub.constants
     for name, value in {
-        "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": False, "ENDPOINT": endpoint,
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": False,
+        "ENDPOINT": endpoint,
         "HF_HUB_DISABLE_XET": True,
         "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(huggingface_hub.HfApi, "__init__", _api_at(endpoint))
     yield files

@@ -71,9 +71,11 @@ def optimizer_state(weights, *, sgd):
     for i, value in enumerate(weights.values()):
         groups[value.ndim < 2].append(i)
     options = {"lr": 3e-5, "maximize": False, "foreach": None, "differentiable": False}
-    options |= {"momentum": 0.9, "dampening": 0, "nesterov": False} if sgd else {
-        "betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False, "capturable": False, "fused": None
-    }  # fmt: skip
+    options |= (
+        {"momentum": 0.9, "dampening": 0, "nesterov": False}
+        if sgd
+        else {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False, "capturable": False, "fused": None}
+    )
     names = ("momentum_buffer",) if sgd else ("exp_avg", "exp_avg_sq")
     state = {
         i: {name: shared[: value.numel()].view(value.shape) for name in names}

@@ -113,8 +113,12 @@ def _row(c: EK100Clip) -> list:
     classes = [NOUNS.index(noun) for noun in nouns]
     verb = [verb_key(label.verb), VERBS.index(label.verb)]
     return [c.narration_id, c.participant, c.video, *times, *frames, evaluation_sentence(label)] + [
-        *verb, label.noun, classes[0], list(nouns), classes,
-    ]  # fmt: skip
+        *verb,
+        label.noun,
+        classes[0],
+        list(nouns),
+        classes,
+    ]
 
 
 def _timestamp(seconds: float, digits: int) -> str:

@@ -143,9 +143,10 @@ def _question(choices: Sequence[EK100Clip], answer: int, kind: int, rng: np.rand
 def _entry(clip: EK100Clip, rng: np.random.Generator) -> dict[str, Any]:
     return {
         "video_uid": f"{clip.participant}/{clip.video}",
-        "clip_start": round(clip.clip.start, 3), "clip_end": round(clip.clip.stop, 3),
+        "clip_start": round(clip.clip.start, 3),
+        "clip_end": round(clip.clip.stop, 3),
         "clip_text": training_sentence(clip.clip.label, rng),
-    }  # fmt: skip
+    }
 
 
 def _write_captions(path: Path, clips: Sequence[EK100Clip], rng: np.random.Generator) -> None:

@@ -157,12 +157,20 @@ class Demuxed:
         tick = float(self.stream.time_base)
         seconds = pts[display] * tick
         return PacketTable(
-            self._path, self.codec, (self.context.height, self.context.width), fps, tick, pts, flags, display,
+            self._path,
+            self.codec,
+            (self.context.height, self.context.width),
+            fps,
+            tick,
+            pts,
+            flags,
+            display,
             keys=np.nonzero(flags & KEY)[0],
-            configs=self._configs, config_starts=np.array(self._config_starts, dtype=np.int64),
+            configs=self._configs,
+            config_starts=np.array(self._config_starts, dtype=np.int64),
             constant_rate=is_constant_rate(seconds, fps),
             end=int(pts[display[-1]]) + max(self._last_duration, 1),
-        )  # fmt: skip
+        )
 
     def _display_order(self, flags: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """-> (num_frames,) positions in display order, (n,) display times in ticks."""

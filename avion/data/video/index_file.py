@@ -34,9 +34,18 @@ INDEX_NAME = "packets.index"  # the file below a video root that readers look fo
 MAGIC, VERSION = b"AVIONPKT", 1
 _HEAD = struct.Struct("<8sIIQQI")  # magic, version, 0, files, table begins, checksum of the table
 _ENTRY = np.dtype(
-    [("hash", "<u8"), ("begin", "<u8"), ("end", "<u8"), ("size", "<u8"), ("stamp", "<i8"), ("path", "<u8"),
-     ("path_end", "<u8"), ("crc", "<u4"), ("kind", "<u4")]
-)  # fmt: skip
+    [
+        ("hash", "<u8"),
+        ("begin", "<u8"),
+        ("end", "<u8"),
+        ("size", "<u8"),
+        ("stamp", "<i8"),
+        ("path", "<u8"),
+        ("path_end", "<u8"),
+        ("crc", "<u4"),
+        ("kind", "<u4"),
+    ]
+)
 _RECORD = struct.Struct("<IQQI")  # length of the JSON part, packets, frames, key packets
 PACKETS, PLAIN = 0, 1  # kinds of an entry: a packet table, or the reason why the file is read without one
 _CURE = "delete it, or build it anew with tools/index_videos.py"
@@ -58,18 +67,28 @@ def pack_record(table: PacketTable) -> bytes:
     """A packet table with `offset` and `size` as bytes: a JSON object of what is said once per file, codec
     configurations, key positions (u32 or u64), and five columns."""
     facts = {
-        "codec": table.codec, "height": table.coded_size[0], "width": table.coded_size[1], "fps": table.fps,
-        "tick": table.tick, "end": table.end, "orientation": table.orientation, "constant": table.constant_rate,
-        "configs": [len(c) for c in table.configs], "starts": [int(s) for s in table.config_starts],
-    }  # fmt: skip
+        "codec": table.codec,
+        "height": table.coded_size[0],
+        "width": table.coded_size[1],
+        "fps": table.fps,
+        "tick": table.tick,
+        "end": table.end,
+        "orientation": table.orientation,
+        "constant": table.constant_rate,
+        "configs": [len(c) for c in table.configs],
+        "starts": [int(s) for s in table.config_starts],
+    }
     text = json.dumps(facts, separators=(",", ":")).encode()
     columns = [table.offset, table.size, table.pts, table.flags, table.display]
     return b"".join(
         [
-            _RECORD.pack(len(text), table.num_packets, table.num_frames, len(table.keys)), text, *table.configs,
-            np.asarray(table.keys, dtype="<u8").tobytes(), *(pack(column) for column in columns),
+            _RECORD.pack(len(text), table.num_packets, table.num_frames, len(table.keys)),
+            text,
+            *table.configs,
+            np.asarray(table.keys, dtype="<u8").tobytes(),
+            *(pack(column) for column in columns),
         ]
-    )  # fmt: skip
+    )
 
 
 def unpack_record(record: memoryview, path: str, file_size: int) -> PacketTable:
@@ -95,9 +114,16 @@ def unpack_record(record: memoryview, path: str, file_size: int) -> PacketTable:
     if int(key_array[-1]) >= packets:
         raise ValueError("a key packet that is not there")
     return PacketTable(
-        path, pts=pts, flags=flags, display=display, keys=key_array.view("<i8"), configs=configs, offset=offset,
-        size=size, **fields,
-    )  # fmt: skip
+        path,
+        pts=pts,
+        flags=flags,
+        display=display,
+        keys=key_array.view("<i8"),
+        configs=configs,
+        offset=offset,
+        size=size,
+        **fields,
+    )
 
 
 def _checked(facts: dict) -> dict:
@@ -114,20 +140,26 @@ def _checked(facts: dict) -> dict:
     height, width = number("height", 1, MAX_PIXELS), number("width", 1, MAX_PIXELS)
     configs, starts = facts.get("configs"), facts.get("starts")
     sound = (
-        isinstance(configs, list) and isinstance(starts, list) and 1 <= len(configs) == len(starts) <= 4096
+        isinstance(configs, list)
+        and isinstance(starts, list)
+        and 1 <= len(configs) == len(starts) <= 4096
         and all(type(n) is int and 0 <= n < 2**24 for n in configs)
         and all(type(n) is int and 0 <= n < 2**62 for n in starts)
-        and starts[0] == 0 and starts == sorted(starts)
-    )  # fmt: skip
+        and starts[0] == 0
+        and starts == sorted(starts)
+    )
     if height * width > MAX_PIXELS or not sound or type(facts.get("constant")) is not bool:
         raise ValueError("fields that cannot be")
     return {
-        "codec": facts["codec"], "coded_size": (height, width),
+        "codec": facts["codec"],
+        "coded_size": (height, width),
         "fps": float(number("fps", 1e-6, MAX_FPS, (int, float))),
-        "tick": float(number("tick", 1e-12, 1e6, (int, float))), "end": number("end", -(2**62), 2**62),
-        "orientation": number("orientation", 0, 7), "constant_rate": facts["constant"],
+        "tick": float(number("tick", 1e-12, 1e6, (int, float))),
+        "end": number("end", -(2**62), 2**62),
+        "orientation": number("orientation", 0, 7),
+        "constant_rate": facts["constant"],
         "config_starts": np.array(starts, dtype=np.int64),
-    }  # fmt: skip
+    }
 
 
 class PacketIndex:

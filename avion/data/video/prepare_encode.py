@@ -47,10 +47,20 @@ class Encoding:
         # b-adapt=0: always as many B-frames, or fewer frames could be left out. A scene cut gets no keyframe of its
         # own: the next one is near. The weighting of references helps fades, and every reader pays for it.
         settings = {
-            "keyint": self.gop, "min-keyint": 1, "scenecut": 0, "bframes": self.bframes, "b-adapt": 0,
-            "b-pyramid": "none", "open-gop": 0, "ref": self.refs, "cabac": int(self.cabac), "weightp": 0, "weightb": 0,
-            "mbtree": int(self.gop > 1), "rc-lookahead": 40,
-        }  # fmt: skip
+            "keyint": self.gop,
+            "min-keyint": 1,
+            "scenecut": 0,
+            "bframes": self.bframes,
+            "b-adapt": 0,
+            "b-pyramid": "none",
+            "open-gop": 0,
+            "ref": self.refs,
+            "cabac": int(self.cabac),
+            "weightp": 0,
+            "weightb": 0,
+            "mbtree": int(self.gop > 1),
+            "rc-lookahead": 40,
+        }
         if not self.deblock:
             settings["no-deblock"] = 1
         listed = ":".join(f"{name}={value}" for name, value in settings.items())

@@ -88,8 +88,12 @@ class State:
     @staticmethod
     def failed(raw: Raw, reason: str) -> dict:
         return {
-            "video": raw.name, "source": raw.path, "source_bytes": raw.size, "source_stamp": raw.stamp, "error": reason,
-        }  # fmt: skip
+            "video": raw.name,
+            "source": raw.path,
+            "source_bytes": raw.size,
+            "source_stamp": raw.stamp,
+            "error": reason,
+        }
 
     @contextlib.contextmanager
     def finishing(self):
@@ -157,7 +161,12 @@ def totals(entries: dict[str, dict]) -> Totals:
     """The sums over journal entries."""
     done = [e for e in entries.values() if "error" not in e]
     return Totals(
-        len(done), sum(e["frames"] for e in done), sum(e["seconds"] for e in done),
-        sum(e["source_bytes"] for e in done), sum(e["bytes"] for e in done), sum(len(e["files"]) for e in done),
-        sum(e["cpu_seconds"] for e in done), {name: e["error"] for name, e in sorted(entries.items()) if "error" in e},
-    )  # fmt: skip
+        len(done),
+        sum(e["frames"] for e in done),
+        sum(e["seconds"] for e in done),
+        sum(e["source_bytes"] for e in done),
+        sum(e["bytes"] for e in done),
+        sum(len(e["files"]) for e in done),
+        sum(e["cpu_seconds"] for e in done),
+        {name: e["error"] for name, e in sorted(entries.items()) if "error" in e},
+    )

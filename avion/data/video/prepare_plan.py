@@ -159,5 +159,5 @@ def parse_shard(text: str) -> tuple[int, int]:
     """ "3/16" -> (3, 16). UserError for what is no part of a whole; parts are counted from 0."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None or not int(match[1]) < int(match[2]):
-        raise UserError(f"--shard {text}: I/N is due, I from 0 to N - 1, such as 0/16 to 15/16")
+        raise UserError(f"--shard {text}: expected I/N, I from 0 to N - 1, such as 0/16 to 15/16")
     return int(match[1]), int(match[2])

@@ -38,9 +38,7 @@ class News:
 class _Process:
     def __init__(self, settings: Settings, folder: Path, threads: int):
         self.pipe, other = _SPAWN.Pipe()
-        self._process = _SPAWN.Process(
-            target=_work, args=(other, settings, folder, threads, os.getpid()), daemon=True
-        )  # fmt: skip
+        self._process = _SPAWN.Process(target=_work, args=(other, settings, folder, threads, os.getpid()), daemon=True)
         self._process.start()
         other.close()
         self.raw: Raw | None = None

@@ -190,9 +190,14 @@ class RawVideo:
         if self.hdr:
             how |= {"dst_colorspace": _BT709, "dst_color_trc": _BT709, "dst_color_primaries": _BT709}
         scaled = scale.reformat(
-            picture, width=width, height=height, format="yuv420p", threads=1,
-            interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND, **how,
-        )  # fmt: skip
+            picture,
+            width=width,
+            height=height,
+            format="yuv420p",
+            threads=1,
+            interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND,
+            **how,
+        )
         return _turned(scaled, self.orientation) if self.orientation else scaled
 
     def _sample(self, picture) -> np.ndarray | None:

@@ -62,22 +62,30 @@ def prepare_video(
         raise
     quality = [f.pop("quality") for f in files]
     return {
-        **facts, "partial": partial,
+        **facts,
+        "partial": partial,
         "files": [[f["name"], f["frames"], f["bytes"]] for f in files],
         "bytes": sum(f["bytes"] for f in files),
         "psnr": round(sum(q.mean * f["frames"] for q, f in zip(quality, files, strict=True)) / facts["frames"], 2),
         "least_psnr": round(min(q.least for q in quality), 2),
         "compared_with_source": sum(q.samples for q in quality),
         "cpu_seconds": round(time.process_time() - begin, 2),
-    }  # fmt: skip
+    }
 
 
 def _facts(raw: Raw, video: RawVideo) -> dict:
     return {
-        "video": raw.name, "source": raw.path, "source_bytes": raw.size, "source_stamp": raw.stamp,
-        "frames": video.num_frames, "seconds": round(video.seconds, 6), "fps": str(video.rate),
-        "size": list(video.size), "source_size": list(video.stored_size), "notes": video.notes,
-    }  # fmt: skip
+        "video": raw.name,
+        "source": raw.path,
+        "source_bytes": raw.size,
+        "source_stamp": raw.stamp,
+        "frames": video.num_frames,
+        "seconds": round(video.seconds, 6),
+        "fps": str(video.rate),
+        "size": list(video.size),
+        "source_size": list(video.stored_size),
+        "notes": video.notes,
+    }
 
 
 def _write(video: RawVideo, name: str, settings: Settings, place: Path, threads: int, report: Callable) -> list[dict]:
@@ -142,9 +150,12 @@ class _Part:
             _sync(self.path)
         self._check.check_file(str(self.path), self._ticks)
         return {
-            "name": self._name, "chunk": self.chunk, "frames": len(self._check.times),
-            "bytes": self.path.stat().st_size, "quality": quality,
-        }  # fmt: skip
+            "name": self._name,
+            "chunk": self.chunk,
+            "frames": len(self._check.times),
+            "bytes": self.path.stat().st_size,
+            "quality": quality,
+        }
 
     def abandon(self) -> None:
         with contextlib.suppress(OSError, ValueError):  # what it was abandoned for is being told

@@ -381,8 +381,11 @@ class VideoStore:
         if self.unindexed == 1:
             logger.warning(
                 "packet index %s: %s %s; such files are read without it, which is slow (said once); "
-                "tools/index_videos.py brings it up to date", self._index.path, path, why,
-            )  # fmt: skip
+                "tools/index_videos.py brings it up to date",
+                self._index.path,
+                path,
+                why,
+            )
 
     def _open_first(self, video: str, chunk: int) -> VideoReader:
         try:
@@ -437,7 +440,9 @@ class VideoStore:
             if self.chunked and self.has_chunk(video, chunk + 1):
                 due = self.chunk_length * reader.fps
                 if reader.num_frames < due - TOLERANCE_S * reader.fps and self._is_short(reader):
-                    reason = f"is cut short: {reader.num_frames} frames, {due:.0f} are due and a later chunk exists"
+                    reason = (
+                        f"is cut short: {reader.num_frames} frames, {due:.0f} are expected, since a later chunk exists"
+                    )
                     raise VideoError(path, reason)
             elif late == len(ids) and ids.min() - reader.num_frames > TOLERANCE_S * reader.fps:
                 raise VideoError(path, f"the clip starts after the video's end ({reader.num_frames} frames here)")

@@ -111,8 +111,11 @@ def find_overlap(questions: Sequence[Question], sources: str, narrations: Sequen
     videos = {source_of[uid] for uid in common}
     logger.info(
         "overlap: %d of %d EgoSchema videos (of %d Ego4D videos) lie in the pretraining narrations%s",
-        len(common), len(questions), len(videos), f"; the source of {unknown} is unknown" if unknown else "",
-    )  # fmt: skip
+        len(common),
+        len(questions),
+        len(videos),
+        f"; the source of {unknown} is unknown" if unknown else "",
+    )
     return common
 
 
@@ -136,9 +139,13 @@ class _Run:
             self.model: nn.Module = build_as_saved(options, checkpoint, options.frames[0]).to(world.device).eval()
             self.config = self.model.config
             self.videos = LongVideos(
-                self.questions, options.root, size=self.config.img_size, sampling=options.sampling,
-                decoder=options.decoder, threads=options.decode_threads,
-            )  # fmt: skip
+                self.questions,
+                options.root,
+                size=self.config.img_size,
+                sampling=options.sampling,
+                decoder=options.decoder,
+                threads=options.decode_threads,
+            )
             self.max_tokens = options.max_tokens or default_max_tokens(world.device)
             mark = fingerprint(self.model, self._settings() | {"sampling": _RULES[options.sampling]})
         world.agree({"questions": len(self.questions), "weights and settings": mark})
@@ -149,11 +156,15 @@ class _Run:
         """What the scores depend on besides the weights."""
         options = self.options
         return {
-            "model": dataclasses.asdict(self.config), "sampling": options.sampling, "prompts": options.prompt,
+            "model": dataclasses.asdict(self.config),
+            "sampling": options.sampling,
+            "prompts": options.prompt,
             "norm_style": options.norm_style,
-            "precision": str(self.precision.dtype), "device": self.world.device.type, "decoder": self.decoder,
+            "precision": str(self.precision.dtype),
+            "device": self.world.device.type,
+            "decoder": self.decoder,
             "root": str(Path(options.root).resolve()),
-        }  # fmt: skip
+        }
 
     def _overlap(self) -> frozenset[str]:
         """The q_uids that are left out of the metrics. The number of common videos is logged in any case."""
@@ -180,9 +191,14 @@ class _Run:
         before = len(self.questions) - len(todo)
         logger.info(
             "%s: %d questions, %d of them answered before, %s frames (%s), %s on %s",
-            self.config.name, len(self.questions), before, ", ".join(map(str, self.options.frames)),
-            self.options.sampling, str(self.precision.dtype).removeprefix("torch."), world,
-        )  # fmt: skip
+            self.config.name,
+            len(self.questions),
+            before,
+            ", ".join(map(str, self.options.frames)),
+            self.options.sampling,
+            str(self.precision.dtype).removeprefix("torch."),
+            world,
+        )
         own, errors = self._answer(todo) if todo else ({}, {})
         for part, failed in world.gather((own, errors)):
             errors.update(failed)
@@ -227,8 +243,11 @@ class _Run:
                 pace = (time.perf_counter() - start) / done
                 logger.info(
                     "video %d of %d, %.2f s each, %s left",
-                    min(done * world.size, len(todo)), len(todo), pace / world.size, duration(pace * (rounds - done)),
-                )  # fmt: skip
+                    min(done * world.size, len(todo)),
+                    len(todo),
+                    pace / world.size,
+                    duration(pace * (rounds - done)),
+                )
         return results, errors
 
     def _answer_one(
@@ -245,9 +264,11 @@ class _Run:
         for count, positions in sample["clips"].items():
             with self.precision.autocast():
                 feature = encode_long_video(
-                    self.model, functools.partial(self._frames, sample["frames"], positions), count,
+                    self.model,
+                    functools.partial(self._frames, sample["frames"], positions),
+                    count,
                     max_tokens=self.max_tokens,
-                )  # fmt: skip
+                )
             if not torch.isfinite(feature).all():
                 raise UserError(f"{question.uid}: the features of {count} frames are not finite; use --precision bf16")
             scores[count] = (options @ unit(feature.float().cpu().numpy())).tolist()
@@ -272,13 +293,17 @@ class _Run:
         for count in answers:
             write_answers(self.folder, count, answers[count])
         report = {
-            "checkpoint": self.options.pretrain_model, "settings": self._settings(), "figures": metrics,
-            "left_out": sorted(self.left_out), "unreadable": errors,
+            "checkpoint": self.options.pretrain_model,
+            "settings": self._settings(),
+            "figures": metrics,
+            "left_out": sorted(self.left_out),
+            "unreadable": errors,
             "scores": {
                 q.uid: {n: row for n, row in results[q.uid].items() if n in answers}
-                for q in self.questions if q.uid in results
+                for q in self.questions
+                if q.uid in results
             },
-        }  # fmt: skip
+        }
         write_text(self.folder / "egoschema_scores.json", json.dumps(report, indent=1) + "\n")
         source = {"sampling": self.options.sampling, "checkpoint": self.options.pretrain_model}
         for count, row in metrics.items():
@@ -288,8 +313,10 @@ class _Run:
         if errors:
             logger.warning(
                 "%d of %d videos cannot be read; their questions are in no answer file and in no accuracy: %s",
-                len(errors), len(self.questions), encode.describe(errors),
-            )  # fmt: skip
+                len(errors),
+                len(self.questions),
+                encode.describe(errors),
+            )
         print(table(metrics, {n: len(answers[n]) for n in answers}, len(self.questions)))
         return metrics
 

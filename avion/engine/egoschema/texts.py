@@ -100,8 +100,11 @@ def encode_options(
     if cut:
         logger.warning(
             "%d of %d texts fill the model's %d tokens, what goes beyond is cut off: %.60s ...",
-            len(cut), len(distinct), config.context_length, min(cut),
-        )  # fmt: skip
+            len(cut),
+            len(distinct),
+            config.context_length,
+            min(cut),
+        )
     if not np.isfinite(features.values).all():
         raise UserError("the features of some texts are not finite; use --precision bf16")
     return OptionTexts(unit(features.values), distinct)

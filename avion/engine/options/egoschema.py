@@ -32,14 +32,17 @@ class EgoSchemaOptions(SavedModelOptions, DeviceOptions):
         metavar="N",
     )
     sampling: str = flag(
-        "uniform", "which frames of a video are read; uniform: the middles of equal segments; prefix: the first "
+        "uniform",
+        "which frames of a video are read; uniform: the middles of equal segments; prefix: the first "
         "frames, or as uniform in a shorter video; prefix-hold: the first frames, then the last frame again and again",
         choices=list(VIDEO_SAMPLINGS),
-    )  # fmt: skip
+    )
     prompt: list[str] = flag(
-        [], "templates of the text of an answer option [Is it '{option}']; {option} is the option in lower case, "
-        "{question} the question; the features of several templates are averaged", metavar="TEXT",
-    )  # fmt: skip
+        [],
+        "templates of the text of an answer option [Is it '{option}']; {option} is the option in lower case, "
+        "{question} the question; the features of several templates are averaged",
+        metavar="TEXT",
+    )
     strict: bool = flag(False, "stop at the first video that cannot be read, instead of listing the video")
 
     uid_to_ego4d: str | None = flag(
@@ -56,9 +59,11 @@ class EgoSchemaOptions(SavedModelOptions, DeviceOptions):
     submit_url: str = flag(SUBMISSION_URL, "server that --submit sends the answers to", metavar="URL")
 
     pretrain_model: str = flag(
-        "", "checkpoint of a pretrained or fine-tuned model: a path or hf:owner/repo/file", names=["--resume"],
+        "",
+        "checkpoint of a pretrained or fine-tuned model: a path or hf:owner/repo/file",
+        names=["--resume"],
         metavar="PATH",
-    )  # fmt: skip
+    )
     max_tokens: int = flag(
         0, "patches that are computed at a time, which sets the memory; 0: chosen by the device", whole(0, 2**40)
     )
@@ -67,9 +72,11 @@ class EgoSchemaOptions(SavedModelOptions, DeviceOptions):
     decode_threads: int = other_default(VideoOptions, "decode_threads", 1)
 
     output_dir: str = other_default(
-        RunOptions, "output_dir", "./", "folder of answers, scores and log; scores that an earlier run left there are "
-        "not computed again",
-    )  # fmt: skip
+        RunOptions,
+        "output_dir",
+        "./",
+        "folder of answers, scores and log; scores that an earlier run left there are not computed again",
+    )
     workers: int = other_default(
         RunOptions,
         "workers",

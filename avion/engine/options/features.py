@@ -20,19 +20,23 @@ class FeatureOptions(SavedModelOptions, DeviceOptions):
     TITLE: ClassVar[str] = "features"
 
     videos: str = flag(
-        "", "list of the videos: a CSV with a column video, a text file with a line `file` or `file,start,end` "
+        "",
+        "list of the videos: a CSV with a column video, a text file with a line `file` or `file,start,end` "
         "(seconds) per video, captions, an Ego4D pickle (.pkl) or an EK-100 CSV; without it, --window "
-        "takes all videos below --root", metavar="FILE",
-    )  # fmt: skip
+        "takes all videos below --root",
+        metavar="FILE",
+    )
     root: str = flag(".", "folder of the videos", metavar="DIR")
     checkpoint: str = flag("", "checkpoint of the model: a path or hf:owner/repo/file", metavar="PATH")
     output_dir: str = flag("", "folder of the features; what is finished in it is left as it is", metavar="DIR")
     features: list[str] = flag([], "kinds of features to extract [clip]", choices=FEATURE_KINDS)
     frames: int | None = flag(None, "frames per clip or window [as many as the checkpoint has]", FRAMES)
     window: float | None = flag(
-        None, "length in seconds of windows over the whole videos of the list: a row per window, a file per video",
-        _SECONDS, metavar="S",
-    )  # fmt: skip
+        None,
+        "length in seconds of windows over the whole videos of the list: a row per window, a file per video",
+        _SECONDS,
+        metavar="S",
+    )
     stride: float | None = flag(None, "seconds from window to window [--window]", _SECONDS, metavar="S")
     fps: float | None = flag(
         None, "frames per second of a window, in place of --frames", Number(float, 0, 1000, above=True), metavar="F"
@@ -41,13 +45,16 @@ class FeatureOptions(SavedModelOptions, DeviceOptions):
         False, "write a file per video, with a row per clip of the list; --window does so too", off=""
     )
     texts: str = flag(
-        "", "sentences whose features are written to texts.npz: a text file with a sentence per line, or a CSV with a "
-        "column sentence, narration, caption or text", metavar="FILE",
-    )  # fmt: skip
+        "",
+        "sentences whose features are written to texts.npz: a text file with a sentence per line, or a CSV with a "
+        "column sentence, narration, caption or text",
+        metavar="FILE",
+    )
     format: str = flag(
-        "npz", "file format of the features; npy and pt hold the array alone, for one kind and a file per video",
+        "npz",
+        "file format of the features; npy and pt hold the array alone, for one kind and a file per video",
         choices=FEATURE_FORMATS,
-    )  # fmt: skip
+    )
     dtype: str = flag("fp32", "number format of the features; bf16 is in safetensors and pt only", choices=SHARD_DTYPES)
     shard_size: int = flag(256, "clips per shard, where there is no file per video", COUNT)
     shard: str = flag(

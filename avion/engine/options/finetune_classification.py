@@ -24,9 +24,10 @@ class FinetuneClassificationOptions(TrainingOptions):
     root: str = flag("datasets/EK100/EK100_256p_15sec/", "folder of the videos of both splits", metavar="DIR")
     train_metadata: str = flag(f"{_ANNOTATIONS}/EPIC_100_train.csv", "clips to train on", metavar="FILE")
     val_metadata: str = flag(
-        f"{_ANNOTATIONS}/EPIC_100_validation.csv", "clips to evaluate on; with --evaluate the clips may have no labels",
+        f"{_ANNOTATIONS}/EPIC_100_validation.csv",
+        "clips to evaluate on; with --evaluate the clips may have no labels",
         metavar="FILE",
-    )  # fmt: skip
+    )
     action_metadata: list[str] = flag(
         [], "labelled clips that the list of actions is made from [--train-metadata and --val-metadata]", metavar="FILE"
     )

@@ -30,12 +30,14 @@ class FinetuneRetrievalOptions(CaptionOptions, TrainingOptions):
     train_metadata: str = flag(
         f"{EK100_ANNOTATIONS}/EPIC_100_retrieval_train.csv",
         "clips to train on: a CSV of EPIC-KITCHENS-100, with the sentences in ..._sentence.csv beside this file, or "
-        "captions (docs/data.md)", metavar="FILE",
-    )  # fmt: skip
+        "captions (docs/data.md)",
+        metavar="FILE",
+    )
     val_metadata: str = flag(
         f"{EK100_ANNOTATIONS}/EPIC_100_retrieval_test.csv",
-        "clips to evaluate on, in a file of one of the same kinds; none: no evaluation", metavar="FILE",
-    )  # fmt: skip
+        "clips to evaluate on, in a file of one of the same kinds; none: no evaluation",
+        metavar="FILE",
+    )
     relevancy_path: str = flag(
         f"{EK100_ANNOTATIONS}/relevancy/caption_relevancy_EPIC_100_retrieval_test.pkl",
         "relevancies of the clips to evaluate on; {} in the name stands for train and for test",

@@ -24,21 +24,28 @@ class PretrainOptions(CaptionOptions, TrainingOptions):
     root: str = flag("datasets/Ego4D/videos_320px_15sec/", "folder of the training videos", metavar="DIR")
     root_val: str = flag("datasets/EK100/EK100_320p_15sec/", "folder of the evaluation videos", metavar="DIR")
     train_metadata: str = flag(
-        "datasets/Ego4D/ego4d_train.pkl", "narrations of the training videos: a pickle of Ego4D, or captions in a "
-        ".csv, .jsonl, .json or .parquet file (docs/data.md)", metavar="FILE",
-    )  # fmt: skip
+        "datasets/Ego4D/ego4d_train.pkl",
+        "narrations of the training videos: a pickle of Ego4D, or captions in a "
+        ".csv, .jsonl, .json or .parquet file (docs/data.md)",
+        metavar="FILE",
+    )
     train_metadata_aux: list[str] = flag(
-        [], "files of more narrations or captions, such as those of LaViLa's narrator; the number behind a colon says "
-        "how often an epoch takes each clip (1)", metavar="FILE[:WEIGHT]",
-    )  # fmt: skip
+        [],
+        "files of more narrations or captions, such as those of LaViLa's narrator; the number behind a colon says "
+        "how often an epoch takes each clip (1)",
+        metavar="FILE[:WEIGHT]",
+    )
     root_aux: list[str] = flag(
-        [], "folders of the videos of the first, second, ... file of --train-metadata-aux; -: the folder of --root",
+        [],
+        "folders of the videos of the first, second, ... file of --train-metadata-aux; -: the folder of --root",
         metavar="DIR",
-    )  # fmt: skip
+    )
     val_metadata: str = flag(
-        f"{EK100_ANNOTATIONS}/EPIC_100_retrieval_test.csv", "clips to evaluate on: a CSV of EPIC-KITCHENS-100, or "
-        "captions, of which recall is measured; none: no evaluation", metavar="FILE",
-    )  # fmt: skip
+        f"{EK100_ANNOTATIONS}/EPIC_100_retrieval_test.csv",
+        "clips to evaluate on: a CSV of EPIC-KITCHENS-100, or "
+        "captions, of which recall is measured; none: no evaluation",
+        metavar="FILE",
+    )
     relevancy_path: str = flag(
         f"{EK100_ANNOTATIONS}/relevancy/caption_relevancy_EPIC_100_retrieval_test.pkl",
         "relevancies of the clips to evaluate on",
@@ -50,10 +57,11 @@ class PretrainOptions(CaptionOptions, TrainingOptions):
         choices=["ek100_mir", "egoschema"],
     )
     evaluate_task: str = flag(
-        "ek100_mir", "task of the evaluation; ek100_mir and mir: multi-instance retrieval; egoschema: the error names "
+        "ek100_mir",
+        "task of the evaluation; ek100_mir and mir: multi-instance retrieval; egoschema: the error names "
         "the command that answers EgoSchema",
         choices=["ek100_mir", "mir", "egoschema"],
-    )  # fmt: skip
+    )
     similarity_filename: str | None = flag(
         None,
         "file that the similarities of the last evaluation are written to, for tools/make_submission.py",
@@ -69,9 +77,11 @@ class PretrainOptions(CaptionOptions, TrainingOptions):
     pretrain_zoo: str = flag("openai", "initial weights", choices=["openai", "open_clip", "lavila", "none"])
     pretrain_path: str | None = flag(None, "file of the initial weights, or their tag in open_clip", metavar="PATH")
     pretrain_model: str | None = flag(
-        None, "checkpoint whose weights a new run starts from, in place of --pretrain-zoo and --pretrain-path; "
-        "without --model it sets the model and its sizes: a path or hf:owner/repo/file", metavar="PATH",
-    )  # fmt: skip
+        None,
+        "checkpoint whose weights a new run starts from, in place of --pretrain-zoo and --pretrain-path; "
+        "without --model it sets the model and its sizes: a path or hf:owner/repo/file",
+        metavar="PATH",
+    )
     local_loss: bool = flag(
         False, "each process computes only the rows of its own clips in the loss: the same result with less work"
     )

@@ -65,9 +65,11 @@ class QueryOptions(SavedModelOptions, DeviceOptions):
     top: int = flag(10, "how many moments are shown", COUNT)
     longest: float = flag(30.0, "length in seconds up to which neighbouring windows are merged", _SECONDS, metavar="S")
     template: list[str] = flag(
-        [], "texts in which {} stands for the query, such as '#C C {}', Ego4D's mark of the camera wearer; the mean of "
-        "several counts [{}]", metavar="TEXT",
-    )  # fmt: skip
+        [],
+        "texts in which {} stands for the query, such as '#C C {}', Ego4D's mark of the camera wearer; the mean of "
+        "several counts [{}]",
+        metavar="TEXT",
+    )
     debug: bool = other_default(RunOptions, "debug", False)
 
 
@@ -104,7 +106,8 @@ class ServeOptions(QueryOptions):
     """The options of `tools/search_videos.py serve`."""
 
     host: str = flag(
-        "127.0.0.1", "address that the page is served on; 0.0.0.0 lets everyone in the network search and watch",
+        "127.0.0.1",
+        "address that the page is served on; 0.0.0.0 lets everyone in the network search and watch",
         metavar="ADDRESS",
-    )  # fmt: skip
+    )
     port: int = flag(7860, "port of the page; 0: a free one", Number(int, 0, PORT.high))

@@ -44,19 +44,22 @@ class VideoOptions(Options):
         15, "length of a video chunk in seconds; -1: whole videos", whole(1, 86400, also=(-1,)), metavar="S"
     )
     video_layout: str = flag(
-        "auto", "layout of the video folder: chunks as AVION names them ({video}.mp4/{start}.mp4), chunks as Video "
+        "auto",
+        "layout of the video folder: chunks as AVION names them ({video}.mp4/{start}.mp4), chunks as Video "
         "Mamba Suite names them ({video}/{number}.mp4), or whole videos; auto: found out",
         choices=["auto", "avion", "vms", "whole"],
-    )  # fmt: skip
+    )
     decoder: str = flag(
         "auto",
         "video decoder; auto: PyAV, or decord without PyAV (docs/data.md says why)",
         choices=["auto", "decord", "pyav"],
     )
     video_index: str = flag(
-        "auto", "packet index of the videos (tools/index_videos.py), with which a clip is read without reading the "
-        "container; auto: packets.index in the folder of the videos, where there is one; off: no index", metavar="FILE",
-    )  # fmt: skip
+        "auto",
+        "packet index of the videos (tools/index_videos.py), with which a clip is read without reading the "
+        "container; auto: packets.index in the folder of the videos, where there is one; off: no index",
+        metavar="FILE",
+    )
     decode_threads: int = flag(1, "threads of one video decoder; 0: the decoder chooses", THREADS)
     clip_length: int = flag(4, "frames per clip", FRAMES)
     clip_stride: int = flag(
@@ -65,19 +68,23 @@ class VideoOptions(Options):
         FRAMES,
     )
     frame_sampling: str = flag(
-        "uniform", "which frames of a clip are read; uniform: one frame from each of --clip-length equal segments, as "
+        "uniform",
+        "which frames of a clip are read; uniform: one frame from each of --clip-length equal segments, as "
         "AVION does; strided: every --clip-stride-th frame around the middle of the clip",
         choices=["uniform", "strided"],
-    )  # fmt: skip
+    )
     norm_style: str = flag(
-        "openai", "mean and standard deviation that pixels are normalised with; openai: those of CLIP; openai_legacy: "
+        "openai",
+        "mean and standard deviation that pixels are normalised with; openai: those of CLIP; openai_legacy: "
         "those of AVION and LaViLa with the mistyped mean of red, for their released checkpoints only; timm: those of "
-        "ImageNet", choices=list(NORM_STYLES),
-    )  # fmt: skip
+        "ImageNet",
+        choices=list(NORM_STYLES),
+    )
     fused_decode_crop: bool = flag(
-        False, "crop, resize and convert clips to uint8 RGB in one pass in the data-loading process, and normalise "
+        False,
+        "crop, resize and convert clips to uint8 RGB in one pass in the data-loading process, and normalise "
         "them on the device: less time, memory and copying, the same crops",
-    )  # fmt: skip
+    )
     strict_data: bool = flag(
         False, "stop at the first clip that cannot be read, instead of replacing and reporting the clip"
     )
@@ -90,9 +97,11 @@ class PluginOptions(Options):
     TITLE: ClassVar[str] = "modules of one's own"
 
     plugins: list[str] = flag(
-        [], "modules, or paths of .py files, to import first: they register models and mixers "
-        "(docs/add_a_model.md)", names=["--import"], metavar="MODULE",
-    )  # fmt: skip
+        [],
+        "modules, or paths of .py files, to import first: they register models and mixers (docs/add_a_model.md)",
+        names=["--import"],
+        metavar="MODULE",
+    )
 
 
 @dataclass(frozen=True)
@@ -102,13 +111,17 @@ class CaptionOptions(Options):
     TITLE: ClassVar[str] = "captions of one's own"
 
     caption_columns: list[str] = flag(
-        [], "names of the columns of caption files, where they are not video, start, end and caption, such as "
-        "video=clip_id caption=sentence", metavar="FIELD=COLUMN",
-    )  # fmt: skip
+        [],
+        "names of the columns of caption files, where they are not video, start, end and caption, such as "
+        "video=clip_id caption=sentence",
+        metavar="FIELD=COLUMN",
+    )
     val_fraction: float = flag(
-        0.0, "share of the videos of --train-metadata that are held out; their recall is the evaluation, in place of "
-        "--val-metadata", SHARE_BELOW_1,
-    )  # fmt: skip
+        0.0,
+        "share of the videos of --train-metadata that are held out; their recall is the evaluation, in place of "
+        "--val-metadata",
+        SHARE_BELOW_1,
+    )
 
     def check(self) -> None:
         """Raise UserError where two evaluations are asked for, or the evaluation of nothing."""
@@ -194,9 +207,10 @@ class RunOptions(Options):
     )
     evaluate: bool = flag(False, "evaluate without training", off="")
     overwrite: bool = flag(
-        False, "replace the files that --pickle-filename, --submission or --similarity-filename name where they exist",
+        False,
+        "replace the files that --pickle-filename, --submission or --similarity-filename name where they exist",
         off="",
-    )  # fmt: skip
+    )
     eval_freq: int = flag(1, "epochs between evaluations; the last epoch is always evaluated", COUNT)
     eval_batch_size: int = flag(0, "clips per forward pass in evaluation; 0: as many as --batch-size", COUNT_OR_OFF)
     save_steps: int = flag(
@@ -208,9 +222,11 @@ class RunOptions(Options):
         2, "checkpoints to keep beside the best one: the latest, and those written before it", whole(1, 1000)
     )
     allow_changes: list[str] = flag(
-        [], "what may differ from the checkpoint that the run goes on from, though it makes another run of it "
-        "(docs/checkpoints.md)", choices=OTHER_RUN,
-    )  # fmt: skip
+        [],
+        "what may differ from the checkpoint that the run goes on from, though it makes another run of it "
+        "(docs/checkpoints.md)",
+        choices=OTHER_RUN,
+    )
     print_freq: int = flag(10, "optimizer steps between progress lines", whole(1, 1_000_000_000))
     tensorboard: bool = flag(False, "write metrics to TensorBoard too, in {output-dir}/tensorboard (docs/logging.md)")
     wandb: bool = flag(False, "send metrics to Weights & Biases too")
@@ -230,9 +246,11 @@ class RunOptions(Options):
         names=["-j"],
     )
     data_timeout: float = flag(
-        900.0, "seconds after which data-loading processes that send nothing count as stuck, and the run ends",
-        Number(float, 0, 10**7, above=True), metavar="S",
-    )  # fmt: skip
+        900.0,
+        "seconds after which data-loading processes that send nothing count as stuck, and the run ends",
+        Number(float, 0, 10**7, above=True),
+        metavar="S",
+    )
     seed: int = flag(0, "seed of initialisation, data order and augmentation", SEED)
     debug: bool = flag(False, "show the traceback of every error", off="")
 
@@ -259,9 +277,11 @@ class DeviceOptions(Options):
     world_size: int = flag(1, "number of processes, where neither torchrun nor srun started them", PROCESSES)
     rank: int = flag(0, "number of this process, below --world-size, where neither torchrun nor srun started it", RANK)
     local_rank: int = flag(
-        0, "number of this process on its machine, where neither torchrun nor srun started it", RANK,
+        0,
+        "number of this process on its machine, where neither torchrun nor srun started it",
+        RANK,
         names=["--local_rank"],
-    )  # fmt: skip
+    )
     dist_url: str = flag(
         "env://",
         "where processes meet that neither torchrun nor srun started: env:// or tcp://host:port",

@@ -23,19 +23,25 @@ class ZeroShotOptions(SavedModelOptions, DeviceOptions):
 
     dataset: list[str] = flag([], "benchmarks to run, one after the other", choices=list(ZERO_SHOT))
     pretrain_model: str = flag(
-        "", "checkpoint of a pretrained or fine-tuned model: a path or hf:owner/repo/file", names=["--resume"],
+        "",
+        "checkpoint of a pretrained or fine-tuned model: a path or hf:owner/repo/file",
+        names=["--resume"],
         metavar="PATH",
-    )  # fmt: skip
+    )
     demo_root: str = flag(
-        "", "folder of the embedded demo dataset, which is made where it is missing; all files that are not given are "
-        "the demo dataset's", metavar="DIR",
-    )  # fmt: skip
+        "",
+        "folder of the embedded demo dataset, which is made where it is missing; all files that are not given are "
+        "the demo dataset's",
+        metavar="DIR",
+    )
 
     ek100_root: str = flag(f"{_EK100}/EK100_320p_15sec/", "folder of the videos of EPIC-KITCHENS-100", metavar="DIR")
     ek100_annotations: str = flag(
-        f"{_EK100}/epic-kitchens-100-annotations", "folder of the annotations of EPIC-KITCHENS-100: the CSVs, and "
-        "retrieval_annotations with the retrieval split and its relevancy", metavar="DIR",
-    )  # fmt: skip
+        f"{_EK100}/epic-kitchens-100-annotations",
+        "folder of the annotations of EPIC-KITCHENS-100: the CSVs, and "
+        "retrieval_annotations with the retrieval split and its relevancy",
+        metavar="DIR",
+    )
     egtea_root: str = flag("datasets/EGTEA/cropped_clips/", "folder of the trimmed clips of EGTEA", metavar="DIR")
     egtea_split: str = flag("datasets/EGTEA/test_split1.txt", "clips of EGTEA to classify", metavar="FILE")
     egtea_classes: str = flag("datasets/EGTEA/action_idx.txt", "classes of EGTEA", metavar="FILE")
@@ -50,32 +56,39 @@ class ZeroShotOptions(SavedModelOptions, DeviceOptions):
     egomcq_questions: str = flag("datasets/Ego4D/egomcq.json", "questions of EgoMCQ", metavar="FILE")
     retrieval_root: str = flag("", "folder of the videos of --retrieval-captions", metavar="DIR")
     retrieval_captions: str = flag(
-        "", "clips with captions for text-to-video retrieval: a .csv, .jsonl, .json, .parquet or .pkl file "
-        "(docs/data.md)", metavar="FILE",
-    )  # fmt: skip
+        "",
+        "clips with captions for text-to-video retrieval: a .csv, .jsonl, .json, .parquet or .pkl file (docs/data.md)",
+        metavar="FILE",
+    )
     caption_columns: list[str] = other_default(CaptionOptions, "caption_columns", [])
 
     clip_length: int | None = flag(
-        None, "frames per clip [4 for ek100_mir and egomcq, 16 for classes, those of the checkpoint for retrieval]",
+        None,
+        "frames per clip [4 for ek100_mir and egomcq, 16 for classes, those of the checkpoint for retrieval]",
         FRAMES,
-    )  # fmt: skip
+    )
     clip_stride: int | None = flag(None, "distance between the frames of egtea, in frames of the video [2]", FRAMES)
     num_clips: int | None = flag(None, "windows per clip [10 for egtea, 1 for the others]", whole(1, 1000))
     num_crops: int | None = flag(
         None, "crops per window along the longer side [3 for egtea, 1 for the others]", choices=[1, 3]
     )
     templates: list[str] = flag(
-        [], "texts of a class, in which {} is the name of the class [{}]; the features of several texts are averaged. "
-        "LaViLa's templates of Ego4D are '#C C {}' '#C {}'", metavar="TEXT",
-    )  # fmt: skip
+        [],
+        "texts of a class, in which {} is the name of the class [{}]; the features of several texts are averaged. "
+        "LaViLa's templates of Ego4D are '#C C {}' '#C {}'",
+        metavar="TEXT",
+    )
     egomcq_cosine: bool = flag(
         False, "compare features of length 1 in egomcq, in the place of the features as the model gives them"
     )
 
     output_dir: str = other_default(
-        RunOptions, "output_dir", "./", "folder of metrics, predictions, features and log; features that an earlier "
+        RunOptions,
+        "output_dir",
+        "./",
+        "folder of metrics, predictions, features and log; features that an earlier "
         "run left there are not computed again",
-    )  # fmt: skip
+    )
     batch_size: int = flag(32, "windows and crops of clips per forward pass", COUNT)
     workers: int = other_default(RunOptions, "workers", 8, "data-loading processes per process")
     data_timeout: float = other_default(RunOptions, "data_timeout", 900.0)
@@ -91,9 +104,11 @@ class ZeroShotOptions(SavedModelOptions, DeviceOptions):
     def check(self) -> None:
         """Raise UserError for a flag that no chosen benchmark reads, and where a benchmark lacks its files."""
         readers = {
-            "clip_stride": _STRIDED, "templates": _OF_CLASSES, "egomcq_cosine": ("egomcq",),
+            "clip_stride": _STRIDED,
+            "templates": _OF_CLASSES,
+            "egomcq_cosine": ("egomcq",),
             "caption_columns": ("retrieval",),
-        }  # fmt: skip
+        }
         for name, own in readers.items():
             if self.was_given(name) and self.dataset and not set(own) & set(self.dataset):
                 *others, last = own

@@ -96,7 +96,9 @@ class Task(Generic[T]):
         if features.errors:
             logger.warning(
                 "%d of %d clips cannot be read and are left out of the metrics: %s",
-                len(features.errors), len(features.values), encode.describe(features.errors),
-            )  # fmt: skip
+                len(features.errors),
+                len(features.values),
+                encode.describe(features.errors),
+            )
         if len(features.readable) == 0:
             raise UserError(f"{root_flag} {root}: no clip can be read: {encode.describe(features.errors, 1)}")

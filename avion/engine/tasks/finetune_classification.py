@@ -59,9 +59,14 @@ class FinetuneClassification(Task[FinetuneClassificationOptions]):
     def __init__(self, options: FinetuneClassificationOptions, world: World, checkpoint: Checkpoint | None = None):
         if options.dataset == "demo":
             options = on_demo_dataset(
-                options, "ek100_videos", train_metadata="action_train_csv", val_metadata="action_validation_csv",
-                tail_verbs="tail_verbs", tail_nouns="tail_nouns", unseen_participants="unseen_participants",
-            )  # fmt: skip
+                options,
+                "ek100_videos",
+                train_metadata="action_train_csv",
+                val_metadata="action_validation_csv",
+                tail_verbs="tail_verbs",
+                tail_nouns="tail_nouns",
+                unseen_participants="unseen_participants",
+            )
         super().__init__(options, world, checkpoint)
         if world.is_main:
             predictions.check_run_target(options, options.pickle_filename, "--pickle-filename")
@@ -87,8 +92,13 @@ class FinetuneClassification(Task[FinetuneClassificationOptions]):
             peak, start, end = self.learning_rates()
             logger.info(
                 "learning rates x global batch %d / %d: %g (--lr %g), from %g, to %g",
-                self._global_batch, _BASE_BATCH, peak, options.lr, start, end,
-            )  # fmt: skip
+                self._global_batch,
+                _BASE_BATCH,
+                peak,
+                options.lr,
+                start,
+                end,
+            )
 
     # ---- actions and model -------------------------------------------------------------------
 
@@ -154,8 +164,9 @@ class FinetuneClassification(Task[FinetuneClassificationOptions]):
         if self.clips.verb_class is not None and (unknown := int((action_numbers(self.actions, self.clips) < 0).sum())):
             logger.warning(
                 "%d of %d clips to evaluate are of actions that are not in the list: counted as wrong",
-                unknown, len(self.clips),
-            )  # fmt: skip
+                unknown,
+                len(self.clips),
+            )
         return build_classifier(self.options, self.checkpoint, self.actions)
 
     def saved_flags(self, model: nn.Module) -> dict[str, Any]:
@@ -166,10 +177,15 @@ class FinetuneClassification(Task[FinetuneClassificationOptions]):
         if options.evaluate or not (options.mixup or options.cutmix or options.cutmix_minmax):
             return None
         return VideoMixup(
-            len(self.actions), mixup=options.mixup, cutmix=options.cutmix,
-            cutmix_minmax=tuple(options.cutmix_minmax) or None, prob=options.mixup_prob,
-            switch_prob=options.mixup_switch_prob, mode=options.mixup_mode, smoothing=options.smoothing,
-        )  # fmt: skip
+            len(self.actions),
+            mixup=options.mixup,
+            cutmix=options.cutmix,
+            cutmix_minmax=tuple(options.cutmix_minmax) or None,
+            prob=options.mixup_prob,
+            switch_prob=options.mixup_switch_prob,
+            mode=options.mixup_mode,
+            smoothing=options.smoothing,
+        )
 
     # ---- training ----------------------------------------------------------------------------
 
@@ -184,14 +200,22 @@ class FinetuneClassification(Task[FinetuneClassificationOptions]):
     def train_dataset(self, inputs: ModelInputs) -> Dataset:
         options = self.options
         clips = ClipDataset(
-            self.train_clips, self.store(options.root, "--root"), num_frames=inputs.num_frames,
+            self.train_clips,
+            self.store(options.root, "--root"),
+            num_frames=inputs.num_frames,
             transform=TrainTransform(
-                inputs.img_size, scale=tuple(options.scale_range), norm_style=options.norm_style,
+                inputs.img_size,
+                scale=tuple(options.scale_range),
+                norm_style=options.norm_style,
                 fused=options.fused_decode_crop,
             ),
-            tokenizer=None, train=True, seed=options.seed, sampling=options.frame_sampling, stride=options.clip_stride,
+            tokenizer=None,
+            train=True,
+            seed=options.seed,
+            sampling=options.frame_sampling,
+            stride=options.clip_stride,
             max_replacements=0 if options.strict_data else 10,
-        )  # fmt: skip
+        )
         return LabelledClips(clips, action_numbers(self.actions, self.train_clips))
 
     def mixed(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -234,13 +258,16 @@ class FinetuneClassification(Task[FinetuneClassificationOptions]):
         """All views of the evaluation clips, in the order of their CSV."""
         options = self.options
         return ClipViews(
-            self.clips, self.store(options.root, "--root"), num_frames=inputs.num_frames,
+            self.clips,
+            self.store(options.root, "--root"),
+            num_frames=inputs.num_frames,
             num_clips=options.num_clips,
             transform=CropsTransform(
                 inputs.img_size, options.num_crops, norm_style=options.norm_style, fused=options.fused_decode_crop
             ),
-            sampling=options.frame_sampling, stride=options.clip_stride,
-        )  # fmt: skip
+            sampling=options.frame_sampling,
+            stride=options.clip_stride,
+        )
 
     def evaluate(self, model: nn.Module, precision: Precision, *, one_frame: bool = False) -> dict[str, float]:
         """The accuracies on the evaluation clips.
@@ -292,10 +319,15 @@ class FinetuneClassification(Task[FinetuneClassificationOptions]):
         verbs, nouns = action_marginals(probs, self.columns)
         if options.pickle_filename is not None:
             content = {
-                "narration_id": np.array(ids), "verb_output": verbs, "noun_output": nouns, "action_output": probs,
-                "actions": list(self.actions), "verb_class": self.clips.verb_class,
-                "noun_class": self.clips.noun_class, "errors": {ids[i]: e for i, e in scores.errors.items()},
-            }  # fmt: skip
+                "narration_id": np.array(ids),
+                "verb_output": verbs,
+                "noun_output": nouns,
+                "action_output": probs,
+                "actions": list(self.actions),
+                "verb_class": self.clips.verb_class,
+                "noun_class": self.clips.noun_class,
+                "errors": {ids[i]: e for i, e in scores.errors.items()},
+            }
             predictions.write_of_run(
                 options, options.pickle_filename, predictions.portable_pickle(content), "--pickle-filename"
             )

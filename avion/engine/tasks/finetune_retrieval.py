@@ -55,9 +55,13 @@ class FinetuneRetrieval(RetrievalTask[FinetuneRetrievalOptions]):
         self.pairs, evaluation = _read(options)
         super().__init__(options, world, checkpoint, evaluation=evaluation, similarity_file=options.similarity_filename)
         loss = MaxMarginRankingLoss(
-            options.margin, local_loss=options.local_loss, gather_with_grad=options.gather_with_grad, rank=world.rank,
-            world_size=world.size, weighted=options.relevancy_weighting,
-        )  # fmt: skip
+            options.margin,
+            local_loss=options.local_loss,
+            gather_with_grad=options.gather_with_grad,
+            rank=world.rank,
+            world_size=world.size,
+            weighted=options.relevancy_weighting,
+        )
         self.objective = Contrastive(
             lambda video, text, _, batch: loss(video, text, batch["relevancy"] if options.relevancy_weighting else None)
         )
@@ -86,15 +90,23 @@ class FinetuneRetrieval(RetrievalTask[FinetuneRetrievalOptions]):
     def train_dataset(self, inputs: ModelInputs) -> Dataset:
         options = self.options
         return ClipDataset(
-            self.pairs, self.store(options.root, "--root"), num_frames=inputs.num_frames,
+            self.pairs,
+            self.store(options.root, "--root"),
+            num_frames=inputs.num_frames,
             transform=TrainTransform(
-                inputs.img_size, scale=tuple(options.scale_range), norm_style=options.norm_style,
+                inputs.img_size,
+                scale=tuple(options.scale_range),
+                norm_style=options.norm_style,
                 fused=options.fused_decode_crop,
             ),
-            tokenizer=inputs.tokens, train=True, seed=options.seed, sampling=options.frame_sampling,
-            stride=options.clip_stride, max_replacements=0 if options.strict_data else 10,
+            tokenizer=inputs.tokens,
+            train=True,
+            seed=options.seed,
+            sampling=options.frame_sampling,
+            stride=options.clip_stride,
+            max_replacements=0 if options.strict_data else 10,
             captions=self.pairs.draw if isinstance(self.pairs, ClipsWithPositives) else None,
-        )  # fmt: skip
+        )
 
 
 def _read(options: FinetuneRetrievalOptions) -> tuple[Sequence[Narration] | None, Evaluation]:
@@ -133,8 +145,11 @@ def _read_pairs(options: FinetuneRetrievalOptions) -> ClipsWithPositives:
         )
     logger.info(
         "%d training clips with %.1f sentences of relevancy above %g each; %d without any are skipped",
-        len(pairs), pairs.positives / len(pairs), options.relevancy_threshold, pairs.skipped,
-    )  # fmt: skip
+        len(pairs),
+        pairs.positives / len(pairs),
+        options.relevancy_threshold,
+        pairs.skipped,
+    )
     return pairs
 
 

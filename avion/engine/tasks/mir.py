@@ -67,10 +67,15 @@ class RetrievalTask(Task[T]):
         """The evaluation clips in the order of their file, without texts."""
         options = self.options
         return ClipDataset(
-            self.clips, self.store(self.evaluation.root, self.evaluation.flag), num_frames=inputs.num_frames,
+            self.clips,
+            self.store(self.evaluation.root, self.evaluation.flag),
+            num_frames=inputs.num_frames,
             transform=EvalTransform(inputs.img_size, norm_style=options.norm_style, fused=options.fused_decode_crop),
-            tokenizer=None, train=False, sampling=options.frame_sampling, stride=options.clip_stride,
-        )  # fmt: skip
+            tokenizer=None,
+            train=False,
+            sampling=options.frame_sampling,
+            stride=options.clip_stride,
+        )
 
     def evaluate(self, model: nn.Module, precision: Precision) -> dict[str, float]:
         return self.evaluation.run(self, model, precision)

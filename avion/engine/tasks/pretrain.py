@@ -33,16 +33,23 @@ class Pretrain(RetrievalTask[PretrainOptions]):
     def __init__(self, options: PretrainOptions, world: World, checkpoint: Checkpoint | None = None):
         if options.dataset == "demo":
             options = on_demo_dataset(
-                options, "train_videos", train_metadata="train_pickle", root_val="val_videos", val_metadata="val_csv",
+                options,
+                "train_videos",
+                train_metadata="train_pickle",
+                root_val="val_videos",
+                val_metadata="val_csv",
                 relevancy_path="relevancy",
-            )  # fmt: skip
+            )
         self.check_similarity_file(options, options.similarity_filename, world)
         self.sources, evaluation = _read(options)
         super().__init__(options, world, checkpoint, evaluation=evaluation, similarity_file=options.similarity_filename)
         loss = ClipLoss(
-            local_loss=options.local_loss, gather_with_grad=options.gather_with_grad, cache_labels=True,
-            rank=world.rank, world_size=world.size,
-        )  # fmt: skip
+            local_loss=options.local_loss,
+            gather_with_grad=options.gather_with_grad,
+            cache_labels=True,
+            rank=world.rank,
+            world_size=world.size,
+        )
         self.objective = Contrastive(
             lambda video, text, logit_scale, _: loss(video, text, logit_scale), log_scale_range=_LOG_SCALE_RANGE
         )
@@ -67,14 +74,22 @@ class Pretrain(RetrievalTask[PretrainOptions]):
     def _part(self, source: Source, inputs: ModelInputs, seed: int) -> ClipDataset:
         options = self.options
         return ClipDataset(
-            source.table, self.store(source.root, source.flag), num_frames=inputs.num_frames,
+            source.table,
+            self.store(source.root, source.flag),
+            num_frames=inputs.num_frames,
             transform=TrainTransform(
-                inputs.img_size, scale=tuple(options.scale_range), norm_style=options.norm_style,
+                inputs.img_size,
+                scale=tuple(options.scale_range),
+                norm_style=options.norm_style,
                 fused=options.fused_decode_crop,
             ),
-            tokenizer=inputs.tokens, train=True, seed=seed, sampling=options.frame_sampling,
-            stride=options.clip_stride, max_replacements=0 if options.strict_data else 10,
-        )  # fmt: skip
+            tokenizer=inputs.tokens,
+            train=True,
+            seed=seed,
+            sampling=options.frame_sampling,
+            stride=options.clip_stride,
+            max_replacements=0 if options.strict_data else 10,
+        )
 
 
 def _read(options: PretrainOptions) -> tuple[list[Source], Evaluation]:

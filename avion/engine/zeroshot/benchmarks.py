@@ -62,9 +62,11 @@ class Protocol:
     def with_flags(self, options: ZeroShotOptions) -> "Protocol":
         """The same protocol with what the flags change."""
         given = {
-            "frames": options.clip_length, "windows": options.num_clips, "crops": options.num_crops,
+            "frames": options.clip_length,
+            "windows": options.num_clips,
+            "crops": options.num_crops,
             "stride": options.clip_stride if self.stride else None,
-        }  # fmt: skip
+        }
         return dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
 
 
@@ -95,9 +97,12 @@ class Benchmark:
     def dataset(self, size: int, frames: int) -> Dataset:
         """The views of each clip, (V, 3, T, size, size) uint8."""
         return ClipViews(
-            self.clips, self._store(self.options.video_layout), num_frames=frames, num_clips=self.protocol.windows,
+            self.clips,
+            self._store(self.options.video_layout),
+            num_frames=frames,
+            num_clips=self.protocol.windows,
             transform=CropsTransform(size, self.protocol.crops, fused=True),
-        )  # fmt: skip
+        )
 
     def clip_facts(self) -> list[Any]:
         """What the clips are, as JSON values."""
@@ -122,10 +127,13 @@ class Benchmark:
         if not is_remote(self.root) and not Path(self.root).is_dir():
             raise UserError(f"{self.flag} {self.root}: no such folder; give the folder that the videos are in")
         return VideoStore(
-            self.root, chunk_length=options.video_chunk_length, layout=layout, decoder=options.decoder,
+            self.root,
+            chunk_length=options.video_chunk_length,
+            layout=layout,
+            decoder=options.decoder,
             threads=options.decode_threads,
             index={"auto": "auto", "off": None}.get(options.video_index, options.video_index),
-        )  # fmt: skip
+        )
 
 
 # ---- retrieval ---------------------------------------------------------------------------------
@@ -160,9 +168,11 @@ class Ek100Mir(_Retrieval):
     def _evaluation(self, options: ZeroShotOptions) -> Evaluation:
         folder = Path(options.ek100_annotations) / "retrieval_annotations"
         return Ek100Evaluation(
-            options.ek100_root, "--ek100-root", str(folder / "EPIC_100_retrieval_test.csv"),
+            options.ek100_root,
+            "--ek100-root",
+            str(folder / "EPIC_100_retrieval_test.csv"),
             str(folder / "relevancy/caption_relevancy_EPIC_100_retrieval_test.pkl"),
-        )  # fmt: skip
+        )
 
 
 class Captions(_Retrieval):
@@ -209,9 +219,12 @@ class _Classes(Benchmark):
         classes = mean_of_units(torch.from_numpy(np.asarray(texts, dtype=np.float64)), self._rows).numpy()
         scores = best_view_scores(clips, classes)
         content = _npz(
-            id=np.array(self.ids), scores=scores[readable], label=self.labels, readable=readable,
+            id=np.array(self.ids),
+            scores=scores[readable],
+            label=self.labels,
+            readable=readable,
             class_key=np.array(self.keys),
-        )  # fmt: skip
+        )
         return self._metrics(scores[readable], self.labels[readable]), {f"{self.name}.npz": content}
 
     def _metrics(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -252,9 +265,13 @@ class Egtea(_Classes):
 
     def dataset(self, size, frames):
         return TrimmedClips(
-            self.clips, self._store("whole"), num_frames=frames, stride=self.protocol.stride,
-            windows=self.protocol.windows, transform=CropsTransform(size, self.protocol.crops, fused=True),
-        )  # fmt: skip
+            self.clips,
+            self._store("whole"),
+            num_frames=frames,
+            stride=self.protocol.stride,
+            windows=self.protocol.windows,
+            transform=CropsTransform(size, self.protocol.crops, fused=True),
+        )
 
     def clip_facts(self):
         return list(self.clips)
@@ -276,9 +293,12 @@ class Charades(_Classes):
 
     def dataset(self, size, frames):
         return ClipViews(
-            self.clips, self._store("whole"), num_frames=frames, num_clips=self.protocol.windows,
+            self.clips,
+            self._store("whole"),
+            num_frames=frames,
+            num_clips=self.protocol.windows,
             transform=CropsTransform(size, self.protocol.crops, fused=True),
-        )  # fmt: skip
+        )
 
     def _metrics(self, scores, labels):
         return charades_metrics(scores, labels)
@@ -312,11 +332,13 @@ class EgoMcqQuestions(Benchmark):
         metrics = egomcq_metrics(scores[answered], questions.answers[answered], questions.types[answered])
         rows = {
             questions.ids[i]: {
-                "choice": int(scores[i].argmax()), "answer": int(questions.answers[i]),
-                "type": "inter" if questions.types[i] == EGOMCQ_INTER else "intra", "scores": scores[i].tolist(),
+                "choice": int(scores[i].argmax()),
+                "answer": int(questions.answers[i]),
+                "type": "inter" if questions.types[i] == EGOMCQ_INTER else "intra",
+                "scores": scores[i].tolist(),
             }
             for i in np.flatnonzero(answered)
-        }  # fmt: skip
+        }
         return metrics, {"egomcq.json": (json.dumps(rows) + "\n").encode()}
 
 

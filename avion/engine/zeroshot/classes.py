@@ -84,9 +84,14 @@ def classify_video(
         UserError: The file cannot be read.
     """
     clip = load_clip(
-        path, model.config.num_frames if frames is None else frames, model, start=start, end=end,
-        norm_style=norm_style, decoder=decoder,
-    )  # fmt: skip
+        path,
+        model.config.num_frames if frames is None else frames,
+        model,
+        start=start,
+        end=end,
+        norm_style=norm_style,
+        decoder=decoder,
+    )
     feature = F.normalize(extract(model, clip, ["clip"])["clip"][0].float(), dim=0)  # (E,)
     return classes.to(feature.device) @ feature
 

@@ -115,14 +115,23 @@ class _Run:
         """A text that changes with everything that the features of a benchmark depend on."""
         options = self.options
         settings = {
-            "benchmark": bench.name, "clips": bench.digest(), "root": bench.root, "weights": self.weights,
+            "benchmark": bench.name,
+            "clips": bench.digest(),
+            "root": bench.root,
+            "weights": self.weights,
             "model": {k: v for k, v in dataclasses.asdict(self.model.config).items()},
-            "frames": frames, "stride": bench.protocol.stride, "windows": bench.protocol.windows,
-            "crops": bench.protocol.crops, "batch": batch_size, "norm_style": options.norm_style,
-            "precision": str(self.precision.dtype), "device": self.world.device.type,
-            "decoder": resolve_decoder(options.decoder), "layout": options.video_layout,
+            "frames": frames,
+            "stride": bench.protocol.stride,
+            "windows": bench.protocol.windows,
+            "crops": bench.protocol.crops,
+            "batch": batch_size,
+            "norm_style": options.norm_style,
+            "precision": str(self.precision.dtype),
+            "device": self.world.device.type,
+            "decoder": resolve_decoder(options.decoder),
+            "layout": options.video_layout,
             "chunk": options.video_chunk_length,
-        }  # fmt: skip
+        }
         return fingerprint(nn.Module(), settings)
 
     def _encode_clips(self, bench: Benchmark, dataset: Any, frames: int) -> tuple[np.ndarray, dict[int, str]]:
@@ -137,9 +146,15 @@ class _Run:
         todo = [number for number in range(len(plan)) if number not in set(done)]
         logger.info(
             "%s: %d clips, %d of %d batches read before, %d frames x %d views, %s on %s",
-            bench.name, len(bench.clips), len(done), len(plan), frames, views,
-            str(self.precision.dtype).removeprefix("torch."), world,
-        )  # fmt: skip
+            bench.name,
+            len(bench.clips),
+            len(done),
+            len(plan),
+            frames,
+            views,
+            str(self.precision.dtype).removeprefix("torch."),
+            world,
+        )
         log = FeatureLog(self.folder / "features", bench.name, world.rank, mark)
         own, errors = self._encode_share(bench, dataset, log, plan, todo) if todo else ({}, {})
         found = dict(before)
@@ -158,9 +173,12 @@ class _Run:
         own = todo[world.rank :: world.size]
         # The batches are the same for any number of processes, and a clip is in one of them.
         loader = build_loader(
-            dataset, [plan[k] for k in own], workers=self.options.workers, device=world.device,
+            dataset,
+            [plan[k] for k in own],
+            workers=self.options.workers,
+            device=world.device,
             timeout=self.options.data_timeout,
-        )  # fmt: skip
+        )
         samples = batches_of(loader)
         found: dict[int, Batch] = {}
         errors: dict[int, str] = {}
@@ -183,9 +201,12 @@ class _Run:
             if done % self.options.print_freq == 0 or done == rounds:
                 pace = (time.perf_counter() - start) / done
                 logger.info(
-                    "%s: batch %d of %d, %s left", bench.name, min(done * world.size, len(todo)), len(todo),
+                    "%s: batch %d of %d, %s left",
+                    bench.name,
+                    min(done * world.size, len(todo)),
+                    len(todo),
                     duration(pace * (rounds - done)),
-                )  # fmt: skip
+                )
         return found, errors
 
     def _encode_batch(self, batch: dict[str, Any], rows: list[int], errors: dict[int, str]) -> Batch:
@@ -212,8 +233,11 @@ class _Run:
             raise UserError(f"{bench.flag} {bench.root}: no clip can be read: {encode.describe(errors, 1)}")
         logger.warning(
             "%s: %d of %d clips cannot be read and are left out of the metrics: %s",
-            bench.name, len(errors), len(bench.clips), encode.describe(errors),
-        )  # fmt: skip
+            bench.name,
+            len(errors),
+            len(bench.clips),
+            encode.describe(errors),
+        )
 
     # ---- metrics -------------------------------------------------------------------------------
 

@@ -62,10 +62,14 @@ class FeatureLog:
             append_json(
                 self.index_path,
                 {
-                    "mark": self.mark, "batch": number, "rows": batch.rows, "shape": list(batch.values.shape),
-                    "offset": offset, "crc": zlib.crc32(content),
+                    "mark": self.mark,
+                    "batch": number,
+                    "rows": batch.rows,
+                    "shape": list(batch.values.shape),
+                    "offset": offset,
+                    "crc": zlib.crc32(content),
                 },
-            )  # fmt: skip
+            )
         except OSError as e:
             raise UserError(
                 f"{self.values_path}: cannot be written ({e.strerror}); free space or change --output-dir"

@@ -42,8 +42,10 @@ def same_in_both_ways(path: Path, trials: int = 4, plain_threads: int = 1, index
     rng = np.random.default_rng()
     with open_video(path, "pyav", plain_threads) as plain, indexed(path, index_threads) as quick:
         assert (quick.num_frames, quick.fps, quick.constant_rate) == (
-            plain.num_frames, plain.fps, plain.constant_rate,
-        )  # fmt: skip
+            plain.num_frames,
+            plain.fps,
+            plain.constant_rate,
+        )
         every = range(plain.num_frames)
         np.testing.assert_array_equal(quick.get_frames(every), plain.get_frames(every))
         assert [quick.seconds_of(i) for i in every] == [plain.seconds_of(i) for i in every]
@@ -208,10 +210,15 @@ class TestColumns:
     def test_values_and_widths(self):
         rng = np.random.default_rng()
         cases = [
-            (np.arange(500) * 512 + 7, 0), (np.zeros(3), 0), (rng.integers(0, 200, 50), 1),
-            (np.arange(50) * 10**6 + rng.integers(0, 255, 50), 2), (rng.integers(0, 60000, 90), 2),
-            (rng.integers(-(2**30), 2**30, 90), 4), (rng.integers(-(2**60), 2**60, 90), 8), (np.array([-5]), 0),
-        ]  # fmt: skip
+            (np.arange(500) * 512 + 7, 0),
+            (np.zeros(3), 0),
+            (rng.integers(0, 200, 50), 1),
+            (np.arange(50) * 10**6 + rng.integers(0, 255, 50), 2),
+            (rng.integers(0, 60000, 90), 2),
+            (rng.integers(-(2**30), 2**30, 90), 4),
+            (rng.integers(-(2**60), 2**60, 90), 8),
+            (np.array([-5]), 0),
+        ]
         for values, width in cases:
             values = values.astype(np.int64)
             data = pack(values)

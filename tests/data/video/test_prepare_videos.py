@@ -251,9 +251,21 @@ def test_kill_9_in_a_loop(tmp_path):
     for i in range(6):
         write_video(source / f"v{i}.mp4", 60, first=100 * i)
     command = [
-        sys.executable, str(ROOT / "tools" / "prepare_videos.py"), str(source), str(target),
-        "--layout", "avion", "--chunk-length", "1", "--processes", "2", "--threads", "1", "--preset", "slow",
-    ]  # fmt: skip
+        sys.executable,
+        str(ROOT / "tools" / "prepare_videos.py"),
+        str(source),
+        str(target),
+        "--layout",
+        "avion",
+        "--chunk-length",
+        "1",
+        "--processes",
+        "2",
+        "--threads",
+        "1",
+        "--preset",
+        "slow",
+    ]
     dice, kills = random.Random(3), 0
     for _ in range(4):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -311,8 +323,9 @@ def test_sigterm_ends_it_with_its_processes(tmp_path):
         write_still(tmp_path / "raw" / f"{i}.mp4", 3000)
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "tools" / "prepare_videos.py"), str(tmp_path / "raw"), str(tmp_path / "out")],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     deadline = time.monotonic() + 60
     while not list((tmp_path / "out").glob(".prepare/partial/*/*")) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -374,8 +387,18 @@ def test_a_target_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_the_manifest_is_ordered_and_says_nothing_about_the_run(tmp_path):
-    entry = {"video": "b", "frames": 1, "seconds": 1.0, "source_bytes": 10, "bytes": 5, "files": [["b.mp4", 1, 5]],
-             "cpu_seconds": 0.5, "partial": "x", "state": "0-of-1", "at": 1.0}  # fmt: skip
+    entry = {
+        "video": "b",
+        "frames": 1,
+        "seconds": 1.0,
+        "source_bytes": 10,
+        "bytes": 5,
+        "files": [["b.mp4", 1, 5]],
+        "cpu_seconds": 0.5,
+        "partial": "x",
+        "state": "0-of-1",
+        "at": 1.0,
+    }
     totals = write_manifest(tmp_path, {"b": entry, "a": {**entry, "video": "a", "error": "cut"}})
     lines = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
     assert [line["video"] for line in lines] == ["a", "b"] and not {"partial", "state", "at"} & set(lines[1])
@@ -389,9 +412,13 @@ def test_the_batch_file_gives_each_job_its_shard(raw, tmp_path):
     command = ["bash", str(ROOT / "slurm" / "prepare.sbatch"), str(raw), str(tmp_path / "out"), "-j", "1"]
     for task in ("4", "5"):
         environment = {
-            **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable,
-            "SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "2",
-        }  # fmt: skip
+            **os.environ,
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "PYTHON": sys.executable,
+            "SLURM_ARRAY_TASK_ID": task,
+            "SLURM_ARRAY_TASK_MIN": "4",
+            "SLURM_ARRAY_TASK_COUNT": "2",
+        }
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode in (0, 1), done.stderr
     assert visible_files(tmp_path / "out") == ["a.mp4", "manifest.jsonl", "more/b.mp4", "more/c.mp4", "packets.index"]

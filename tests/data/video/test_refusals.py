@@ -103,8 +103,9 @@ for video in ("gone", "good"):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
         (dataset / "gone.mp4").chmod(0o755)
         assert done.stdout.splitlines() == [
-            "gone True cannot be opened (Permission denied)", "good (2, 64, 96, 3)",
-        ], done.stderr  # fmt: skip
+            "gone True cannot be opened (Permission denied)",
+            "good (2, 64, 96, 3)",
+        ], done.stderr
 
     def test_too_many_open_files_is_no_fault_of_the_video(self, dataset):
         store = VideoStore(dataset)

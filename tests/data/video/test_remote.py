@@ -41,9 +41,13 @@ def server():
 @pytest.fixture(autouse=True)
 def surroundings(server, tmp_path, monkeypatch):
     for name, value in {
-        "AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1", "AVION_CACHE": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1",
-    }.items():  # fmt: skip
+        "AWS_ENDPOINT_URL": server,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AVION_CACHE": str(tmp_path / "cache"),
+        "NO_PROXY": "127.0.0.1",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(remote_module, "FIRST_WAIT_S", 0.01)
 

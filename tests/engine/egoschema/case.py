@@ -26,19 +26,31 @@ def write_egoschema(root: Path) -> SimpleNamespace:
     verbs = ("open", "close", "wash", "cut", "stir", "peel", "pour")
     questions = [
         {
-            "q_uid": uid, "google_drive_id": "x", "question": f"What is done in part {i}?",
+            "q_uid": uid,
+            "google_drive_id": "x",
+            "question": f"What is done in part {i}?",
             **{f"option {k}": f"C {verbs[(i + k) % 7]}s it, then {verbs[(i + k + 2) % 7]}s a Pan" for k in range(5)},
         }
         for i, uid in enumerate(UIDS)
-    ]  # fmt: skip
+    ]
     answers = {uid: i % 5 for i, uid in enumerate(UIDS) if i not in (2, 5)}
     for name, content in (("questions", questions), ("answers", answers), ("sources", SOURCES)):
         (root / f"{name}.json").write_text(json.dumps(content))
     checkpoint = write_checkpoint(root / "model.pt", "TIMEMAMBA_VITT16")
     flags = [
-        "--root", root / "videos", "--questions", root / "questions.json", "--answers", root / "answers.json",
-        "--pretrain-model", checkpoint, "--device", "cpu", "--workers", "0",
-    ]  # fmt: skip
+        "--root",
+        root / "videos",
+        "--questions",
+        root / "questions.json",
+        "--answers",
+        root / "answers.json",
+        "--pretrain-model",
+        checkpoint,
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+    ]
     return SimpleNamespace(
         root=root, questions=questions, answers=answers, checkpoint=checkpoint, flags=[str(f) for f in flags]
     )

@@ -86,9 +86,18 @@ def test_8192_frames_of_a_real_video_of_5400(data, runs, tmp_path, sampling):
     question = {**data.questions[0], "q_uid": "v"}
     (tmp_path / "q.json").write_text(json.dumps([question]))
     status, _, _, log = runs(
-        "--root", tmp_path / "videos", "--questions", tmp_path / "q.json", "--frames", 8192, "--sampling", sampling,
-        "--max-tokens", 2000, without=("--answers", "--root", "--questions"),
-    )  # fmt: skip
+        "--root",
+        tmp_path / "videos",
+        "--questions",
+        tmp_path / "q.json",
+        "--frames",
+        8192,
+        "--sampling",
+        sampling,
+        "--max-tokens",
+        2000,
+        without=("--answers", "--root", "--questions"),
+    )
     assert status == 0, log
     scores = json.loads((tmp_path / "out/egoschema_scores.json").read_text())["scores"]["v"]["8192"]
 
@@ -129,8 +138,15 @@ def test_the_table(data, runs, tmp_path):
     assert lines[0].split() == ["frames", "accuracy", "95", "%", "interval", "right", "answered"]
     for line, count in zip(lines[2:], (4, 16), strict=True):
         f = figures[str(count)]
-        wanted = [str(count), f"{100 * f['accuracy']:.2f}", f"{100 * f['low']:.2f}", "-", f"{100 * f['high']:.2f}",
-                  f"{f['correct']}/5", "7/7"]  # fmt: skip
+        wanted = [
+            str(count),
+            f"{100 * f['accuracy']:.2f}",
+            f"{100 * f['low']:.2f}",
+            "-",
+            f"{100 * f['high']:.2f}",
+            f"{f['correct']}/5",
+            "7/7",
+        ]
         assert line.split() == wanted
     logged = [json.loads(line) for line in (tmp_path / "out/eval_log.txt").read_text().splitlines()]
     assert [(row["frames"], row["sampling"]) for row in logged] == [(4, "uniform"), (16, "uniform")]

@@ -33,19 +33,55 @@ def test_upstreams_command_leads_to_one_that_runs(data, answered, tmp_path, monk
     """All flags of upstream's own script for it, but for the paths."""
     monkeypatch.chdir(tmp_path)
     flags, words = answered(
-        "--root", "s3://ego4d/videos", "--model", "CLIP_TimeMamba_like_timesformer", "--root-val",
-        data.root / "videos", "--output-dir", "work dirs/run", "--video-chunk-length", 15, "--clip-length", 8,
-        "--clip-stride", 16, "--batch-size", 1, "--disable-flash-attn", "--use-fast-conv1", "--freeze-temperature",
-        "--fused-decode-crop", "--fix-lr", "--resume", data.checkpoint, "--evaluate", "--evaluate-task", "egoschema",
-        "--dataset-val", "egoschema", "--val-metadata", data.root / "questions.json", "--workers", 0,
-        "--device", "cpu",
-    )  # fmt: skip
+        "--root",
+        "s3://ego4d/videos",
+        "--model",
+        "CLIP_TimeMamba_like_timesformer",
+        "--root-val",
+        data.root / "videos",
+        "--output-dir",
+        "work dirs/run",
+        "--video-chunk-length",
+        15,
+        "--clip-length",
+        8,
+        "--clip-stride",
+        16,
+        "--batch-size",
+        1,
+        "--disable-flash-attn",
+        "--use-fast-conv1",
+        "--freeze-temperature",
+        "--fused-decode-crop",
+        "--fix-lr",
+        "--resume",
+        data.checkpoint,
+        "--evaluate",
+        "--evaluate-task",
+        "egoschema",
+        "--dataset-val",
+        "egoschema",
+        "--val-metadata",
+        data.root / "questions.json",
+        "--workers",
+        0,
+        "--device",
+        "cpu",
+    )
     assert flags == "--dataset-val egoschema and --evaluate-task egoschema"
     args = parse(EgoSchemaOptions, words, "main_egoschema.py", "")
     assert args.given() == {
-        "pretrain_model", "frames", "root", "questions", "model", "output_dir", "use_flash_attn", "use_fast_conv1",
-        "workers", "device",
-    }  # fmt: skip
+        "pretrain_model",
+        "frames",
+        "root",
+        "questions",
+        "model",
+        "output_dir",
+        "use_flash_attn",
+        "use_fast_conv1",
+        "workers",
+        "device",
+    }
     assert (args.frames, args.use_flash_attn, args.use_fast_conv1, args.sampling) == ([8], False, True, "uniform")
     words[words.index("--model=CLIP_TimeMamba_like_timesformer")] = "--model=TIMEMAMBA_VITT16"  # the case's is tiny
     assert main_egoschema.main(words) == 0, capsys.readouterr().err
@@ -55,15 +91,21 @@ def test_upstreams_command_leads_to_one_that_runs(data, answered, tmp_path, monk
 def test_what_was_not_given_is_left_to_the_defaults(answered, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert answered("--evaluate-task", "egoschema") == (
-        "--evaluate-task egoschema", ["--pretrain-model=CHECKPOINT", "--frames", "4"],
-    )  # fmt: skip
+        "--evaluate-task egoschema",
+        ["--pretrain-model=CHECKPOINT", "--frames", "4"],
+    )
     (tmp_path / "run").mkdir()
     (tmp_path / "run/checkpoint.pt").touch()
     flags, words = answered("--dataset-val=egoschema", "--dataset", "demo", "--output-dir", "run", "--use-bf16")
     assert flags == "--dataset-val egoschema"
     assert set(words) == {
-        "--pretrain-model=run/checkpoint.pt", "--frames", "4", "--dataset=demo", "--output-dir=run", "--use-bf16",
-    }  # fmt: skip
+        "--pretrain-model=run/checkpoint.pt",
+        "--frames",
+        "4",
+        "--dataset=demo",
+        "--output-dir=run",
+        "--use-bf16",
+    }
 
 
 def test_a_file_of_flags_is_answered_too(answered, tmp_path):

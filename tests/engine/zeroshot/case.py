@@ -112,9 +112,14 @@ def _egomcq(root: Path) -> list:
     content = {}
     for i, text in enumerate(texts):
         clips = [
-            {"video_uid": f"uid{(k if i % 2 else 0) % 3}", "clip_start": 0.4 * k + 0.1 * i, "clip_end": 0.4 * k + 1.3,
-             "clip_text": "#C C waits"} for k in range(5)
-        ]  # fmt: skip
+            {
+                "video_uid": f"uid{(k if i % 2 else 0) % 3}",
+                "clip_start": 0.4 * k + 0.1 * i,
+                "clip_end": 0.4 * k + 1.3,
+                "clip_text": "#C C waits",
+            }
+            for k in range(5)
+        ]
         content[str(i)] = question((2 * i) % 5, 1 + i % 2, clips) | {"query": {"clip_text": text}}
     (root / "egomcq.json").write_text(json.dumps(content))
     return ["--egomcq-root", root / "ego4d", "--egomcq-questions", root / "egomcq.json"]

@@ -69,9 +69,15 @@ def test_all_benchmarks_in_one_run(everything):
     )
     files = {p.name for p in everything.iterdir() if p.is_file()}
     assert files - {"run.lock"} == {
-        "eval_log.txt", "train.log", "ek100_mir.npy", "ek100_cls.npz", "egtea.npz", "charades_ego.npz",
-        "egomcq.json", "retrieval.npy",
-    }  # fmt: skip
+        "eval_log.txt",
+        "train.log",
+        "ek100_mir.npy",
+        "ek100_cls.npz",
+        "egtea.npz",
+        "charades_ego.npz",
+        "egomcq.json",
+        "retrieval.npy",
+    }
 
 
 def test_egtea(data, model, everything):
@@ -165,7 +171,7 @@ def test_egomcq_compares_features_as_they_are(data, model, everything, runs, tmp
     for key, row in content.items():
         clips = [
             clip_of(model, store, c["video_uid"], c["clip_start"], c["clip_end"], 4) for c in row["choices"].values()
-        ]  # fmt: skip
+        ]
         query = texts_of(model, [row["query"]["clip_text"]])[0]
         scores = unit(clips) @ unit(query) if cosine else np.stack(clips) @ query
         np.testing.assert_allclose(found[key]["scores"], scores, rtol=1e-4, atol=1e-4)

@@ -32,8 +32,9 @@ def test_a_mean_of_units_by_hand():
 
 def test_the_texts_of_a_class_are_all_names_in_all_templates():
     assert class_texts(["cut {onion}", ["a", "b"]], EGO4D) == [
-        ["#C C cut {onion}", "#C cut {onion}"], ["#C C a", "#C C b", "#C a", "#C b"],
-    ]  # fmt: skip
+        ["#C C cut {onion}", "#C cut {onion}"],
+        ["#C C a", "#C C b", "#C a", "#C b"],
+    ]
 
 
 @pytest.mark.parametrize("name", ["TIMEMAMBA_VITB16", "CLIP_VITB16", "LAVILA_TSF_B16"])
