@@ -1,4 +1,4 @@
-"""Constants that several rooms need. A leaf: imports nothing of the project.
+"""Constants that several rooms need. A leaf: this module imports nothing of the project.
 
 Means and standard deviations are per RGB channel on the 0-255 scale.
 """
@@ -19,6 +19,8 @@ SHARD_DTYPES = ("fp32", "fp16", "bf16")
 
 
 class Normalization(NamedTuple):
+    """The mean and the standard deviation by which clips are normalised, per RGB channel on the 0-255 scale."""
+
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -26,16 +28,17 @@ class Normalization(NamedTuple):
 _CLIP_STD = (68.5005327, 66.6321579, 70.3231631)
 
 NORM_STYLES: dict[str, Normalization] = {
-    # CLIP's own statistics; what Video Mamba Suite trains with.
+    # CLIP's own statistics, with which Video Mamba Suite trains.
     "openai": Normalization((122.7709383, 116.7460125, 104.0937362), _CLIP_STD),
-    # The mistyped red mean that AVION's and LaViLa's checkpoints were trained with: they need it.
+    # AVION's and LaViLa's checkpoints were trained with this mistyped red mean, and need it.
     "openai_legacy": Normalization((108.3272985, 116.7460125, 104.0937362), _CLIP_STD),
-    # ImageNet statistics, as timm uses them.
+    # The statistics of ImageNet, as timm uses them.
     "timm": Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
 }
 
-# What makes a run another run than that of the checkpoint it goes on from: the clips, what the model is given of them,
-# the model, and what it began from. These are the values of --allow-changes.
+# A run that goes on from a checkpoint is another run than before if one of these flags has changed: they say which
+# clips there are, what the model sees of them, which model it is, and what it began from. These are the values of
+# --allow-changes.
 OTHER_RUN = (
     "batch-size", "clip-length", "clip-stride", "dataset", "frame-sampling", "model-args", "pretrain-model",
     "pretrain-path", "pretrain-zoo", "seed", "train-metadata", "val-metadata",

@@ -1,6 +1,6 @@
-"""What the scripts of AVION and Video Mamba Suite know and this project does not, each with where to go.
+"""Names of AVION's and Video Mamba Suite's scripts that this project does not have, each with the place where it is.
 
-A leaf: imports nothing of the project. docs/compatibility.md has the same list.
+A leaf: this module imports nothing of the project. docs/compatibility.md has the same list.
 """
 
 import re
@@ -31,23 +31,52 @@ _PROGRAMS = {r"(main_)?videomae\w*(\.py)?": f"AVION's VideoMAE is not here; {_AV
 
 
 def model_elsewhere(name: str) -> str | None:
-    """Where a model of this name is, if it is one of upstream's that is not here."""
+    """Say where a model of upstream's that is not here can be found.
+
+    Args:
+        name: The name of a model, in any spelling of upstream's.
+
+    Returns:
+        The answer for a message; None where upstream has no such model either.
+    """
     return _answer(_MODELS, name)
 
 
 def program_elsewhere(name: str) -> str | None:
-    """Where a script of this name is, if it is one of upstream's that is not here."""
+    """Say where a script of upstream's that is not here can be found.
+
+    Args:
+        name: The name of a script, with or without .py.
+
+    Returns:
+        The answer for a message; None where upstream has no such script either.
+    """
     return _answer(_PROGRAMS, name)
 
 
 def flag_elsewhere(name: str) -> str | None:
-    """What does the work of a flag of upstream's that is not here."""
+    """Say what does the work of a flag of upstream's that is not here.
+
+    Args:
+        name: The flag, with its dashes.
+
+    Returns:
+        The answer for a message; None where upstream has no such flag either.
+    """
     answer = _FLAGS.get(name)
     return None if answer is None else f"{answer}; {_PAGE}"
 
 
 def value_elsewhere(flag: str, value: str) -> str | None:
-    """Where the value of a flag is, if it is one of upstream's that is not here."""
+    """Say where the value of a flag of upstream's that is not here can be found.
+
+    Args:
+        flag: The flag, with its dashes.
+        value: The value of the flag.
+
+    Returns:
+        The answer for a message; None where upstream has no such value either.
+    """
     answer = _VALUES.get((flag, value))
     return None if answer is None else f"{answer}; {_PAGE}"
 

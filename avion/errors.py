@@ -1,4 +1,6 @@
-"""Mistakes that the user can mend, and how a program tells them. A leaf: imports nothing of the project."""
+"""The error for mistakes that the user can mend, and how a program reports it. A leaf: it imports nothing of the
+project.
+"""
 
 import contextlib
 import os
@@ -17,14 +19,15 @@ _NOT_SHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u061c\u202a
 
 
 def printable(text: str) -> str:
-    """One line of text that a terminal or a log shows as it is, whatever the names in it are made of.
+    """Make one line of a text, which a terminal or a log shows as it is, whatever the names in the text are made of.
 
     Args:
         text: Any text, for example with the name of a file from outside in it.
 
     Returns:
         The text with a code such as `\\n` or `\\x1b` in the place of each character that would end the line, move the
-        cursor or turn the direction of writing. A byte of a file name that is not UTF-8 becomes `\\xff`, say.
+        cursor or turn the direction of writing. A byte of a file name that is not UTF-8 is written as `\\xff`, for
+        example.
     """
     return _NOT_SHOWN.sub(_code_of, text)
 
@@ -39,7 +42,12 @@ def _code_of(found: re.Match[str]) -> str:
 
 
 def say(*lines: str, to_stderr: bool = False) -> None:
-    """Print lines, each as `printable` makes it: what every program does with lines that hold names from outside."""
+    """Print lines, each as `printable` makes it. Programs print this way every line that holds names from outside.
+
+    Args:
+        lines: The lines, without line ends.
+        to_stderr: Whether to print to stderr instead of stdout.
+    """
     for line in lines:
         print(printable(line), file=sys.stderr if to_stderr else sys.stdout, flush=True)
 
@@ -47,9 +55,9 @@ def say(*lines: str, to_stderr: bool = False) -> None:
 class UserError(ValueError):
     """Something given from outside is wrong: a flag, a file, an annotation, a checkpoint.
 
-    The message is one line: which file, which field, what was found, what to do. Programs print it and
-    exit with status 2; `--debug` shows the traceback too. The message is made printable, and is cut in the middle where
-    it is longer than 4,000 characters.
+    The message is one line: which file, which field, what was found, what to do. Programs print the message and exit
+    with status 2; `--debug` shows the traceback too. The message is made printable, and is cut in the middle where it
+    is longer than 4,000 characters.
     """
 
     def __init__(self, message: object = ""):
@@ -60,14 +68,19 @@ class UserError(ValueError):
 
 
 def exit_status(name: str, body: Callable[[], int | None], *, debug: bool = False) -> int:
-    """What the program `name` ends with after `body()`.
+    """Call `body()`, and return the status with which the program ends.
+
+    Args:
+        name: The name of the program, for messages.
+        body: The work of the program; it returns a status or None.
+        debug: Whether a UserError passes, for its traceback.
 
     Returns:
-        The status of the body (None is 0); 2 after a UserError and 130 after Ctrl-C, each told in one line on stderr;
-        141 without a word where nobody reads the output any more (`… | head`).
+        The status that the body returns (0 for None); 2 after a UserError and 130 after Ctrl-C, each reported in one
+        line on stderr; 141, without a message, where nobody reads the output any more (`… | head`).
 
     Raises:
-        UserError: The body raised it, and `debug` is set, for its traceback.
+        UserError: The body raised it, and `debug` is set.
     """
     try:
         with _printing():
@@ -93,8 +106,10 @@ class _NobodyReads(Exception):
 
 @contextlib.contextmanager
 def _printing() -> Iterator[None]:
-    """A context at whose end all that was printed is written; a closed stdout ends it as `_NobodyReads`. A broken pipe
-    of anything else, such as a socket or a child process, passes as it is."""
+    """Flush what was printed when the block is left; a closed stdout ends the block as `_NobodyReads`.
+
+    A broken pipe of anything else, such as a socket or a child process, passes as it is.
+    """
     try:
         yield
         sys.stdout.flush()
@@ -109,8 +124,11 @@ def _printing() -> Iterator[None]:
 
 
 def stdout_is_closed() -> bool:
-    """Whether nobody can read stdout any more. What is left to write is then discarded, so that Python, which flushes
-    stdout once more when it ends, finds nothing to complain about."""
+    """Return whether nobody can read stdout any more.
+
+    If so, what is left to write is discarded: Python flushes stdout once more when it ends, and would complain
+    otherwise.
+    """
     try:
         sys.stdout.flush()
         # A write that failed before may have left nothing to flush.
@@ -143,7 +161,14 @@ def call_programs(names: Mapping[str, str]) -> None:
 
 
 def called_names(text: str) -> str:
-    """A text for people with the programs named as they were called: by their files, or as commands of `avion`."""
+    """Name programs in a text as they were called: by their files, or as commands of `avion`.
+
+    Args:
+        text: A text for people, in which programs are named by their files.
+
+    Returns:
+        The text with the names that `call_programs` was given.
+    """
     for file, name in _names.items():
         pattern = rf"(?<![\w/.-]){re.escape(file)}(?![\w/-])"
         text = re.sub(rf"(torchrun [^\n]*?){pattern}", rf"\1-m {name}", text)

@@ -1,10 +1,10 @@
-"""Read the features that `tools/extract_features.py` wrote, of a file per video or of shards.
+"""Read the features that `tools/extract_features.py` wrote, into shards or into a file per video.
 
     from avion.features import read
     for name, video in read("features/").items():
         print(name, video.clip.shape, video.start[0], video.end[-1], video.valid.all())
 
-Nothing in the files is trusted: arrays are read without pickles, and no member of a file is larger than the file.
+The files are not trusted: arrays are read without pickles, and no member of a file may be larger than the file.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ _LARGEST_SETTINGS = 1 << 20  # bytes
 
 @dataclass(frozen=True)
 class VideoFeatures:
-    """The features of a video: a row per window, or per clip of the list, in the order of time or of the list.
+    """The features of a video: a row per window in the order of time, or a row per clip in the order of the list.
 
     Attributes:
         features: Arrays (n, …) by kind: "clip" (n, E), "frame" (n, T, D), "spatial" (n, N, T, D). The rows that could
             not be read are NaN.
-        start: (n,) float64, when each row begins, in seconds.
-        end: (n,) float64, when each row ends, in seconds; NaN where the list says no end, in a folder of shards.
+        start: (n,) float64, the time at which each row begins, in seconds.
+        end: (n,) float64, the time at which each row ends, in seconds. It is NaN where the list has no end, which only
+            happens in a folder of shards.
         valid: (n,) bool, whether the row could be read.
         ids: The narration_ids of the rows, where the list has them.
     """
@@ -70,11 +71,11 @@ def read(folder: str | os.PathLike) -> FeatureFolder:
 
 
 class FeatureFolder(Mapping[str, VideoFeatures]):
-    """What `read` returns.
+    """The features in a folder, which `read` returns: a mapping from the names of the videos to their features.
 
     Attributes:
         settings: What the features depend on, from `settings.json`.
-        errors: By the name of a video of which nothing could be read, what is wrong with it.
+        errors: For each video of which nothing could be read, what is wrong with it, by the name of the video.
     """
 
     def __init__(self, folder: Path):
@@ -142,7 +143,7 @@ class FeatureFolder(Mapping[str, VideoFeatures]):
         return VideoFeatures({kind: np.stack(values) for kind, values in parts.items()}, start, end, valid, ids)
 
     def _below(self, name: object) -> Path:
-        """A file of this folder. UserError for a name that leads out of the folder."""
+        """Return the path of a file of this folder; a name that leads out of the folder is a UserError."""
         if not isinstance(name, str) or not name or name.startswith("/") or ".." in name.split("/") or "\0" in name:
             raise UserError(f"{self.folder / 'index.jsonl'}: names the file {str(name)[:80]!r}; {_CURE}")
         return self.folder / name
@@ -182,9 +183,14 @@ def _checked(path: Path, arrays: dict[str, np.ndarray]) -> VideoFeatures:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz, .safetensors, .npy or .pt file; the name of a bare array is "".
+    """Read the arrays of an .npz, .safetensors, .npy or .pt file.
 
-    bfloat16 becomes float32, since NumPy has no such type.
+    Args:
+        path: The file.
+
+    Returns:
+        The arrays by name; the name of a bare array is "". An array of bfloat16 becomes float32, since NumPy has no
+        bfloat16.
 
     Raises:
         UserError: The file cannot be read, or holds something else.

@@ -14,8 +14,8 @@ from typing import BinaryIO, cast
 
 from avion.errors import UserError
 
-# What stands at the end of the name of a file that is being written. A process that is killed leaves such a file
-# behind; who holds the folder's lock may delete it.
+# The name of a file that is being written ends so. A process that is killed leaves such a file behind; the process
+# that holds the folder's lock may delete it.
 PARTIAL = ".partial"
 # File systems take 255 bytes. The name of the partial file holds the target's name as far as it fits.
 _LONGEST_NAME, _KEPT_OF_NAME = 255, 200
@@ -28,8 +28,8 @@ def written_whole(
     """Open a file for writing that appears under its name only once it is complete.
 
     The file is written beside `path` under a name that no other process uses. When the block is left, the file is
-    flushed to disk and renamed to `path`: a reader sees the old file or the new one, never a part of it. When the
-    block ends with an exception, `path` is as it was and the partial file is deleted.
+    flushed to disk and renamed to `path`: a reader sees the old file or the new one, never a part of it. When the block
+    ends with an exception, `path` is as it was and the partial file is deleted.
 
     Args:
         path: The target. Its folder must exist.
@@ -40,8 +40,8 @@ def written_whole(
         A binary file, open for writing and seekable.
 
     Raises:
-        UserError: The file cannot be written. Also where a library reports a failed write (a full disk) as an
-            exception of its own, as PyTorch's zip writer does.
+        UserError: The file cannot be written. A failed write (a full disk) is recognised also where a library replaces
+            it by an exception of its own, as PyTorch's zip writer does.
     """
     with partial_file(path, flag=flag, cure=cure) as partial:
         raw = _WatchedFile(partial, "wb")
@@ -56,10 +56,19 @@ def written_whole(
 
 @contextlib.contextmanager
 def partial_file(path: str | os.PathLike[str], *, flag: str = "", cure: str = "change --output-dir") -> Iterator[Path]:
-    """Do what `written_whole` does for libraries that want the path of a file, not an open file.
+    """Open the path of a file for writing, as `written_whole` does, for libraries that take a path and not an open
+    file.
+
+    Args:
+        path: The target. Its folder must exist.
+        flag: The command-line flag that gave the path; error messages begin with it.
+        cure: What the user can do beside freeing space; error messages end with it.
 
     Yields:
         The path to write to. The file does not exist yet; it must exist when the block is left.
+
+    Raises:
+        UserError: The file cannot be written, or the target is a folder.
     """
     target = Path(path)
     partial = partial_name(target)
@@ -84,7 +93,7 @@ def partial_file(path: str | os.PathLike[str], *, flag: str = "", cure: str = "c
 
 
 def _why_not_written(error: Exception) -> str | None:
-    """The operating system's words for a failed write; None for an error of another kind."""
+    """Return the operating system's words for a failed write; None for an error of another kind."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     # safetensors is written in Rust and tells an error of the operating system as text: "Os { code: 28, ...".
@@ -93,7 +102,7 @@ def _why_not_written(error: Exception) -> str | None:
 
 
 def partial_name(target: Path) -> Path:
-    """A new name beside `target` for a file that is being written."""
+    """Return a new name beside `target` for a file that is being written."""
     kept = os.fsdecode(os.fsencode(target.name)[:_KEPT_OF_NAME])
     return target.with_name(f"{kept}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
 
@@ -102,7 +111,8 @@ def remove_partial_files(folder: str | os.PathLike[str], *names: str) -> None:
     """Delete what killed processes left of files that they were writing.
 
     Args:
-        folder: The folder. Nobody else writes files of these names there: the caller holds the folder's lock.
+        folder: The folder. No other process writes files of these names there, because the caller holds the folder's
+            lock.
         names: The names of the files that were being written, as patterns such as "checkpoint*.pt".
     """
     left = re.compile(rf"(.+?)(?:\.\d+-[0-9a-f]{{8}})?{re.escape(PARTIAL)}", re.DOTALL)
@@ -114,7 +124,17 @@ def remove_partial_files(folder: str | os.PathLike[str], *names: str) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, flag: str = "", cure: str = "change --output-dir") -> None:
-    """Write `text` in UTF-8 as `written_whole` does."""
+    """Write a text in UTF-8, whole or not at all.
+
+    Args:
+        path: The target. Its folder must exist.
+        text: The whole content.
+        flag: The command-line flag that gave the path; error messages begin with it.
+        cure: What the user can do beside freeing space; error messages end with it.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
     with written_whole(path, flag=flag, cure=cure) as file:
         file.write(text.encode("utf-8"))
 
@@ -147,7 +167,7 @@ def append_lines(path: str | os.PathLike[str], lines: list[str]) -> None:
 
 
 class _WatchedFile(io.FileIO):
-    """A file that remembers the OSError of a write: libraries in between may replace it by an error of their own."""
+    """A file that remembers the OSError of a write, because a library may replace the error by another exception."""
 
     failure: OSError | None = None
 

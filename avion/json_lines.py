@@ -1,4 +1,4 @@
-"""Logs of one JSON object per line (`log.txt`, `eval_log.txt`, `steps.txt`, indexes): appended to and read in one way.
+"""Logs of one JSON object per line (`log.txt`, `eval_log.txt`, `steps.txt`, indexes) are appended to and read here.
 
 A leaf: this module imports nothing of the project but its errors and its files.
 """
@@ -20,12 +20,12 @@ LARGEST_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class JsonLines:
-    """What was found in a file.
+    """The lines that were found in a file.
 
     Attributes:
-        rows: The objects in the order of their lines, each with its line number, from 1.
-        damaged: The numbers of the lines that hold something else, such as half an object of a process that was
-            killed. Empty lines count neither here nor there.
+        rows: The objects in the order of their lines, each with its line number, counted from 1.
+        damaged: The numbers of the lines that hold something else, such as half an object of a process that was killed.
+            Empty lines are neither objects nor damaged.
     """
 
     rows: list[tuple[int, dict[str, Any]]]
@@ -38,19 +38,30 @@ class JsonLines:
 
 
 def append_json(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one object as a line and flush it to disk. Raises OSError where the file cannot be written."""
+    """Append one object as a line, and flush the line to disk.
+
+    Args:
+        path: The file; it is created where it does not exist.
+        row: The object.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     append_lines(path, [json.dumps(row)])
 
 
 def read_json_lines(path: Path, *, cure: str = "remove the file", after: int = 0) -> JsonLines:
     """Read a file that `append_json` wrote.
 
-    A last line without its end is being written, or never was, and is left out.
+    A last line without a line end is left out: it is being written, or the process that wrote it was killed.
 
     Args:
         path: The file. A file that does not exist has no lines.
         cure: What the user can do about a file that cannot be read; the error message ends with it.
-        after: How many bytes at the beginning of the file to pass over; lines are counted from there.
+        after: The number of bytes at the beginning of the file to pass over; lines are counted from there.
+
+    Returns:
+        The objects, and the numbers of the damaged lines.
 
     Raises:
         UserError: The file cannot be read, or is too large to be a log.

@@ -1,4 +1,4 @@
-"""Numbers that come from outside: which ones a flag or a field of a configuration takes. A leaf."""
+"""Numbers from outside: each flag, and each field of a configuration, states which numbers it takes. A leaf."""
 
 import argparse
 import math
@@ -11,10 +11,17 @@ _SHOWN_CHARACTERS = 40
 
 @dataclass(frozen=True)
 class Number:
-    """The numbers that are allowed: their type, the smallest and the largest. NaN and infinities never are.
+    """A range of numbers that are allowed; NaN and infinities never are.
 
-    `above` and `below`: the smallest (largest) number itself is not allowed. `also`: allowed beside the range.
-    An object is a `type` for argparse: it makes a number of a word.
+    An object of this class is a `type` for argparse: it makes a number of a word.
+
+    Attributes:
+        kind: The type of the number, int or float.
+        low: The smallest number that is allowed.
+        high: The largest number that is allowed.
+        above: Whether `low` itself is not allowed.
+        below: Whether `high` itself is not allowed.
+        also: Numbers that are allowed outside of the range.
     """
 
     kind: type[int] | type[float]
@@ -34,9 +41,16 @@ class Number:
         return low and (value < self.high if self.below else value <= self.high)  # NaN compares as False
 
     def read(self, text: str) -> int | float:
-        """The number that a text says: 3, 1e3, and for floats .5 and 1e-3 too.
+        """Read a number from a text: 3, 1e3, and for floats also .5 and 1e-3.
 
-        Raises ValueError, one line that says what was found and what is allowed.
+        Args:
+            text: The text.
+
+        Returns:
+            The number.
+
+        Raises:
+            ValueError: The text says no number of the range. The message is one line: what was found, what is allowed.
         """
         try:
             value = self._parsed(text)
@@ -54,7 +68,7 @@ class Number:
         return self.kind(text)
 
     def __call__(self, text: str) -> int | float:
-        """As `read`, for argparse."""
+        """Read a number for argparse, as `read` does."""
         try:
             return self.read(text)
         except ValueError as e:
@@ -62,7 +76,7 @@ class Number:
 
     @property
     def range(self) -> str:
-        """In words: "from 1 to 1000", "above 0, up to 1", "from 0 to below 1"."""
+        """The range in words: "from 1 to 1000", "above 0, up to 1", "from 0 to below 1"."""
         low, high = _plain(self.low), _plain(self.high)
         top = f"below {high}" if self.below else high
         words = f"above {low}, {top if self.below else 'up to ' + high}" if self.above else f"from {low} to {top}"
@@ -73,7 +87,7 @@ class Number:
 
 
 def shown(value: object) -> str:
-    """A value from outside as a message shows it: one line of a bounded length."""
+    """Return a value from outside as a message shows it: one line of a bounded length."""
     try:
         text = repr(value)
     except ValueError:  # Python writes no int of more than 4300 digits
@@ -86,11 +100,11 @@ def _plain(value: float) -> str:
 
 
 def whole(low: int, high: int, *, also: tuple[int, ...] = ()) -> Number:
-    """Whole numbers from `low` to `high`, both included, and those of `also`."""
+    """Make the range of whole numbers from `low` to `high`, both included, and the numbers of `also`."""
     return Number(int, low, high, also=also)
 
 
-# What several flags mean alike.
+# Ranges that several flags have in common.
 COUNT = whole(1, 1_000_000)  # how many of something there are, or how often something happens
 COUNT_OR_OFF = whole(0, 1_000_000)
 WORKERS = whole(0, 1024)

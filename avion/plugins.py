@@ -1,4 +1,4 @@
-"""`--import MODULE`: modules of one's own that register models and mixers before a program does its work. A leaf."""
+"""`--import MODULE` imports modules that register models and mixers, before a program does its work. A leaf."""
 
 import importlib.util
 import os

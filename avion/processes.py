@@ -14,7 +14,14 @@ _LOOK_EVERY_S = 1.0
 
 
 def pool(workers: int) -> ProcessPoolExecutor:
-    """A pool of so many processes, which end when this process dies."""
+    """Make a pool of processes, which end when this process dies.
+
+    Args:
+        workers: The number of processes.
+
+    Returns:
+        The pool.
+    """
     # A fork server, Python's choice from 3.14 on, would be the parent, and outlives the process that it serves.
     method = "fork" if sys.platform == "linux" else "spawn"
     context = multiprocessing.get_context(method)

@@ -1,8 +1,8 @@
-"""Files and texts from outside, read in bounded time and memory. A leaf: imports nothing of the project but its errors.
+"""Files and texts from outside are read here in bounded time and memory. A leaf: it imports only the project's errors.
 
-`open_file` and `read_text` stand in for `open` and `Path.read_text` and raise OSError as these do, but never wait for a
-named pipe. `parse_json` and `parse_yaml` stand in for `json.loads` and `yaml.safe_load`: they raise ValueError for
-everything that is no plain data of a sensible size.
+`open_file` and `read_text` take the place of `open` and `Path.read_text`. They raise OSError as these do, but never
+wait for a named pipe. `parse_json` and `parse_yaml` take the place of `json.loads` and `yaml.safe_load`. They raise
+ValueError for everything that is not plain data of a sensible size.
 """
 
 from __future__ import annotations
@@ -51,7 +51,14 @@ def open_file(path: str | os.PathLike[str], mode: str = "rb", **text: Any) -> IO
 
 
 def check_regular(mode: int) -> None:
-    """OSError where a file of this `st_mode` is no regular file; its text says what the file is."""
+    """Refuse a file that is not a regular file.
+
+    Args:
+        mode: The `st_mode` of the file.
+
+    Raises:
+        OSError: The file is something else; the text says what it is.
+    """
     if stat.S_ISREG(mode):
         return
     kinds: tuple[tuple[Callable[[int], bool], str], ...] = (
@@ -67,7 +74,20 @@ def check_regular(mode: int) -> None:
 
 
 def read_text(path: str | os.PathLike[str], *, encoding: str = "utf-8", errors: str = "strict") -> str:
-    """The whole text of a regular file. Raises OSError as `open_file` does, and UnicodeDecodeError."""
+    """Read the whole text of a regular file.
+
+    Args:
+        path: The file.
+        encoding: As `open` takes it.
+        errors: As `open` takes it.
+
+    Returns:
+        The text.
+
+    Raises:
+        OSError: The file cannot be opened or is not a regular file.
+        UnicodeDecodeError: The file does not hold text in this encoding.
+    """
     with open_file(path, "r", encoding=encoding, errors=errors) as file:
         return file.read()
 
@@ -78,16 +98,19 @@ def read_text(path: str | os.PathLike[str], *, encoding: str = "utf-8", errors: 
 def parse_json(
     text: str | bytes, *, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None, nan: bool = False
 ) -> Any:
-    """The value that a JSON text says.
+    """Parse a JSON text.
 
     Args:
         text: The text.
-        pairs: What makes a value of the pairs of an object, as `json.loads` takes it; None: a dict.
+        pairs: The function that makes a value of the pairs of an object, as `json.loads` takes it; None makes a dict.
         nan: Whether NaN and infinities are read, which Python writes but JSON does not have.
 
+    Returns:
+        The value that the text says.
+
     Raises:
-        ValueError: The text is not JSON (json.JSONDecodeError), holds NaN or an infinity though `nan` is False,
-            an integer of more than 1000 digits, or lists in lists more than 100 deep.
+        ValueError: The text is not JSON (json.JSONDecodeError), holds NaN or an infinity though `nan` is False, an
+            integer of more than 1000 digits, or lists in lists more than 100 deep.
     """
     try:
         constant = None if nan else _no_constant
@@ -109,7 +132,13 @@ def _no_constant(name: str) -> float:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value that a YAML text says: mappings, lists, numbers, texts, dates.
+    """Parse a YAML text of mappings, lists, numbers, texts and dates.
+
+    Args:
+        text: The text.
+
+    Returns:
+        The value that the text says.
 
     Raises:
         ValueError: The text is not YAML or is too long, has an alias (`*name`, by which a short text says a huge one),
@@ -135,7 +164,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def _yaml_loader() -> type:
-    """PyYAML's safe loader, with bounds. Made here so that nobody imports PyYAML before it is used."""
+    """Make PyYAML's safe loader with bounds. It is made here so that nobody imports PyYAML before it is used."""
     import yaml
 
     class Bounded(yaml.SafeLoader):
@@ -168,7 +197,15 @@ def _yaml_loader() -> type:
 
 
 def check_npy(file: IO[bytes], size: int) -> None:
-    """ValueError where a .npy file of `size` bytes is none of plain numbers, or has not as many as its header says."""
+    """Refuse a .npy file that does not hold plain numbers, or not as many as its header says.
+
+    Args:
+        file: The file, at its beginning.
+        size: The size of the file in bytes.
+
+    Raises:
+        ValueError: The file holds something else; the text says what.
+    """
     import numpy as np
 
     version = np.lib.format.read_magic(file)
@@ -182,7 +219,18 @@ def check_npy(file: IO[bytes], size: int) -> None:
 
 
 def read_npy(file: IO[bytes], size: int) -> np.ndarray:
-    """The array of a .npy file of `size` bytes. Raises ValueError as `check_npy` does, before the array is made."""
+    """Read the array of a .npy file.
+
+    Args:
+        file: The file, at its beginning.
+        size: The size of the file in bytes.
+
+    Returns:
+        The array.
+
+    Raises:
+        ValueError: As `check_npy` raises it, before the array is made.
+    """
     import numpy as np
 
     check_npy(file, size)
@@ -196,15 +244,18 @@ def read_npy(file: IO[bytes], size: int) -> np.ndarray:
 def check_nesting(
     value: Any, most: int = MOST_NESTED, inside: Mapping[type, Callable[[Any], Iterable[Any]]] | None = None
 ) -> None:
-    """ValueError where lists, dicts, tuples and sets stand in one another more than `most` deep.
+    """Refuse values in which lists, dicts, tuples and sets are nested too deep.
 
     Such a value breaks whatever goes through it by recursion, even the text of an error message. A part that is shared
     is gone through once per level; a container that holds itself is endlessly deep.
 
     Args:
-        value: What was read.
+        value: The value that was read.
         most: The largest depth that is allowed.
-        inside: By type, what gives the values inside of an object of another kind.
+        inside: By type, a function that gives the values inside of an object of another kind.
+
+    Raises:
+        ValueError: The value is nested deeper than `most`.
     """
     parts: dict[type, Callable[[Any], Iterable[Any]]] = {
         list: iter,

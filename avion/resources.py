@@ -13,16 +13,19 @@ RECIPES, SLURM = "recipes", "slurm"
 
 
 def checkout() -> Path | None:
-    """The root of the clone that this package is in; None where the package was installed from a wheel."""
+    """Return the root of the clone that this package is in; None where the package was installed from a wheel."""
     root = Path(__file__).resolve().parents[1]
     return root if (root / "pyproject.toml").is_file() and (root / "main_pretrain.py").is_file() else None
 
 
 def resources(name: str) -> Path:
-    """The folder of the files of one kind.
+    """Find the folder of the files of one kind.
 
     Args:
         name: RECIPES or SLURM.
+
+    Returns:
+        The folder.
 
     Raises:
         UserError: The installation lacks the files, or is a zip file, out of which programs cannot read them.
@@ -35,7 +38,9 @@ def resources(name: str) -> Path:
 
 
 def config_path(path: str | Path) -> Path:
-    """The file behind a path of the form recipes/{name}.yaml, which works in any folder; other paths as they are."""
+    """Find the file behind a path of the form recipes/{name}.yaml, which works in any folder; other paths stay as they
+    are.
+    """
     path = Path(path)
     if path.parts[:1] == (RECIPES,) and not path.exists():
         inside = resources(RECIPES).joinpath(*path.parts[1:])

@@ -1,6 +1,6 @@
-"""Files and folders that a flag names to be written: checked before work begins. A leaf.
+"""Files and folders that a flag names to be written are checked here, before work begins. A leaf.
 
-Hours of work must not end in a name that cannot be written, nor in the place of a file that somebody still needs.
+Hours of work must not end with a name that cannot be written, nor replace a file that somebody still needs.
 """
 
 import os
@@ -27,18 +27,21 @@ def check_target(
     replace_own: bool = False,
     make_folder: bool = False,
 ) -> None:
-    """Raise UserError unless a file can be written as `path`.
+    """Refuse a file that could not be written as `path`, or that must not be replaced.
 
     Args:
         path: The file to be written.
-        flag: The flag or argument that names it, for messages.
-        suffix: What the name must end in, such as ".zip".
+        flag: The flag or argument that names the file, for messages.
+        suffix: The required end of the name, such as ".zip".
         overwrite: Whether an existing file is replaced.
         inputs: Files that the work reads; they are never replaced.
         run_folder: The `--output-dir` of a run, whose own files are never replaced.
-        replace_own: Whether a file that this run has written before, by its `run_folder`, is replaced without being
-            asked: a run that goes on writes its results again.
-        make_folder: Whether the folder of the file is made; otherwise it must exist.
+        replace_own: Whether a file that the run in `run_folder` has written before is replaced without being asked: a
+            run that goes on writes its results again.
+        make_folder: Whether the folder of the file is made; otherwise the folder must exist.
+
+    Raises:
+        UserError: The file cannot be written, or must not be replaced; the message says why.
     """
     target = Path(path)
     where = f"{flag} {path}"
@@ -62,7 +65,15 @@ def check_target(
 
 
 def check_target_folder(path: str | os.PathLike[str], flag: str) -> None:
-    """Raise UserError unless `path` is a folder that can be written to, or can be made. It is made."""
+    """Make a folder, and refuse a name that is not a folder or cannot be written to.
+
+    Args:
+        path: The folder to be written to.
+        flag: The flag or argument that names the folder, for messages.
+
+    Raises:
+        UserError: The folder cannot be made or written to.
+    """
     target, where = Path(path), f"{flag} {path}"
     found = _found(target, where)
     if found is not None and not stat.S_ISDIR(found.st_mode):
@@ -71,21 +82,29 @@ def check_target_folder(path: str | os.PathLike[str], flag: str) -> None:
 
 
 def remember_target(run_folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """Note in the folder of a run that the run has written `path`, so that the run may replace it when it goes on."""
+    """Note in the folder of a run that the run has written `path`, so that the run may replace it when it goes on.
+
+    Args:
+        run_folder: The `--output-dir` of the run.
+        path: The file that was written.
+
+    Raises:
+        OSError: The note cannot be written.
+    """
     found = os.stat(path)
     row = {"path": os.path.realpath(path), "size": found.st_size, "mtime_ns": found.st_mtime_ns}
     append_json(Path(run_folder) / _MEMORY, row)
 
 
 def _has_written(run_folder: Path, target: Path) -> bool:
-    """Whether the last that happened to `target` is that this run wrote it."""
+    """Return whether `target` is as this run wrote it, and nobody has changed it since."""
     found = os.stat(target)
     wanted = {"path": os.path.realpath(target), "size": found.st_size, "mtime_ns": found.st_mtime_ns}
     return wanted in read_json_lines(run_folder / _MEMORY).objects
 
 
 def _found(target: Path, where: str) -> os.stat_result | None:
-    """What stands under this name. UserError where no file of this name can be."""
+    """Return what stands under this name, None where nothing does. A name that no file can have is a UserError."""
     if "\0" in str(target):
         raise UserError(f"{where}: holds a zero byte, which no name of a file has; give another name")
     if len(os.fsencode(target.name)) > _LONGEST_NAME:
@@ -101,7 +120,7 @@ def _found(target: Path, where: str) -> os.stat_result | None:
 
 
 def _check_folder(target: Path, where: str, make: bool) -> None:
-    """See whether a file can be made in the folder of `target`, which is made first if `make` says so."""
+    """Check that a file can be made in the folder of `target`, which is made first where `make` is set."""
     try:
         if make:
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Weights: files opened without running them, checkpoints, models built from them, initial weights, saving."""
+"""Checkpoints and weights: files are opened without running them, models are built from them, loaded and saved."""
 
 from .checkpoint import (
     Checkpoint,

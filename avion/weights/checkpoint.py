@@ -1,6 +1,6 @@
-"""A checkpoint, opened once: its weights, what it says about itself, its head, and the state of the training.
+"""A checkpoint, opened once: its weights, what it says about itself, its classifier head, and its training state.
 
-What loads, and what is reported, is described in docs/checkpoints.md.
+docs/checkpoints.md describes which files load, and what the load report says.
 """
 
 import functools
@@ -67,10 +67,14 @@ class Checkpoint:
     """
 
     def __init__(self, contents: Mapping[str, Any], path: str = "checkpoint"):
-        """A checkpoint of contents that are at hand; `Checkpoint.open` reads a file.
+        """Make a checkpoint of contents that are in memory already; `Checkpoint.open` reads a file.
+
+        Args:
+            contents: The contents, as `read_checkpoint` returns them.
+            path: Where the contents come from, for messages.
 
         Raises:
-            UserError: There are no weights among the contents.
+            UserError: The contents hold no weights.
         """
         self.path = path
         self.contents = contents
@@ -83,45 +87,50 @@ class Checkpoint:
         Args:
             path: The file or the address.
             verify: Whether the whole file is read and compared with the checksums in it, so that a damaged file is
-                refused; without it, weights are read when they are used, and damage to them is not noticed.
+                refused. Without the comparison, weights are read when they are used, and damage to them is not noticed.
+
+        Returns:
+            The checkpoint. Its tensors are on the CPU, memory-mapped where the format allows it.
 
         Raises:
-            UserError: One line, for a file that is missing, damaged, foreign, or asks for anything but data.
+            UserError: The file is missing, damaged or of an unknown format, or asks for anything but data. The message
+                is one line.
         """
         name = os.fspath(path)
         return cls(read_checkpoint(name, verify=verify), name)
 
     @functools.cached_property
     def facts(self) -> CheckpointFacts:
-        """What the checkpoint says about its model and the input that the model was trained on.
+        """What the checkpoint says about its model and about the input that the model was trained on.
 
         Raises:
-            UserError: A field holds something impossible.
+            UserError: A field of the checkpoint holds something impossible.
         """
         return facts_of(self.contents, self.weights, self.path)
 
     @property
     def args(self) -> dict[str, Any]:
-        """The command line of the program that wrote the checkpoint, empty if it is not there."""
+        """The flags of the program that wrote the checkpoint; empty where the checkpoint does not hold them."""
         return saved_args(self.contents)
 
     @property
     def is_classifier(self) -> bool:
-        """Whether the checkpoint is a fine-tuned classifier's: a video tower and a head, no text tower."""
+        """Whether the checkpoint is of a fine-tuned classifier: it has a video tower and a head, and no text tower."""
         return is_classifier(self.weights)
 
     @functools.cached_property
     def head(self) -> Head:
-        """The classes of a fine-tuned classifier.
+        """What the checkpoint says about the classes of a fine-tuned classifier.
 
         Raises:
-            UserError: The checkpoint is another model's, or its list of actions does not fit its weights.
+            UserError: The checkpoint is not of a classifier, or the list of actions in it does not fit the weights in
+                it.
         """
         return read_head(self.contents, self.weights, self.path)
 
     @property
     def training(self) -> TrainingState | None:
-        """The state of the run that wrote the checkpoint, None where the file holds weights alone."""
+        """The training state of the run that wrote the checkpoint; None where the file holds weights alone."""
         found = self.contents
         if found.get("optimizer") is None:
             return None
@@ -142,10 +151,13 @@ class Checkpoint:
         )
 
     def describe(self) -> str:
-        """What is known of the model, the head and the training state, in lines for the screen.
+        """Describe the model, the head and the training state in lines for the screen.
+
+        Returns:
+            One line per fact, joined by newlines.
 
         Raises:
-            UserError: A field holds something impossible.
+            UserError: A field of the checkpoint holds something impossible.
         """
         extra = {}
         if self.is_classifier:
@@ -155,44 +167,59 @@ class Checkpoint:
         return described_checkpoint(self.contents, self.weights, self.facts, extra)
 
     def check_norm_style(self, norm_style: str) -> None:
-        """Raise UserError if the weights were trained on input that was normalised in another way.
+        """Refuse another normalisation of the input than the one that the weights were trained with.
 
-        Says nothing where the checkpoint does not tell.
+        A checkpoint that does not say how its input was normalised is not refused.
+
+        Args:
+            norm_style: The normalisation that is to be used, a key of `avion.constants.NORM_STYLES`.
+
+        Raises:
+            UserError: The weights were trained on input that was normalised in another way.
         """
         check_preprocess(self.facts, norm_style)
 
     def load(self, model: nn.Module, *, strict: bool = True) -> LoadReport:
         """Load the weights into `model`, in place.
 
-        Takes every layout of docs/checkpoints.md but image CLIPs (see `avion.weights.load_pretrained`). Temporal and
-        position embeddings are resized to the model's.
+        Every layout of docs/checkpoints.md is accepted, except that of image CLIPs (see
+        `avion.weights.load_pretrained`). Temporal and position embeddings are resized to those of the model.
 
         Args:
             model: A model of the same sizes.
-            strict: Whether entries that only one side has, and a checkpoint of another activation, residual, mixer or
-                number of heads, are refused. If False they are reported. Other shapes are refused either way.
+            strict: Whether the checkpoint is refused where an entry exists on one side only, or where the activation,
+                the residual, the mixer or the number of heads differs. If False, the report lists these differences. A
+                different shape is refused either way.
+
+        Returns:
+            The report of what was loaded, resized and left out.
 
         Raises:
-            UserError: One line, and then the model is as it was.
+            UserError: The checkpoint does not fit. The model is then unchanged. The message is one line.
         """
         return load_weights(model, self.weights, self.facts, self.path, strict=strict)
 
     def build(self, *, name: str | None = None, **overrides: Any) -> CLIP:
-        """Build the two-tower model that the checkpoint says it is and load it; the report is `model.load_report`.
+        """Build the two-tower model that the checkpoint describes, and load the weights; the report is
+        `model.load_report`.
 
-        Our own checkpoints carry their config; how the model was run (kernels, dropout, gradient checkpointing) is
-        not taken over. Of upstream's, the sizes come from the shapes; heads are width / 64, since no shape shows them.
+        Checkpoints of this project hold the model's configuration. Their kernels, dropout and gradient checkpointing
+        are not taken over, since they say how the model was run. In upstream's checkpoints the sizes come from the
+        shapes of the weights. No shape shows the number of heads: it is width / 64.
 
         Args:
-            name: The model's name, where the checkpoint does not say it: else it comes from `args.model`, else from
-                the layout where that is unambiguous.
-            overrides: Fields of `ModelConfig`, which win over what the checkpoint says; other numbers of frames and
-                other image sizes resize the embeddings. A file that says no number of frames (bare weights of a tower
-                without temporal embedding) needs `num_frames`.
+            name: The registered name of the model, where the checkpoint does not say it. If None, the name comes from
+                `args.model` in the checkpoint, or else from the layout where only one model has this layout.
+            overrides: Fields of `ModelConfig`, which win over what the checkpoint says. Another number of frames or
+                another image size resizes the embeddings. A file that does not say its number of frames (bare weights
+                of a tower without temporal embedding) needs `num_frames`.
+
+        Returns:
+            The model, on the CPU and in training mode.
 
         Raises:
-            UserError: The file does not say enough (the message names the override that is needed), or it is a
-                classifier's.
+            UserError: The file does not say enough (the message names the override that is needed), or it is of a
+                classifier.
         """
         if self.is_classifier:
             raise UserError(f"{self.path}: is a fine-tuned classifier without a text tower, a dual encoder is needed")
@@ -203,16 +230,19 @@ class Checkpoint:
         return model
 
     def build_classifier(self, *, name: str | None = None, dropout: float = 0.0, **overrides: Any) -> VideoClassifier:
-        """Build the classifier that the checkpoint holds and load it; the report is `model.load_report`.
+        """Build the classifier that the checkpoint holds, and load the weights; the report is `model.load_report`.
 
         Args:
-            name: As in `build`. Vanilla and Frozen, and space-time towers, have the same parameters, so upstream's
-                files of divided towers need it.
-            dropout: The dropout before the head.
-            overrides: As in `build`.
+            name: The registered name of the model, as in `build`. Models with vanilla, Frozen and space-time residuals
+                have the same parameters, so upstream's files of divided towers need the name.
+            dropout: The probability of dropout before the head.
+            overrides: Fields of `ModelConfig`, as in `build`.
+
+        Returns:
+            The classifier, on the CPU and in training mode.
 
         Raises:
-            UserError: As `build`, and where the checkpoint has no head.
+            UserError: The file does not say enough, or the checkpoint has no head.
         """
         head = self.head
         chosen, fields = described_model(self.contents, self.weights, self.facts, name, overrides)
@@ -224,7 +254,7 @@ class Checkpoint:
 
 
 def _sums(found: Any) -> dict[str, Any]:
-    """The sums of an epoch if they are what this project writes, else none."""
+    """Return the sums of an epoch if they have the form that this project writes, and no sums otherwise."""
     try:
         meters = {str(name): [float(total), float(count)] for name, (total, count) in found["meters"].items()}
         numbers = {name: float(found[name]) for name in ("seconds", "waited")}
@@ -235,17 +265,54 @@ def _sums(found: Any) -> dict[str, Any]:
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> LoadReport:
-    """`Checkpoint.open(path).load(model)`."""
+    """Load the weights of a file into a model, in place: `Checkpoint.open(path).load(model)`.
+
+    Args:
+        model: A model of the same sizes.
+        path: The file, or `hf:owner/repo/file`.
+        strict: As in `Checkpoint.load`.
+
+    Returns:
+        The report of what was loaded, resized and left out.
+
+    Raises:
+        UserError: The file cannot be read, or does not fit the model, which is then unchanged.
+    """
     return Checkpoint.open(path).load(model, strict=strict)
 
 
 def model_from_checkpoint(path: str | os.PathLike[str], *, name: str | None = None, **overrides: Any) -> CLIP:
-    """`Checkpoint.open(path).build()`: the two-tower model that a checkpoint says it is, in evaluation mode."""
+    """Build the two-tower model that a checkpoint describes: `Checkpoint.open(path).build()`.
+
+    Args:
+        path: The file, or `hf:owner/repo/file`.
+        name: As in `Checkpoint.build`.
+        overrides: As in `Checkpoint.build`.
+
+    Returns:
+        The model with its weights, in evaluation mode.
+
+    Raises:
+        UserError: The file cannot be read, does not say enough, or is of a classifier.
+    """
     return Checkpoint.open(path).build(name=name, **overrides).eval()
 
 
 def classifier_from_checkpoint(
     path: str | os.PathLike[str], *, name: str | None = None, dropout: float = 0.0, **overrides: Any
 ) -> VideoClassifier:
-    """`Checkpoint.open(path).build_classifier()`: the classifier that a checkpoint holds, in evaluation mode."""
+    """Build the classifier that a checkpoint holds: `Checkpoint.open(path).build_classifier()`.
+
+    Args:
+        path: The file, or `hf:owner/repo/file`.
+        name: As in `Checkpoint.build_classifier`.
+        dropout: The probability of dropout before the head.
+        overrides: As in `Checkpoint.build`.
+
+    Returns:
+        The classifier with its weights, in evaluation mode.
+
+    Raises:
+        UserError: The file cannot be read, does not say enough, or has no head.
+    """
     return Checkpoint.open(path).build_classifier(name=name, dropout=dropout, **overrides).eval()

@@ -23,14 +23,20 @@ def described_model(
     name: str | None,
     overrides: Mapping[str, Any],
 ) -> tuple[str, dict[str, Any]]:
-    """The name and the fields of the model that a checkpoint says it is, as `Checkpoint.build` describes.
+    """Find the name and the fields of the model that a checkpoint describes, as `Checkpoint.build` explains.
 
     Args:
-        checkpoint: The checkpoint's contents.
+        checkpoint: The contents of the checkpoint.
         weights: The weights in it under canonical names.
-        facts: What it says about itself.
-        name: The model's name, where the user gave one.
+        facts: What the checkpoint says about itself.
+        name: The name of the model, where the user gave one.
         overrides: Fields that the user gave; they are among the fields that are returned.
+
+    Returns:
+        The registered name, and the fields of `ModelConfig`.
+
+    Raises:
+        UserError: The checkpoint does not say enough, or contradicts `name`; the message says what to give.
     """
     path = facts.path
     if facts.config is not None:
@@ -54,13 +60,16 @@ def described_model(
 def described_checkpoint(
     contents: Mapping[str, Any], weights: Mapping[str, Tensor], facts: CheckpointFacts, extra: Mapping[str, str]
 ) -> str:
-    """What is known of a checkpoint, in lines for the screen.
+    """Describe a checkpoint in lines for the screen.
 
     Args:
-        contents: The checkpoint's contents.
+        contents: The contents of the checkpoint.
         weights: The weights in it under canonical names.
-        facts: What it says about itself.
+        facts: What the checkpoint says about itself.
         extra: Further lines: the name of a fact, and the fact.
+
+    Returns:
+        One line per fact, joined by newlines.
     """
     try:
         model, _ = described_model(contents, weights, facts, None, {})

@@ -38,7 +38,7 @@ def _avion_factory(name: str) -> Callable[..., CLIP]:
             drop_path_rate=drop_path_rate,
             num_frames=num_frames,
             use_fast_conv1=use_fast_conv1,
-            # AVION's other choice is PyTorch's attention module, which chooses the kernel, too.
+            # Where AVION does not use flash attention, PyTorch chooses the kernel, which None says here.
             use_flash_attn=use_flash_attn or None,
             project_embed_dim=project_embed_dim,
         )
@@ -47,11 +47,17 @@ def _avion_factory(name: str) -> Callable[..., CLIP]:
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = (
-        f"`create_model({name!r})` with AVION's arguments and defaults, and initial weights from\n"
-        '    pretrain_zoo ("openai", "open_clip", "lavila", or "none"). An unknown argument is a TypeError.\n'
-        "    use_flash_attn: True fused kernels only, False PyTorch's choice.\n"
-        "    use_quick_gelu: without effect, as in AVION, whose scripts say True and whose models have GELU; the\n"
-        '    other is `create_model(..., act_layer="quick_gelu")`. use_bidirectional_lm: refused if True.'
+        f"Build `create_model({name!r})` with AVION's arguments and defaults, and load initial weights.\n\n"
+        "    Args:\n"
+        '        pretrain_zoo: "openai", "open_clip", "lavila" or "none", as in `avion.weights.load_pretrained`.\n'
+        "        pretrain_path: As in `avion.weights.load_pretrained`.\n"
+        "        use_flash_attn: True: only fused kernels are used; False: PyTorch chooses the kernel.\n"
+        "        use_quick_gelu: Has no effect, as in AVION, whose scripts say True and whose models have GELU.\n"
+        '            A model with QuickGELU is `create_model(..., act_layer="quick_gelu")`.\n'
+        "        use_bidirectional_lm: True is refused.\n\n"
+        "    Raises:\n"
+        "        UserError: The weights cannot be read or do not fit, or use_bidirectional_lm is True.\n"
+        "        TypeError: An argument is unknown.\n    "
     )
     return build
 

@@ -22,17 +22,28 @@ from .layouts import layout_of, sizes_of
 
 
 def few(names: Iterable[str], count: int = 4) -> str:
-    """The first few of many names, for a message."""
+    """Return the first few of many names as a text for a message."""
     names = [name if name.isprintable() else repr(name) for name in names]
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """What a checkpoint says about the model in it and the input that it was trained on; None where unknown.
+    """What a checkpoint says about the model in it and about the input that the model was trained on.
 
-    mean, std: of the normalisation, per RGB channel, on 0-255. img_size in pixels. config: the full config,
-    in our own checkpoints only. layout: see layouts.py.
+    A field is None where the checkpoint does not say it.
+
+    Attributes:
+        path: The path of the checkpoint, for messages.
+        model_name: The canonical name of the model.
+        act_layer: The activation of the MLPs.
+        norm_style: The style of the normalisation, a key of `avion.constants.NORM_STYLES`.
+        mean: The mean that was subtracted, per RGB channel, on the 0-255 scale.
+        std: The standard deviation that the input was divided by, per RGB channel, on the 0-255 scale.
+        num_frames: The number of frames per clip.
+        img_size: The side of the square input, in pixels.
+        config: The full configuration; only checkpoints of this project have it.
+        layout: The name of the layout of the weights (see `avion.weights.layouts`).
     """
 
     model_name: str | None = None
@@ -56,16 +67,20 @@ class CheckpointFacts:
 def facts_of(checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor], path: str) -> CheckpointFacts:
     """Read what a checkpoint says about itself.
 
-    Our own say it in `model_config` and `preprocess`. Of upstream's, `args` give the model and the frames, and the
-    layout the rest: the activation and the normalisation that the layout's program trains with.
+    Checkpoints of this project say it in the fields `model_config` and `preprocess`. In upstream's checkpoints, `args`
+    tells the model and the number of frames. The layout tells the rest: the activation and the normalisation with which
+    the program of this layout trains.
 
     Args:
-        checkpoint: The checkpoint's contents.
+        checkpoint: The contents of the checkpoint.
         weights: The weights in it under canonical names.
-        path: The checkpoint's path, for messages.
+        path: The path of the checkpoint, for messages.
+
+    Returns:
+        The facts; a fact that the checkpoint does not say is None.
 
     Raises:
-        UserError: A field holds something impossible.
+        UserError: A field of the checkpoint holds something impossible.
     """
     layout = layout_of(weights)
     sizes = sizes_of(weights, layout, path) if layout else {}
@@ -105,7 +120,7 @@ def facts_of(checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor], path:
 
 
 def _check_sizes(config: ModelConfig, sizes: Mapping[str, Any], path: str) -> None:
-    """A config that contradicts the weights beside it would build another model, of any size."""
+    """Refuse a configuration that contradicts the weights beside it: it would build another model, of any size."""
     for name, found in sizes.items():
         said = getattr(config, name)
         if name == "dt_rank":
@@ -115,7 +130,7 @@ def _check_sizes(config: ModelConfig, sizes: Mapping[str, Any], path: str) -> No
 
 
 def saved_args(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Upstream's command line, empty if there is none."""
+    """Return the flags that upstream's program saved in a checkpoint; empty where there are none."""
     args = checkpoint.get("args")
     return dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
 
@@ -125,10 +140,10 @@ def _positive(value: Any) -> int | None:
 
 
 def _believable_name(name: Any, layout: Layout | None, weights: Mapping[str, Tensor]) -> str | None:
-    """`args.model` in canonical form; a name that we do not know stays as it is.
+    """Return `args.model` in canonical form; a name that is not registered is returned as it is.
 
-    None where the weights are plainly of another model: upstream's fine-tuning scripts build the model that the
-    pretrained file names, and save an `args.model` that they never used.
+    The result is None where the weights are plainly of another model: upstream's fine-tuning scripts build the model
+    that the pretrained file names, and save an `args.model` that they never used.
     """
     if not isinstance(name, str) or not name.isprintable():
         return None
@@ -160,7 +175,19 @@ def _config_of(fields: Any, path: str) -> ModelConfig:
 
 
 def parse_preprocess(fields: Any, path: str) -> tuple[str | None, Any, Any]:
-    """(norm_style, mean, std) of the field `preprocess`, three times None if there is none."""
+    """Read the field `preprocess` of a checkpoint.
+
+    Args:
+        fields: The content of the field, None where the checkpoint has no such field.
+        path: The path of the checkpoint, for messages.
+
+    Returns:
+        The norm style, and the three means and three standard deviations per RGB channel on the 0-255 scale; three
+        times None where there is no such field.
+
+    Raises:
+        UserError: The field holds something else.
+    """
     if fields is None:
         return None, None, None
     try:
@@ -174,9 +201,16 @@ def parse_preprocess(fields: Any, path: str) -> tuple[str | None, Any, Any]:
 
 
 def check_preprocess(facts: CheckpointFacts, norm_style: str) -> None:
-    """Raise UserError if the weights were trained on input normalised otherwise than `norm_style` does.
+    """Refuse another normalisation of the input than the one that the weights were trained with.
 
-    Says nothing where the checkpoint does not tell.
+    A checkpoint that does not say how its input was normalised is not refused.
+
+    Args:
+        facts: What the checkpoint says about itself.
+        norm_style: The normalisation of this run.
+
+    Raises:
+        UserError: The checkpoint says another normalisation. The message names both red means and the flag to give.
     """
     if facts.mean is None or facts.std is None:
         return
@@ -190,7 +224,7 @@ def check_preprocess(facts: CheckpointFacts, norm_style: str) -> None:
     elif facts.norm_style == "openai":
         why = " (CLIP's own mean, with which Video Mamba Suite trains)"
     known = facts.norm_style in NORM_STYLES
-    cure = f"give --norm-style {facts.norm_style}" if known else "no --norm-style has these figures"
+    cure = f"give --norm-style {facts.norm_style}" if known else "no --norm-style has this mean and deviation"
     raise UserError(
         f"{facts.path}: trained with norm style {facts.norm_style}{why}, red mean {facts.mean[0]:.4f}, "
         f"this run normalises with {norm_style}, red mean {run.mean[0]:.4f}: {cure}"

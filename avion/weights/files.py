@@ -1,10 +1,10 @@
-"""Files of weights in and out, without ever running what is inside.
+"""Files of weights are read and written here, without ever running what is inside of them.
 
-Addresses are local paths or `hf:owner/repo/file` (Hugging Face Hub, through its local cache). safetensors
-files are read by safetensors, TorchScript archives by `avion.weights.torchscript`, everything else by
-`torch.load(weights_only=True)` with three additions: `argparse.Namespace` (upstream's `args`), plain numpy
-numbers (upstream's `best_acc1`), and inert stand-ins for foreign objects in `args` (see `foreign`). Tensors stay
-memory-mapped where the format allows it, so that the optimizer state beside the weights is never read.
+An address is a local path or `hf:owner/repo/file` (Hugging Face Hub, through its local cache). Files of safetensors are
+read by safetensors, TorchScript archives by `avion.weights.torchscript`, and all other files by
+`torch.load(weights_only=True)` with three additions: `argparse.Namespace` (upstream's `args`), plain numpy numbers
+(upstream's `best_acc1`), and inert stand-ins for foreign objects in `args` (see `avion.weights.foreign`). Tensors stay
+memory-mapped where the format allows it, so that the optimizer state beside the weights is not copied into memory.
 """
 
 import argparse
@@ -43,10 +43,18 @@ _METADATA_KEY = "avion"
 
 
 def resolve_path(path: str | os.PathLike) -> Path:
-    """The local file behind a path or an `hf:owner/repo/file` address.
+    """Find the local file behind a path or an `hf:owner/repo/file` address.
 
-    A file already in the hub's cache is used as it is. Raises UserError with one line for a missing file, a
-    malformed address, or a file that can be had neither from the cache nor from the hub.
+    A file that is already in the hub's cache is used without a question to the hub.
+
+    Args:
+        path: The path or the address.
+
+    Returns:
+        The path of a local file.
+
+    Raises:
+        UserError: The file is missing, the address is malformed, or neither the cache nor the hub has the file.
     """
     text = os.fspath(path)
     if text.startswith(HF_PREFIX):
@@ -67,10 +75,19 @@ def _resolve_hub_address(address: str) -> Path:
 
 
 def hub_file(repo: str, filenames: list[str], flag: str = "") -> Path:
-    """The first of `filenames` that `repo` has: from the local cache, else downloaded into it.
+    """Return the first of several files that a repository of the hub has: from the local cache, or else by a download.
 
-    Raises UserError within seconds when there is no network; the hub's own client would retry for half a
-    minute. `flag`, for its message: the one that takes the file's path.
+    Args:
+        repo: The repository, as owner/name.
+        filenames: The names of the files, in the order in which they are tried.
+        flag: The flag that takes the path of such a file, for the message.
+
+    Returns:
+        The path of the file in the hub's cache.
+
+    Raises:
+        UserError: No file can be had. Without a network the error comes within seconds, where the hub's own client
+            would retry for half a minute.
     """
     import huggingface_hub as hub
     import huggingface_hub.constants
@@ -115,7 +132,7 @@ _NUMBERS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b
 
 
 class _NumpyDtype:
-    """Stands for `numpy.dtype` while a checkpoint is read: remembers the code, nothing else."""
+    """Stands for `numpy.dtype` while a checkpoint is read: it remembers the code of the type and nothing else."""
 
     def __init__(self, code: Any, *_: Any) -> None:
         self.code = code if code in _NUMBERS else None
@@ -127,7 +144,7 @@ class _NumpyDtype:
 
 
 def _numpy_number(dtype: Any, data: Any = b"") -> float | int | bool:
-    """Stands for numpy's scalar constructor: a plain Python number."""
+    """Stands for numpy's constructor of scalars: it returns a plain Python number."""
     if not isinstance(dtype, _NumpyDtype) or dtype.code is None or not isinstance(data, bytes):
         raise pickle.UnpicklingError("a numpy scalar that is not a plain number")
     return np.frombuffer(data, np.dtype(dtype.byteorder + dtype.code), count=1)[0].item()
@@ -143,7 +160,8 @@ _SAFE_GLOBALS: list[Any] = [
 
 def extend_torch_load() -> None:
     """Let `torch.load` itself, in the rest of this process, read what upstream's checkpoints hold beside tensors: the
-    flags as `argparse.Namespace`, and numpy's numbers."""
+    flags as `argparse.Namespace`, and the numbers of numpy.
+    """
     scalar = np.float64(0).__reduce__()[0]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # numpy 1's and numpy 2's
     dtypes = [np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
@@ -152,7 +170,7 @@ def extend_torch_load() -> None:
 
 @contextlib.contextmanager
 def _only_these_globals(names: list[Any]) -> Iterator[None]:
-    """`torch.load` reads these names, whatever else this process may have allowed, and afterwards that again."""
+    """Let `torch.load` read these names only, whatever else this process may have allowed, until the block is left."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals(names)
@@ -164,12 +182,22 @@ def _only_these_globals(names: list[Any]) -> Iterator[None]:
 
 
 def read_checkpoint(path: str | os.PathLike, *, verify: bool = True) -> dict[str, Any]:
-    """The contents of a checkpoint, tensors on the CPU, memory-mapped where the format allows it.
+    """Read the contents of a checkpoint.
 
-    A safetensors file gives `state_dict` and, if we wrote it, what stands beside it (`model_config` and the like);
-    a TorchScript archive gives `state_dict`; any other file what `torch.save` put into it, which must be a dict.
-    Raises UserError (one line: file, found, cure) for a missing, empty, shortened or foreign file and for
-    one that asks for anything but data. `verify`: for one that is not what was written, too (`check_integrity`).
+    A safetensors file gives `state_dict` and, where this project wrote the file, the fields beside the weights (such as
+    `model_config`). A TorchScript archive gives `state_dict`. Any other file gives what `torch.save` put into it, which
+    must be a dict.
+
+    Args:
+        path: The path, or an `hf:owner/repo/file` address.
+        verify: Whether a file that is not what was written is refused (`avion.weights.integrity`).
+
+    Returns:
+        The contents by field; tensors are on the CPU, memory-mapped where the format allows it.
+
+    Raises:
+        UserError: The file is missing, empty, cut short, damaged or of an unknown format, or asks for anything but
+            data. The message is one line: which file, what was found, what to do.
     """
     local = resolve_path(path)
     try:
@@ -213,7 +241,7 @@ def _torch_load(path: Path, *, mmap: bool) -> Any:
 
 
 def _check_archive(archive: zipfile.ZipFile, path: Path) -> None:
-    """Refuse a zip that says more than its bytes: PyTorch stores entries one after the other, uncompressed."""
+    """Refuse a zip that states more than its bytes hold: PyTorch stores entries one after the other, uncompressed."""
     # The code of TorchScript is compressed, and never read here.
     entries = [entry for entry in archive.infolist() if "/code/" not in entry.filename]
     packed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
@@ -235,7 +263,7 @@ def _load_weights_only(path: Path, stand_ins: list[Any], *, mmap: bool) -> Any:
 
 
 def _refuse_lookalikes(path: Path) -> None:
-    """Files that are no checkpoint but often sit under a checkpoint's name."""
+    """Refuse files that are not checkpoints but are often found under the name of one."""
     with open_file(path) as file:
         head = file.read(64)
     if not head:
@@ -258,7 +286,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         )
     if isinstance(error, Refused):
         return f"{path}: refused, it holds {text[:160]}: get the checkpoint from its authors"
-    # PyTorch's own text on a malformed pickle advises to switch the safety off.
+    # PyTorch's own text on a malformed pickle tells the user to switch the safety off.
     detail = "malformed pickle" if isinstance(error, pickle.UnpicklingError) else text[:160] or "it ends early"
     return f"{path}: cannot be read, cut short or no checkpoint ({detail}): fetch or write it again"
 
@@ -280,10 +308,17 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def checkpoint_state_dict(checkpoint: Mapping[str, Any], path: str | os.PathLike = "checkpoint") -> dict[str, Tensor]:
-    """The weights by name: `checkpoint["state_dict"]`, or the checkpoint itself if it is a bare state dict.
+    """Return the weights by name: `checkpoint["state_dict"]`, or the checkpoint itself if it is a bare state dict.
 
-    `path` is for messages. Raises UserError if there are none, or if something among them is no dense
-    tensor.
+    Args:
+        checkpoint: The contents of a checkpoint.
+        path: Where the contents come from, for messages.
+
+    Returns:
+        The dense tensors under the names that the file gives them.
+
+    Raises:
+        UserError: There are no weights, or something among them is not a dense tensor.
     """
     weights = checkpoint.get("state_dict", checkpoint)
     if not isinstance(weights, Mapping) or not weights:
@@ -305,7 +340,16 @@ def checkpoint_state_dict(checkpoint: Mapping[str, Any], path: str | os.PathLike
 
 
 def write_safetensors(weights: Mapping[str, Tensor], path: str | os.PathLike, **fields: Any) -> None:
-    """Write `weights` atomically; `fields` (`model_config`, `preprocess`) travel as JSON in the metadata."""
+    """Write a safetensors file, whole or not at all.
+
+    Args:
+        weights: The tensors by name.
+        path: The file; its folder must exist.
+        fields: What stands beside the weights (such as `model_config` and `preprocess`), as JSON in the metadata.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
     metadata = {"format": "pt", _METADATA_KEY: json.dumps(fields)}
     dense = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
     with partial_file(_in_folder(path), cure=_CURE) as partial:
@@ -313,7 +357,15 @@ def write_safetensors(weights: Mapping[str, Tensor], path: str | os.PathLike, **
 
 
 def write_pt(contents: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """`torch.save` to a neighbouring file, then rename: a reader sees the old file or the whole new one."""
+    """Write a file with `torch.save`, whole or not at all: a reader finds the old file or the complete new one.
+
+    Args:
+        contents: The fields of the checkpoint.
+        path: The file; its folder must exist.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
     with written_whole(_in_folder(path), cure=_CURE) as file:
         torch.save(dict(contents), file)
 

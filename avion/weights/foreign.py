@@ -44,10 +44,12 @@ _BEFORE_LEGACY_CONTENTS = 3  # pickles: magic number, version, system
 
 
 class Foreign:
-    """Stands for an object of a class that is not loaded. What the pickle said is kept as it is, and never used.
+    """Stands for an object of a class that is not loaded. What the pickle says is kept as it is, and is never used.
 
-    path: the dotted name of the class or function; args: what it would be called with; state: what it would be given
-    afterwards (None if nothing).
+    Attributes:
+        path: The dotted name of the class or function.
+        args: The arguments that the class or function would be called with.
+        state: The state that the object would be given afterwards; None where there is none.
     """
 
     path: ClassVar[str] = ""
@@ -67,9 +69,10 @@ class Foreign:
 
 
 class Scout:
-    """What the pickle of a `torch.save` file names, and which of its objects it fills as dicts or as lists.
+    """Remembers which names the pickle of a `torch.save` file holds, and which objects it fills as dicts or as lists.
 
-    made: the plain containers that stood in for foreign ones, with their names, once the file was read.
+    Attributes:
+        made: The plain containers that stand in for foreign ones, with the names of these, once the file was read.
     """
 
     def __init__(self) -> None:
@@ -78,11 +81,18 @@ class Scout:
         self.made: list[tuple[Any, str]] = []
 
     def stand_ins(self, known: Iterable[str]) -> list[tuple[Any, str]]:
-        """(class, dotted name) of each foreign name that is not in `known` and may be stood in for."""
+        """Make the classes that stand for foreign names.
+
+        Args:
+            known: The dotted names that PyTorch's reader knows.
+
+        Returns:
+            A class and the dotted name that it stands for, for each name that is not in `known` and may be data.
+        """
         return [(self._stand_in(name), name) for name in sorted(self.names - set(known)) if _may_be_data(name)]
 
     def _stand_in(self, path: str) -> type:
-        """The class that stands for `path`; of a foreign dict or list, one that makes plain containers."""
+        """Make the class that stands for `path`; for a foreign dict or list, a class that makes plain containers."""
         container = self.containers.get(path)
         if container is None:
             return type(path, (Foreign,), {"path": path})
@@ -100,9 +110,10 @@ def _may_be_data(path: str) -> bool:
 
 
 class _Recorder:
-    """Takes the place of every object while a pickle is scouted, and of what functions return.
+    """Takes the place of every object while a pickle is scouted, and of everything that functions return.
 
-    The functions that PyTorch itself calls, and that make more than they are given, are held to what they may make.
+    Functions that PyTorch calls itself, and that make more memory than they are given, are limited in what they may
+    make.
     """
 
     path: ClassVar[str] = ""
@@ -139,7 +150,7 @@ class _Recorder:
 
 
 class _ScoutingUnpickler(Unpickler):
-    """Looks nothing up: each name gives a recorder, each tensor None."""
+    """Looks no name up: each name gives a recorder, and each tensor gives None."""
 
     def __init__(self, file: IO[bytes], size: int, found: Scout) -> None:
         super().__init__(file, size)
@@ -169,9 +180,17 @@ def _hashed_by_identity(key: Any) -> bool:
 
 
 def scout(path: Path) -> Scout:
-    """Go through the pickle of a file that `torch.save` wrote, zip archive or older, and call nothing of it.
+    """Go through the pickle of a file that `torch.save` wrote (a zip archive, or the older format) without calling
+    anything.
 
-    Raises whatever hostile bytes make the reader raise.
+    Args:
+        path: A local file.
+
+    Returns:
+        The names and containers that were found.
+
+    Raises:
+        Exception: Any exception, since hostile bytes can make the reader raise anything.
     """
     found = Scout()
     if zipfile.is_zipfile(path):
@@ -200,9 +219,15 @@ def _check_nesting(contents: Any) -> None:
 
 
 def check_sizes(contents: Any) -> None:
-    """Raise Refused where `contents`, as they were read, are nested too deep or have a tensor far beyond its data.
+    """Refuse contents that are nested too deep, or that have a tensor far beyond its data.
 
-    A stride of 0 lets a few bytes claim any shape, and whoever copies such a tensor would need the memory.
+    A stride of 0 lets a few bytes claim any shape, and a program that copies such a tensor would need the memory.
+
+    Args:
+        contents: The contents of a checkpoint, as they were read.
+
+    Raises:
+        Refused: There is such a tensor or such nesting; the text says what was found.
     """
     _check_nesting(contents)
     seen: set[int] = set()
@@ -220,7 +245,16 @@ def check_sizes(contents: Any) -> None:
 
 
 def refuse_outside_args(contents: Any, found: Scout, path: Path) -> None:
-    """Raise UserError if anything but the field `args` holds a stand-in; `found` is the scout of this file."""
+    """Refuse a file in which anything but the field `args` holds a stand-in.
+
+    Args:
+        contents: The contents of the file, as they were read.
+        found: What `scout` found in this file.
+        path: The path of the file, for messages.
+
+    Raises:
+        UserError: A stand-in stands elsewhere. The message names the field and the foreign name.
+    """
     made = {id(container): name for container, name in found.made}
     plain = isinstance(contents, dict) and id(contents) not in made
     fields = contents.items() if plain else [("it", contents)]
@@ -254,10 +288,14 @@ def refuse_outside_args(contents: Any, found: Scout, path: Path) -> None:
 
 
 def table_columns(table: Any) -> dict[str, list[Any]] | None:
-    """The columns of a foreign `pandas.DataFrame`, by name: numbers and texts.
+    """Return the columns of a foreign `pandas.DataFrame`.
 
-    None where the object is another one, or where its parts are not of the form in which pandas 1.3 to 3 writes plain
-    columns with numbered rows.
+    Args:
+        table: Anything that `args` holds.
+
+    Returns:
+        The numbers and texts of each column by the name of the column. None where the object is no such table, or where
+        its parts are not of the form in which pandas 1.3 to 3 writes plain columns with numbered rows.
     """
     if not isinstance(table, Foreign) or not (table.path.startswith("pandas.") and table.path.endswith(".DataFrame")):
         return None
@@ -284,7 +322,7 @@ def _named(value: Any, *names: str) -> Foreign:
 
 
 def _array(value: Any) -> np.ndarray:
-    """A numpy array of numbers or of Python objects, out of its pickled state."""
+    """Return the numpy array of numbers or of Python objects that a pickled state describes."""
     _, shape, dtype, fortran, raw = _named(value, "_reconstruct").state
     order = "F" if fortran is True else "C"
     if isinstance(raw, list):
@@ -297,7 +335,7 @@ def _array(value: Any) -> np.ndarray:
 
 
 def _index(value: Any) -> list[str]:
-    """The labels of a pandas Index of texts: an array of objects, or a string array of pandas 3."""
+    """Return the labels of a pandas Index of texts: an array of objects, or a string array of pandas 3."""
     data = _named(value, "_new_Index").args[1]["data"]
     state = data.state
     if isinstance(state, dict) and "_pa_array" in state:
@@ -310,7 +348,7 @@ def _index(value: Any) -> list[str]:
 
 
 def _wrapped_array(data: Any) -> Any:
-    """The numpy array inside a string array of pandas 3 without pyarrow."""
+    """Return the numpy array inside a string array of pandas 3 without pyarrow."""
     parts = data.state if isinstance(data.state, tuple) else (data.state,)
     for part in parts:
         part = part.get("_ndarray") if isinstance(part, dict) else part
@@ -320,7 +358,7 @@ def _wrapped_array(data: Any) -> Any:
 
 
 def _arrow_texts(value: Any) -> list[str]:
-    """The texts of one pyarrow array without missing values: offsets and bytes in two buffers."""
+    """Return the texts of one pyarrow array without missing values, which holds offsets and bytes in two buffers."""
     kind, length, missing, start, (valid, offsets, data), *_ = _named(value, "_restore_array").args[0]
     width = {"large_string": "<i8", "string": "<i4"}[_named(kind, "type_for_alias").args[0]]
     if valid is not None or missing not in (0, -1) or not 0 <= start <= start + length < 10**6:
@@ -333,7 +371,7 @@ def _arrow_texts(value: Any) -> list[str]:
 
 
 def _numbered_rows(value: Any) -> int:
-    """The number of rows, where they are numbered from 0."""
+    """Return the number of rows, where the rows are numbered from 0."""
     said = _named(value, "_new_Index").args[1]
     if (said["start"], said["step"]) != (0, 1) or type(said["stop"]) is not int:
         raise ValueError("rows in another order")
@@ -341,7 +379,7 @@ def _numbered_rows(value: Any) -> int:
 
 
 def _places(placement: Any, count: int) -> list[int]:
-    """Which of `count` columns a block holds."""
+    """Return the positions of the columns that a block holds, out of `count` columns."""
     if isinstance(placement, Foreign) and placement.path == "builtins.slice":
         places = range(count)[slice(*placement.args)]
     else:

@@ -1,7 +1,8 @@
-"""The heads of fine-tuned classifiers in checkpoints: our own, and upstream's (`visual.*`, `fc_cls.*`).
+"""The heads of fine-tuned classifiers in checkpoints: those of this project, and upstream's (`visual.*`, `fc_cls.*`).
 
-Our own say in the field `classifier` what their classes are: {"num_classes", "dropout", "actions"}. Upstream's say it
-in `args.mapping_act2v` and `args.mapping_act2n`, and once more in the table `args.actions`; they hold no model name.
+Checkpoints of this project say in the field `classifier` what their classes are: {"num_classes", "dropout", "actions"}.
+Upstream's checkpoints say it in `args.mapping_act2v` and `args.mapping_act2n`, and once more in the table
+`args.actions`; they hold no name of a model.
 """
 
 from collections.abc import Mapping
@@ -18,27 +19,35 @@ from .foreign import table_columns
 
 @dataclass(frozen=True)
 class Head:
-    """What a checkpoint says about its classes. actions: "verb_class:noun_class" each; None where it has no list."""
+    """What a checkpoint says about the classes of its classifier.
+
+    Attributes:
+        num_classes: The number of classes.
+        actions: "verb_class:noun_class" for each class; None where the checkpoint has no list of actions.
+    """
 
     num_classes: int
     actions: tuple[str, ...] | None
 
 
 def is_classifier(weights: Mapping[str, Tensor]) -> bool:
-    """Whether canonical `weights` are a fine-tuned classifier's: a video tower and a head, no text tower."""
+    """Return whether canonical `weights` are of a fine-tuned classifier: a video tower and a head, no text tower."""
     return any(name.startswith("fc_cls.") for name in weights)
 
 
 def read_head(checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor], path: str) -> Head:
-    """The head of a classifier's checkpoint.
+    """Read the head of a classifier's checkpoint.
 
     Args:
-        checkpoint: The checkpoint's contents.
+        checkpoint: The contents of the checkpoint.
         weights: The weights in it under canonical names.
-        path: The checkpoint's path, for messages.
+        path: The path of the checkpoint, for messages.
+
+    Returns:
+        What the checkpoint says about its classes.
 
     Raises:
-        UserError: The checkpoint is another model's, or its list of actions does not fit its weights.
+        UserError: The checkpoint is not of a classifier, or the list of actions in it does not fit the weights in it.
     """
     if not is_classifier(weights):
         raise UserError(
@@ -63,9 +72,9 @@ def read_head(checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor], path
 
 
 def _upstream_actions(args: Mapping[str, Any], count: int, path: str) -> tuple[str, ...] | None:
-    """The actions in upstream's `args`: its two mappings, and where they are absent its table `actions`.
+    """Read the actions in upstream's `args`: the two mappings, or the table `actions` where the mappings are absent.
 
-    A table that can be read must agree with the mappings. None where there is neither.
+    A table that can be read must agree with the mappings. The result is None where there is neither.
     """
     mappings = {name: args[name] for name in ("mapping_act2v", "mapping_act2n") if args.get(name) is not None}
     table = table_columns(args.get("actions")) or {}
@@ -97,7 +106,7 @@ _CURE = "the file was changed, fetch it again"
 
 
 def _numbers_of(mapping: Any, count: int, what: str) -> list[int]:
-    """The values of {0: class, 1: class, ...} for `count` actions."""
+    """Return the values of {0: class, 1: class, ...} for `count` actions."""
     if not isinstance(mapping, Mapping) or len(mapping) != count or any(i not in mapping for i in range(count)):
         found = f"{len(mapping)} entries" if isinstance(mapping, Mapping) else f"a {type(mapping).__name__}"
         raise UserError(f"{what} must give a class for each of the head's {count} actions, found {found}: {_CURE}")

@@ -1,4 +1,4 @@
-"""Models as folders and as repositories of the Hugging Face hub: config.json, model.safetensors and a card."""
+"""Models as folders and as repositories of the Hugging Face hub: config.json, model.safetensors and a model card."""
 
 import json
 import os
@@ -25,7 +25,13 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def preprocess_of(norm_style: str) -> dict[str, Any]:
-    """What a file says about the normalisation of its input.
+    """Return the field `preprocess` of a checkpoint for a style of normalisation.
+
+    Args:
+        norm_style: A key of `avion.constants.NORM_STYLES`.
+
+    Returns:
+        The style with its mean and standard deviation per RGB channel on the 0-255 scale.
 
     Raises:
         UserError: There is no such style.
@@ -36,7 +42,9 @@ def preprocess_of(norm_style: str) -> dict[str, Any]:
 
 
 def write_folder(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write config.json and model.safetensors. The weights' file describes itself: config.json is for other readers.
+    """Write config.json and model.safetensors.
+
+    The file of weights holds the whole description of the model; config.json repeats it for other readers.
 
     Args:
         model: A CLIP or a VideoClassifier with its `preprocess`.
@@ -61,7 +69,10 @@ def open_pretrained(where: str | os.PathLike[str], download: Mapping[str, Any]) 
 
     Args:
         where: A folder, or owner/repo on the hub.
-        download: Arguments of `huggingface_hub.hf_hub_download` for a repository, those that were given.
+        download: The arguments of `huggingface_hub.hf_hub_download` that the user gave, for a repository.
+
+    Returns:
+        The checkpoint.
 
     Raises:
         UserError: There is no such folder or repository, or no such file in it.
@@ -92,14 +103,17 @@ def card(
     licence: str = "",
     title: str = "",
 ) -> ModelCard:
-    """The card of a model: what it is, how it was trained and measured, and how to load it.
+    """Write the model card: what the model is, how it was trained and measured, and how to load it.
 
     Args:
         model: A CLIP or a VideoClassifier with its `preprocess`.
-        recipe: The recipe that trained it, such as table8_row6.
+        recipe: The recipe that trained the model, such as table8_row6.
         metrics: Measured metrics by their names, in percent.
         licence: The licence of the weights, as the hub names licences ("mit"). The data may restrict it.
         title: The heading [the name of the model].
+
+    Returns:
+        The card, which `push_to_hub` uploads as README.md.
     """
     config, preprocess = model.config, plain_preprocess(model.preprocess or {}, "model")
     classifier = isinstance(model, VideoClassifier)

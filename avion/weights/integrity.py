@@ -52,7 +52,7 @@ def _damage(path: Path, found: str) -> UserError:
 
 
 def _damaged(path: Path, archive: zipfile.ZipFile) -> list[str]:
-    """The names of the records that are not what was written."""
+    """Return the names of the records that are not what was written."""
     entries = [entry for entry in archive.infolist() if entry.file_size > 0]
     if all(entry.CRC == 0 for entry in entries):
         return []  # written after torch.serialization.set_crc32_options(False), without checksums
@@ -70,7 +70,9 @@ def _damaged(path: Path, archive: zipfile.ZipFile) -> list[str]:
 
 
 def _checksum(view: memoryview, entry: zipfile.ZipInfo) -> int:
-    """The CRC-32 of the bytes that PyTorch takes for a record, in chunks, so that few pages are needed at a time."""
+    """Compute the CRC-32 of the bytes that PyTorch takes for a record, in chunks, so that few pages are needed at a
+    time.
+    """
     offset, size = entry.header_offset, _LOCAL_HEADER.size
     signature, *_, name, extra = _LOCAL_HEADER.unpack(view[offset : offset + size])
     first = offset + size + name + extra

@@ -1,13 +1,13 @@
-"""Which project a state dict comes from, and how its names and shapes map to ours.
+"""Tells which project a state dict comes from, and maps its names and shapes to those of this project.
 
-Pure functions on dicts of tensors. Layouts, told apart by names alone:
+These are pure functions on dicts of tensors. The names alone tell the layouts apart:
 
-    divided  Video Mamba Suite and ours: `visual.blocks.i.{attn,timeattn}.Wqkv` or `.time_mamba`, `textual.`
+    divided  Video Mamba Suite and this project: `visual.blocks.i.{attn,timeattn}.Wqkv` or `.time_mamba`, `textual.`
     joint    AVION's ViT: `visual.transformer.resblocks.i`, `visual.temporal_embedding`, `textual.`
     lavila   LaViLa-CLIP: `visual.blocks.i.attn.qkv`, the text tower at the top
     clip     image CLIP (OpenAI, open_clip): `visual.transformer.resblocks.i`, `visual.proj`, text at the top
 
-D width, N patches, T frames, P patch size, C channels, E embedding.
+In shapes, D is the width, N patches, T frames, P the patch size, C channels, and E the size of the embedding.
 """
 
 import math
@@ -44,7 +44,7 @@ IMAGE_CLIP = Layout(
 
 
 def layouts() -> list[Layout]:
-    """The layouts of all registered towers, and that of image CLIPs."""
+    """Return the layouts of all registered towers, and the layout of image CLIPs."""
     return [*(tower.layout for tower in towers() if tower.layout is not None), IMAGE_CLIP]
 
 
@@ -52,11 +52,19 @@ def layouts() -> list[Layout]:
 
 
 def canonical(state_dict: Mapping[str, Tensor], path: str = "checkpoint") -> dict[str, Tensor]:
-    """The same tensors under our names: one name per parameter, conv1 as (D, C, P, P).
+    """Return the same tensors under canonical names: one name per parameter, and conv1 as (D, C, P, P).
 
     The prefixes of DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) are stripped.
 
-    Raises UserError if two entries end up under one name.
+    Args:
+        state_dict: The tensors under the names of any known layout.
+        path: Where the tensors come from, for messages.
+
+    Returns:
+        The tensors under canonical names.
+
+    Raises:
+        UserError: Two entries would have the same name.
     """
     weights: dict[str, Tensor] = {}
     for saved, value in state_dict.items():
@@ -70,14 +78,21 @@ def canonical(state_dict: Mapping[str, Tensor], path: str = "checkpoint") -> dic
 
 
 def layout_of(weights: Mapping[str, Tensor]) -> Layout | None:
-    """The layout that canonical `weights` are in, None if they are of no known one."""
+    """Return the layout of canonical `weights`; None where no known layout fits."""
     return next((layout for layout in layouts() if layout.fits(weights)), None)
 
 
 def likely_models(weights: Mapping[str, Tensor], layout: Layout) -> list[str]:
-    """Registered models that these weights can belong to, narrowed to those of the same sizes if there are any.
+    """Return the registered models that these weights can belong to, only those of the same sizes if there are any.
 
     Some models have the same parameters, such as those with vanilla and with Frozen residuals.
+
+    Args:
+        weights: The weights under canonical names.
+        layout: The layout of the weights.
+
+    Returns:
+        The registered names.
     """
     tower = find_tower(layout.name)
     configs = [model_config(name) for name in list_models()]
@@ -94,10 +109,21 @@ def likely_models(weights: Mapping[str, Tensor], layout: Layout) -> list[str]:
 
 
 def sizes_of(weights: Mapping[str, Tensor], layout: Layout, path: str) -> dict[str, Any]:
-    """The fields of `ModelConfig` that the shapes of canonical `weights` tell.
+    """Read the fields of `ModelConfig` that the shapes of canonical weights tell.
 
-    Numbers of heads cannot be seen in shapes. Fields whose parameters are absent (a video tower without
-    a text tower) are left out. Raises UserError for a shape that no model has.
+    No shape tells a number of heads. Fields whose parameters are absent (a video tower without a text tower) are left
+    out.
+
+    Args:
+        weights: The weights under canonical names.
+        layout: The layout of the weights.
+        path: The path of the checkpoint, for messages.
+
+    Returns:
+        Values by the name of the field.
+
+    Raises:
+        UserError: A weight has a shape that no model has.
     """
 
     def shape(name: str, ndim: int) -> tuple[int, ...] | None:
@@ -133,7 +159,7 @@ def sizes_of(weights: Mapping[str, Tensor], layout: Layout, path: str) -> dict[s
 
 
 def _grid_side(weights: Mapping[str, Tensor], name: str, path: str) -> int:
-    """Patches along one side of the image, from a position embedding (…, 1 + N, D)."""
+    """Return the number of patches along one side of the image, from a position embedding (…, 1 + N, D)."""
     found = tuple(weights[name].shape)
     side = math.isqrt(max(found[-2] - 1, 0)) if len(found) > 1 else 0
     if side < 1 or side * side != found[-2] - 1:
@@ -148,7 +174,7 @@ def _count_blocks(weights: Mapping[str, Tensor], prefix: str) -> int:
 
 @dataclass
 class Fit:
-    """What of a state dict can be put into a model, and what cannot."""
+    """What of a state dict can be loaded into a model, and what cannot."""
 
     values: dict[str, Tensor] = field(default_factory=dict)
     resized: list[str] = field(default_factory=list)
@@ -158,11 +184,18 @@ class Fit:
 
 
 def fit(weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Fit:
-    """Match canonical `weights` with a model's state dict `target`, which stays untouched.
+    """Match canonical weights with the state dict of a model, which stays unchanged.
 
-    Temporal embeddings are resized linearly to the model's number of frames and position embeddings
-    bicubically to its grid; a one-element tensor takes the shape of another; anything else must have the
-    model's shape.
+    Temporal embeddings are resized linearly to the model's number of frames, and position embeddings bicubically to the
+    model's grid. A tensor of one element takes the shape of another tensor of one element. All other tensors must have
+    the shape that the model's tensor has.
+
+    Args:
+        weights: The weights under canonical names.
+        target: The state dict of the model.
+
+    Returns:
+        The tensors to load, and the names that are missing, unexpected or of another shape.
     """
     result = Fit(unexpected=[name for name in weights if name not in target])
     for name, wanted in target.items():
@@ -186,7 +219,7 @@ def fit(weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Fit:
 
 
 def _resize(name: str, value: Tensor, wanted: Tensor) -> Tensor | None:
-    """`value` in `wanted`'s shape if it is an embedding that differs in its number of positions only."""
+    """Return `value` in the shape of `wanted` if it is an embedding that differs in its number of positions only."""
     same_width = value.ndim == wanted.ndim and value.shape[-1:] == wanted.shape[-1:]
     if name not in TEMPORAL + POSITION or not same_width or value.ndim < 2 or value.shape[:-2] != wanted.shape[:-2]:
         return None

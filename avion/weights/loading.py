@@ -1,4 +1,4 @@
-"""Weights into a model: what fits, what is resized, and why the rest does not fit."""
+"""Loads weights into a model, and says what was resized and why the rest does not fit."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -34,8 +34,13 @@ _UNSEEN_FIELDS = ("act_layer", "num_heads", "text_heads")
 class LoadReport:
     """What happened to the weights of one file.
 
-    resized: "name (found) -> (wanted)"; missing: parameters of the model that the file does not have, left
-    as they were; unexpected: entries of the file that the model has no place for; notes: sentences.
+    Attributes:
+        path: The file.
+        loaded: The number of tensors that were loaded.
+        resized: Embeddings that were resized, as "name (found) -> (wanted)".
+        missing: Parameters of the model that the file does not have; they stay as they were.
+        unexpected: Entries of the file that the model has no place for.
+        notes: Further sentences.
     """
 
     path: str
@@ -57,14 +62,20 @@ class LoadReport:
 def load_weights(
     model: nn.Module, weights: Mapping[str, Tensor], facts: CheckpointFacts, path: str, *, strict: bool = True
 ) -> LoadReport:
-    """Load canonical weights into a model, in place; `Checkpoint.load` describes it.
+    """Load canonical weights into a model, in place; `Checkpoint.load` describes the rules.
 
     Args:
         model: The model, also inside the wrappers of torch.compile and DistributedDataParallel.
         weights: Tensors under canonical names.
-        facts: What the checkpoint that they come from says about itself.
-        path: The checkpoint's path, for messages.
+        facts: What the checkpoint of these weights says about itself.
+        path: The path of the checkpoint, for messages.
         strict: Whether entries that only one side has, and other values of what no shape shows, are refused.
+
+    Returns:
+        The report of what was loaded, resized and left out.
+
+    Raises:
+        UserError: The weights do not fit. The model is then unchanged.
     """
     model = unwrap(model)
     config = getattr(model, "config", None)
@@ -82,7 +93,7 @@ def load_weights(
         where = f"does not fit {config.name}" if isinstance(config, ModelConfig) else "does not fit the model"
         cure = _head_cure(weights, model) or _cure(weights, facts, config)
         raise UserError(f"{path}: {where}: {'; '.join(problems) or 'no weight in common'}: {cure}")
-    # Names, shapes and types were all checked: from here on nothing can stop half-way.
+    # Names, shapes and types were all checked, so that the next line loads everything and cannot fail half-way.
     model.load_state_dict(found.values, strict=False)
     notes = [] if strict else [f"differs in {text}" for text in contradictions]
     if isinstance(config, ModelConfig) and facts.num_frames not in (None, config.num_frames):
@@ -102,7 +113,7 @@ def load_weights(
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and DistributedDataParallel's wrappers."""
+    """Return the model inside the wrappers of torch.compile and DistributedDataParallel."""
     while True:
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
@@ -111,7 +122,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _contradictions(facts: CheckpointFacts, config: ModelConfig) -> list[str]:
-    """What checkpoint and model differ in without any shape showing it."""
+    """List the differences between a checkpoint and a model that no shape shows."""
     says: dict[str, Any] = {}
     if facts.config is not None:
         says = {field: getattr(facts.config, field) for field in (*_UNSEEN_FIELDS, *_choices(facts.config))}
@@ -134,6 +145,7 @@ def _choices(config: ModelConfig) -> tuple[str, ...]:
 
 
 def is_registered(name: str | None) -> bool:
+    """Return whether a model of this name is registered."""
     try:
         return name is not None and bool(resolve_name(name))
     except UserError:
@@ -149,7 +161,7 @@ def _head_cure(weights: Mapping[str, Tensor], model: nn.Module) -> str:
 
 
 def _cure(weights: Mapping[str, Tensor], facts: CheckpointFacts, config: Any) -> str:
-    """The likely reason why a checkpoint does not fit, and what to do."""
+    """Say the likely reason why a checkpoint does not fit, and what to do."""
     layout = layout_of(weights)
     if layout is None:
         return "its names are of no layout this project knows, is it a checkpoint of another program?"

@@ -1,4 +1,4 @@
-"""Models into files: weights, configuration and normalisation, so that the file says what it is."""
+"""Writes models into files, with weights, configuration and normalisation, so that a file says which model it holds."""
 
 import dataclasses
 import os
@@ -16,7 +16,14 @@ from .loading import unwrap
 
 
 def model_fields(model: nn.Module) -> dict[str, Any]:
-    """What a checkpoint says about the model beside its weights: `model_config`, and `classifier` if it is one."""
+    """Return what a checkpoint says about the model beside its weights.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The field `model_config`, and the field `classifier` if the model is a classifier.
+    """
     fields: dict[str, Any] = {"model_config": dataclasses.asdict(model.config)}
     if isinstance(model, VideoClassifier):
         fields["classifier"] = {
@@ -28,9 +35,17 @@ def model_fields(model: nn.Module) -> dict[str, Any]:
 
 
 def save_safetensors(model: nn.Module, path: str | os.PathLike, preprocess: Mapping[str, Any]) -> None:
-    """Write the weights, the config and `preprocess` ({"norm_style", "mean", "std"}) as one safetensors file.
+    """Write the weights, the configuration and `preprocess` as one safetensors file, whole or not at all.
 
-    Written beside and renamed; `read_checkpoint`, `load_checkpoint` and `model_from_checkpoint` read it.
+    `read_checkpoint`, `load_checkpoint` and `model_from_checkpoint` read it.
+
+    Args:
+        model: The model.
+        path: The file; its folder must exist.
+        preprocess: {"norm_style", "mean", "std"}, per RGB channel on the 0-255 scale.
+
+    Raises:
+        UserError: `preprocess` lacks a field, or the file cannot be written.
     """
     model = unwrap(model)
     fields = {**model_fields(model), "preprocess": plain_preprocess(preprocess, path)}
@@ -38,7 +53,16 @@ def save_safetensors(model: nn.Module, path: str | os.PathLike, preprocess: Mapp
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike, preprocess: Mapping[str, Any]) -> None:
-    """`save_safetensors`, or a `.pt` of the same contents, by the path's suffix."""
+    """Write a model as a safetensors file, or as a `.pt` file of the same contents; the suffix of the path decides.
+
+    Args:
+        model: The model.
+        path: The file; its folder must exist.
+        preprocess: {"norm_style", "mean", "std"}, per RGB channel on the 0-255 scale.
+
+    Raises:
+        UserError: The suffix is another one, `preprocess` lacks a field, or the file cannot be written.
+    """
     suffix = os.path.splitext(os.fspath(path))[1]
     if suffix == ".safetensors":
         save_safetensors(model, path, preprocess)
@@ -56,6 +80,17 @@ def save_weights(model: nn.Module, path: str | os.PathLike, preprocess: Mapping[
 
 
 def plain_preprocess(preprocess: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Any]:
-    """The field `preprocess` as JSON takes it. UserError, which names `path`, where it lacks something."""
+    """Return the field `preprocess` in the types of JSON.
+
+    Args:
+        preprocess: {"norm_style", "mean", "std"}.
+        path: The path of the file that is to be written, for messages.
+
+    Returns:
+        The same values as texts and lists of floats.
+
+    Raises:
+        UserError: A field is missing; the message names `path`.
+    """
     style, mean, std = parse_preprocess(preprocess, os.fspath(path))
     return {"norm_style": style, "mean": mean and list(mean), "std": std and list(std)}

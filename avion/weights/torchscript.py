@@ -1,9 +1,9 @@
-"""Weights out of a TorchScript archive (OpenAI's original CLIP files) without running it.
+"""Reads weights out of a TorchScript archive (OpenAI's original CLIP files) without running the archive.
 
-`torch.load(weights_only=True)` refuses such archives, and `torch.jit.load` compiles the code inside and can
-execute it. The archive is a zip: `NAME/data.pkl` holds the tree of modules as a pickle, `NAME/data/KEY` the
-raw bytes of each tensor. Here the pickle is read by the restricted unpickler, which knows a handful of names, every
-module of the archive becomes an inert bag of attributes, and the code is never looked at.
+`torch.load(weights_only=True)` refuses such archives, and `torch.jit.load` compiles the code inside and can execute it.
+The archive is a zip: `NAME/data.pkl` holds the tree of modules as a pickle, and `NAME/data/KEY` holds the raw bytes of
+each tensor. Here the restricted unpickler, which knows a handful of names, reads the pickle; every module of the
+archive becomes an inert bag of attributes; and the code is never looked at.
 """
 
 import collections
@@ -34,7 +34,7 @@ _STORAGES = {
 
 
 class _Module:
-    """An object of the archive, whatever its class: only its attributes are kept."""
+    """Stands for an object of the archive, whatever its class is: only its attributes are kept."""
 
     def __init__(self) -> None:
         self.attributes: dict[str, Any] = {}
@@ -94,7 +94,7 @@ class _ArchiveUnpickler(Unpickler):
 
 
 def archive_root(archive: zipfile.ZipFile) -> str | None:
-    """The folder inside the zip if it is a TorchScript archive, else None.
+    """Return the name of the folder inside the zip if it is a TorchScript archive, else None.
 
     Files of `torch.save` have no constants.pkl.
     """
@@ -103,9 +103,16 @@ def archive_root(archive: zipfile.ZipFile) -> str | None:
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
-    """Parameters and buffers of the archived module, by dotted name.
+    """Read the parameters and buffers of the archived module.
 
-    Raises UserError for an archive that holds anything but modules and tensors.
+    Args:
+        path: A local file.
+
+    Returns:
+        The tensors by their dotted names.
+
+    Raises:
+        UserError: The archive holds anything but modules and tensors.
     """
     with zipfile.ZipFile(path) as archive:
         root = archive_root(archive)

@@ -1,8 +1,8 @@
-"""Initial weights for pretraining: image CLIPs (OpenAI's, open_clip's) and LaViLa's dual encoder.
+"""Initial weights for pretraining: those of image CLIPs (OpenAI's, open_clip's) and of LaViLa's dual encoder.
 
-Their parameters are first given the names of the divided tower (timemamba.py), then those of the model's own
-tower. A source has less than a video model, or more: `load_pretrained` allows the differences listed in
-docs/checkpoints.md and no other.
+The parameters of a source are first given the names of the divided tower (avion/models/timemamba.py), and then the
+names of the model's own tower. A source lacks some parameters of a video model, and may have others: `load_pretrained`
+allows the differences that docs/checkpoints.md lists, and no other.
 """
 
 import difflib
@@ -50,15 +50,24 @@ class _Source:
 def load_pretrained(model: nn.Module, zoo: str, path: str | os.PathLike | None = None) -> LoadReport:
     """Give a newly built video model its initial weights, in place.
 
-    zoo: "openai" (OpenAI's CLIP of the model's size, through open_clip's table, or the file `path`),
-    "open_clip" (`path` is one of open_clip's pretrained tags for this size, or a file), "lavila" (`path`, a
-    LaViLa-CLIP dual encoder), "none". Files may be `hf:owner/repo/file`; any of torch's, safetensors or
-    OpenAI's TorchScript archives.
+    The temporal parts stay as they were where the source has none; both projections and the logit scale stay as they
+    were where the embedding of the source has another size. The report lists them as missing. Position and temporal
+    embeddings are resized. The positions of the text are cut, or beyond the context of the source those of the model
+    are kept.
 
-    Left as they were, and listed as missing: the temporal parts where the source has none; both projections and
-    the logit scale where the embedding has another size. Resized: position and temporal embeddings, and the
-    text's positions, which are cut or, past the source's context, kept.
-    Raises UserError, one line, for anything else, and then the model is untouched.
+    Args:
+        model: A newly built CLIP.
+        zoo: "openai" (OpenAI's CLIP of the model's size, from open_clip's table or from the file `path`), "open_clip"
+            (`path` is a file, or one of open_clip's pretrained tags for this size), "lavila" (`path` is a LaViLa-CLIP
+            dual encoder) or "none".
+        path: A file of torch.save, safetensors or OpenAI's TorchScript archives, also as `hf:owner/repo/file`; or a
+            tag.
+
+    Returns:
+        The report of what was loaded, resized and left out.
+
+    Raises:
+        UserError: The source cannot be read or does not fit. The model is then unchanged. The message is one line.
     """
     if zoo not in ZOOS:
         if elsewhere := value_elsewhere("--pretrain-zoo", zoo):
@@ -105,12 +114,14 @@ def _source(zoo: str, path: str | None, config: ModelConfig) -> _Source:
 
 
 def _is_address(path: str, zoo: str) -> bool:
-    """A file rather than one of open_clip's tags, which have no slash and no suffix."""
+    """Return whether `path` is a file rather than one of open_clip's tags, which have no slash and no suffix."""
     return zoo == "openai" or path.startswith(HF_PREFIX) or os.path.exists(path) or "/" in path or "." in path
 
 
 def _open_clip_name(config: ModelConfig, tag: str | None) -> str | None:
-    """open_clip's model of the same size; image sizes may differ, since position embeddings are resized."""
+    """Return open_clip's name of the model of the same size; image sizes may differ, since position embeddings are
+    resized.
+    """
     wanted = (config.patch_size, config.embed_dim, config.depth, config.text_width, config.text_layers)
     same = {name: sizes[-1] for name, sizes in OPEN_CLIP_MODELS.items() if sizes[:-1] == wanted}
     if tag != "openai":
@@ -119,9 +130,15 @@ def _open_clip_name(config: ModelConfig, tag: str | None) -> str | None:
 
 
 def openai_files(config: ModelConfig) -> tuple[str, list[str]] | None:
-    """The hub's repository that has OpenAI's CLIP of a model's size, and the names its file may have; None if none has.
+    """Find the repository of the hub that has OpenAI's CLIP of a model's size.
 
     `load_pretrained(model, "openai")` takes the file from there.
+
+    Args:
+        config: The configuration of the video model.
+
+    Returns:
+        The repository, and the names that its file may have; None where no repository has a CLIP of this size.
     """
     from open_clip import pretrained as zoo
 
@@ -130,7 +147,9 @@ def openai_files(config: ModelConfig) -> tuple[str, list[str]] | None:
 
 
 def _hub_names(cfg: Mapping) -> tuple[str, list[str]] | None:
-    """Repository and file names of an entry of open_clip's table; None where it has an address of its own."""
+    """Return the repository and the names of files of an entry of open_clip's table; None where the entry has another
+    address.
+    """
     from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 
     if not cfg.get("hf_hub"):
@@ -160,7 +179,7 @@ def _open_clip_source(name: str, tag: str | None) -> _Source:
 
 
 def _download(url: str) -> Path:
-    """Weights that open_clip's table has outside the hub."""
+    """Download weights that open_clip's table has outside of the hub."""
     from open_clip import pretrained as zoo
 
     try:
@@ -223,7 +242,7 @@ def _to_common(weights: Mapping[str, Tensor], zoo: str) -> dict[str, Tensor]:
 
 
 def _copy(model: nn.Module, tower: Tower, weights: dict[str, Tensor], zoo: str, source: _Source) -> LoadReport:
-    """`weights` under the tower's names into the model, if nothing differs but what may differ."""
+    """Load `weights`, under the names of the tower, into the model, unless something differs that must not differ."""
     config, target = model.config, model.state_dict()
     notes = [*source.notes, *_activation_note(source, config)]
     taken = tower.time_from_lavila(config)
@@ -246,7 +265,7 @@ def _copy(model: nn.Module, tower: Tower, weights: dict[str, Tensor], zoo: str, 
     gates = [n for n in found.missing if _TIME_GATE.match(n) and taken.match(n)]
     if zoo == "lavila" and gates:
         notes.append("the source is not gated: time attention is loaded behind closed gates (alpha 0)")
-    # Names, shapes and types were all checked: from here on nothing can stop half-way.
+    # Names, shapes and types were all checked, so that the next line loads everything and cannot fail half-way.
     model.load_state_dict(found.values, strict=False)
     return LoadReport(
         source.title,
@@ -259,7 +278,7 @@ def _copy(model: nn.Module, tower: Tower, weights: dict[str, Tensor], zoo: str, 
 
 
 def _other_embedding(weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:
-    """The projections and the logit scale, where the source embeds into another number of dimensions."""
+    """Name the projections and the logit scale, where the source embeds into another number of dimensions."""
     names = [n for n in target if n.endswith(("image_projection", "text_projection"))]
     pairs = [(weights[n].shape, target[n].shape) for n in names if n in weights]
     if pairs and all(len(a) == 2 and a[0] == b[0] and a[1] != b[1] for a, b in pairs):
@@ -268,9 +287,9 @@ def _other_embedding(weights: Mapping[str, Tensor], target: Mapping[str, Tensor]
 
 
 def _fit_context(weights: dict[str, Tensor], target: Mapping[str, Tensor], notes: list[str]) -> None:
-    """Cut the text's positions, or continue them with the model's own.
+    """Cut the positions of the text, or continue them with those of the model.
 
-    Attention is causal, so either is exact for texts that both contexts can hold.
+    Attention is causal, so both are exact for texts that both contexts can hold.
     """
     for name in ("textual.positional_embedding", "positional_embedding"):
         if name not in weights or name not in target:

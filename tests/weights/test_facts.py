@@ -135,4 +135,4 @@ def test_preprocess_of_upstreams_timm_style_and_of_our_own():
         check_preprocess(Checkpoint(ours).facts, style)  # says nothing, so nothing contradicts
     odd = {"norm_style": "mine", "mean": [1.0, 2.0, 3.0], "std": [1.0, 1.0, 1.0]}
     text = refusal(check_preprocess, Checkpoint(ours | {"preprocess": odd}).facts, "openai")
-    assert "no --norm-style has these figures" in text
+    assert "no --norm-style has this mean and deviation" in text
