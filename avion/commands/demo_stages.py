@@ -202,7 +202,8 @@ def plot_loss(steps: Path, target: Path) -> None:
     x = [r["epoch"] * per_epoch + r["step"] for r in rows]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(x, [r["loss"] for r in rows], color="tab:blue")
-    axes.set(xlabel="optimizer step", ylabel="CLIP loss", title="Pretraining on the demo dataset", ylim=(0, None))
+    axes.set(xlabel="optimizer step", ylabel="CLIP loss", title="Pretraining on the demo dataset")
+    axes.set(xlim=(0, max(x)), ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(target, dpi=120)

@@ -2,9 +2,10 @@
 
     python tools/make_tables.py runs --output runs/tables
 
-The tool writes tables.md, tables.html (one file that loads nothing) and the figure as PNG. RUNS are folders, searched
-with all their subfolders. Runs that are unfinished or damaged are named in the report and on the screen. docs/tables.md
-says how to read the report.
+The tool writes tables.html (one page that loads nothing), tables.md and, where runs of Fig. 5 are found, figure5.png
+and figure5_demo.png (of runs on the demo dataset) into --output. RUNS are folders, searched with all their subfolders.
+Runs that are unfinished or damaged are named in the report and on the screen. docs/tables.md says how to read the
+report.
 """
 
 import argparse

@@ -1,5 +1,8 @@
 """Draw curves of one or several runs as a picture: loss, learning rate, gradient norm, time gates, speed, evaluations.
 
+The picture is one PNG file, which --output names. Losses of different kinds, such as a contrastive loss and a cross
+entropy, get a panel each.
+
 Examples:
     python tools/plot_run.py runs/id6 --output id6.png
     python tools/plot_run.py runs/id4 runs/id6 runs/id7 --output compare.png
@@ -26,15 +29,25 @@ from avion.targets import check_target
 if TYPE_CHECKING:  # matplotlib is imported where it draws: `--help` does not wait for it
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; their yellow is too pale for a line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
+WIDTH = 1.5  # of every curve, in points
+DASH = 5.0  # length of the dashes of curves that lie on each other, in widths of the curve
 COLUMNS = 3
 # More points than this are drawn pale under their moving average.
 SMOOTHED_ABOVE = 150
 # More blocks than this get a colour bar in the place of a legend.
 LEGEND_BLOCKS = 6
+# The kind of a run's loss, by the metric that training writes beside a loss of this kind.
+LOSSES = {"clip_acc": "contrastive", "max_margin_loss": "max-margin", "acc1": "cross entropy"}
+# What every training writes; other metrics belong to the loss.
+_COMMON = {
+    "epoch", "step", "global_step", "loss", "lr", "grad_norm", "alpha", "clips_per_s", "wait", "memory_gb",
+    "skipped_steps",
+}  # fmt: skip
 # Figures of the evaluations worth a panel; of a task that has none of them, every figure gets one.
 HEADLINES = {
     "avg_map": "mAP, mean of V2T and T2V", "avg_ndcg": "nDCG, mean of V2T and T2V", "verb_top1": "verb top-1",
@@ -54,6 +67,12 @@ class Run:
     def blocks(self) -> int:
         """Time gates of the model."""
         return len(self.steps[-1].get("alpha", []))
+
+    @property
+    def loss(self) -> str | frozenset[str]:
+        """Kind of the loss: a name of `LOSSES`, or else the metrics that belong to the loss."""
+        own = frozenset(key for row in self.steps for key in row) - _COMMON
+        return next((name for key, name in LOSSES.items() if key in own), own)
 
     def evaluated(self) -> set[str]:
         """Names of the evaluations' figures."""
@@ -132,51 +151,108 @@ def label(axes: "Axes", title: str, unit: str = "") -> None:
     axes.set_ylabel(unit)
 
 
-def curve(axes: "Axes", x: np.ndarray, y: np.ndarray, index: int, smooth: bool, width: float = 1.5) -> None:
+def look(index: int) -> dict[str, Any]:
+    """Colour and line of the run with this number."""
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index // len(COLOURS) % len(STYLES)]}
+
+
+def curve(axes: "Axes", x: np.ndarray, y: np.ndarray, style: dict[str, Any], smooth: bool) -> None:
     """One run's line."""
-    look = {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index // len(COLOURS) % len(STYLES)]}
     if smooth and len(x) > SMOOTHED_ABOVE:
-        axes.plot(x, y, **look, linewidth=0.6, alpha=0.25)
+        axes.plot(x, y, **style, linewidth=0.6, alpha=0.25)
         y = moving_average(y, len(x) // 40)
-    axes.plot(x, y, **look, linewidth=width, marker="o" if len(x) == 1 else None, markersize=4)
+    axes.plot(x, y, **style, linewidth=WIDTH, marker="o" if len(x) == 1 else None, markersize=4, clip_on=len(x) != 1)
+
+
+def styles(curves: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> list[dict[str, Any]]:
+    """Looks of the curves of a panel: (number of the run, x, y). Where curves lie on each other over their whole
+    length, their dashes take turns, so that all of them can be seen."""
+    groups: dict[bytes, list[int]] = {}
+    for place, (_, x, y) in enumerate(curves):
+        groups.setdefault(np.stack([x, y]).tobytes(), []).append(place)
+    found = [look(index) for index, _, _ in curves]
+    for places in groups.values():
+        for turn, place in enumerate(places if len(places) > 1 else []):
+            found[place]["linestyle"] = (DASH * turn, (DASH, DASH * (len(places) - 1)))
+    return found
+
+
+def end_at(axes: "Axes", least: float = -math.inf, most: float = math.inf) -> None:
+    """End the y axis where values can no longer be."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, least), min(high, most))
 
 
 def training_panel(
-    key: str, title: str, unit: str, *, scale: float = 1.0, smooth: bool = True, from_zero: bool = False
+    key: str,
+    title: str,
+    unit: str,
+    *,
+    scale: float = 1.0,
+    smooth: bool = True,
+    from_zero: bool = False,
+    most: float = math.inf,
+    loss: str | frozenset[str] | None = None,
 ) -> "Callable[[Axes, list[Run]], None]":
-    """A figure of the progress lines, all runs in one."""
+    """A figure of the progress lines, all runs in one; with `loss`, all runs of this kind of loss."""
 
     def draw(axes: "Axes", runs: list[Run]) -> None:
-        lowest, highest = math.inf, 0.0
+        curves = []
         for index, run in enumerate(runs):
-            x, y = points(run.steps, key, scale)
-            if key == "skipped_steps":
-                y = np.cumsum(y)
-            # Equal schedules lie on each other: the first ones show behind the last.
-            curve(axes, x, y, index, smooth, width=1.5 if key != "lr" else 1.5 + 1.5 * (len(runs) - 1 - index))
-            if len(y):
-                lowest, highest = min(lowest, y.min()), max(highest, y.max())
+            if loss is None or run.loss == loss:
+                x, y = points(run.steps, key, scale)
+                curves.append((index, x, np.cumsum(y) if key == "skipped_steps" else y))
+        for (_, x, y), style in zip(curves, styles(curves), strict=True):
+            curve(axes, x, y, style, smooth)
+        lowest = min((y.min() for _, _, y in curves if len(y)), default=math.inf)
+        highest = max((y.max() for _, _, y in curves if len(y)), default=0.0)
         if key == "grad_norm" and lowest > 0 and highest > 20 * lowest:
             axes.set_yscale("log")
-        elif from_zero:
-            axes.set_ylim(0, None)
+        elif lowest >= 0:
+            end_at(axes, 0.0, most)
+            if from_zero:
+                axes.set_ylim(0.0, None)
         if key == "lr":
             from matplotlib.ticker import FuncFormatter
 
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        if key == "skipped_steps":
+            from matplotlib.ticker import MaxNLocator
+
+            axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         label(axes, title, unit)
 
     return draw
+
+
+def loss_panels(runs: list[Run]) -> "list[Callable[[Axes, list[Run]], None]]":
+    """A panel for every kind of loss: the numbers of two kinds cannot be compared."""
+    kinds = dict.fromkeys(run.loss for run in runs if any("loss" in row for row in run.steps))
+    found = []
+    for kind in kinds:
+        title = "training loss"
+        if isinstance(kind, str):
+            title += f", {kind}"
+        elif len(kinds) > 1:
+            title += ": " + ", ".join(run.name for run in runs if run.loss == kind)
+        found.append(training_panel("loss", title, "", loss=kind))
+    return found
 
 
 def evaluation_panel(key: str, title: str, percent: bool) -> "Callable[[Axes, list[Run]], None]":
     """A figure of the evaluations, all runs in one."""
 
     def draw(axes: "Axes", runs: list[Run]) -> None:
-        for index, run in enumerate(runs):
-            x, y = points(run.epochs, f"test_{key}", 100.0 if percent else 1.0)
-            curve(axes, x, y, index, smooth=False)
-            axes.plot(x, y, ".", color=COLOURS[index % len(COLOURS)], markersize=7)
+        curves = [
+            (index, *points(run.epochs, f"test_{key}", 100.0 if percent else 1.0)) for index, run in enumerate(runs)
+        ]
+        for (_, x, y), style in zip(curves, styles(curves), strict=True):
+            curve(axes, x, y, style, smooth=False)
+            axes.plot(x, y, ".", color=style["color"], markersize=7, clip_on=not len(x))
+        if percent:
+            end_at(axes, 0.0, 100.0)
+        elif all(y.min() >= 0 for _, _, y in curves if len(y)):
+            end_at(axes, 0.0)
         label(axes, f"evaluation: {title}", "%" if percent else "")
 
     return draw
@@ -196,7 +272,8 @@ def gates_panel(run: Run, title: str, limits: tuple[float, float]) -> "Callable[
         x = [row["global_step"] for row in rows]
         for block in range(run.blocks):
             y = [row["alpha"][block] for row in rows]
-            axes.plot(x, y, color=colours[block], linewidth=1.4, marker="o" if len(x) == 1 else None, label=str(block))
+            look = {"color": colours[block], "linewidth": WIDTH, "marker": "o" if len(x) == 1 else None}
+            axes.plot(x, y, **look, clip_on=len(x) != 1, label=str(block))
         axes.set_ylim(limits)
         label(axes, title, "α, mixing is times tanh α")
         if run.blocks <= LEGEND_BLOCKS:
@@ -219,19 +296,18 @@ def gate_limits(runs: list[Run]) -> tuple[float, float]:
 def panels(runs: list[Run]) -> "list[Callable[[Axes, list[Run]], None]]":
     """The panels that these runs have something to show in."""
     has = {key for run in runs for row in run.steps for key in row}
-    found = [
+    found = loss_panels(runs) + [
         training_panel(key, title, unit, **more)
         for key, title, unit, more in (
-            ("loss", "training loss", "", {}),
             ("lr", "learning rate", "", {"smooth": False, "from_zero": True}),
             ("grad_norm", "gradient norm, before clipping", "", {}),
             ("clips_per_s", "speed, all processes", "clips/s", {"from_zero": True}),
-            ("wait", "waiting for data", "% of the time", {"scale": 100.0, "from_zero": True}),
+            ("wait", "waiting for data", "% of the time", {"scale": 100.0, "from_zero": True, "most": 100.0}),
         )
         if key in has
     ]
     if any(row.get("skipped_steps") for run in runs for row in run.steps):
-        found.append(training_panel("skipped_steps", "skipped steps so far", "", smooth=False))
+        found.append(training_panel("skipped_steps", "skipped steps so far", "", smooth=False, from_zero=True))
     figures = {name for run in runs for name in run.evaluated()}
     named = [name for name in HEADLINES if name in figures]
     found += [evaluation_panel(name, HEADLINES[name], percent=True) for name in named]
@@ -242,6 +318,10 @@ def panels(runs: list[Run]) -> "list[Callable[[Axes, list[Run]], None]]":
         title = "time gates" + (f": {run.name}" if len(runs) > 1 else "")
         found.append(gates_panel(run, title, gate_limits(gated)))
     return found
+
+
+def _steps(line: "Line2D") -> np.ndarray:
+    return np.asarray(line.get_xdata())
 
 
 def draw(runs: list[Run]) -> "Figure":
@@ -259,7 +339,7 @@ def draw(runs: list[Run]) -> "Figure":
     )
     for axes, panel in zip(grid.flat, todo, strict=False):
         panel(axes, runs)
-        axes.set_xlim(0, 1.02 * last)
+        axes.set_xlim(0, max((float(x[-1]) for x in map(_steps, axes.lines) if len(x)), default=last))
         axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -270,10 +350,7 @@ def draw(runs: list[Run]) -> "Figure":
     if len(runs) == 1:
         figure.suptitle(runs[0].name, fontweight="bold")
     else:
-        handles = [
-            Line2D([], [], color=COLOURS[i % len(COLOURS)], linestyle=STYLES[i // len(COLOURS) % len(STYLES)])
-            for i in range(len(runs))
-        ]
+        handles = [Line2D([], [], **look(index)) for index in range(len(runs))]
         names = [run.name for run in runs]
         figure.legend(handles, names, loc="outside upper center", ncols=min(len(runs), 4), frameon=False)
     return figure

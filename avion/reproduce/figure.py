@@ -118,6 +118,8 @@ def _panel(axes: Axes, curves: Sequence[Curve], title: str, ink: str, guessing: 
     axes.set(xlabel="frames per video (log₂)", ylabel="accuracy, %")
     if guessing:
         _beside_guessing(axes)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 0.0), min(high, 100.0))
     if curves:
         axes.legend(frameon=False, fontsize=8.5)
 

@@ -162,7 +162,8 @@ class _HtmlColumn(NamedTuple):
         return text
 
     def kind(self, *, muted: bool = False) -> str:
-        classes = [name for name, given in (("number", self.column.numeric), ("muted", muted)) if given]
+        given = {"number": self.column.numeric, "whole": self.column.whole, "muted": muted}
+        classes = [name for name, has in given.items() if has]
         return f' class="{" ".join(classes)}"' if classes else ""
 
 

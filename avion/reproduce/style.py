@@ -23,10 +23,12 @@ table { border-collapse: collapse; font-size: 0.875rem; line-height: 1.3; border
 th, td { padding: 0.3rem 0.75rem; text-align: left; vertical-align: baseline; }
 td:first-child { min-width: 7.5rem; }
 td.number:first-child { min-width: 0; }
+td:first-child, thead tr:last-child th:first-child { position: sticky; left: 0; background: var(--page); }
 th { font-weight: 600; }
 thead tr:last-child th { border-bottom: 1px solid var(--ink); }
 th.over { text-align: center; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.whole { white-space: nowrap; }
 .muted { color: var(--soft); }
 tr.group th { padding-top: 0.7rem; background: var(--faint); font-weight: 600; }
 tbody + tbody tr:first-child > * { border-top: 1px solid var(--line); }
@@ -38,7 +40,10 @@ img { max-width: 100%; height: auto; }
 @media (max-width: 40rem) {
   body { font-size: 15px; }
   main { padding: 1rem 0.75rem 3rem; }
-  th, td { padding: 0.3rem 0.45rem; }
+  th, td { padding: 0.3rem 0.4rem; }
+  td:first-child { min-width: 5.5rem; }
+  tr > :first-child { padding-left: 0.15rem; }
+  .spread { min-width: 3.2em; padding-left: 0.25em; }
 }
 @media print {
   main { max-width: none; padding: 0; }

@@ -54,6 +54,7 @@ class Column:
     header: str
     numeric: bool = True
     over: str = ""  # a heading that it shares with its neighbours
+    whole: bool = False  # whether the cells of text stay on one line
 
 
 @dataclass(frozen=True)
@@ -131,24 +132,25 @@ def _name(row: Recipe | Reference) -> str:
 
 
 def comparison(lines: Sequence[Line], task: str, *, demo: bool) -> Table:
-    """Return a table with the columns paper, released, measured and difference.
+    """Return a table with the columns measured, paper, released, difference and runs.
 
-    There is a group for every metric, or for every model of EgoSchema. demo: The paper's columns are muted reminders,
-    and nothing is compared with them.
+    The measured column stands first, so that a narrow screen shows it beside the model. There is a group for every
+    metric, or for every model of EgoSchema. demo: The paper's columns are muted reminders, and nothing is compared with
+    them.
     """
     weights = any(line.weights == RELEASED for line in lines)
     released = any(line.released for line in lines)
     columns = [Column("frames") if task == "egoschema" else Column("model", numeric=False)]
     columns += [Column("weights", numeric=False)] if weights else []
-    columns += [Column("seeds", numeric=False), Column("paper, real data" if demo else "paper")]
+    columns += [Column("measured"), Column("paper, real data" if demo else "paper")]
     columns += [Column("released, real data" if demo else "released")] if released else []
-    columns += [Column("measured"), *([] if demo else [Column("difference")])]
+    columns += [*([] if demo else [Column("difference")]), Column("runs", numeric=False, whole=True)]
 
     def row(line: Line, key: Key, name: str) -> list[Cell]:
         cells = [Cell(name), *([Cell(line.weights)] if weights else [])]
-        cells += [Cell(", ".join(map(str, line.by_seed(key)))), _given(line.paper, key, demo)]
+        cells += [_measured(line, key), _given(line.paper, key, demo)]
         cells += [_given(line.released, key, demo)] if released else []
-        return [*cells, _measured(line, key), *([] if demo else [_difference(line, key)])]
+        return [*cells, *([] if demo else [_difference(line, key)]), Cell(_runs(list(line.by_seed(key))))]
 
     if task == "egoschema":
         groups = [Group(line.full_title, [row(line, n, str(n)) for n in _frames(line)]) for line in lines]
@@ -221,7 +223,10 @@ def temporal_modules(lines: Mapping[tuple[str, str], Sequence[Line]], *, demo: b
     lines: The lines by the title of the table and task.
     """
     columns = [Column("figure", numeric=False), Column("TimeSformer"), Column("TimeMamba"), Column("difference")]
-    columns += [Column("seeds", numeric=False), Column("paper's difference" + (", real data" if demo else ""))]
+    columns += [
+        Column("paper's difference" + (", real data" if demo else "")),
+        Column("runs of each", numeric=False, whole=True),
+    ]
     groups = []
     for (title, task), own in lines.items():
         for attention, mamba in _pairs(own):
@@ -253,7 +258,14 @@ def _module_row(attention: Line, mamba: Line, key: Key, task: str) -> list[Cell]
     paper = signed(mamba.paper[key] - attention.paper[key]) if key in mamba.paper and key in attention.paper else NONE
     cells = [Cell(name), *(replace(_measured(line, key), value=None) for line in (attention, mamba))]
     cells.append(_spread_cell(difference, difference=True))
-    return [*cells, Cell(", ".join(map(str, common)) or "none in common"), Cell(paper, muted=True)]
+    return [*cells, Cell(paper, muted=True), Cell(_runs(common) or "no seed in common")]
+
+
+def _runs(seeds: Sequence[int]) -> str:
+    """How many runs there are, and their seeds: a lone `0` would read as no run at all."""
+    if not seeds:
+        return ""
+    return f"{len(seeds)} ({'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))})"
 
 
 def _spread_cell(spread: Spread, *, difference: bool = False) -> Cell:

@@ -161,7 +161,10 @@ def test_skipped_steps_add_up(tmp_path):
 
 
 def test_more_runs_than_colours_differ_in_their_lines(tmp_path):
-    folders = [write_run(tmp_path / str(i), [progress(5), progress(10)]) for i in range(len(plot_run.COLOURS) + 1)]
+    folders = [
+        write_run(tmp_path / str(i), [progress(5, loss=1.0 + i), progress(10)])
+        for i in range(len(plot_run.COLOURS) + 1)
+    ]
     found, _ = axes_by_title(folders)
     looks = [(line.get_color(), line.get_linestyle()) for line in found["training loss"].lines]
     assert len(set(looks)) == len(folders)
@@ -181,6 +184,89 @@ def test_long_curves_are_smoothed_and_the_raw_one_shows_through(tmp_path, rng):
 def test_a_figure_that_is_not_finite_is_a_gap(tmp_path):
     found, _ = axes_by_title([write_run(tmp_path / "a", [progress(5), progress(10, loss=math.nan), progress(15)])])
     assert data(found["training loss"].lines[0]) == [(5, 1.8), (15, 0.6)]
+
+
+def test_losses_of_different_kinds_have_a_panel_each(tmp_path):
+    kinds = {"clip": {"clip_acc": 12.5}, "long": {"clip_acc": 25.0}, "margin": {"max_margin_loss": 0.2}}
+    kinds |= {"actions": {"acc1": 0.5}, "own": {"focal": 0.1}}
+    folders = [
+        write_run(tmp_path / name, [progress(s, **more) for s in (5, 10)], [epoch(10, **MIR)])
+        for name, more in kinds.items()
+    ]
+    found, figure = axes_by_title(folders)
+    losses = {title: axes for title, axes in found.items() if title.startswith("training loss")}
+    assert {title: len(axes.lines) for title, axes in losses.items()} == {
+        "training loss, contrastive": 2,
+        "training loss, max-margin": 1,
+        "training loss, cross entropy": 1,
+        "training loss: own": 1,
+    }
+    # A run has the colour of the legend in the panel of its loss too.
+    colours = {text.get_text(): line.get_color() for text, line in zip(*legend_of(figure), strict=True)}
+    (margin,) = losses["training loss, max-margin"].lines
+    assert margin.get_color() == colours["margin"]
+    assert len(found["learning rate"].lines) == 5
+
+
+def legend_of(figure):
+    (legend,) = figure.legends
+    return legend.get_texts(), legend.get_lines()
+
+
+def test_runs_of_one_own_loss_need_no_name_in_the_title(tmp_path):
+    folders = [write_run(tmp_path / name, [progress(5, focal=0.1)]) for name in "ab"]
+    found, _ = axes_by_title(folders)
+    assert len(found["training loss"].lines) == 2
+
+
+def test_curves_of_one_kind_have_one_width_and_equal_ones_take_turns(tmp_path):
+    """Equal learning rates lie on each other: their dashes leave each other room, one dash in three each."""
+    folders = [
+        write_run(tmp_path / n, [progress(s, loss=k / s) for s in (5, 10)], [epoch(10, **MIR)])
+        for k, n in enumerate(("a", "b", "c"), start=1)
+    ]
+    folders.append(write_run(tmp_path / "d", [progress(s, lr=1.0) for s in (5, 10)]))
+    found, _ = axes_by_title(folders)
+    for title, axes in found.items():
+        assert len({line.get_linewidth() for line in axes.lines if line.get_linestyle() != "None"}) == 1, title
+    rates = found["learning rate"].lines
+    length = plot_run.DASH * rates[0].get_linewidth()
+    drawn = [np.array(line._dash_pattern[1] or []) for line in rates]  # matplotlib has no public name for it
+    assert all(np.allclose(pattern, [length, 2 * length]) for pattern in drawn[:3]) and not len(drawn[3])
+    np.testing.assert_allclose([line._dash_pattern[0] for line in rates[:3]], [0, length, 2 * length])
+    assert {line.get_linestyle() for line in found["training loss"].lines} == {"-"}
+
+
+def test_axes_end_at_what_can_be(tmp_path):
+    """Percentages at 0 and 100, steps at the last one, whole things at whole numbers."""
+    steps = [progress(s, wait=w, skipped_steps=1) for s, w in ((1, 0.1), (2, 0.9995), (3, 0.4))]
+    rows = [epoch(2, test_avg_map=0.001, test_avg_ndcg=0.4), epoch(3, test_avg_map=0.999, test_avg_ndcg=0.6)]
+    found, _ = axes_by_title([write_run(tmp_path / "a", steps, rows)])
+    assert found["evaluation: mAP, mean of V2T and T2V"].get_ylim() == (0, 100)
+    low, high = found["evaluation: nDCG, mean of V2T and T2V"].get_ylim()
+    assert 30 < low < 40 and 60 < high < 70
+    assert found["waiting for data"].get_ylim() == (0, 100)
+    for title, axes in found.items():
+        assert axes.get_xlim() == (0, 3), title
+        shown = [x for x in axes.get_xticks() if 0 <= x <= 3]
+        assert shown == [0, 1, 2, 3], title
+    skipped = found["skipped steps so far"]
+    assert all(y == int(y) for y in skipped.get_yticks()) and skipped.get_ylim()[0] == 0
+
+
+def test_a_panel_of_some_runs_ends_at_their_last_step(tmp_path):
+    folders = [
+        write_run(tmp_path / "a", [progress(s, clip_acc=1.0) for s in (5, 1000)]),
+        write_run(tmp_path / "b", [progress(s, acc1=1.0) for s in (5, 20)]),
+    ]
+    found, _ = axes_by_title(folders)
+    assert found["training loss, cross entropy"].get_xlim() == (0, 20) == found["time gates: b"].get_xlim()
+    assert found["training loss, contrastive"].get_xlim() == (0, 1000) == found["learning rate"].get_xlim()
+
+
+def test_a_loss_may_be_negative(tmp_path):
+    found, _ = axes_by_title([write_run(tmp_path / "a", [progress(5, loss=-1.0), progress(10, loss=2.0)])])
+    assert found["training loss"].get_ylim()[0] < -1
 
 
 def test_figures_of_an_unknown_task_get_a_panel_each(tmp_path):

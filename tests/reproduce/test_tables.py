@@ -43,7 +43,7 @@ def rows_of(markdown: str, section: str) -> list[list[str]]:
 def test_cells_of_a_full_run(tmp_path):
     write_run(tmp_path / "a", "table8_row6", [retrieval(4, 30.25, 22.35, 26.3, 30.9, 27.5, 29.714)], epochs=5)
     rows = rows_of(report(tmp_path), "Table 8")
-    assert rows[0] == ["model", "seeds", "paper", "released", "measured", "difference"]
+    assert rows[0] == ["model", "measured", "paper", "released", "difference", "runs"]
     # Rows without runs stay, so that the table is the paper's.
     titles = {
         "4 TimeSformer, vanilla",
@@ -54,10 +54,10 @@ def test_cells_of_a_full_run(tmp_path):
     }
     assert {row[0] for row in rows} >= titles
     mamba = [row for row in rows if row[0] == "6 TimeMamba, vanilla"]
-    assert mamba[0] == ["6 TimeMamba, vanilla", "0", "26.2", "26.2", "26.30", "+0.10"]
-    assert mamba[1] == ["6 TimeMamba, vanilla", "0", "29.2", "29.2", "29.71", "+0.51 ▲"]
+    assert mamba[0] == ["6 TimeMamba, vanilla", "26.30", "26.2", "26.2", "+0.10", "1 (seed 0)"]
+    assert mamba[1] == ["6 TimeMamba, vanilla", "29.71", "29.2", "29.2", "+0.51 ▲", "1 (seed 0)"]
     best = next(row for row in rows if row[0] == "7 TimeMamba, Frozen")
-    assert best[1:] == ["", "**26.8**", "**26.8**", "–", "–"]  # of the paper; a single measured figure beats nobody
+    assert best[1:] == ["–", "**26.8**", "**26.8**", "–", ""]  # of the paper; a single measured figure beats nobody
     directions = rows[[row[0] for row in rows].index("**6 TimeMamba, vanilla**") :]
     assert directions[3] == ["measured", "30.25", "22.35", "26.30", "30.90", "27.50", "29.71"]
     assert directions[4] == ["difference", "−0.05", "+0.25", "+0.10", "0.00", "0.00", "+0.51 ▲"]
@@ -71,7 +71,7 @@ def test_mark_at_and_beyond_the_tolerance(tmp_path, measured, shown):
     row = retrieval(4, 30.3, 22.1, measured, 30.9, 27.5, 29.2)
     write_run(tmp_path / "a", "table8_row6", [row], epochs=5)
     text = report(tmp_path)
-    assert next(r for r in rows_of(text, "Table 8") if r[0].startswith("6"))[-1] == shown
+    assert next(r for r in rows_of(text, "Table 8") if r[0].startswith("6"))[-2] == shown
     assert "tolerance that the recipe states, 0.5 percentage points" in text
 
 
@@ -81,8 +81,8 @@ def test_spread_of_three_seeds(tmp_path):
         row = retrieval(4, 30, 22, value, 30, 27, 29 + seed)
         write_run(tmp_path / f"seed{seed}", "table8_row6", [row], epochs=5, seed=seed)
     rows = [row for row in rows_of(report(tmp_path), "Table 8") if row[0] == "6 TimeMamba, vanilla"]
-    assert rows[0] == ["6 TimeMamba, vanilla", "0, 1, 2", "26.2", "26.2", "26.30 ± 0.30", "+0.10"]
-    assert rows[1][4:] == ["30.00 ± 1.00", "+0.80 ▲"]
+    assert rows[0] == ["6 TimeMamba, vanilla", "26.30 ± 0.30", "26.2", "26.2", "+0.10", "3 (seeds 0, 1, 2)"]
+    assert (rows[1][1], rows[1][4]) == ("30.00 ± 1.00", "+0.80 ▲")
 
 
 def test_temporal_modules_are_compared_seed_by_seed(tmp_path):
@@ -94,7 +94,7 @@ def test_temporal_modules_are_compared_seed_by_seed(tmp_path):
             write_run(tmp_path / f"{row}{seed}", f"table8_row{row}", figures, epochs=5, seed=seed)
     rows = rows_of(report(tmp_path), "TimeMamba minus TimeSformer")
     row = next(row for row in rows if row[0] == "mAP, mean of both directions")
-    assert row[3:] == ["+1.50 ± 0.71", "0, 1", "*+0.70*"]
+    assert row[3:] == ["+1.50 ± 0.71", "*+0.70*", "2 (seeds 0, 1)"]
     assert row[1] == "25.50 ± 0.71"
 
 
@@ -105,8 +105,8 @@ def test_released_weights_stand_apart(tmp_path):
     row = retrieval(None, 52.4, 45.4, 48.9, 65.9, 63.3, 64.6, checkpoint="released.pt")
     write_run(tmp_path / "r", "table9_row6_retrieval", [row], evaluated="released")
     rows = [r for r in rows_of(report(tmp_path), "Table 9: retrieval") if r[0] == "6 TimeMamba"]
-    assert rows[0][1:] == ["trained", "0", "**45.3**", "**48.9**", "45.30", "0.00"]
-    assert rows[1][1:] == ["released", "0", "**45.3**", "**48.9**", "**48.90**", "0.00"]
+    assert rows[0][1:] == ["trained", "45.30", "**45.3**", "**48.9**", "0.00", "1 (seed 0)"]
+    assert rows[1][1:] == ["released", "**48.90**", "**45.3**", "**48.9**", "0.00", "1 (seed 0)"]
 
 
 def test_egoschema_by_frames_and_what_is_not_measured_yet(tmp_path):
@@ -115,9 +115,9 @@ def test_egoschema_by_frames_and_what_is_not_measured_yet(tmp_path):
     text = report(tmp_path)
     table = rows_of(text, "Table 10")
     mamba = table[[row[0] for row in table].index("**6 TimeMamba**") :]
-    assert mamba[1] == ["16", "0", "31.9", "–", "**31.90**", "0.00"]
-    assert mamba[2] == ["128", "0", "33.4", "–", "29.20", "−4.20"]
-    assert mamba[3][0] == "8192" and mamba[3][-2:] == ["–", "–"]
+    assert mamba[1] == ["16", "**31.90**", "31.9", "–", "0.00", "1 (seed 0)"]
+    assert mamba[2] == ["128", "29.20", "33.4", "–", "−4.20", "1 (seed 0)"]
+    assert mamba[3][0] == "8192" and mamba[3][1] == "–" and mamba[3][-2:] == ["–", ""]
     assert "not measured yet at 8192 frames" in text
 
 
@@ -128,7 +128,7 @@ def test_accuracies_of_another_sampling_are_in_no_table(tmp_path):
     text = report(tmp_path)
     table = rows_of(text, "Table 10")
     mamba = table[[row[0] for row in table].index("**6 TimeMamba**") :]
-    assert [row[-2] for row in mamba[1:4]] == ["31.90", "–", "–"]
+    assert [row[1] for row in mamba[1:4]] == ["31.90", "–", "–"]
     found = "3 evaluations are not of --sampling prefix (found: an earlier version's, prefix-hold) and are passed over"
     assert found in text and "not measured yet at 128, 8192 frames" in text
 
@@ -137,7 +137,7 @@ def test_accuracies_of_another_sampling_are_in_no_table(tmp_path):
     text = report(tmp_path / "b")
     assert "2 evaluations are not of --sampling prefix (found: an earlier version's); run it again" in text
     table = rows_of(text, "Table 10")
-    assert [row for row in table if row[1:2] == ["0"]] == [["16", "0", "–", "**38.7**", "20.00", "–"]]
+    assert [row for row in table if row[-1] == "1 (seed 0)"] == [["16", "20.00", "–", "**38.7**", "–", "1 (seed 0)"]]
 
 
 def test_demo_runs_are_apart_and_compared_with_nothing(tmp_path):
@@ -149,8 +149,8 @@ def test_demo_runs_are_apart_and_compared_with_nothing(tmp_path):
     demo, runs = demo.split("## Runs")
     assert "85.00" in demo and "26.30" not in demo
     row = next(line for line in demo.splitlines() if line.startswith("| 6 TimeMamba"))
-    assert row == "| 6 TimeMamba, vanilla | 0 | *26.2* | *26.2* | 85.00 |"
-    assert "paper, real data" in demo and "difference |" not in demo and not re.search("[▲▼]", demo)
+    assert row == "| 6 TimeMamba, vanilla | 85.00 | *26.2* | *26.2* | 1 (seed 0) |"
+    assert "paper, real data" in demo and "| difference |" not in demo and not re.search("[▲▼]", demo)
     assert "demo" in runs
 
 
@@ -174,7 +174,7 @@ def test_the_last_evaluation_counts_and_the_best_is_named_apart(tmp_path):
     rows = [retrieval(1, 30, 22, 28.0, 30, 27, 29), retrieval(4, 30, 22, 26.0, 30, 27, 29)]
     write_run(tmp_path / "a", "table8_row6", rows, epochs=5)
     text = report(tmp_path)
-    assert next(r for r in rows_of(text, "Table 8") if r[0].startswith("6"))[4] == "26.00"
+    assert next(r for r in rows_of(text, "Table 8") if r[0].startswith("6"))[1] == "26.00"
     assert rows_of(text, "Runs")[2][1:] == ["table8_row6", "full", "trained", "0", "5", "2", "28.00"]
 
 
@@ -315,7 +315,7 @@ def test_page_is_whole_and_says_what_the_markdown_says(tmp_path):
     assert main([str(tmp_path / "runs"), "--output", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "tables.html").read_text(encoding="utf-8")
     checker = check(page)
-    assert ["6 TimeMamba, vanilla", "0", "26.2", "26.2", "26.90", "+0.70▲"] in checker.rows
+    assert ["6 TimeMamba, vanilla", "26.90", "26.2", "26.2", "+0.70▲", "1 (seed 0)"] in checker.rows
     assert {"style", "picture", "source", "img", "tbody"} <= checker.seen and "url(" not in page
     for name in ("figure5.png", "figure5_demo.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
@@ -387,5 +387,7 @@ def test_what_the_plot_shows(tmp_path, rng):
     flat = [figure.Curve("flat", figure.GREY, [8, 16], [20.0, 22.5])]
     low, high = figure.draw(flat, published, demo=True).axes[0].get_ylim()
     assert high - low == pytest.approx(15.0) and (low + high) / 2 == pytest.approx(21.25)
+    extreme = [figure.Curve("extreme", figure.GREY, [8, 16], [0.0, 100.0])]
+    assert figure.draw(extreme, [], demo=False).axes[0].get_ylim() == (0, 100)
     once, again = (figure.image(figure.draw(measured, published, demo=False), "svg") for _ in range(2))
     assert once == again

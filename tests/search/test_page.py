@@ -19,11 +19,11 @@ from PIL import Image
 
 from avion.commands import search_videos as tool
 from avion.search.moments import Moment
+from tests.browser import chromium, needs_browser
 from tests.search.case import write_data
 from tests.videos import barcode_frame
 
 ROOT = Path(__file__).resolve().parents[2]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 # The routes of gradio, of this version and earlier ones, that take a path.
 PREFIXES = (
@@ -32,10 +32,6 @@ PREFIXES = (
 )  # fmt: skip
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed")
-needs_browser = pytest.mark.skipif(
-    CHROMIUM is None or importlib.util.find_spec("playwright") is None,
-    reason="needs the package playwright and Chromium (Debian and Ubuntu: apt-get install chromium)",
-)
 
 
 @pytest.fixture(scope="module")
@@ -229,12 +225,8 @@ def test_mistakes_and_the_end(data, capsys):
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture
