@@ -40,6 +40,6 @@ NORM_STYLES: dict[str, Normalization] = {
 # clips there are, what the model sees of them, which model it is, and what it began from. These are the values of
 # --allow-changes.
 OTHER_RUN = (
-    "batch-size", "clip-length", "clip-stride", "dataset", "frame-sampling", "model-args", "pretrain-model",
-    "pretrain-path", "pretrain-zoo", "seed", "train-metadata", "val-metadata",
+    "batch-size", "clip-length", "clip-stride", "dataset", "frame-sampling", "lock-except", "lock-text",
+    "lock-video", "model-args", "pretrain-model", "pretrain-path", "pretrain-zoo", "seed", "train-metadata", "val-metadata",
 )  # fmt: skip

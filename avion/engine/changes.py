@@ -36,6 +36,8 @@ _FREE = frozenset(
 )
 # A file of the same name is taken for the same file in another place.
 _FILES = ("pretrain_model", "pretrain_path")
+# Flags that say which parameters are trained, with the values that they have in checkpoints from before the flags.
+_TRAINED = {"lock_video": None, "lock_text": None, "lock_except": [], "freeze_temperature": False}
 _SCHEDULE = ("epochs", "warmup_epochs", "lr", "lr_start", "lr_end", "fix_lr", "batch_size")
 
 
@@ -74,7 +76,7 @@ def find_changes(
     saved = checkpoint.training
     if saved is None or "model_config" not in checkpoint.contents or "step" not in checkpoint.contents:
         return []
-    before, now = checkpoint.args, options.values()
+    before, now = {**_TRAINED, **checkpoint.args}, options.values()
     found = [
         Change(name.replace("_", "-"), f"--{name.replace('_', '-')} {_shown(before[name])} -> {_shown(value)}", other)
         for name, value in now.items()
@@ -114,6 +116,11 @@ def settle(changes: list[Change], path: str, allowed: list[str], *, tell: bool =
         )
     if changes and tell:
         logger.warning("going on from %s with other flags: %s", path, _listed(changes))
+
+
+def trains_others(changes: list[Change]) -> bool:
+    """Whether other parameters are trained than before, so that the state of the optimizer is of no use."""
+    return any(change.flag.replace("-", "_") in _TRAINED for change in changes)
 
 
 def tell_schedule(changes: list[Change], before: float, after: float) -> None:

@@ -13,6 +13,7 @@ from avion import folder_lock
 from avion.constants import ZERO_SHOT
 from avion.files import remove_partial_files
 from avion.json_lines import append_json
+from avion.models.locking import lock_towers, parameter_counts
 from avion.weights import Checkpoint
 
 from . import distributed, signals, sinks
@@ -116,6 +117,8 @@ def _read_data(task_class: type[Task[T]], options: T, start: Start, world: World
 def _train(task: Task, model: nn.Module, precision: Precision, start: Start) -> dict[str, float]:
     options, world = task.options, task.world
     with world.together("preparing the training"):
+        lock_towers(model, options.lock_video, getattr(options, "lock_text", None), options.lock_except)
+        logger.info("%s", parameter_counts(model))
         dataset = task.train_dataset(ModelInputs.of(model.config, options))
         sampler = train_sampler(dataset, options, world)
         training = start_training(task, model, task.checkpoint, start, options, world, precision, sampler)

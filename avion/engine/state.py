@@ -230,7 +230,7 @@ def restore(
     start: Start,
     options: TrainingOptions,
     world: World,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     scaler: torch.amp.GradScaler,
 ) -> Position:
     """Restore optimizer, scaler and generators from a checkpoint whose weights are already loaded.
@@ -240,7 +240,7 @@ def restore(
         start: How the run came by it.
         options: The options of the run.
         world: The processes of the run.
-        optimizer: The optimizer to restore.
+        optimizer: The optimizer to restore; None where other parameters are trained than before.
         scaler: The loss scaler to restore.
 
     Returns:
@@ -253,7 +253,10 @@ def restore(
     if saved is None:
         logger.info("%s holds weights only: a new run starts from them", source)
         return Position(epoch=options.start_epoch)
-    restore_optimizer(optimizer, saved.optimizer, source, options.optimizer)
+    if optimizer is not None:
+        restore_optimizer(optimizer, saved.optimizer, source, options.optimizer)
+    elif world.is_main:
+        logger.warning("%s: other parameters are trained than before: the state of the optimizer starts anew", source)
     if saved.scaler:
         scaler.load_state_dict(saved.scaler)
     if len(saved.rng) == world.size:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from avion.data.mixture import Mixture
 from avion.errors import UserError
+from avion.models.locking import train_mode
 from avion.models.utils import time_gates
 from avion.optim import build_optimizer, constant_scheduler, cosine_scheduler
 from avion.weights import Checkpoint
@@ -136,7 +137,8 @@ def start_training(
         batches = (state.global_batch(checkpoint), sampler.global_batch)
         found = changes.find_changes(checkpoint, options, model, training.data, batches)
         changes.settle(found, checkpoint.path, options.allow_changes, tell=world.is_main)
-        position = training.position = state.restore(checkpoint, start, options, world, optimizer, scaler)
+        kept = None if changes.trains_others(found) else optimizer
+        position = training.position = state.restore(checkpoint, start, options, world, kept, scaler)
         if position.step and not position.clips:  # a checkpoint that says neither clips nor batch size
             position.clips = position.step * sampler.global_batch
         sampler.set_position(position.epoch, position.clips)
@@ -329,7 +331,7 @@ class Trainer:
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train one epoch, or what is left of it. Returns the means of its metrics over steps and processes."""
-        self.model.train()
+        train_mode(self.training.model, self.model)
         position = self.position
         self.sampler.set_position(epoch, position.clips)
         first = position.step = self.sampler.start_step

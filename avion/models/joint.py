@@ -14,7 +14,7 @@ from .clip import CLIP
 from .config import VIM_FIELDS, ModelConfig
 from .registry import register_model
 from .stream import Stem, Stream, compute_dtype, pieces
-from .tower import Layout, Tower, Weights, register_tower, rename
+from .tower import Layout, Stack, Tower, Weights, register_tower, rename
 from .transformer import (
     INIT_STD,
     Attention,
@@ -101,6 +101,11 @@ class JointViT(nn.Module):
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
         return project(self.features(video), self.image_projection)
+
+
+def _stack(tower: JointViT) -> Stack:
+    embeddings = [tower.class_embedding, tower.positional_embedding, tower.temporal_embedding]
+    return Stack([tower.conv1, *embeddings, tower.ln_pre], tower.transformer.blocks(), [tower.ln_post])
 
 
 # ---- long videos --------------------------------------------------------------------------------
@@ -211,6 +216,7 @@ register_tower(
         from_common=_from_common,
         temporal=_TEMPORAL,
         time_from_lavila=lambda config: re.compile(r"visual\.temporal_embedding$"),
+        video_stack=_stack,
         stem=_stem,
         walk=walk_joint,
         bytes_beside=lambda config, small: 2 * small,  # keys and values of all tokens

@@ -21,7 +21,7 @@ from .clip import CLIP
 from .config import VIM_FIELDS, ModelConfig
 from .registry import register_model
 from .stream import Stem, Stream
-from .tower import Layout, ShapeReader, Tower, Weights, register_tower, rename
+from .tower import Layout, ShapeReader, Stack, Tower, Weights, clip_text_stack, register_tower, rename
 from .transformer import (
     INIT_STD,
     DropPath,
@@ -193,6 +193,11 @@ class LaViLaCLIP(CLIP):
         return features @ self.image_projection
 
 
+def _stack(tower: LaViLaTower) -> Stack:
+    before = [tower.patch_embed, tower.cls_token, tower.pos_embed, tower.temporal_embed, tower.ln_pre]
+    return Stack(before, tower.each_block(), [tower.norm])
+
+
 # ---- long videos --------------------------------------------------------------------------------
 
 
@@ -323,6 +328,8 @@ register_tower(
         to_common=lambda weights: rename(weights, _TO_COMMON),
         temporal=_TEMPORAL,
         time_from_lavila=lambda config: _TEMPORAL,
+        video_stack=_stack,
+        text_stack=clip_text_stack,  # the model itself holds the parts
         stem=_stem,
         walk=walk_lavila,
     )

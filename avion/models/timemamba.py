@@ -26,7 +26,7 @@ from .clip import CLIP
 from .config import VIM_FIELDS, ModelConfig
 from .registry import build_mixer, register_model
 from .stream import Stem, Stream, pieces
-from .tower import Layout, ShapeReader, Tower, Weights, register_tower
+from .tower import Layout, ShapeReader, Stack, Tower, Weights, register_tower
 from .transformer import (
     INIT_STD,
     Attention,
@@ -209,6 +209,11 @@ class DividedTower(nn.Module):
         return project(self.features(video), self.image_projection)
 
 
+def _stack(tower: DividedTower) -> Stack:
+    before = [tower.patch_embed, tower.cls_token, tower.pos_embed, tower.temporal_embed, tower.ln_pre]
+    return Stack([part for part in before if part is not None], tower.each_block(), [tower.norm])
+
+
 # ---- long videos --------------------------------------------------------------------------------
 
 
@@ -349,6 +354,7 @@ register_tower(
         further_sizes=_further_sizes,
         temporal=_TEMPORAL,
         time_from_lavila=lambda config: _TEMPORAL if config.mixer == "attention" else _NONE,
+        video_stack=_stack,
         stem=_stem,
         walk=walk_divided,
         bytes_beside=_bytes_beside,

@@ -6,14 +6,15 @@ and features of long videos ask the description.
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from .config import ModelConfig
 from .stream import Stem, Stream
+from .transformer import TextParts
 
 Weights = Mapping[str, Tensor]
 # Reads the shape of a parameter, which must have that many dimensions; None where the parameter is absent.
@@ -56,6 +57,31 @@ class Layout:
         """Return whether a checkpoint with these canonical names is in this layout."""
         has = {start: any(name.startswith(start) for name in names) for start in (*self.requires, *self.excludes)}
         return all(has[start] for start in self.requires) and not any(has[start] for start in self.excludes)
+
+
+class Stack(NamedTuple):
+    """The parts of a tower that was built, in the order in which they are computed.
+
+    A projection into the embedding that both towers share is none of these parts.
+
+    Attributes:
+        before: The embeddings, and the norm in front of the blocks.
+        blocks: The blocks from the first to the last.
+        behind: What follows the last block, such as the last norm.
+    """
+
+    before: Sequence[nn.Module | nn.Parameter]
+    blocks: Sequence[nn.Module]
+    behind: Sequence[nn.Module | nn.Parameter]
+
+
+def clip_text_stack(text: TextParts) -> Stack:
+    """Return the parts of CLIP's text tower, whichever module holds them."""
+    return Stack([text.token_embedding, text.positional_embedding], text.transformer.blocks(), [text.ln_final])
+
+
+def _text_stack(model: Any) -> Stack:
+    return clip_text_stack(model.textual)
 
 
 def _nothing_ignored(config: ModelConfig) -> dict[str, str]:
@@ -101,6 +127,8 @@ class Tower:
         temporal: Matches the beginnings of the names of all parameters that image models do not have.
         time_from_lavila: Which temporal parts of LaViLa's checkpoint, by the names of this tower, a model of this
             configuration takes.
+        video_stack: The parts of `module`; None where the tower does not tell them, and its blocks cannot be locked.
+        text_stack: The parts of the text tower of the whole model.
         stem: The parts before the blocks, for the walk over long videos.
         walk: Computes the features of a long video in bounded memory, (1, D), equal to `module.features`.
         bytes_beside: What `walk` holds beside the stream of tokens, in bytes per element; the second argument is the
@@ -119,6 +147,8 @@ class Tower:
     to_common: Callable[[Weights], dict[str, Tensor]] | None = None
     temporal: re.Pattern[str] = _NO_NAME
     time_from_lavila: Callable[[ModelConfig], re.Pattern[str]] = field(default=lambda config: _NO_NAME)
+    video_stack: Callable[[Any], Stack] | None = None
+    text_stack: Callable[[Any], Stack] = field(default=_text_stack)
     stem: Callable[[Any], Stem] | None = None
     walk: Callable[[Any, Stream], Tensor] | None = None
     bytes_beside: Callable[[ModelConfig, int], int] = field(default=lambda config, small: small)

@@ -218,10 +218,18 @@ class Transformer(nn.Module):
 
 
 def run_block(block: nn.Module, *args: Any, checkpointed: bool) -> Any:
-    """Call `block(*args)`. If `checkpointed`, only the inputs are kept, and the backward pass runs the block again."""
-    if checkpointed and torch.is_grad_enabled():
+    """Call `block(*args)`. If `checkpointed`, only the inputs are kept, and the backward pass runs the block again.
+
+    Of a block that no gradient enters, nothing is kept in either case.
+    """
+    if checkpointed and torch.is_grad_enabled() and _takes_gradients(block, args):
         return checkpoint(block, *args, use_reentrant=False)
     return block(*args)
+
+
+def _takes_gradients(block: nn.Module, args: tuple[Any, ...]) -> bool:
+    inputs = (x for x in args if isinstance(x, torch.Tensor))
+    return any(x.requires_grad for x in (*inputs, *block.parameters()))
 
 
 def drop_path_rates(config: ModelConfig) -> list[float]:

@@ -96,8 +96,13 @@ def _fit_frames(embed: torch.Tensor, num_frames: int, how: str) -> torch.Tensor:
     return embed.index_select(-2, nearest)
 
 
+def is_time_gate(name: str) -> bool:
+    """Return whether a parameter of this name is the gate α of a block."""
+    return name.endswith("alpha_timeattn")
+
+
 def time_gates(model: nn.Module) -> list[torch.Tensor]:
     """Return α of every block, 0-d, in the order of the blocks; time mixing is multiplied by tanh(α). Empty without
     gates.
     """
-    return [p.detach().float() for name, p in model.named_parameters() if name.endswith("alpha_timeattn")]
+    return [p.detach().float() for name, p in model.named_parameters() if is_time_gate(name)]

@@ -19,7 +19,7 @@ _CLASSIFICATION = "main_finetune_classification.py"
 _TRAINING = (
     "train-metadata-aux", "scale-range", "pretrain-zoo", "pretrain-path", "pretrain-model", "freeze-temperature",
     "gather-with-grad", "grad-checkpointing", "margin", "relevancy-threshold", "mixup", "cutmix", "smoothing",
-    "drop-path-rate", "dropout-rate", "eval-freq",
+    "drop-path-rate", "dropout-rate", "eval-freq", "lock-video", "lock-text", "lock-except",
 )  # fmt: skip
 # This program decides where the files of a run lie and which run it is.
 _RESERVED = ("output_dir", "seed", "evaluate", "resume", "device")

@@ -13,6 +13,7 @@ from .shared import (
     ModelOptions,
     OptimOptions,
     RunOptions,
+    TextLockOptions,
     TrainingOptions,
     VideoOptions,
     check_scale_range,
@@ -20,7 +21,7 @@ from .shared import (
 
 
 @dataclass(frozen=True)
-class FinetuneRetrievalOptions(CaptionOptions, TrainingOptions):
+class FinetuneRetrievalOptions(CaptionOptions, TextLockOptions, TrainingOptions):
     """The options of `main_finetune_retrieval.py`."""
 
     TITLE: ClassVar[str] = "retrieval fine-tuning"

@@ -11,11 +11,11 @@ from avion.numbers import SHARE_ABOVE_0, whole
 
 from .egoschema import EgoSchemaOptions
 from .model_args import check_model
-from .shared import EK100_ANNOTATIONS, CaptionOptions, TrainingOptions, check_scale_range
+from .shared import EK100_ANNOTATIONS, CaptionOptions, TextLockOptions, TrainingOptions, check_scale_range
 
 
 @dataclass(frozen=True)
-class PretrainOptions(CaptionOptions, TrainingOptions):
+class PretrainOptions(CaptionOptions, TextLockOptions, TrainingOptions):
     """The options of `main_pretrain.py`."""
 
     TITLE: ClassVar[str] = "pretraining"

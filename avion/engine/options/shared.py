@@ -24,6 +24,7 @@ from .model_args import settle_model_args
 EK100_ANNOTATIONS = "datasets/EK100/epic-kitchens-100-annotations/retrieval_annotations"
 FRAMES = whole(1, 65536)
 THREADS = whole(0, 1024)
+BLOCKS = whole(0, 1024)
 LEARNING_RATE = Number(float, 0, 1000, above=True)
 
 
@@ -132,6 +133,21 @@ class CaptionOptions(Options):
 
 
 @dataclass(frozen=True)
+class TextLockOptions(Options):
+    """Which part of the text tower is trained."""
+
+    TITLE: ClassVar[str] = "model"
+
+    lock_text: int | None = flag(
+        None,
+        "train only the last N blocks of the text tower, the norm behind them and the projection; 0: the projection "
+        "alone [all is trained]",
+        BLOCKS,
+        metavar="N",
+    )
+
+
+@dataclass(frozen=True)
 class ModelOptions(Options):
     """The model and how it computes."""
 
@@ -156,6 +172,18 @@ class ModelOptions(Options):
     )
     scan_backend: str = flag(
         "auto", "backend of the selective scan of Mamba models; auto: the fastest one that is there", metavar="NAME"
+    )
+    lock_video: int | None = flag(
+        None,
+        "train only the last N blocks of the video tower, the norm behind them and the projection; 0: the projection "
+        "or the head alone [all is trained]",
+        BLOCKS,
+        metavar="N",
+    )
+    lock_except: list[str] = flag(
+        [],
+        "what is trained in the locked part of a tower too: gates (alpha of the blocks), norms (of all layers)",
+        choices=["gates", "norms"],
     )
     compile: bool = flag(False, "compile the model with torch.compile")
     resume: str = flag(
@@ -306,7 +334,12 @@ class TrainingOptions(VideoOptions, ModelOptions, OptimOptions, RunOptions, Devi
     """All groups that an entry point with a training has."""
 
     def check(self) -> None:
-        """Raise UserError for schedules that make no sense. An evaluation (`--evaluate`) has no schedule."""
+        """Raise UserError for exceptions from no lock and for schedules that make no sense. An evaluation
+        (`--evaluate`) has no schedule.
+        """
+        if self.lock_except and self.lock_video is None and getattr(self, "lock_text", None) is None:
+            text = " or --lock-text N" if hasattr(self, "lock_text") else ""
+            raise UserError(f"--lock-except {' '.join(self.lock_except)}: nothing is locked; give --lock-video N{text}")
         if self.evaluate:
             return
         if self.start_epoch >= self.epochs:
