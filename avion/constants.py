@@ -41,5 +41,6 @@ NORM_STYLES: dict[str, Normalization] = {
 # --allow-changes.
 OTHER_RUN = (
     "batch-size", "clip-length", "clip-stride", "dataset", "frame-sampling", "lock-except", "lock-text",
-    "lock-video", "model-args", "pretrain-model", "pretrain-path", "pretrain-zoo", "seed", "train-metadata", "val-metadata",
+    "lock-video", "model-args", "pretrain-model", "pretrain-path", "pretrain-zoo", "seed", "train-metadata",
+    "val-metadata",
 )  # fmt: skip

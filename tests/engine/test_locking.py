@@ -175,7 +175,8 @@ def test_a_checkpoint_from_before_the_flags_had_nothing_locked(tmp_path):
 def test_the_temperature_may_be_frozen_on_the_way(tmp_path, caplog):
     run(tmp_path, "--epochs", "1")
     run(tmp_path, "--epochs", "2", "--freeze-temperature")
-    assert "--freeze-temperature False -> True" in caplog.text and "the state of the optimizer starts anew" in caplog.text
+    assert "--freeze-temperature False -> True" in caplog.text
+    assert "the state of the optimizer starts anew" in caplog.text
     assert contents(tmp_path)["epoch"] == 2
 
 
