@@ -51,11 +51,12 @@ def lock_towers(
 def _stack(model: nn.Module, which: str, last: int) -> Stack:
     flag = f"--lock-{which} {last}"
     tower = tower_of(model.visual)
-    if tower is None or (which == "video" and tower.video_stack is None):
+    video_stack = None if tower is None else tower.video_stack
+    if tower is None or (which == "video" and video_stack is None):
         kind = type(model.visual).__name__
         raise UserError(f"{flag}: tower {kind} does not tell its blocks; give video_stack= to its Tower")
     try:
-        stack = tower.video_stack(model.visual) if which == "video" else tower.text_stack(model)
+        stack = video_stack(model.visual) if which == "video" and video_stack else tower.text_stack(model)
     except AttributeError as e:
         raise UserError(f"{flag}: {e}, so the {which} tower has other parts; give {which}_stack= to its Tower") from e
     if last > len(stack.blocks):
