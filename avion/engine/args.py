@@ -1,9 +1,9 @@
-"""The command line, generated from dataclasses: flags, `--help`, `--config FILE.yaml`.
+"""The command line is generated from dataclasses: flags, `--help`, `--config FILE.yaml`.
 
-The options of an entry point are a frozen dataclass, put together from the groups in `options/`. Values come from the
-defaults, then from the YAML file, then from the command line. All three go through the same parser, which checks types,
-ranges and choices. Every number declares its range, and the method `check` of a group refuses combinations that make no
-sense. All of that happens before anything else is read and before processes meet.
+The options of an entry point are a frozen dataclass, put together from the groups in `avion/engine/options/`. Values
+come from the defaults, then from the YAML file, then from the command line. All three go through the same parser, which
+checks types, ranges and choices. Every number declares its range, and the method `check` of a group refuses
+combinations that make no sense. All checks happen before any other file is read and before processes meet.
 """
 
 import argparse
@@ -31,9 +31,9 @@ T = TypeVar("T", bound="Options")
 
 @dataclass(frozen=True)
 class Options:
-    """Base of all groups of flags: values that do not change once they are parsed.
+    """Base of all groups of flags. The values of an object do not change once they are parsed.
 
-    A field that `flag` makes is a flag. Options remember which flags were given, on the command line or in the YAML
+    A field that `flag` makes is a flag. An object remembers which flags were given, on the command line or in the YAML
     file; the other flags have their defaults.
     """
 
@@ -44,7 +44,13 @@ class Options:
         return self._given
 
     def was_given(self, name: str) -> bool:
-        """Whether the flag of the field `name` was given.
+        """Return whether the flag of a field was given.
+
+        Args:
+            name: The name of the field.
+
+        Returns:
+            True where the flag was given on the command line or in the YAML file.
 
         Raises:
             AttributeError: There is no such field.
@@ -54,12 +60,12 @@ class Options:
         return name in self._given
 
     def values(self) -> dict[str, Any]:
-        """The values of all flags by the names of their fields."""
+        """Return the values of all flags by the names of their fields."""
         return {name: getattr(self, name) for name in flag_fields(type(self))}
 
 
 def flag_fields(config: type) -> dict[str, dataclasses.Field]:
-    """The fields of an options class that are flags, by name."""
+    """Return the fields of an options class that are flags, by name."""
     return {f.name: f for f in dataclasses.fields(config) if "flag" in f.metadata}
 
 
@@ -73,17 +79,22 @@ def flag(
     choices: Sequence | None = None,
     metavar: str | None = None,
 ) -> Any:
-    """A dataclass field that is a command-line flag. Lists take several values; a bool | None is None until it is set.
+    """Make a dataclass field that is a command-line flag.
+
+    A list takes several values. A `bool | None` is None until it is set.
 
     Args:
         default: The value without the flag.
         help: The text of the flag in `--help`.
-        within: The numbers that the flag takes. An int or float flag without `choices` must state them. They are the
-            range of every number where the flag takes a list.
+        within: The numbers that the flag takes. An int or float flag without `choices` must state them. Where the flag
+            takes a list, they are the range of every number in it.
         names: Other spellings of the flag, beside `--field-name`.
         off: The flag that turns a bool off, if it is not `--no-field-name`; "" for a bool that cannot be turned off.
         choices: The values that the flag takes, where there are only a few.
         metavar: The name of the value in `--help`.
+
+    Returns:
+        A field for the body of an options class.
     """
     spec = {"help": help, "within": within, "names": tuple(names), "off": off, "choices": choices, "metavar": metavar}
     if isinstance(default, list):
@@ -92,7 +103,17 @@ def flag(
 
 
 def other_default(group: type, name: str, default: Any, help: str | None = None) -> Any:
-    """The flag `name` of a shared group with another default, and with another help text where one is given."""
+    """Make a field that changes the default of a flag of a shared group.
+
+    Args:
+        group: The shared group.
+        name: The name of the field.
+        default: The other default.
+        help: Another help text; None keeps the text of the shared group.
+
+    Returns:
+        A field for the body of an options class that inherits from the group.
+    """
     (field,) = (f for f in dataclasses.fields(group) if f.name == name)
     spec = field.metadata["flag"]
     return flag(default, help or spec["help"], **{k: v for k, v in spec.items() if k != "help"})
@@ -121,7 +142,7 @@ class ToolParser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-\.?\d.*|-inf.*|-nan", re.IGNORECASE)
 
     def _imported(self, name: str) -> str:
-        """The name of a module, which is imported when the flag is read."""
+        """Import the module of `--import` when the flag is read, and return its name."""
         try:
             import_plugins([name])
         except UserError as e:
@@ -129,9 +150,11 @@ class ToolParser(argparse.ArgumentParser):
         return name
 
     def error(self, message: str):
+        """End the program with status 2 and one line."""
         self.exit(USER_ERROR, f"{UserError(f'{self.prog}: error: {message} (--help says more)')}\n")
 
     def format_help(self) -> str:
+        """Return the help text, in which programs are named as they were called."""
         return called_names(super().format_help())
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -139,6 +162,7 @@ class ToolParser(argparse.ArgumentParser):
             (file or sys.stderr).write(message)
 
     def exit(self, status: int = 0, message: str | None = None):
+        """End the program; status 141, without a message, where nobody reads its output."""
         if message:
             self._print_message(message, sys.stderr)
         raise SystemExit(NOBODY_READS if stdout_is_closed() else status)
@@ -151,6 +175,7 @@ class _Parser(ToolParser):
     """A ToolParser whose errors are UserErrors that suggest a flag of a similar name."""
 
     def error(self, message: str):
+        """Raise UserError with a message that suggests a flag or says where an unknown choice went."""
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
             message = "; ".join(self._unknown(a) for a in message[len(prefix) :].split())
@@ -196,7 +221,7 @@ def _off_name(field: dataclasses.Field) -> str:
 
 
 def _unwrap(annotation: Any) -> tuple[Any, bool]:
-    """The element type of an annotation, and whether it is a list."""
+    """Return the element type of an annotation, and whether the annotation is a list."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
     if typing.get_origin(annotation) is list:
@@ -209,7 +234,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _reader(spec: dict[str, Any], element: type, name: str) -> type | Number:
-    """What turns a word into a value. A number without a range is a mistake of the program."""
+    """Return the function that makes a value of a word. A number without a range is a mistake of the program."""
     if element not in (int, float):
         return element
     if spec["choices"] is not None:
@@ -246,7 +271,7 @@ def _add(group, field: dataclasses.Field, annotation: Any) -> None:
 
 
 def _groups(config: type) -> dict[str, list[dataclasses.Field]]:
-    """The flags by the title of the class that declares them first: those of the task, then the shared ones.
+    """Return the flags by the title of the class that declares them first: those of the task, then the shared ones.
 
     A flag whose default a task changes (`other_default`) stays in the shared group that it comes from.
     """
@@ -261,7 +286,16 @@ def _groups(config: type) -> dict[str, list[dataclasses.Field]]:
 
 
 def build_parser(config: type, prog: str, description: str) -> argparse.ArgumentParser:
-    """The argument parser of an options class. The parsed values do not contain flags that were not given."""
+    """Make the argument parser of an options class. The parsed values do not contain flags that were not given.
+
+    Args:
+        config: The options class.
+        prog: The name of the program, for `--help` and errors.
+        description: What the program does, for `--help`.
+
+    Returns:
+        The parser.
+    """
     parser = _Parser(prog=prog, description=description, formatter_class=_Help, allow_abbrev=False)
     hints = typing.get_type_hints(config)
     parser.add_argument(
@@ -287,6 +321,13 @@ RECIPE_KEYS = (
 def read_yaml_mapping(path: str | Path, flag_name: str = "--config") -> dict[Any, Any]:
     """Read a YAML file that holds a mapping; recipes/{name}.yaml is found in every folder.
 
+    Args:
+        path: The file.
+        flag_name: The flag that names the file, for messages.
+
+    Returns:
+        The mapping.
+
     Raises:
         UserError: The file cannot be read or holds something else. The message begins with `flag_name` and the path.
     """
@@ -304,14 +345,36 @@ def read_yaml_mapping(path: str | Path, flag_name: str = "--config") -> dict[Any
 
 
 def unknown_key(where: str, key: Any, known: Iterable[str], otherwise: str) -> UserError:
-    """The error for a key that does not exist. It names the known keys that are similar, or says `otherwise`."""
+    """Make the error for a key that does not exist.
+
+    Args:
+        where: The file, with which the message begins.
+        key: The key.
+        known: The keys that exist; the message names those that are similar.
+        otherwise: What the message says where no key is similar.
+
+    Returns:
+        The error.
+    """
     near = difflib.get_close_matches(str(key), known, n=3)
     cure = f"did you mean {' or '.join(near)}?" if near else otherwise
     return UserError(f"{where}: unknown key {key!r}: {cure}")
 
 
 def recipe_flags(where: str, content: dict[Any, Any], prog: str | None = None) -> dict[Any, Any]:
-    """The flags of a recipe. Its keys must be RECIPE_KEYS, and `prog`, if it is given, must be its entry point."""
+    """Return the flags of a recipe.
+
+    Args:
+        where: The file, with which messages begin.
+        content: The content of the file; its keys must be RECIPE_KEYS.
+        prog: The entry point that the recipe must be of; None: any.
+
+    Returns:
+        The values of the flags by their names.
+
+    Raises:
+        UserError: A key is missing, unknown or of another type, or the recipe is of another entry point.
+    """
     for key in content:
         if key not in RECIPE_KEYS:
             raise unknown_key(where, key, RECIPE_KEYS, f"a recipe's keys are {', '.join(RECIPE_KEYS)}")
@@ -326,10 +389,18 @@ def recipe_flags(where: str, content: dict[Any, Any], prog: str | None = None) -
 
 
 def flag_words(where: str, flags: dict[Any, Any], config: type) -> list[str]:
-    """A mapping of flags to values as command-line words.
+    """Return a mapping of flags to values as command-line words.
+
+    Args:
+        where: The file, with which messages begin.
+        flags: The values by the names of the flags, without dashes in front.
+        config: The options class that has the flags.
+
+    Returns:
+        The words.
 
     Raises:
-        UserError: A key is unknown, or a value is of another type than the flag. The message begins with `where`.
+        UserError: A key is unknown, or a value is of another type than the flag.
     """
     fields = flag_fields(config)
     hints = typing.get_type_hints(config)
@@ -373,7 +444,7 @@ def _expected(element: type, is_list: bool) -> str:
 
 
 def _read_file(parser: argparse.ArgumentParser, where: str, content: dict[Any, Any], config: type) -> dict[str, Any]:
-    """The values of the flags of a file. Each flag is parsed alone, so that an error names its key."""
+    """Return the values of the flags of a file. Each flag is parsed alone, so that an error names its key."""
     values: dict[str, Any] = {}
     for key, value in content.items():
         words = flag_words(where, {key: value}, config)
@@ -397,6 +468,9 @@ def parse(config: type[T], argv: Sequence[str] | None, prog: str, description: s
         prog: The name of the program, for `--help` and errors.
         description: What the program does, for `--help`.
 
+    Returns:
+        The options.
+
     Raises:
         UserError: The parser refuses a word. The message names the YAML file where the fault is in the file.
     """
@@ -419,8 +493,10 @@ def parse(config: type[T], argv: Sequence[str] | None, prog: str, description: s
 
 
 def _settled(config: type[T], values: dict[str, Any]) -> T:
-    """The options with these values, once the methods `settle` and `check` of each group have seen them, and the
-    modules of one's own have been imported, which may register the model that these are asked about."""
+    """Make the options of these values, and call the methods `settle` and `check` of each group.
+
+    The modules of `--import` are imported first, because they may register the model that the groups ask about.
+    """
     import_plugins(values.get("plugins", ()))
     for group in config.__mro__:
         if "settle" in group.__dict__:

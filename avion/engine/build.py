@@ -1,4 +1,4 @@
-"""From options to a model with weights, which come from a checkpoint or from a zoo."""
+"""Builds a model from the options, with weights that come from a checkpoint or from a zoo."""
 
 import logging
 from collections.abc import Sequence
@@ -19,13 +19,16 @@ logger = logging.getLogger(__name__)
 
 
 def build_model(options: PretrainOptions, checkpoint: Checkpoint | None) -> nn.Module:
-    """The two-tower model of a pretraining on the CPU, with the weights that the run starts from.
+    """Build the two-tower model of a pretraining, with the weights that the run starts from.
 
     Args:
         options: The options of the run. Without `--model`, the checkpoint says which model it is; with `--model`, the
             checkpoint must fit that model. Without a checkpoint, the weights come from `--pretrain-model` or from
             `--pretrain-zoo`. The weights of `--pretrain-model` are used with `--clip-length` frames.
         checkpoint: The checkpoint to resume or to evaluate, if there is one.
+
+    Returns:
+        The model, on the CPU.
 
     Raises:
         UserError: The checkpoint does not fit, or there are no such weights.
@@ -40,16 +43,19 @@ def build_model(options: PretrainOptions, checkpoint: Checkpoint | None) -> nn.M
 
 
 def build_finetuned(options: TrainingOptions, pretrained: str | None, checkpoint: Checkpoint | None) -> nn.Module:
-    """The two-tower model of a fine-tuning on the CPU, with the weights that the run starts from.
+    """Build the two-tower model of a fine-tuning, with the weights that the run starts from.
 
     Args:
         options: The options of the run. The number of frames becomes `--clip-length`, which resizes a temporal
             embedding. A checkpoint that is resumed or evaluated keeps its number unless `--clip-length` was given.
-        pretrained: The value of `--pretrain-model`. Model and weights come from there where there is no checkpoint.
+        pretrained: The value of `--pretrain-model`, which gives model and weights where there is no checkpoint.
         checkpoint: The checkpoint to resume or to evaluate, if there is one.
 
+    Returns:
+        The model, on the CPU.
+
     Raises:
-        UserError: There is neither checkpoint, or the checkpoint does not fit.
+        UserError: Neither a checkpoint nor a pretrained model was given, or the weights do not fit.
     """
     if checkpoint is not None:
         _refuse_pretraining(options, checkpoint)
@@ -63,7 +69,7 @@ def build_finetuned(options: TrainingOptions, pretrained: str | None, checkpoint
 
 
 def _refuse_pretraining(options: TrainingOptions, checkpoint: Checkpoint) -> None:
-    """Raise UserError for a checkpoint of a pretraining: its optimizer and its epoch are of no use in a fine-tuning."""
+    """Refuse a checkpoint of a pretraining: its optimizer state and its epoch are of no use in a fine-tuning."""
     pretraining = "pretrain_zoo" in checkpoint.args or "pretrain_model" not in checkpoint.args
     if not options.evaluate and checkpoint.training is not None and pretraining:
         raise UserError(
@@ -73,7 +79,7 @@ def _refuse_pretraining(options: TrainingOptions, checkpoint: Checkpoint) -> Non
 
 
 def build_as_saved(options: SavedModelOptions, checkpoint: Checkpoint, frames: int | None = None) -> nn.Module:
-    """The two-tower model of a checkpoint, for use without training.
+    """Build the two-tower model of a checkpoint, for use without training.
 
     Args:
         options: `--model` says which model it is where the checkpoint does not; `--model-args` change fields of its
@@ -81,6 +87,9 @@ def build_as_saved(options: SavedModelOptions, checkpoint: Checkpoint, frames: i
         checkpoint: The checkpoint.
         frames: The number of frames of the clips that the model will see, where it was asked for. The model gets this
             number where the checkpoint does not say a number.
+
+    Returns:
+        The model, on the CPU.
 
     Raises:
         UserError: The checkpoint does not fit.
@@ -97,7 +106,19 @@ def _running(options: SavedModelOptions, checkpoint: Checkpoint, frames: int | N
 
 
 def build_any_as_saved(options: SavedModelOptions, checkpoint: Checkpoint, frames: int | None = None) -> nn.Module:
-    """The classifier of a checkpoint that has one, for use without training; otherwise as `build_as_saved`."""
+    """Build the classifier of a checkpoint that has one, for use without training; otherwise do as `build_as_saved`.
+
+    Args:
+        options: As in `build_as_saved`.
+        checkpoint: The checkpoint.
+        frames: As in `build_as_saved`.
+
+    Returns:
+        The model, on the CPU.
+
+    Raises:
+        UserError: The checkpoint does not fit.
+    """
     if not checkpoint.is_classifier:
         return build_as_saved(options, checkpoint, frames)
     checkpoint.check_norm_style(options.norm_style)
@@ -109,13 +130,16 @@ def build_any_as_saved(options: SavedModelOptions, checkpoint: Checkpoint, frame
 def build_classifier(
     options: FinetuneClassificationOptions, checkpoint: Checkpoint | None, actions: Sequence[str]
 ) -> VideoClassifier:
-    """The classifier of an action recognition run on the CPU.
+    """Build the classifier of an action recognition run.
 
     Args:
         options: The options of the run. `--model` names the model where the checkpoint does not say which model it is.
         checkpoint: The checkpoint to resume or to evaluate. Without it, the classifier is a new head on the video tower
             of `--pretrain-model`.
         actions: The list of actions, for a new head and for a checkpoint that has no list.
+
+    Returns:
+        The classifier, on the CPU.
 
     Raises:
         UserError: The checkpoint does not fit, or there is none.
@@ -156,7 +180,9 @@ def _from_checkpoint(options: TrainingOptions, checkpoint: Checkpoint, **overrid
 
 
 def _inflation(facts: CheckpointFacts, model: nn.Module) -> str:
-    """A remark for the load report where clips get another length. Not every model has a parameter that shows this."""
+    """Write a remark for the load report where the length of clips changes. Not every model has a parameter that shows
+    this.
+    """
     before, after = facts.num_frames, model.config.num_frames
     if before in (None, after):
         return ""

@@ -1,4 +1,5 @@
-"""Other flags than those of the checkpoint that a run goes on from: what is listed, what is refused.
+"""Compares the flags of a run with those of the checkpoint that it goes on from: some changes are listed, others
+refused.
 
 docs/checkpoints.md has the table of all flags.
 """
@@ -22,8 +23,8 @@ from .options.model_args import BEHAVIOUR
 
 logger = logging.getLogger(__name__)
 
-# Flags that change nothing in what is trained: where the run writes, what it says, how it is spread over machines, what
-# the checkpoint decides in their place (`--resume` and the sizes of the model, which `_model` compares).
+# Flags that change nothing in what is trained: they say where the run writes, what it logs and how it is spread over
+# machines, or the checkpoint decides in their place (`--resume` and the sizes of the model, which `_model` compares).
 _FREE = frozenset(
     """
     output_dir evaluate eval_batch_size eval_freq save_steps keep_checkpoints allow_changes print_freq workers debug
@@ -43,12 +44,12 @@ _SCHEDULE = ("epochs", "warmup_epochs", "lr", "lr_start", "lr_end", "fix_lr", "b
 
 @dataclass(frozen=True)
 class Change:
-    """A flag that differs from the checkpoint's.
+    """A flag whose value differs from the value in the checkpoint.
 
     Attributes:
         flag: The name of the flag, without dashes in front.
         text: What differs, for messages.
-        other_run: Whether it makes the run another run.
+        other_run: Whether the change makes the run another run.
     """
 
     flag: str
@@ -63,15 +64,18 @@ def find_changes(
     data: Mapping[str, str],
     batches: tuple[int, int],
 ) -> list[Change]:
-    """What differs between a run and the checkpoint that it goes on from.
+    """Find what differs between a run and the checkpoint that it goes on from.
 
     Args:
-        checkpoint: A checkpoint of this project with the state of a training. For other files nothing is compared:
-            their flags are of other programs.
+        checkpoint: A checkpoint of this project with a training state. For other files nothing is compared: their flags
+            are of other programs.
         options: The options of the run.
         model: The model of the run.
         data: What identifies the clips of the run, by flag (`Task.data`); empty on all processes but one.
         batches: The clips of an optimizer step, before and now; 0 where it is not known.
+
+    Returns:
+        The changes.
     """
     saved = checkpoint.training
     if saved is None or "model_config" not in checkpoint.contents or "step" not in checkpoint.contents:
@@ -124,12 +128,12 @@ def trains_others(changes: list[Change]) -> bool:
 
 
 def tell_schedule(changes: list[Change], before: float, after: float) -> None:
-    """Say what the learning rate does where a flag of its schedule has changed.
+    """Report what the learning rate does where a flag of its schedule has changed.
 
     Args:
         changes: What `find_changes` returned.
         before: The learning rate of the last optimizer step.
-        after: That of the next one.
+        after: The learning rate of the next optimizer step.
     """
     names = [change.flag for change in changes if change.flag.replace("-", "_") in _SCHEDULE]
     if not names:
@@ -160,14 +164,16 @@ def _differs(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bo
 
 
 def _makes_another_run(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether a changed flag is one of those that are refused. The files of clips are compared by what is in them."""
+    """Return whether a changed flag is one that is refused. Files of clips are compared by what is in them."""
     if name == "clip_stride" and "strided" not in (before.get("frame_sampling"), now["frame_sampling"]):
         return False
     return name.replace("_", "-") in OTHER_RUN and name not in ("train_metadata", "val_metadata")
 
 
 def _model(before: Any, model: nn.Module) -> list[Change]:
-    """Other fields of the model's configuration, but for those that only say how it computes or is regularised."""
+    """List the fields of the model's configuration that have changed, without those that only say how the model
+    computes or is regularised.
+    """
     if not isinstance(before, Mapping):
         return []
     now = dataclasses.asdict(model.config)
@@ -187,7 +193,7 @@ def _plain(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value for a message: short, and on one line."""
+    """Return a value as a message shows it: short, and on one line."""
     text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     text = "".join(c if c.isprintable() else "?" for c in text)
     return (text if len(text) <= 60 else f"...{text[-57:]}") or "nothing"

@@ -1,4 +1,4 @@
-"""What a run tells people: lines in a log, a bar on a terminal, JSON for programs."""
+"""Reports a run to people and programs: lines in a log, a progress bar on a terminal, rows of JSON."""
 
 import logging
 import math
@@ -40,14 +40,22 @@ def _shown(value: object) -> object:
 
 
 class _BarFriendly(logging.StreamHandler):
-    """Writes lines above a progress bar rather than through it."""
+    """Writes log lines above a progress bar rather than through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
 
 
 def setup_logging(world: "World", output_dir: str | None = None) -> None:
-    """Lines of rank 0 to stderr and to `train.log`; of the others, warnings and errors with their number."""
+    """Set up the log: rank 0 writes all lines to stderr and to `train.log`; other ranks write only warnings and errors.
+
+    Args:
+        world: The processes of the run.
+        output_dir: The folder of `train.log`; None: no file is written.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
     root = logging.getLogger()
     for handler in list(root.handlers):
         if getattr(handler, "of_this_project", False):
@@ -73,7 +81,7 @@ def setup_logging(world: "World", output_dir: str | None = None) -> None:
 
 
 def memory_gb(device: "torch.device") -> float:
-    """Largest memory so far in GB (10⁹ bytes): of the GPU, else of this process."""
+    """Return the largest memory that was used so far, in GB (10⁹ bytes): of the GPU, or else of this process."""
     if device.type == "cuda":
         import torch
 
@@ -83,19 +91,20 @@ def memory_gb(device: "torch.device") -> float:
 
 
 def duration(seconds: float) -> str:
-    """h:mm:ss."""
+    """Return a duration as the text h:mm:ss."""
     seconds = int(seconds + 0.5)
     return f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
 
 
 class Meter:
-    """A running mean of the finite values: since the beginning, and since the last line."""
+    """A running mean of the finite values: since the beginning, and since the last progress line."""
 
     def __init__(self, total: float = 0.0, count: float = 0.0):
         self.total, self.count = total, count
         self._recent_total = self._recent_count = 0.0
 
     def add(self, value: float) -> None:
+        """Take a value; values that are not finite are left out."""
         if not math.isfinite(value):  # of a skipped step, which is counted elsewhere
             return
         self.total += value
@@ -105,21 +114,21 @@ class Meter:
 
     @property
     def mean(self) -> float:
-        """NaN where there is no value."""
+        """The mean of all values, NaN where there is none."""
         return self.total / self.count if self.count else math.nan
 
     def recent(self) -> float:
-        """The mean since this was last asked, or NaN."""
+        """Return the mean of the values since the last call, NaN where there is none."""
         value = self._recent_total / self._recent_count if self._recent_count else math.nan
         self._recent_total = self._recent_count = 0.0
         return value
 
 
 class Progress:
-    """Rate, time left, share of time spent waiting for data, memory: for one epoch of training.
+    """The progress of one epoch of training: rate, time left, share of the time spent waiting for data, memory.
 
-    Call `data_ready()` when a batch has arrived and `step(...)` when the optimizer step is done. Rank 0 hands the
-    metrics of each progress line to `write`.
+    The trainer calls `data_ready()` when a batch has arrived and `step(...)` when the optimizer step is done. Rank 0
+    passes the metrics of each progress line to `write`.
     """
 
     def __init__(
@@ -132,7 +141,7 @@ class Progress:
         done: int,
         print_freq: int,
         write: Callable[[dict[str, Any]], None],
-        so_far: Mapping[str, Any] | None = None,
+        sums: Mapping[str, Any] | None = None,
     ):
         self.world, self.epoch, self.epochs, self.steps = world, epoch, epochs, steps
         self.print_freq, self.write = print_freq, write
@@ -143,21 +152,21 @@ class Progress:
         self._done_before, self._done, self._clips = done, done, 0
         self._skipped = self._window_skipped = 0
         self._earlier = 0.0  # seconds that the epoch took before this process
-        self._go_on(so_far or {})
+        self._go_on(sums or {})
         on_terminal = world.is_main and sys.stderr.isatty()
         self.bar = (
             tqdm(total=steps, initial=done, desc=f"epoch {epoch}", unit="step", leave=False) if on_terminal else None
         )
 
-    def _go_on(self, so_far: Mapping[str, Any]) -> None:
+    def _go_on(self, sums: Mapping[str, Any]) -> None:
         """Begin with the sums of an epoch that was interrupted."""
-        for name, (total, count) in so_far.get("meters", {}).items():
+        for name, (total, count) in sums.get("meters", {}).items():
             self.meters[name] = Meter(total, count)
-        self._earlier, self._waited = so_far.get("seconds", 0.0), so_far.get("waited", 0.0)
-        self._clips, self._skipped = so_far.get("clips", 0), so_far.get("skipped", 0)
+        self._earlier, self._waited = sums.get("seconds", 0.0), sums.get("waited", 0.0)
+        self._clips, self._skipped = sums.get("clips", 0), sums.get("skipped", 0)
 
     def sums(self) -> dict[str, Any]:
-        """What the means of the epoch come from, as far as it has got, in plain numbers."""
+        """Return the sums that the means of the epoch come from, up to this step, in plain numbers."""
         return {
             "meters": {name: [meter.total, meter.count] for name, meter in self.meters.items()},
             "seconds": self._seconds,
@@ -171,12 +180,18 @@ class Progress:
         return self._earlier + max(time.perf_counter() - self._start, 1e-9)
 
     def data_ready(self) -> None:
+        """Note that a batch has arrived, so that the time until now counts as waiting for data."""
         waited = time.perf_counter() - self._last
         self._waited += waited
         self._window_waited += waited
 
     def step(self, clips: int, metrics: dict[str, float]) -> None:
-        """`clips`: of all processes in this step; `metrics`: loss and the like."""
+        """Note that an optimizer step is done, and write a progress line if it is time for one.
+
+        Args:
+            clips: The clips of all processes in this step.
+            metrics: The metrics of the step by name, such as the loss.
+        """
         now = time.perf_counter()
         self._last = now
         self._done += 1
@@ -222,7 +237,12 @@ class Progress:
             logger.info("epoch %d [%d/%d] %s", self.epoch, self._done, self.steps, text)
 
     def close(self) -> dict[str, float]:
-        """Means of the epoch (NaN where no value was finite), its rate, waiting share, memory and skipped steps."""
+        """End the progress bar of the epoch.
+
+        Returns:
+            The means of the metrics over the epoch (NaN where no value was finite), the rate, the share of waiting, the
+            memory and the number of skipped steps.
+        """
         if self.bar is not None:
             self.bar.close()
         elapsed = self._seconds
@@ -237,13 +257,16 @@ class Progress:
 
 
 def sums_of_all(sums: Sequence[Mapping[str, Any]], replaced: int) -> dict[str, Any]:
-    """The sums of an epoch for every process to go on with, from those of all processes (`Progress.sums`).
+    """Combine the sums of an epoch of all processes (`Progress.sums`) into the sums that every process goes on with.
 
     Each process goes on with the mean of the sums, so that the mean over any number of processes is right.
 
     Args:
         sums: An entry per process.
         replaced: Clips that were replaced in all processes.
+
+    Returns:
+        The sums for each process.
     """
 
     def mean(values: list[float]) -> float:
@@ -256,7 +279,17 @@ def sums_of_all(sums: Sequence[Mapping[str, Any]], replaced: int) -> dict[str, A
 
 
 def table(title: str, rows: dict[str, dict[str, float]], scale: float = 100.0) -> str:
-    """Figures as text: rows by name, columns in the order of their first appearance; what a row lacks stays blank."""
+    """Format metrics as a table.
+
+    Args:
+        title: The heading of the first column.
+        rows: For each row, by its name, the metrics by the names of their columns. A metric that a row lacks stays
+            blank.
+        scale: The factor that metrics are multiplied by [100: percent].
+
+    Returns:
+        The lines of the table. Columns are in the order in which they first appear.
+    """
     columns = list(dict.fromkeys(column for metrics in rows.values() for column in metrics))
     width = max(len(name) for name in [title, *rows])
     head = f"{title:<{width}}  " + "  ".join(f"{c:>9}" for c in columns)

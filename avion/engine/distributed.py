@@ -1,8 +1,8 @@
 """The processes of a run: how they meet, what they agree on, and how they fail together.
 
-Plain `python`, `torchrun`, `srun` and flags given by hand take the same way (`peers`). A single process needs no
-process group, and none is started. Control messages (agreement, errors, gathered features) travel over a gloo group on
-the CPU, so that they never wait for the GPU.
+Processes that plain `python`, `torchrun`, `srun` or flags start all go through the same code (`avion.engine.peers`). A
+single process needs no process group, and none is started. Control messages (agreement, errors, gathered features)
+travel over a gloo group on the CPU, so that they never wait for the GPU.
 """
 
 import contextlib
@@ -28,30 +28,33 @@ logger = logging.getLogger(__name__)
 _FAILED = 1 << 10  # as a message: larger than any signal's number
 
 
-def told(error: BaseException) -> str:
-    """An error in one line, for other processes."""
+def one_line(error: BaseException) -> str:
+    """Return an error as one line, which other processes can be sent."""
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[0] if isinstance(error, UserError | Stopped) else f"{type(error).__name__}: {lines[0]}"
 
 
 def _seen(count: int) -> str:
-    """The GPUs that this process sees, for errors: the machine may have more."""
+    """Say how many GPUs this process sees, for errors: the machine may have more."""
     seen = f"PyTorch sees {count or 'no'} GPU{'' if count == 1 else 's'}"
     limit = os.environ.get("CUDA_VISIBLE_DEVICES")
     return seen if limit is None else f"{seen} (CUDA_VISIBLE_DEVICES is {limit!r})"
 
 
 def choose_device(name: str, gpu: int | None, local_rank: int, own_gpus: int | None = None) -> torch.device:
-    """The device that `--device` and `--gpu` mean.
+    """Choose the device that `--device` and `--gpu` mean.
 
     Without `--gpu`, a process takes the GPU whose number is `local_rank`. A process that sees only GPUs of its own
-    takes the first of them: there, one GPU is visible, or as many as the launcher gives each process.
+    takes the first of them: such a process sees one GPU, or as many as the launcher gives each process.
 
     Args:
         name: "auto", "cpu" or "cuda".
         gpu: The number of the GPU, counted from 0 among the visible ones, or None.
         local_rank: The number of this process on its machine.
         own_gpus: How many GPUs the launcher gives each process, where it says so.
+
+    Returns:
+        The device.
 
     Raises:
         UserError: There is no such GPU.
@@ -90,6 +93,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this process is rank 0, which writes the files."""
         return self.rank == 0
 
     def __str__(self) -> str:
@@ -97,7 +101,7 @@ class World:
         return f"{self.device.type}, {self.size} process{'' if self.size == 1 else 'es'} ({self.how})"
 
     def gather(self, value: Any) -> list[Any]:
-        """A picklable value of every process, in rank order, on every process."""
+        """Return a picklable value of every process, in rank order, on every process."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -105,7 +109,7 @@ class World:
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every process."""
+        """Return the value of rank 0 on every process."""
         if self.size == 1:
             return value
         box = [value]
@@ -113,11 +117,11 @@ class World:
         return box[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on at least one process."""
+        """Return whether `flag` is true on at least one process."""
         return bool(self.most(int(flag)))
 
     def most(self, number: int) -> int:
-        """The largest of the numbers of all processes, on every process. The message is four bytes on the CPU."""
+        """Return the largest of the numbers of all processes, on every process. The message has four bytes."""
         if self.size == 1:
             return number
         value = torch.tensor([number], dtype=torch.int32)
@@ -142,7 +146,7 @@ class World:
         number = self.most(signals.asked() if error is None else _FAILED)
         if number < _FAILED:
             return number
-        texts = self.gather(None if error is None else told(error))
+        texts = self.gather(None if error is None else one_line(error))
         if self.watch is not None:
             self.watch.agreed()
         if error is not None:
@@ -156,7 +160,7 @@ class World:
             raise Stopped(f"{signals.name(number)} {where}")
 
     def mean(self, values: list[float]) -> list[float]:
-        """Means over the processes, in float64."""
+        """Return the means over the processes, in float64."""
         if self.size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64)
@@ -170,6 +174,14 @@ class World:
         An error on one process raises PeerError on the others, so that no process waits for one that has given up.
         Stopped on one process is Stopped on all. The block must not communicate: after an error before the first
         message, the other processes would wait for that message.
+
+        Args:
+            what: What the block does, for the messages of the other processes.
+
+        Raises:
+            PeerError: The block failed on another process.
+            LostPeer: Another process is gone.
+            Stopped: A signal asked a process to stop.
         """
         error: Exception | None = None
         try:
@@ -180,7 +192,7 @@ class World:
             error = e
         if self.size == 1:
             return
-        own = None if error is None else (isinstance(error, Stopped), told(error))
+        own = None if error is None else (isinstance(error, Stopped), one_line(error))
         errors = [(rank, *e) for rank, e in enumerate(self.gather(own)) if e is not None]
         if self.watch is not None and errors:
             self.watch.agreed()
@@ -204,31 +216,31 @@ class World:
         return PeerError(f"{what} failed on process {rank}: {errors[rank]}", quiet=self.rank != first)
 
     def _reach(self, call: Callable[[], Any]) -> None:
-        """Call a function that talks to other processes. Raises LostPeer where one of them is gone."""
+        """Call a function that communicates with other processes. LostPeer is raised where one of them is gone."""
         try:
             call()
         except RuntimeError as e:
             raise self._lost() or e from e
 
     def _lost(self) -> LostPeer | None:
-        """The error that names a process that is gone; None: none is, as far as is known."""
+        """Return the error that names a process that is gone; None where none is known to be gone."""
         loss = None if self.watch is None else self.watch.find_loss()
         return None if loss is None else LostPeer(self.watch.line(), quiet=not self.watch.tells())
 
     def leave(self, error: BaseException | None) -> LostPeer | None:
-        """Say goodbye to the other processes.
+        """Sign off from the other processes.
 
         Args:
             error: Why this process leaves, if it does not leave at the end of its work.
 
         Returns:
-            The error to be raised in its place, where it only follows from the loss of another process.
+            The error to be raised in the place of `error`, where `error` only follows from the loss of another process.
         """
         if self.watch is None:
             return None
         known = error is None or isinstance(error, Stopped | PeerError)
         lost = None if known or isinstance(error, UserError) else self._lost()
-        self.watch.leave(None if known or lost is not None else told(error))
+        self.watch.leave(None if known or lost is not None else one_line(error))
         return lost
 
     def agree(self, facts: Mapping[str, Any]) -> None:
@@ -258,7 +270,18 @@ def refuse_shared_gpus(world: World) -> None:
 
 
 def init_world(options: DeviceOptions, env: Mapping[str, str] = os.environ) -> World:
-    """Choose the device, find the other processes and meet them. A single process starts no process group."""
+    """Choose the device, find the other processes and meet them. A single process starts no process group.
+
+    Args:
+        options: The flags about the device and the processes.
+        env: The environment variables.
+
+    Returns:
+        The processes, with the rank and the device of this one.
+
+    Raises:
+        UserError: The device does not exist, or the processes cannot meet.
+    """
     launch = detect_launch(options, env)
     device = choose_device(options.device, options.gpu, launch.local_rank, launch.own_gpus)
     if device.type == "cuda":
@@ -294,13 +317,17 @@ def init_world(options: DeviceOptions, env: Mapping[str, str] = os.environ) -> W
 
 
 def _hub(url: str, env: Mapping[str, str]) -> str:
-    """The host or address of process 0, where the processes met; "" where `url` does not say it."""
+    """Return the host or address of process 0, where the processes met; "" where `url` does not say it."""
     if url == "env://":
         return env.get("MASTER_ADDR", "")
     return url.removeprefix("tcp://").rpartition(":")[0].strip("[]") if url.startswith("tcp://") else ""
 
 
 def shutdown(lost: bool = False) -> None:
-    """Leave the process group, if there is one. lost: a process is gone, for which nccl would wait."""
+    """Leave the process group, if there is one.
+
+    Args:
+        lost: Whether a process is gone; nccl would wait for it.
+    """
     if dist.is_available() and dist.is_initialized() and not (lost and dist.get_backend() == "nccl"):
         dist.destroy_process_group()

@@ -33,7 +33,7 @@ class Features:
 
     @property
     def readable(self) -> np.ndarray:
-        """The indices of the samples whose features are there, ascending (int64)."""
+        """The indices of the samples that could be read, ascending (int64)."""
         return np.array([i for i in range(len(self.values)) if i not in self.errors], dtype=np.int64)
 
 
@@ -76,7 +76,7 @@ def encode_clips(
     strict: bool = False,
     prepare: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Features:
-    """The features that `model.encode_image` gives to every clip of a dataset, on every process.
+    """Compute the features that `model.encode_image` gives to every clip of a dataset.
 
     Args:
         model: The model on the device.
@@ -90,8 +90,11 @@ def encode_clips(
         strict: Whether a clip that cannot be read is a UserError, instead of an entry of `errors`.
         prepare: A function that is applied to the normalised clips (B, 3, T, H, W) on the device.
 
+    Returns:
+        The features (n, E) float32 of all clips, on every process.
+
     Raises:
-        UserError: The data cannot be read; on all processes.
+        UserError: The data cannot be read; it is raised on all processes.
         Stopped: A signal asked a process to stop.
     """
     model.eval()
@@ -126,7 +129,19 @@ def encode_texts(
     *,
     batch_size: int = 64,
 ) -> Features:
-    """The features that `model.encode_text` gives to every text, on every process."""
+    """Compute the features that `model.encode_text` gives to every text.
+
+    Args:
+        model: The model on the device.
+        texts: The texts.
+        tokenizer: Makes tokens (n, context_length) int64 of texts.
+        world: The processes, which share the texts.
+        precision: The settings of autocast.
+        batch_size: Texts per forward pass.
+
+    Returns:
+        The features (n, E) float32 of all texts, on every process.
+    """
     model.eval()
     indices, rows = [], []
     with world.together("encoding the texts"):
@@ -141,18 +156,26 @@ def encode_texts(
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine similarities (n, m) float32 of the rows of a (n, E) and b (m, E)."""
+    """Compute the cosine similarities of the rows of two arrays.
+
+    Args:
+        a: (n, E).
+        b: (m, E).
+
+    Returns:
+        (n, m) float32.
+    """
     return (unit(a, None) @ unit(b, None).T).astype(np.float32)
 
 
 def describe(errors: dict[int, str], limit: int = 3) -> str:
-    """The first few errors on one line."""
+    """Return the first few errors on one line."""
     shown = "; ".join(list(errors.values())[:limit])
     return shown + (f"; and {len(errors) - limit} more" if len(errors) > limit else "")
 
 
 def settings(options: TrainingOptions) -> dict[str, Any]:
-    """The keyword arguments of `encode_clips` that come from flags."""
+    """Return the keyword arguments of `encode_clips` that come from flags."""
     return {
         "batch_size": options.eval_batch_size or options.batch_size,
         "workers": options.workers,

@@ -1,6 +1,7 @@
-"""A folder of features that several processes fill, each its own part; settings, locks and the index.
+"""A folder of features that several processes fill, each with a part of the work: settings, locks and the index.
 
-`settings.json` says what the features depend on; a run with other settings is refused. `index.jsonl` grows by lines.
+`settings.json` says what the features depend on, and a run with other settings is refused. `index.jsonl` gets a line
+for each piece of work that is finished.
 """
 
 import fcntl
@@ -30,13 +31,13 @@ _OPENING_S = 60.0
 
 @dataclass(frozen=True)
 class Part:
-    """Part `index` of `count` of the work: unit u is done by part u mod count."""
+    """A part of the work that a process does: part `index` of `count` has the units u with u mod count = index."""
 
     index: int = 0
     count: int = 1
 
     def has(self, unit: int) -> bool:
-        """Whether this part does the unit."""
+        """Return whether the unit is in this part."""
         return unit % self.count == self.index
 
 
@@ -118,7 +119,11 @@ class FeatureFolder:
             fcntl.flock(common, fcntl.LOCK_SH)
 
     def _share(self, common: IO) -> None:
-        """Join the other processes of a job. UserError for a run that is alone, and where the others do not open up."""
+        """Join the other processes of a job.
+
+        A run that is alone is refused with a UserError, and so is a process where the others do not open the folder in
+        time.
+        """
         give_up = time.monotonic() + _OPENING_S
         while self.part.count == 1 or not _locked(common, fcntl.LOCK_SH):
             if self.part.count == 1 or time.monotonic() > give_up:
@@ -152,11 +157,14 @@ class FeatureFolder:
 
 
 def is_whole(path: Path, rows: list[int] | None = None) -> bool:
-    """Whether a file of features is there with all of its bytes.
+    """Return whether a file of features exists with all of its bytes.
 
     Args:
         path: The file: .npz, .npy, .safetensors or .pt.
-        rows: What its array `row` must hold; None: it need not have one.
+        rows: What the array `row` in the file must hold; None: the file need not have this array.
+
+    Returns:
+        False where the file is missing, damaged, or holds other rows.
     """
     if not path.is_file():
         return False
@@ -169,7 +177,10 @@ def is_whole(path: Path, rows: list[int] | None = None) -> bool:
 
 
 def _checked_rows(path: Path) -> list[int] | None:
-    """The array `row` of a file of which all bytes are there, if it has one. Raises what damaged files raise."""
+    """Return the array `row` of a file, if it has one, after a check that all bytes of the file exist.
+
+    A damaged file raises whatever the readers raise.
+    """
     if path.suffix == ".safetensors":  # opening it compares the sizes in its header with that of the file
         with safe_open(str(path), framework="numpy") as file:
             return file.get_tensor("row").tolist() if "row" in file.keys() else None  # noqa: SIM118

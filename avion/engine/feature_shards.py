@@ -40,7 +40,7 @@ class Shards(FeatureFolder):
         retry: Whether shards with rows that could not be read count as unfinished.
 
     Attributes:
-        errors: By the number of a row of this part that cannot be read, what is wrong.
+        errors: For each row of this part that cannot be read, what is wrong, by the number of the row.
     """
 
     extensions = (".npz", ".safetensors")
@@ -60,19 +60,19 @@ class Shards(FeatureFolder):
         super().__init__(folder, settings, part)
 
     def path(self, shard: int) -> Path:
-        """The path of a shard."""
+        """Return the path of a shard."""
         return self.folder / f"{shard:05d}.{self.format}"
 
     def rows(self, shard: int) -> range:
-        """The rows of the list that are in a shard."""
+        """Return the numbers of the rows of the list that are in a shard."""
         return range(shard * self.size, min((shard + 1) * self.size, self.count))
 
     def shards(self) -> list[int]:
-        """The numbers of the shards of this part."""
+        """Return the numbers of the shards of this part."""
         return [s for s in range(-(-self.count // self.size)) if self.part.has(s)]
 
     def todo(self) -> list[int]:
-        """The numbers of the shards of this part that are not finished."""
+        """Return the numbers of the shards of this part that are not finished."""
         return [s for s in self.shards() if s not in self._finished]
 
     def write(self, shard: int, features: Mapping[str, torch.Tensor], entries: Sequence[Mapping[str, Any]]) -> None:
@@ -103,7 +103,7 @@ class Shards(FeatureFolder):
         self.errors.update({e["row"]: e["error"] for e in entries if "error" in e})
 
     def _read_index(self, lines: JsonLines) -> list[dict[str, Any]]:
-        """A shard is finished if its file is there and the index has all of its rows."""
+        """Find the finished shards: a shard is finished if its file exists and the index has all of its rows."""
         entries: dict[int, dict[int, dict]] = {}
         for entry in lines.objects:
             row = entry.get("row")
@@ -124,7 +124,15 @@ class Shards(FeatureFolder):
 
 
 def blank_rows(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """`values` (n, …) with NaN in the rows that are not valid (n,): no one takes them for features by mistake."""
+    """Set the rows that are not valid to NaN, so that nobody takes them for features by mistake.
+
+    Args:
+        values: (n, …).
+        valid: (n,) bool.
+
+    Returns:
+        (n, …), of the dtype of `values`.
+    """
     if bool(valid.all()):
         return values
     values = values.clone()
@@ -133,7 +141,13 @@ def blank_rows(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 
 
 def save_tensors(path: Path, arrays: Mapping[str, torch.Tensor], format: str) -> None:
-    """Write arrays to an .npz or a .safetensors file."""
+    """Write arrays to an .npz or a .safetensors file.
+
+    Args:
+        path: The file.
+        arrays: The arrays by name.
+        format: "npz" or "safetensors".
+    """
     if format == "safetensors":
         save_file({name: values.contiguous() for name, values in arrays.items()}, path)
         return

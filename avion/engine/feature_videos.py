@@ -33,10 +33,16 @@ _SHOWN = 3  # errors of a video that its index line names
 
 
 def file_stem(video: str) -> str:
-    """The path of a video's features below the folder, without extension.
+    """Return the path of a video's features below the folder, without extension.
 
-    The path of the video without its extension. The participant of EPIC-KITCHENS, which the rest of the name repeats,
-    is left out: P01/P01_01 becomes P01_01, the name that localisation code knows.
+    It is the path of the video without its extension. The participant of EPIC-KITCHENS, which the rest of the name
+    repeats, is left out: P01/P01_01 becomes P01_01, the name that localisation code knows.
+
+    Args:
+        video: The name of the video.
+
+    Returns:
+        The path.
     """
     stem, extension = os.path.splitext(video)
     path = PurePosixPath(stem if extension.lower() in VIDEO_EXTENSIONS else video)
@@ -47,18 +53,20 @@ def file_stem(video: str) -> str:
 
 
 class VideoFiles(FeatureFolder):
-    """The files of a list of videos.
+    """The files of the features of a list of videos.
 
     Args:
         folder: The folder.
         videos: The names of the videos.
-        digests: By video, what its rows depend on besides the settings; "" where nothing does.
+        digests: For each video, a text that changes with what its rows depend on besides the settings; "" where they
+            depend on nothing else.
         settings: As in `FeatureFolder`, with `format`.
         part: As in `FeatureFolder`; the units are videos.
         retry: Whether videos with rows that could not be read count as unfinished.
 
     Attributes:
-        errors: By the name of a video of this part, what could not be read: "" stands for nothing.
+        errors: For each video of this part, what could not be read, by the name of the video; "" where all could be
+            read.
 
     Raises:
         UserError: As in `FeatureFolder`, and where two videos would have the same file.
@@ -95,19 +103,33 @@ class VideoFiles(FeatureFolder):
         super().__init__(folder, settings, part)
 
     def path(self, number: int) -> Path:
-        """The path of the features of video number `number`."""
+        """Return the path of the features of a video.
+
+        Args:
+            number: The number of the video in the list.
+
+        Returns:
+            The path.
+        """
         return self.folder / f"{file_stem(self.videos[number])}.{self.format}"
 
     def times_path(self, number: int) -> Path:
-        """The path of the times beside a bare array."""
+        """Return the path of the times that lie beside a bare array.
+
+        Args:
+            number: The number of the video in the list.
+
+        Returns:
+            The path.
+        """
         return self.folder / TIMES / f"{file_stem(self.videos[number])}.npz"
 
     def own(self) -> list[int]:
-        """The numbers of the videos of this part."""
+        """Return the numbers of the videos of this part."""
         return [i for i in range(len(self.videos)) if self.part.has(i)]
 
     def todo(self) -> list[int]:
-        """The numbers of the videos of this part that are not finished."""
+        """Return the numbers of the videos of this part that are not finished."""
         return [i for i in self.own() if i not in self._finished]
 
     def write(
@@ -159,7 +181,15 @@ class VideoFiles(FeatureFolder):
         self._done(number, entry)
 
     def fail(self, number: int, error: str) -> None:
-        """Note that nothing of a video can be read."""
+        """Note that nothing of a video can be read.
+
+        Args:
+            number: The number of the video in the list.
+            error: What is wrong with the video.
+
+        Raises:
+            UserError: The index cannot be written.
+        """
         entry = {"video": self.videos[number], "error": error, "spans": self.digests[number]}
         try:
             append_lines(self.index, [json.dumps(entry)])
@@ -179,7 +209,8 @@ class VideoFiles(FeatureFolder):
             self.errors.pop(video, None)
 
     def _read_index(self, lines: JsonLines) -> list[dict[str, Any]]:
-        """A video is finished if its line is there, with the same clips of the list, and its file.
+        """Find the finished videos: a video is finished if its line exists, with the same clips of the list, and its
+        file.
 
         The lines of videos that are not in this list stay: a list may grow, and lists may share a folder.
         """
@@ -204,7 +235,14 @@ class VideoFiles(FeatureFolder):
 
 
 def save_file_of(path: Path, arrays: Mapping[str, torch.Tensor], format: str, ids: Sequence[str] | None = None) -> None:
-    """Write arrays to a file of one of FEATURE_FORMATS, whole or not at all; .npy and .pt take one array."""
+    """Write arrays to a file of one of FEATURE_FORMATS, whole or not at all.
+
+    Args:
+        path: The file.
+        arrays: The arrays by name; .npy and .pt take one array.
+        format: One of FEATURE_FORMATS.
+        ids: The ids of the rows, where the list has them.
+    """
     with partial_file(path) as partial:
         if format == "npz":
             named = {name: values.numpy() for name, values in arrays.items()}

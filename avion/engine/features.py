@@ -177,7 +177,7 @@ def extract_features(options: FeatureOptions) -> Report:
 
 
 class _Run:
-    """One extraction: the model and what it is asked for."""
+    """One extraction: the model, the device, and the options."""
 
     def __init__(self, options: FeatureOptions, world: World):
         self.options, self.world = options, world
@@ -193,7 +193,7 @@ class _Run:
         self.part = Part(index * world.size + world.rank, of * world.size)
 
     def _settings(self) -> dict[str, Any]:
-        """What all kinds of features depend on."""
+        """Return the settings that all kinds of features depend on."""
         options = self.options
         return {
             "version": 2,
@@ -216,7 +216,7 @@ class _Run:
         }
 
     def texts(self) -> None:
-        """Write the features of the sentences. Of the jobs of an array, the first does it."""
+        """Write the features of the sentences. Among the jobs of an array, only the first one does it."""
         if parse_shard(self.options.shard)[0] == 0:
             write_texts(self.model, self.sentences, self._settings(), self.world, self.precision, self.options)
 
@@ -302,7 +302,7 @@ def _batches(rows: range, size: int) -> Iterator[list[int]]:
 
 
 def _extract_shards(shards: Shards, dataset: SpanDataset, run: _Run) -> None:
-    """Write the shards of this part that are not finished. All processes go in step, a batch at a time."""
+    """Write the shards of this part that are not finished. All processes take each step together, a batch at a time."""
     options, world, todo = run.options, run.world, shards.todo()
     logger.info(
         "%d clips in %d shards, %d of them finished before",

@@ -1,4 +1,4 @@
-"""Which process reads which sample when, which depends on seed and epoch alone; batches on their way to the device."""
+"""Decides which process reads which sample at which step, by seed and epoch alone, and moves batches to the device."""
 
 import functools
 import logging
@@ -59,16 +59,20 @@ class TrainBatchSampler(Sampler):
         self.epoch = self.start_clip = 0
 
     def set_position(self, epoch: int, clip: int = 0) -> None:
-        """Let the next iteration yield `epoch` from its clip number `clip` on.
+        """Let the next iteration yield an epoch from one of its clips on.
 
-        The clips before are those that the epoch has trained on, in batches of any size: none of them comes again, and
-        none is left out but those that fill no global batch at the end.
+        The clips before are those that the epoch has trained on, in batches of any size: none of them comes again. No
+        other clip is left out, except those at the end that fill no global batch.
+
+        Args:
+            epoch: The number of the epoch.
+            clip: The position in the epoch of the next clip.
         """
         self.epoch, self.start_clip = epoch, clip
 
     @property
     def start_step(self) -> int:
-        """The number of the first optimizer step, so that the epoch ends with step `steps` whatever came before."""
+        """The number of the first optimizer step of the iteration; the epoch ends with step `steps` in any case."""
         return self.steps - max(self.count - self.start_clip, 0) // self.global_batch
 
     def __len__(self) -> int:
@@ -85,7 +89,7 @@ class TrainBatchSampler(Sampler):
                 yield [keys(int(i)) for i in order[begin : begin + self.batch_size]]
 
     def _keys(self) -> Callable[[int], tuple[int, ...]]:
-        """From a place in the epoch to the key of its sample."""
+        """Return a function from a place in the epoch to the key of the sample at this place."""
         epoch = self.epoch
         if self.sources is None:
             return lambda place: (epoch, place)
@@ -132,9 +136,13 @@ class _ErrorsAsSamples(Dataset):
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Make a batch of samples: tensors are stacked, numbers become int64 tensors, everything else becomes a list.
+    """Make a batch of samples: tensors are stacked, numbers become int64 tensors, and everything else becomes a list.
 
-    If a sample is {"fatal": message}, the batch is that too.
+    Args:
+        samples: The samples.
+
+    Returns:
+        The batch; {"fatal": message} where a sample is {"fatal": message}.
     """
     fatal = next((s for s in samples if "fatal" in s), None)
     if fatal is not None:
@@ -160,7 +168,7 @@ def build_loader(
     timeout: float = DATA_TIMEOUT_S,
     large_samples: bool = False,
 ) -> DataLoader:
-    """A loader of the batches of a sampler. Its workers live as long as the loader.
+    """Build a loader of the batches of a sampler. The workers live as long as the loader.
 
     A UserError in the dataset arrives as a batch {"fatal": message}, and `read` raises it.
 
@@ -172,6 +180,9 @@ def build_loader(
         timeout: Seconds after which workers that send nothing are given up (`--data-timeout`).
         large_samples: Whether a sample has hundreds of megabytes. Then the sampler gives single keys, samples are not
             collated, and each worker has at most one sample waiting.
+
+    Returns:
+        The loader; `batches_of` and `read` read it.
     """
     how = {"batch_sampler": sampler, "collate_fn": functools.partial(collate_in_worker, collate)}
     if large_samples:
@@ -190,16 +201,25 @@ def build_loader(
 
 
 def batches_of(loader: DataLoader) -> Iterator[dict[str, Any]]:
-    """The batches of an epoch. The workers start when the first batch is read, so that `read` tells their errors."""
+    """Iterate over the batches of an epoch. The workers start when the first batch is read, so that `read` reports
+    their errors.
+    """
     yield from loader
 
 
 def read(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
-    """The next batch of `batches_of`.
+    """Read the next batch of `batches_of`.
+
+    Args:
+        batches: The iterator.
+
+    Returns:
+        The batch.
 
     Raises:
-        UserError: Something went wrong in the dataset, or with the workers, in one line.
-        Stopped: A signal asked this process to stop while no batch was there.
+        StopIteration: The epoch has no further batch.
+        UserError: The dataset or a worker failed; the message is one line.
+        Stopped: A signal asked this process to stop while no batch had arrived.
     """
     try:
         batch = next(batches)
@@ -215,7 +235,17 @@ def read(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
 
 
 def to_device(batch: dict[str, Any], device: torch.device, norm_style: str) -> dict[str, Any]:
-    """Move the tensors of a batch to the device without waiting; clips that are still uint8 are normalised there."""
+    """Move the tensors of a batch to the device without waiting. Clips that are still uint8 are normalised on the
+    device.
+
+    Args:
+        batch: The batch.
+        device: The device.
+        norm_style: A key of NORM_STYLES.
+
+    Returns:
+        The batch on the device.
+    """
     moved = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     moved["video"] = normalize_clip(moved["video"], norm_style)
     return moved

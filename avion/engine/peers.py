@@ -1,6 +1,7 @@
-"""How the processes of a run find each other: what the launcher says, hosts and ports.
+"""Finds out how the processes of a run meet: what the launcher says, hosts and ports.
 
-Nothing here needs PyTorch. `distributed` lets the processes meet at the place that is found here.
+Nothing in this module needs PyTorch. `avion.engine.distributed` lets the processes meet at the place that is found
+here.
 """
 
 import os
@@ -17,9 +18,10 @@ LOCAL_HOST = "127.0.0.1"
 
 
 class PeerError(UserError):
-    """Another process failed. That process reports the error; this process only leaves because of it.
+    """Another process failed. That process reports the error, and this process only leaves because of it.
 
-    quiet: Whether it is another process, too, that tells people why processes like this one leave.
+    Attributes:
+        quiet: Whether yet another process reports why processes like this one leave, so that this one prints nothing.
     """
 
     def __init__(self, text: str, quiet: bool = False):
@@ -53,7 +55,17 @@ class Launch:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a SLURM node list: "gpu[03-05,9],cpu1" -> "gpu03", "rack[1-2]n[01-16]" -> "rack1n01"."""
+    """Return the first host of a SLURM node list.
+
+    Args:
+        nodelist: The list: "gpu[03-05,9],cpu1" begins with gpu03, "rack[1-2]n[01-16]" with rack1n01.
+
+    Returns:
+        The name of the host.
+
+    Raises:
+        UserError: The list has another form.
+    """
     match = re.match(r"(?:[^,\[\]\s]|\[\w[\w,-]*\])+(?=,|$)", nodelist)
     if not match:
         raise UserError(f"SLURM_STEP_NODELIST: cannot read a host name from {nodelist!r}; set MASTER_ADDR")
@@ -61,16 +73,23 @@ def first_host(nodelist: str) -> str:
 
 
 def meeting_port(job: int, step: int = 0) -> int:
-    """The port of a job's step.
+    """Compute the port at which the processes of a job's step meet.
 
-    All tasks of the step compute the same port without talking to each other. The port lies below the ephemeral ports,
-    and jobs that share a node get different ports.
+    All tasks of the step compute the same port without communication. The port lies below the ephemeral ports, and jobs
+    that share a node get different ports.
+
+    Args:
+        job: The number of the job.
+        step: The number of the step.
+
+    Returns:
+        The port.
     """
     return 15000 + (7 * job + step) % 15000
 
 
 def meeting_variables(job: int) -> dict[str, str]:
-    """The environment variables by which processes that share this machine meet."""
+    """Return the environment variables by which processes that share this machine meet."""
     return {"MASTER_ADDR": LOCAL_HOST, "MASTER_PORT": str(meeting_port(job))}
 
 
@@ -92,7 +111,8 @@ def _integer(env: Mapping[str, str], name: str) -> int:
 
 
 def detect_launch(options: DeviceOptions, env: Mapping[str, str] = os.environ) -> Launch:
-    """Read the variables of torchrun; without them the variables of srun; without those the flags.
+    """Read how this process was launched: from the variables of torchrun, or else those of srun, or else from the
+    flags.
 
     Only the variables of a launched task count. Inside an sbatch script or a salloc shell, SLURM_NTASKS is set too, but
     a plain `python` there is alone and must not wait for others.
@@ -100,6 +120,9 @@ def detect_launch(options: DeviceOptions, env: Mapping[str, str] = os.environ) -
     Args:
         options: `--rank`, `--world-size`, `--local-rank` and `--dist-url`, which count where there is no launcher.
         env: The environment variables.
+
+    Returns:
+        What the launcher said.
 
     Raises:
         UserError: A variable is missing or not a number in its range, or the rank does not exist.
@@ -131,7 +154,7 @@ def _torchrun_launch(options: DeviceOptions, env: Mapping[str, str]) -> Launch:
 
 
 def _srun_launch(env: Mapping[str, str]) -> Launch:
-    # srun does not set MASTER_ADDR and MASTER_PORT: where they are there, they were set by hand.
+    # srun does not set MASTER_ADDR and MASTER_PORT: where they are set, somebody set them by hand.
     host = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", ""))
     job, step = (_integer(env, name) if name in env else 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     port = _integer(env, "MASTER_PORT") if env.get("MASTER_PORT") else meeting_port(job, step)

@@ -1,4 +1,4 @@
-"""Files of predictions, for analyses and for the servers of EPIC-KITCHENS-100. They are written whole or not at all."""
+"""Writes files of predictions, for analyses and for the servers of EPIC-KITCHENS-100, whole or not at all."""
 
 import io
 import json
@@ -20,13 +20,28 @@ _NUMPY_2, _NUMPY_1 = b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"
 
 
 def portable_pickle(value: Any) -> bytes:
-    """A pickle of plain containers, texts, numbers and numpy arrays that any numpy reads (protocol 3)."""
-    # The name is there once, before the bytes of the first array; later arrays refer back to it.
+    """Make a pickle (protocol 3) that any version of numpy reads.
+
+    Args:
+        value: Plain containers, texts, numbers and numpy arrays.
+
+    Returns:
+        The bytes.
+    """
+    # The name occurs once, before the bytes of the first array; later arrays refer back to it.
     return pickle.dumps(value, protocol=3).replace(_NUMPY_2, _NUMPY_1, 1)
 
 
 def zipped(name: str, content: bytes) -> bytes:
-    """A zip file with one file in it; the same content gives the same bytes."""
+    """Make a zip file with one file in it. The same content gives the same bytes.
+
+    Args:
+        name: The name of the file in the zip.
+        content: The content of the file.
+
+    Returns:
+        The bytes of the zip file.
+    """
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         entry = zipfile.ZipInfo(name)  # a file of a fixed date
@@ -36,19 +51,42 @@ def zipped(name: str, content: bytes) -> bytes:
 
 
 def action_zip(submission: Mapping[str, Any]) -> bytes:
-    """What `avion.evaluation.submission.action_submission` returns as the server takes it: test.json in a zip file."""
+    """Make the zip file that the action recognition server takes: test.json with a submission.
+
+    Args:
+        submission: What `avion.evaluation.submission.action_submission` returns.
+
+    Returns:
+        The bytes of the zip file.
+    """
     return zipped("test.json", json.dumps(submission, separators=(",", ":"), allow_nan=False).encode())
 
 
 def retrieval_zip(submission: Mapping[str, Any]) -> bytes:
-    """What `retrieval_submission` returns as the server takes it: test.pkl in a zip file."""
+    """Make the zip file that the retrieval server takes: test.pkl with a submission.
+
+    Args:
+        submission: What `avion.evaluation.submission.retrieval_submission` returns.
+
+    Returns:
+        The bytes of the zip file.
+    """
     return zipped("test.pkl", portable_pickle(dict(submission)))
 
 
 def check_run_target(options: "TrainingOptions", path: str | None, flag: str, suffix: str = "") -> None:
-    """Check the file that `flag` of a run names to be written (None: none), before hours go into its content.
+    """Check the file that a flag of a run names to be written, before hours go into its content.
 
-    No file that another flag names is replaced. A training that goes on may replace what it wrote before.
+    A file that another flag names is never replaced. A training that goes on may replace what it wrote before.
+
+    Args:
+        options: The options of the run.
+        path: The file; None: no file is asked for.
+        flag: The flag that names the file.
+        suffix: The required end of the name.
+
+    Raises:
+        UserError: The file cannot be written, or must not be replaced.
     """
     if path is None:
         return
@@ -68,9 +106,18 @@ def check_run_target(options: "TrainingOptions", path: str | None, flag: str, su
 
 
 def write_of_run(options: "TrainingOptions", path: str, content: bytes, flag: str) -> None:
-    """Write the content of a file that `flag` of a run named, and remember that a training wrote it.
+    """Write a file that a flag of a run names, and remember that a training wrote it.
 
-    An evaluation leaves nothing else behind: it never replaces a file without being asked.
+    An evaluation does not remember its files, so that it never replaces a file without being asked.
+
+    Args:
+        options: The options of the run.
+        path: The file.
+        content: The content.
+        flag: The flag that names the file.
+
+    Raises:
+        UserError: The file cannot be written.
     """
     write_whole(path, content, flag)
     if options.evaluate:
@@ -82,6 +129,15 @@ def write_of_run(options: "TrainingOptions", path: str, content: bytes, flag: st
 
 
 def write_whole(path: str | os.PathLike, content: bytes, flag: str) -> None:
-    """Write the content of a file that `flag` asked for."""
+    """Write a file that a flag asked for, whole or not at all.
+
+    Args:
+        path: The file.
+        content: The content.
+        flag: The flag that names the file.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
     with written_whole(path, flag=flag, cure="choose another") as file:
         file.write(content)

@@ -1,4 +1,4 @@
-"""What every program does around its work: it reads the command line, and it ends with one line and a status.
+"""Does what every program does around its work: it reads the command line, and ends with one line and an exit status.
 
 Nothing heavy is imported here, so that `--help` and mistakes in flags are answered at once.
 """

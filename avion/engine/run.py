@@ -68,12 +68,18 @@ def train_or_evaluate(task_class: type[Task[T]], options: T) -> dict[str, float]
 
 @contextlib.contextmanager
 def joined(options: DeviceOptions, log_dir: str | None) -> Iterator[World]:
-    """The processes of a run with their log open, until the block is left.
+    """Find the processes of a run and open its log, until the block is left.
 
     Args:
         options: How the processes meet.
-        log_dir: The folder of the log file and of all that the run writes, which process 0 holds until the end: while
-            a process of an earlier run still writes there, no other run begins. None: the run writes no log file.
+        log_dir: The folder of the log file and of all that the run writes. Process 0 holds this folder until the end,
+            so that no other run begins while a process still writes there. None: the run writes no log file.
+
+    Yields:
+        The processes of the run.
+
+    Raises:
+        UserError: The processes cannot meet, or the log cannot be written.
     """
     world = distributed.init_world(options)
     lost = False
@@ -101,7 +107,7 @@ def joined(options: DeviceOptions, log_dir: str | None) -> Iterator[World]:
 
 
 def shared_flags(options: Options) -> dict[str, Any]:
-    """All flags that must be the same on all processes, by their names."""
+    """Return all flags that must be the same on all processes, by their names."""
     own = {"rank", "local_rank", "gpu", "workers", "decode_threads", "debug"}
     return {"--" + k.replace("_", "-"): v for k, v in options.values().items() if k not in own}
 

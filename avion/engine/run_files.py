@@ -1,4 +1,4 @@
-"""The checkpoints in a run's folder: their names, which of them are there, and how the latest one takes its place.
+"""The checkpoints in a run's folder: their names, which of them exist, and how a new one becomes the latest.
 
     checkpoint.pt             the latest
     checkpoint_previous.pt    the one written before; with --keep-checkpoints above 2 also checkpoint_previous2.pt, ...
@@ -20,12 +20,19 @@ _PREVIOUS = re.compile(r"checkpoint_previous([2-9]|[1-9][0-9]+)?\.pt")
 
 
 def previous(number: int) -> str:
-    """The name of the checkpoint that was written `number` times before the latest one, from 1."""
+    """Return the name of the checkpoint that was written `number` times before the latest one, counted from 1."""
     return f"checkpoint_previous{number if number > 1 else ''}.pt"
 
 
 def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
-    """The checkpoints that a run left in its folder: from the latest to the oldest, and the best one last."""
+    """List the checkpoints that a run left in its folder.
+
+    Args:
+        folder: The folder of the run.
+
+    Returns:
+        The paths, from the latest to the oldest, and the best one last.
+    """
     try:
         names = os.listdir(folder)
     except OSError:

@@ -1,11 +1,11 @@
 """SIGTERM, SIGUSR1 and SIGINT (Ctrl-C), by which a scheduler or a person asks the run to stop.
 
-The handler only takes note of the signal. The run looks at `asked()` between two steps, where all processes agree on it
-(`World.most`), and while it waits for data; it leaves by raising `Stopped`. `run_program` turns that into exit status
-75, EX_TEMPFAIL ("try again").
+The handler only takes note of the signal. The run looks at `asked()` between two optimizer steps, where all processes
+agree on it (`World.most`), and while it waits for data; it leaves by raising `Stopped`. `run_program` turns `Stopped`
+into exit status 75, EX_TEMPFAIL ("try again").
 
 Python runs handlers in the main thread, and only between two bytecodes: not while the main thread waits in C++ for
-another process. So a thread of its own is told of every signal too (`signal.set_wakeup_fd`). The thread ends the
+another process. A thread of its own therefore learns of every signal too (`signal.set_wakeup_fd`). The thread ends the
 process where the main thread cannot: on a second signal, and when a time that was set with `bounded` is over.
 """
 
@@ -38,25 +38,37 @@ class Stopped(Exception):
 
 
 def asked() -> int:
-    """The number of the signal that asked this process to stop; 0 if there was none."""
+    """Return the number of the signal that asked this process to stop; 0 if there was none."""
     return _received
 
 
 def raise_if_asked(where: str) -> None:
-    """Raise Stopped if a signal has arrived, inside `World.together` and where nothing has to be written."""
+    """Raise Stopped if a signal has arrived. This is for places inside `World.together` where nothing has to be
+    written.
+
+    Args:
+        where: What the line says after the name of the signal.
+
+    Raises:
+        Stopped: A signal has arrived.
+    """
     if _received:
         raise Stopped(f"{name(_received)} {where}")
 
 
 def name(number: int) -> str:
-    """The name of a signal, such as SIGTERM."""
+    """Return the name of a signal, such as SIGTERM."""
     return signal.Signals(number).name
 
 
 def leave(line: str, status: int) -> None:
-    """Print a line ("": none) on stderr and end this process at once, from any thread.
+    """Print a line on stderr and end this process at once, from any thread.
 
-    Nothing is waited for: no other thread, no child, no lock of a stream.
+    The process waits for nothing: no other thread, no child, no lock of a stream.
+
+    Args:
+        line: The line; "" prints none.
+        status: The exit status.
     """
     if line:
         with contextlib.suppress(OSError):
@@ -128,10 +140,10 @@ def _take_note(number: int, frame: object) -> None:
 
 @contextlib.contextmanager
 def heeded() -> Iterator[None]:
-    """Take note of the signals within the block; the earlier handlers come back after it.
+    """Take note of the signals within the block; the earlier handlers come back after the block.
 
-    A SIGINT that is ignored (of a job in the background of a shell) stays ignored. Handlers can only be set in the main
-    thread. In another thread this does nothing.
+    A SIGINT that is ignored (in a background job of a shell) stays ignored. Handlers can only be set in the main
+    thread; in another thread this function does nothing.
     """
     global _received, _watch
     if threading.current_thread() is not threading.main_thread():
@@ -187,10 +199,14 @@ def leaving_at_once(where: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def bounded(seconds: float, line: str) -> Iterator[None]:
-    """End the process with this line where the block takes longer, even while the main thread is stuck in a call.
+    """End the process with a line where the block takes too long, even while the main thread is stuck in a call.
 
-    The status is 2, or 75 if a signal asked the process to stop. Only the programs' own processes have such a bound,
-    within `heeded`.
+    The exit status is 2, or 75 if a signal asked the process to stop. Only the programs' own processes have such a
+    bound, within `heeded`.
+
+    Args:
+        seconds: The time that the block may take.
+        line: The line.
     """
     watch = _watch
     if watch is None:

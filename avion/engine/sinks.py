@@ -1,4 +1,4 @@
-"""Where the metrics of a run go: always into files of JSON lines, on request to TensorBoard and Weights & Biases.
+"""Writes the metrics of a run: always into files of JSON lines, and on request to TensorBoard and Weights & Biases.
 
     row of                    file          TensorBoard and W&B
     a progress line           steps.txt     train/{key}, alpha/{block}
@@ -36,7 +36,7 @@ _FLUSH_S = 30
 
 
 class Sink(Protocol):
-    """Takes scalars by name at a global step. A sink that raises any exception is broken and not asked again."""
+    """Takes scalars by name at a global step. A sink that raises any exception is broken and gets no more scalars."""
 
     flag: str
 
@@ -122,7 +122,14 @@ SINKS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
 def check_flags(options: RunOptions) -> None:
-    """Raise UserError for a sink whose package is missing, and for flags that would have no effect."""
+    """Refuse a sink whose package is missing, and flags that would have no effect.
+
+    Args:
+        options: The flags of the run.
+
+    Raises:
+        UserError: A package is missing, or a flag has no effect.
+    """
     for name in SINKS:
         if not getattr(options, name):
             continue
@@ -167,7 +174,16 @@ class RunLog:
         self._failure: UserError | None = None
 
     def open(self, options: RunOptions, flags: Mapping[str, Any], done: int) -> None:
-        """Mend the files of a run that was killed, and open the sinks that the flags ask for."""
+        """Repair the files of a run that was killed, and open the sinks that the flags ask for.
+
+        Args:
+            options: The flags of the run.
+            flags: All flags as the checkpoints store them.
+            done: Optimizer steps of the run so far.
+
+        Raises:
+            UserError: A file cannot be written, or a sink cannot be opened.
+        """
         for name in _FILES:
             drop_unfinished_line(self.folder / name)
         for name, sink in SINKS.items():
@@ -175,7 +191,11 @@ class RunLog:
                 self.sinks.append(sink(options, flags, done))
 
     def progress(self, row: dict[str, Any]) -> None:
-        """Take a progress line: `global_step`, metrics, `alpha` of a model with time gates. `check` raises errors."""
+        """Take the row of a progress line. `check` raises the errors of this method.
+
+        Args:
+            row: `global_step`, metrics, and `alpha` of a model with time gates.
+        """
         try:
             self._append(PROGRESS, row)
         except UserError as e:
@@ -185,7 +205,7 @@ class RunLog:
         self._send(row["global_step"], {f"train/{k}": v for k, v in scalars.items()} | alpha)
 
     def check(self) -> None:
-        """Raise what went wrong in `progress`. It is called where all processes can learn of the error."""
+        """Raise the error that `progress` met. This is called where all processes can learn of the error."""
         if self._failure is not None:
             raise self._failure
 
@@ -202,7 +222,7 @@ class RunLog:
         self._append(EVALUATIONS, row)
 
     def lengths(self) -> dict[str, list[int]]:
-        """How long log.txt and eval_log.txt are, in bytes, each with the checksum of its content."""
+        """Return the lengths of log.txt and eval_log.txt in bytes, each with the checksum of its content."""
         found = {}
         for name in (EPOCHS, EVALUATIONS):
             content = self._content(name)
@@ -210,10 +230,21 @@ class RunLog:
         return found
 
     def since(self, lengths: Mapping[str, Any], name: str, epoch: int) -> dict[str, Any] | None:
-        """The last line of an epoch that was written to a file after `lengths` returned; None where there is none.
+        """Return the last line of an epoch that was written to a log after `lengths` returned.
 
-        Lines before are of earlier runs in the folder, or of a state of this run to which it went back. A file whose
+        Earlier lines are of earlier runs in the folder, or of a state of this run to which it went back. A file whose
         beginning has changed has no such line.
+
+        Args:
+            lengths: What `lengths` returned.
+            name: The name of the log.
+            epoch: The number of the epoch.
+
+        Returns:
+            The line; None where there is none.
+
+        Raises:
+            UserError: The file cannot be read.
         """
         try:
             length, checksum = (int(number) for number in lengths.get(name, ()))
@@ -260,7 +291,14 @@ class RunLog:
 
 
 def drop_unfinished_line(path: Path) -> None:
-    """Cut off the unfinished last line of a killed run, so that the next line does not become a part of it."""
+    """Cut off the unfinished last line of a killed run, so that the next line does not become a part of it.
+
+    Args:
+        path: The log; a file that does not exist has no such line.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
     try:
         with open_file(path) as file:
             content = file.read()
@@ -277,7 +315,20 @@ def drop_unfinished_line(path: Path) -> None:
 
 @contextlib.contextmanager
 def opened(options: RunOptions, flags: Mapping[str, Any], world: World, done: int) -> Iterator[RunLog]:
-    """The log of a run that has done `done` optimizer steps, until the block is left, even by an error."""
+    """Open the log of a run until the block is left, even by an error.
+
+    Args:
+        options: The flags of the run.
+        flags: All flags as the checkpoints store them.
+        world: The processes of the run.
+        done: Optimizer steps of the run so far.
+
+    Yields:
+        The log.
+
+    Raises:
+        UserError: A file cannot be written, or a sink cannot be opened.
+    """
     log = RunLog(Path(options.output_dir))
     try:
         with world.together("opening the sinks"):

@@ -1,8 +1,9 @@
 """Checkpoints of a training: written whole or not at all, with everything that a run needs to resume.
 
 The keys epoch, state_dict, optimizer, scaler, best_acc1 and args are those of AVION. This project adds `model_config`,
-`classifier` (of a classifier), `preprocess`, `step` (optimizer steps done within `epoch`), `clips`, `due`, `so_far` and
-`logs` (see `Position`), `began_from` (see `Training`) and `rng` (an entry per process).
+`classifier` (of a classifier), `preprocess`, `step` (optimizer steps done within `epoch`), `clips`, `due`
+(`Position.pending`), `so_far` (`Position.sums`), `logs` (see `Position`), `began_from` (see `Training`) and `rng` (an
+entry per process).
 """
 
 import argparse
@@ -46,19 +47,19 @@ class Position:
         epoch: The number of the current epoch, counted from 0.
         step: Optimizer steps done within the epoch.
         best: The best value so far of the metric that decides which model is best.
-        due: The line of log.txt of the epoch before, as long as the evaluation of that epoch is still to come.
+        pending: The line of log.txt of the epoch before, as long as the evaluation of that epoch is still to come.
         clips: Clips of the epoch that were trained on. They say where in the order of the epoch the training stands,
             whatever the batch size.
-        so_far: The sums from which the means of the epoch come (`Progress.sums`), empty at the beginning of an epoch.
+        sums: The sums from which the means of the epoch come (`Progress.sums`), empty at the beginning of an epoch.
         logs: How long the logs were when the checkpoint was written (`RunLog.lengths`): later lines are of this run.
     """
 
     epoch: int = 0
     step: int = 0
     best: float = float("-inf")
-    due: dict[str, Any] | None = None
+    pending: dict[str, Any] | None = None
     clips: int = 0
-    so_far: Mapping[str, Any] = field(default_factory=dict)
+    sums: Mapping[str, Any] = field(default_factory=dict)
     logs: Mapping[str, Any] = field(default_factory=dict)
 
     def steps_done(self, steps: int) -> int:
@@ -92,11 +93,20 @@ class Training:
 
 
 def _nothing() -> None:
-    """What is done before a file takes its name, unless something else is asked for."""
+    """Do nothing before a file takes its name."""
 
 
 def save_atomically(content: Mapping[str, Any], path: Path, before: Callable[[], None] = _nothing) -> None:
-    """Write a file with `torch.save`, whole or not at all. `before` is called once it is complete but for its name."""
+    """Write a file with `torch.save`, whole or not at all.
+
+    Args:
+        content: The content of the file.
+        path: The file.
+        before: Is called once the file is complete, before it takes its name.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as file:
         torch.save(dict(content), file)
@@ -104,14 +114,23 @@ def save_atomically(content: Mapping[str, Any], path: Path, before: Callable[[],
 
 
 def copy_atomically(source: Path, target: Path, before: Callable[[], None] = _nothing) -> None:
-    """Copy a file, whole or not at all. `before` is called once the copy is complete but for its name."""
+    """Copy a file, whole or not at all.
+
+    Args:
+        source: The file to copy.
+        target: The file to write.
+        before: Is called once the copy is complete, before it takes its name.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
     with open(source, "rb") as complete, written_whole(target) as copy:
         shutil.copyfileobj(complete, copy, length=1 << 24)
         _finish(copy, before)
 
 
 def _finish(file: BinaryIO, before: Callable[[], None]) -> None:
-    """Bring a file to the disk, and then do what has to be done before it takes its name."""
+    """Flush a file to disk, and then do what has to be done before the file takes its name."""
     if before is not _nothing:
         file.flush()
         os.fsync(file.fileno())
@@ -119,7 +138,7 @@ def _finish(file: BinaryIO, before: Callable[[], None]) -> None:
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """The states of the generators of this process, as values that `torch.load(weights_only=True)` reads."""
+    """Return the states of this process's random generators, as values that `torch.load(weights_only=True)` reads."""
     numpy_name, keys, position, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
     return {
@@ -131,7 +150,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Set the generators of this process to what `rng_state` returned."""
+    """Set the random generators of this process to the states that `rng_state` returned."""
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
@@ -146,7 +165,7 @@ def save_checkpoint(
 ) -> None:
     """Write `checkpoint.pt`, and with `is_best` first `checkpoint_best.pt`. All processes call this; rank 0 writes.
 
-    The best one comes first: `best_acc1` in `checkpoint.pt` is never the value of a model that is not there.
+    The best one comes first, so that `best_acc1` in `checkpoint.pt` is never the value of a model that was not saved.
 
     Args:
         training: What the checkpoint holds.
@@ -168,8 +187,8 @@ def save_checkpoint(
                 "epoch": position.epoch,
                 "step": position.step,
                 "clips": position.clips,
-                "due": position.due,
-                "so_far": dict(position.so_far),
+                "due": position.pending,
+                "so_far": dict(position.sums),
                 "logs": dict(position.logs),
                 "began_from": training.began_from,
                 "data": dict(training.data),
@@ -208,8 +227,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]
     """
     try:
         groups = saved["param_groups"]
-        # PyTorch would take the state of AdamW for that of SGD and fail in the first step. Whatever else the groups of
-        # an older PyTorch lack, PyTorch fills in.
+        # PyTorch would accept the state of AdamW for SGD and fail in the first step. Other values that the groups of an
+        # older PyTorch lack are filled in by PyTorch.
         own = [name for name in ("betas", "momentum") if name in optimizer.defaults]
         unknown = [name for name in own if any(name not in group for group in groups)]
         if unknown:
@@ -233,11 +252,11 @@ def restore(
     optimizer: torch.optim.Optimizer | None,
     scaler: torch.amp.GradScaler,
 ) -> Position:
-    """Restore optimizer, scaler and generators from a checkpoint whose weights are already loaded.
+    """Restore optimizer, scaler and random generators from a checkpoint whose weights are already loaded.
 
     Args:
         checkpoint: The checkpoint.
-        start: How the run came by it.
+        start: How the run came by the checkpoint.
         options: The options of the run.
         world: The processes of the run.
         optimizer: The optimizer to restore; None where other parameters are trained than before.
@@ -270,14 +289,14 @@ def restore(
         )
     clips = saved.step * global_batch(checkpoint) if saved.clips is None else saved.clips
     position = Position(
-        saved.epoch, saved.step, _UNKNOWN if saved.best is None else saved.best, None, clips, saved.so_far
+        saved.epoch, saved.step, _UNKNOWN if saved.best is None else saved.best, None, clips, saved.sums
     )
-    # An evaluation that another run did not come to is not made up for here.
-    return replace(position, due=saved.due, logs=saved.logs) if start.own else position
+    # Where another run wrote the checkpoint before its evaluation, this run does not do that evaluation.
+    return replace(position, pending=saved.pending, logs=saved.logs) if start.own else position
 
 
 def global_batch(checkpoint: Checkpoint) -> int:
-    """The clips of an optimizer step of the run that wrote a checkpoint; 0 where the checkpoint does not say it."""
+    """Return the clips of an optimizer step of the run that wrote a checkpoint; 0 where the checkpoint does not say."""
     if checkpoint.training is None:  # weights alone
         return 0
     args, processes = checkpoint.args, len(checkpoint.training.rng)

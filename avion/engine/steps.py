@@ -22,7 +22,7 @@ class Precision:
     dtype: torch.dtype
 
     def autocast(self) -> torch.autocast:
-        """A context in which the model is to be run."""
+        """Return a context in which the model is to be run."""
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
 
 
@@ -153,12 +153,22 @@ def _concatenate(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Objective(Protocol):
-    """What an optimizer step follows: a loss, and what surrounds it."""
+    """What an optimizer step minimises: a loss, and what belongs to it."""
 
     def step(
         self, model: nn.Module, micro_batches: Sequence[dict[str, Any]], precision: Precision, scale: Scale
     ) -> dict[str, torch.Tensor]:
-        """Leave the gradients of one optimizer step in `.grad`; return metrics of the step, `loss` among them."""
+        """Leave the gradients of one optimizer step in `.grad`.
+
+        Args:
+            model: The model as a training step calls it, possibly wrapped in DDP.
+            micro_batches: The micro-batches on the device.
+            precision: The settings of autocast.
+            scale: The scaling of the loss before the backward pass.
+
+        Returns:
+            The metrics of the step, 0-d tensors by name, `loss` among them.
+        """
 
     def after_step(self, model: nn.Module) -> None:
         """Bring parameters back into their range after the optimizer step."""
@@ -179,9 +189,11 @@ class Contrastive:
     def step(
         self, model: nn.Module, micro_batches: Sequence[dict[str, Any]], precision: Precision, scale: Scale
     ) -> dict[str, torch.Tensor]:
+        """Leave the gradients of one optimizer step in `.grad`, as `contrastive_step` does."""
         return contrastive_step(model, micro_batches, self.loss_fn, precision, scale)
 
     def after_step(self, model: nn.Module) -> None:
+        """Bring the logit scale back into its range."""
         if self.log_scale_range is not None:
             with torch.no_grad():
                 model.logit_scale.clamp_(*self.log_scale_range)
@@ -202,6 +214,7 @@ class Supervised:
     def step(
         self, model: nn.Module, micro_batches: Sequence[dict[str, Any]], precision: Precision, scale: Scale
     ) -> dict[str, torch.Tensor]:
+        """Mix the clips, and leave the gradients of one optimizer step in `.grad`, as `supervised_step` does."""
         mixed = micro_batches if self.mix is None else [self.mix(batch) for batch in micro_batches]
         return supervised_step(model, mixed, self.loss_fn, precision, scale)
 

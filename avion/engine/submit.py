@@ -1,8 +1,8 @@
-"""An entry point as a SLURM job, through submitit (an optional package).
+"""Submits an entry point as a SLURM job, through submitit (an optional package).
 
-submitit starts one process per GPU under srun, where the processes find each other (`peers`). A signal has the same
-effect as in a job of the sbatch files (`slurm/common.sh`): the processes end with status 75, and the job is requeued
-and resumes from the checkpoint.
+submitit starts one process per GPU under srun, where the processes find each other (`avion.engine.peers`). A signal has
+the same effect as in a job of the sbatch files (`slurm/common.sh`): the processes end with status 75, and the job is
+requeued and resumes from the checkpoint.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ _LOCAL_REQUEUE = 144  # on this status submitit's local executor starts the proc
 
 @dataclass(frozen=True)
 class SubmitOptions(Options):
-    """What a job asks for. The names are those of AVION's launchers, and some more."""
+    """The options of a job. AVION's launchers have some of these names too."""
 
     TITLE: ClassVar[str] = "job"
 
@@ -88,11 +88,15 @@ class SubmitOptions(Options):
 
     @property
     def processes(self) -> int:
-        """Processes per node."""
+        """The number of processes per node."""
         return self.tasks_per_node or self.ngpus
 
     def check_job(self) -> None:
-        """Raise UserError for a job without processes, and for a job that would be asked to stop before it starts."""
+        """Refuse a job without processes, and a job that would be asked to stop before it starts.
+
+        Raises:
+            UserError: The job makes no sense.
+        """
         if self.processes < 1:
             raise UserError("--ngpus 0: at least 1 is required; without GPUs give --tasks-per-node")
         if self.cluster == "local" and self.nodes > 1:
@@ -102,7 +106,7 @@ class SubmitOptions(Options):
 
 
 class EntryPointJob:
-    """What every process of the job calls: the `main` of the entry point, in the environment that submitit made."""
+    """The function that every process of the job calls: the `main` of the entry point, in submitit's environment."""
 
     def __init__(self, entry_point: str, words: Sequence[str]):
         self.entry_point, self.words = entry_point, list(words)
@@ -121,10 +125,13 @@ class EntryPointJob:
 
 
 def entry_point_of(name: str) -> str:
-    """The key of ENTRY_POINTS of an entry point.
+    """Return the key of ENTRY_POINTS of an entry point.
 
     Args:
-        name: Its file, with or without a folder, or its command: main_egoschema.py, egoschema.
+        name: The file of the entry point, with or without a folder, or its command: main_egoschema.py, egoschema.
+
+    Returns:
+        The name of the file.
 
     Raises:
         UserError: There is no such entry point.
@@ -141,19 +148,19 @@ def entry_point_of(name: str) -> str:
 
 
 def command_of(entry_point: str) -> str:
-    """The word after `avion` that runs an entry point: main_finetune_retrieval.py is finetune-retrieval."""
+    """Return the word after `avion` that runs an entry point: main_finetune_retrieval.py is finetune-retrieval."""
     return entry_point.removeprefix("main_").removesuffix(".py").replace("_", "-")
 
 
 def program_words(entry_point: str, words: Sequence[str], processes: int = 1, nodes: int = 1) -> list[str]:
-    """A command that runs an entry point, as a user types it.
+    """Return the command that runs an entry point, as a user types it.
 
     Args:
         entry_point: One of ENTRY_POINTS.
         words: The flags of the entry point.
-        processes: With more than one, torchrun starts them.
-        nodes: The number of nodes that share the processes evenly. The same command is started on each; HOST stands
-            for the first of them.
+        processes: The number of processes; torchrun starts them where there is more than one.
+        nodes: The number of nodes that share the processes evenly. The same command is started on each; HOST stands for
+            the first of them.
 
     Returns:
         The words: with the file of the clone that this package is in, or with the command `avion`.
@@ -233,7 +240,7 @@ def _environment_of_jobs() -> Iterator[None]:
 
 
 def _parameters(entry_point: str, options: SubmitOptions) -> dict[str, Any]:
-    """The options under the names of submitit. What is not set is left to the cluster."""
+    """Return the options under the names of submitit. The cluster decides options that are not set."""
     common = resources(SLURM) / "common.sh"
     constraint = "&".join(filter(None, [options.constraint, "volta32gb" if options.use_volta32 else ""]))
     named = {

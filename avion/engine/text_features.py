@@ -37,6 +37,12 @@ _COLUMNS = ("sentence", "narration", "caption", "text")
 def read_sentences(path: str | Path) -> list[str]:
     """Read a text file with a sentence per line, or a CSV with one of the columns of `_COLUMNS`.
 
+    Args:
+        path: The file.
+
+    Returns:
+        The sentences.
+
     Raises:
         UserError: The file cannot be read, or holds no sentences.
     """
@@ -74,7 +80,15 @@ def write_texts(
     precision: Precision,
     options: FeatureOptions,
 ) -> None:
-    """Write the features of sentences, as `model.encode_text` gives them (not normalised), unless they are there.
+    """Write the features of sentences, as `model.encode_text` gives them (not normalised), unless they exist already.
+
+    Args:
+        model: The model on the device.
+        sentences: The sentences.
+        settings: What the features depend on, as JSON values.
+        world: The processes, which share the sentences.
+        precision: The settings of autocast.
+        options: The flags of the extraction.
 
     Raises:
         UserError: The model has no text tower, or the folder has features of other sentences or weights.

@@ -1,10 +1,10 @@
-"""`python -m avion.engine.torchrun ...`: torchrun with the exit status of its processes, and without its own report.
+"""`python -m avion.engine.torchrun ...` is torchrun with the exit status of its processes, and without its own report.
 
 torchrun itself turns every failure into status 1, so that a batch script cannot tell a run that was asked to stop (75,
-see `signals`) from a run that failed. It also adds some 45 lines to what the processes said themselves; here they are
-printed only where no process could say anything, as one line. SIGUSR1 is meant for the processes, and this program
-ignores it. On SIGTERM and SIGINT this program does what torchrun does: it hands the signal on, waits 30 seconds for the
-processes to write their checkpoint, and leaves with status 143 or 130.
+see `avion.engine.signals`) from a run that failed. It also adds some 45 lines to what the processes printed; this
+program prints one line of that, and only where no process could print anything. SIGUSR1 is meant for the processes, and
+this program ignores it. On SIGTERM and SIGINT this program does what torchrun does: it passes the signal on, waits 30
+seconds for the processes to write their checkpoint, and leaves with status 143 or 130.
 """
 
 import logging
@@ -20,11 +20,14 @@ from .signals import STOPPED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run torchrun with these words (None: `sys.argv`).
+    """Run torchrun with these words.
+
+    Args:
+        argv: The words of the command line (None: `sys.argv[1:]`).
 
     Returns:
-        0; the status that the processes that failed by themselves have in common, or 1; 128 + n where all were ended by
-        signals, n being that of the first one.
+        0; or the status that the processes that failed by themselves have in common, or 1 where they differ; or 128 + n
+        where signals ended all of them, n being the number of the first signal.
     """
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     reports = logging.getLogger("torch.distributed.elastic")

@@ -41,14 +41,29 @@ MAX_SKIPPED_IN_A_ROW = 20
 
 
 def precision_named(name: str | None, device: torch.device) -> Precision:
-    """The autocast settings of "fp32", "bf16" or "fp16"; None is bf16 on a GPU and fp32 on a CPU."""
+    """Return the autocast settings of a number format.
+
+    Args:
+        name: "fp32", "bf16" or "fp16"; None is bf16 on a GPU and fp32 on a CPU.
+        device: The device that the model computes on.
+
+    Returns:
+        The settings.
+    """
     default = "bf16" if device.type == "cuda" else "fp32"
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return Precision(device.type, dtypes[name or default])
 
 
 def choose_precision(options: DeviceOptions, device: torch.device) -> Precision:
-    """The autocast settings that `--precision`, `--use-bf16` and `--disable-amp` mean.
+    """Choose the autocast settings that `--precision`, `--use-bf16` and `--disable-amp` mean.
+
+    Args:
+        options: The flags about the device.
+        device: The device that the model computes on.
+
+    Returns:
+        The settings.
 
     Raises:
         UserError: The flags contradict each other.
@@ -65,7 +80,16 @@ def choose_precision(options: DeviceOptions, device: torch.device) -> Precision:
 
 
 def learning_rate_schedule(task: Task, options: OptimOptions, steps: int) -> np.ndarray:
-    """The learning rate of every optimizer step, (epochs · steps,); `steps` is the number of steps of an epoch."""
+    """Compute the learning rate of every optimizer step.
+
+    Args:
+        task: The task, which states the learning rates.
+        options: The flags of the schedule.
+        steps: The number of optimizer steps of an epoch.
+
+    Returns:
+        (epochs · steps,) float64.
+    """
     peak, start, end = task.learning_rates()
     if options.fix_lr:
         return constant_scheduler(peak, options.epochs, steps)
@@ -75,7 +99,16 @@ def learning_rate_schedule(task: Task, options: OptimOptions, steps: int) -> np.
 
 
 def train_sampler(dataset: Dataset, options: TrainingOptions, world: World) -> TrainBatchSampler:
-    """The sampler of the micro-batches of this process."""
+    """Build the sampler of the micro-batches of this process.
+
+    Args:
+        dataset: The clips to train on.
+        options: The flags of the run.
+        world: The processes of the run.
+
+    Returns:
+        The sampler.
+    """
     return TrainBatchSampler(
         len(dataset),
         options.batch_size,
@@ -97,7 +130,7 @@ def start_training(
     precision: Precision,
     sampler: TrainBatchSampler,
 ) -> state.Training:
-    """The state that a training starts from.
+    """Build the optimizer, and make the state that a training starts from.
 
     Args:
         task: The task, for the learning rate.
@@ -107,7 +140,10 @@ def start_training(
         options: The optimizer, and the number of the first epoch.
         world: The processes of the run.
         precision: The settings of autocast.
-        sampler: Says which clips an optimizer step is made of; it is set to where the training stands.
+        sampler: The sampler of the clips; it is set to where the training stands.
+
+    Returns:
+        The state.
 
     Raises:
         UserError: The checkpoint has the state of another optimizer.
@@ -153,9 +189,18 @@ def start_training(
 
 
 def wrapped(model: nn.Module, options: ModelOptions, world: World) -> nn.Module:
-    """The model as a training step calls it: compiled with `--compile`, and in DDP where there are several processes.
+    """Wrap a model as a training step calls it: compiled with `--compile`, and in DDP where there are several
+    processes.
 
-    The weights must be in place. All processes call this function.
+    The weights must be loaded before. All processes call this function.
+
+    Args:
+        model: The model on the device.
+        options: `--compile`.
+        world: The processes of the run.
+
+    Returns:
+        The wrapped model.
     """
     model = torch.compile(model) if options.compile else model
     if world.size == 1:
@@ -212,13 +257,13 @@ class Trainer:
 
     @property
     def done(self) -> int:
-        """Optimizer steps since the beginning of the training."""
+        """The number of optimizer steps since the beginning of the training."""
         return self.position.steps_done(self.sampler.steps)
 
     def fit(self) -> dict[str, float]:
-        """Train to the last epoch. Returns the metrics of the last evaluation."""
+        """Train to the last epoch, and return the metrics of the last evaluation."""
         metrics: dict[str, float] = {}
-        if self.position.due is not None:
+        if self.position.pending is not None:
             metrics = self._conclude()
         if self.position.epoch >= self.options.epochs:
             logger.info(
@@ -229,22 +274,22 @@ class Trainer:
         while self.position.epoch < self.options.epochs:
             epoch = self.position.epoch
             row = {f"train_{k}": v for k, v in self.train_epoch(epoch).items()}
-            self.training.position = state.Position(epoch + 1, 0, self.position.best, due={**row, "epoch": epoch})
+            self.training.position = state.Position(epoch + 1, 0, self.position.best, pending={**row, "epoch": epoch})
             self.save()  # before the evaluation, so that nothing is lost where the evaluation fails or is asked to stop
             metrics = self._conclude() or metrics
         return metrics
 
     def _conclude(self) -> dict[str, float]:
-        """Write the line of log.txt of the epoch that was trained last, after its evaluation if there is to be one.
+        """Write the line of log.txt of the epoch that was trained last, after its evaluation if it is to be evaluated.
 
-        A process may die before and after each file that is written here. The next one comes here again, with the
+        A process may die before and after each file that is written here. The next process comes here again, with the
         checkpoint that was written before the evaluation or with a later one, and does what is not done yet: a line
-        that the logs have got since that checkpoint is not written again, and its evaluation is not repeated.
+        that was added to the logs after that checkpoint is not written again, and its evaluation is not repeated.
 
         Returns:
-            The metrics of the evaluation, empty if there was to be none.
+            The metrics of the evaluation, empty if there was none.
         """
-        row, metrics = dict(self.position.due), {}
+        row, metrics = dict(self.position.pending), {}
         epoch = row.pop("epoch")
         recorded = self._recorded(EPOCHS, epoch)
         if recorded is not None:
@@ -257,11 +302,11 @@ class Trainer:
             self._keep_if_best(metrics[self.task.metric])
         if recorded is None:
             self._record(epoch, row)
-        self.position.due = None
+        self.position.pending = None
         return metrics
 
     def _is_evaluated(self, epoch: int) -> bool:
-        """Whether there is to be an evaluation after an epoch."""
+        """Return whether the model is evaluated after an epoch."""
         last = epoch + 1 == self.options.epochs
         return self.task.metric is not None and (last or (epoch + 1) % self.options.eval_freq == 0)
 
@@ -274,7 +319,7 @@ class Trainer:
             self.save()
 
     def _recorded(self, name: str, epoch: int) -> dict[str, Any] | None:
-        """The line of an epoch in a log that was written after the checkpoint that the run goes on from."""
+        """Return the line of an epoch in a log that was written after the checkpoint that the run goes on from."""
         found = None
         with self.world.together(f"reading {name}"):
             if self.world.is_main:
@@ -282,13 +327,13 @@ class Trainer:
         return self.world.broadcast(found)
 
     def _stored_sums(self) -> Mapping[str, Any]:
-        """The sums of an epoch between two epochs, or before its first step in this process."""
-        return self.position.so_far
+        """Return the sums of an epoch between two epochs, or before its first step in this process."""
+        return self.position.sums
 
     def save(self, is_best: bool = False) -> None:
         """Write a checkpoint. All processes call this method."""
-        self.position.so_far = self._sums()
-        if self.position.due is None or not self.position.logs:  # lines of that epoch may be there already
+        self.position.sums = self._sums()
+        if self.position.pending is None or not self.position.logs:  # lines of that epoch may be there already
             with self.world.together("reading the logs"):
                 lengths = self.log.lengths() if self.world.is_main else {}
             self.position.logs = self.world.broadcast(lengths)
@@ -321,7 +366,14 @@ class Trainer:
         )
 
     def evaluate(self, epoch: int) -> dict[str, float]:
-        """Evaluate the model and write the metrics to eval_log.txt and the log. Returns them on every process."""
+        """Evaluate the model, and write the metrics to eval_log.txt and the log.
+
+        Args:
+            epoch: The number of the epoch that was trained last.
+
+        Returns:
+            The metrics, on every process.
+        """
         metrics = self.task.evaluate(self.training.model, self.precision)
         with self.world.together("writing eval_log.txt"):
             if self.world.is_main:
@@ -330,7 +382,14 @@ class Trainer:
         return metrics
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        """Train one epoch, or what is left of it. Returns the means of its metrics over steps and processes."""
+        """Train one epoch, or what is left of it.
+
+        Args:
+            epoch: The number of the epoch.
+
+        Returns:
+            The means of the metrics over optimizer steps and processes.
+        """
         train_mode(self.training.model, self.model)
         position = self.position
         self.sampler.set_position(epoch, position.clips)
@@ -347,9 +406,9 @@ class Trainer:
             done=first,
             print_freq=self.options.print_freq,
             write=lambda row: self.log.progress(row | self._alpha("")),
-            so_far=position.so_far,
+            sums=position.sums,
         )
-        replaced_before = self.replaced.count - (position.so_far.get("replaced", 0) if self.world.is_main else 0)
+        replaced_before = self.replaced.count - (position.sums.get("replaced", 0) if self.world.is_main else 0)
 
         def sums() -> Mapping[str, Any]:
             replaced = self.world.gather(self.replaced.count - replaced_before)
@@ -382,12 +441,13 @@ class Trainer:
                 self.log.epoch({**row, **self._alpha("train_"), **done})
 
     def _alpha(self, prefix: str) -> dict[str, list[float]]:
-        """The time gates of all blocks in their order; nothing for a model without time gates."""
+        """Return the time gates of all blocks in their order; nothing for a model without time gates."""
         gates = time_gates(self.training.model)
         return {f"{prefix}alpha": torch.stack(gates).tolist()} if gates else {}
 
     def _micro_batches(self, batches: Iterator[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
-        """The micro-batches of one step on the device, and the signal that asked any process to stop before the step.
+        """Return the micro-batches of one optimizer step on the device, and the signal that asked any process to stop
+        before it.
 
         The signal is 0 if there was none. An error of any process stops all processes.
         """
@@ -410,9 +470,17 @@ class Trainer:
         return [to_device(b, self.world.device, self.options.norm_style) for b in micro_batches], asked
 
     def optimizer_step(self, micro_batches: list[dict[str, Any]], lr: float) -> dict[str, float]:
-        """Change the weights once. Returns the metrics of the step, with the norm of the gradients.
+        """Change the weights once. A step whose gradients are not finite is skipped.
 
-        A step whose gradients are not finite is skipped. Raises UserError after many of them in a row.
+        Args:
+            micro_batches: The micro-batches on the device.
+            lr: The learning rate.
+
+        Returns:
+            The metrics of the step, with the norm of the gradients.
+
+        Raises:
+            UserError: The gradients were not finite in many steps in a row.
         """
         optimizer, scaler, objective = self.training.optimizer, self.training.scaler, self.task.objective
         for group in optimizer.param_groups:

@@ -1,15 +1,16 @@
-"""Who of the processes of a run is gone: told within seconds, in one line that names it.
+"""Notices within seconds which process of a run is gone, and reports it in one line that names the process.
 
-A process that waits for another one in a collective waits in C++ and learns nothing, or that a connection was closed.
-So each process has a thread and a connection to process 0, the hub:
+A process that waits for another one in a collective operation waits in C++, and learns nothing or only that a
+connection was closed. Each process therefore has a thread and a connection to process 0, the hub:
 
 - The kernel closes the connection of a process that dies. The hub sees it and tells all others.
-- A process that fails by itself says so before it leaves, with its error.
-- The processes of one machine look at each other's state in /proc: one that stays stopped (SIGSTOP) is told to the
-  hub and killed, since nothing that it could still do is waited for. One that a debugger has stopped is left alone.
-- TCP's keep-alive, which the kernels answer, is there for a machine that goes down.
+- A process that fails by itself sends its error before it leaves.
+- The processes of one machine look at each other's state in /proc. A process that stays stopped (SIGSTOP) is reported
+to
+  the hub and killed, since nothing waits for it any more. A process that a debugger has stopped is left alone.
+- TCP's keep-alive, which the kernels answer, notices a machine that goes down.
 
-A thread that knows ends its process soon, if the main thread does not do so by itself.
+A thread that knows of a loss ends its process soon, if the main thread does not do so by itself.
 """
 
 import contextlib
@@ -40,7 +41,9 @@ _KEEP_ALIVE_S = 10
 
 @dataclass(frozen=True)
 class Peer:
-    """A process of the run as its operating system knows it. boot, start: say whether a pid here is that process."""
+    """A process of the run as its operating system knows it; `boot` and `start` tell whether a pid is still that
+    process.
+    """
 
     rank: int
     host: str
@@ -51,14 +54,19 @@ class Peer:
 
 @dataclass(frozen=True)
 class Loss:
-    """That a process is gone. rank: which; text: what is known about it."""
+    """A process that is gone.
+
+    Attributes:
+        rank: The number of the process.
+        text: What is known about its end.
+    """
 
     rank: int
     text: str
 
 
 def this_process(rank: int) -> Peer:
-    """What other processes must know to recognise this one."""
+    """Return what other processes must know to recognise this one."""
     boot = ""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -66,7 +74,9 @@ def this_process(rank: int) -> Peer:
 
 
 def _state(pid: int) -> tuple[str, str]:
-    """(the letter of the state, the time of the start) of a process; empty where there is none, or no /proc."""
+    """Return (the letter of the state, the time of the start) of a process; empty where there is no process, or no
+    /proc.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except (OSError, IndexError):
@@ -75,13 +85,13 @@ def _state(pid: int) -> tuple[str, str]:
 
 
 class Watch:
-    """The thread of this process, and what it knows.
+    """The thread that watches the other processes, and what it knows.
 
     Args:
         rank: The number of this process.
         size: The number of processes.
-        gather: Gathers a value of every process, in rank order. It is called while this is built.
-        hub: The host name or address of process 0; "": it is not known, and nobody watches.
+        gather: Gathers a value of every process, in rank order. It is called while the object is built.
+        hub: The host name or address of process 0; "" where it is not known, and then no process watches.
     """
 
     def __init__(self, rank: int, size: int, gather: Callable[[Any], list[Any]], hub: str):
@@ -122,7 +132,9 @@ class Watch:
         return True
 
     def _accept(self, server: socket.socket, word: str) -> None:
-        """Take the connection of every other process; one that does not know the word is not of this run."""
+        """Accept the connection of every other process; a process that does not know the secret word is not of this
+        run.
+        """
         server.settimeout(30)
         while len(self._links) < self.size - 1:
             link, _ = server.accept()
@@ -189,8 +201,8 @@ class Watch:
             link.close()
 
     def _look(self, stopped_for: dict[int, float], seconds: float) -> None:
-        """Look at the processes beside this one. seconds: since the last look."""
-        if seconds > 4 * _LOOK_EVERY_S:  # this process was stopped too, or is starved: start again
+        """Look at the processes of this machine; `seconds` is the time since the last look."""
+        if seconds > 4 * _LOOK_EVERY_S:  # this process was stopped too, or got no CPU time
             stopped_for.clear()
             return
         for peer in self._beside:
@@ -203,7 +215,7 @@ class Watch:
                     os.kill(peer.pid, signal.SIGKILL)
 
     def _conclude(self, rank: int, text: str) -> None:
-        """A process is gone: remember the first, and tell the others."""
+        """Note that a process is gone: remember the first one, and tell the others."""
         if self.loss is not None or self._ended.is_set():
             return
         self.loss = Loss(rank, text)
@@ -226,31 +238,42 @@ class Watch:
                 link.sendall(data)
 
     def find_loss(self, seconds: float = 3.0) -> Loss | None:
-        """Whether a process is gone, once a connection to one was lost. Waits this long for the answer."""
+        """Find out which process is gone, once a connection to one was lost.
+
+        Args:
+            seconds: How long to wait for the answer.
+
+        Returns:
+            The loss; None where none is known.
+        """
         self._known.wait(seconds if self.works else 0.0)
         if self.loss is not None:
             self._leaving = True
         return self.loss
 
     def agreed(self) -> None:
-        """All processes know of an error and leave because of it."""
+        """Note that all processes know of an error and leave because of it."""
         self._agreed = True
 
     def line(self) -> str:
-        """The loss in words."""
+        """Return the loss in words."""
         assert self.loss is not None
         peer = self.peers[self.loss.rank]
         return f"process {peer.rank} of {self.size} (pid {peer.pid} on {peer.host}) {self.loss.text}"
 
     def tells(self) -> bool:
-        """Whether this process is the one that tells people of the loss: the first one left, as far as is known."""
+        """Return whether this process is the one that reports the loss: the first one left, as far as is known."""
         assert self.loss is not None
         if self.loss.rank != 0:
             return self.rank == 0
         return self.rank == min(p.rank for p in self.peers if p.rank and p.host == self.peers[self.rank].host)
 
     def leave(self, error: str | None) -> None:
-        """Say goodbye. error: in one line, if this process leaves because of an error that others do not know."""
+        """Sign off from the other processes.
+
+        Args:
+            error: The error in one line, if this process leaves because of an error that the others do not know.
+        """
         if self._ended.is_set():
             return
         self._leaving = True
@@ -267,7 +290,7 @@ class Watch:
 
 
 def _is_there(peer: Peer) -> bool:
-    """Whether the pid here is that process; in a container, it may be another one or none."""
+    """Return whether the pid on this machine is that process; in a container, it may be another process or none."""
     return bool(peer.start) and _state(peer.pid)[1] == peer.start
 
 

@@ -1,7 +1,7 @@
-"""Features of windows over whole videos, or of the clips of a list, into a file per video.
+"""Computes features of windows over whole videos, or of the clips of a list, into a file per video.
 
-A process plans ahead: it asks for the lengths of the next videos while it computes, and fills every batch with clips
-of one or several videos.
+A process plans ahead: it asks for the lengths of the next videos while it computes, and fills every batch with clips of
+one or several videos.
 """
 
 import hashlib
@@ -37,12 +37,13 @@ Encoder = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class VideoRows:
-    """The videos of a list, and what is wanted of each.
+    """The videos of a list, and which rows of features are wanted of each.
 
     Attributes:
         videos: The names, each once.
-        clips: By video, the clips of the list in order; None: windows over the whole video.
-        window, stride: Of the windows, in seconds.
+        clips: For each video, the clips of the list in order; None: windows over the whole video.
+        window: The length of a window, in seconds.
+        stride: The distance from window to window, in seconds.
     """
 
     videos: list[str]
@@ -51,23 +52,31 @@ class VideoRows:
     stride: float = 0.0
 
     def digest(self, number: int) -> str:
-        """What the rows of a video depend on besides the settings of the run."""
+        """Return a text that changes with what the rows of a video depend on besides the settings of the run."""
         if self.clips is None:
             return ""
         spans = [(span.start, span.end, span.id) for span in self.clips[number]]
         return hashlib.sha256(repr(spans).encode()).hexdigest()[:16]
 
     def ids(self, number: int) -> list[str] | None:
-        """The ids of the rows of a video, where all have one."""
+        """Return the ids of the rows of a video, where all rows have one."""
         ids = [] if self.clips is None else [span.id for span in self.clips[number]]
         return [id for id in ids if id is not None] if ids and None not in ids else None
 
     def needs_length(self, number: int) -> bool:
-        """Whether the length of a video must be known to say what its rows are."""
+        """Return whether the length of a video must be known to say what its rows are."""
         return self.clips is None or any(span.end is None for span in self.clips[number])
 
     def spans(self, number: int, length: float) -> np.ndarray:
-        """The rows of a video of `length` seconds: (n, 2) float64, begin and end in seconds."""
+        """Return the rows of a video.
+
+        Args:
+            number: The number of the video.
+            length: The length of the video, in seconds.
+
+        Returns:
+            (n, 2) float64, begin and end of each row in seconds.
+        """
         if self.clips is None:
             return windows_of(length, self.window, self.stride)
         rows = [(s.start, max(length, s.start) if s.end is None else s.end) for s in self.clips[number]]
@@ -75,13 +84,13 @@ class VideoRows:
 
 
 def windowed(spans: VideoList | Sequence[str], window: float, stride: float) -> VideoRows:
-    """Windows over the whole videos of a list, each video once."""
+    """Return windows over the whole videos of a list, each video once."""
     names = dict.fromkeys(span if isinstance(span, str) else span.video for span in spans)
     return VideoRows(list(names), None, window, stride)
 
 
 def grouped(spans: VideoList) -> VideoRows:
-    """The clips of a list by video."""
+    """Return the clips of a list by video."""
     clips: dict[str, list[Span]] = {}
     for span in spans:
         clips.setdefault(span.video, []).append(span)
@@ -163,16 +172,19 @@ def extract_rows(
     workers: int,
     timeout: float,
 ) -> None:
-    """Write the features of all videos of this part that are not finished. All processes go in step.
+    """Write the features of all videos of this part that are not finished. All processes take each step together.
 
     Args:
         files: Where the features go.
-        rows: The videos, and what is wanted of each.
+        rows: The videos, and which rows are wanted of each.
         finder: Where the videos are.
         encode: Computes the features of normalised clips.
         world: The processes of the run.
-        frames, size: Frames per clip; height and width of the clips in pixels.
-        norm_style, precision, dtype: As the flags of these names.
+        frames: Frames per clip.
+        size: Height and width of the clips in pixels.
+        norm_style: A key of NORM_STYLES.
+        precision: The settings of autocast.
+        dtype: One of SHARD_DTYPES, the number format of the features.
         batch_size: Clips per forward pass.
         workers: Data-loading processes.
         timeout: Seconds after which workers that send nothing are given up.
@@ -220,7 +232,9 @@ def _add(
     found: dict[str, torch.Tensor],
     dtype: torch.dtype,
 ) -> int:
-    """Hand out the features of a batch to their videos, and write those that are complete. Returns how many."""
+    """Hand out the features of a batch to their videos, and write the videos that are complete. Returns how many are
+    written.
+    """
     at = written = 0
     values = {kind: features.to("cpu", dtype) for kind, features in found.items()}
     for block in batch["blocks"]:

@@ -1,9 +1,9 @@
-"""Data-loading processes that cannot hold up a run: those that die, are stopped, or are stuck in the kernel.
+"""Data-loading processes that cannot hold up a run when they die, are stopped, or are stuck in the kernel.
 
 PyTorch's own loader waits without end for a worker that was stopped, in three places: when it fetches the memory of a
 batch from the worker, when it asks the workers to end, and when Python exits. It also raises the death of a worker as
-an exception in the middle of whatever the main thread is doing. Here a thread receives the batches, the main thread
-looks at signals, deaths and the clock while it waits, and workers are ended by SIGKILL and not waited for.
+an exception in the middle of whatever the main thread is doing. Here a thread receives the batches; the main thread
+looks at signals, deaths and the clock while it waits; and workers are ended by SIGKILL and not waited for.
 """
 
 import atexit
@@ -51,9 +51,20 @@ _FULL = re.compile(
 
 
 def collate_in_worker(collate: Callable[[list], dict[str, Any]] | None, samples: list | dict) -> dict[str, Any]:
-    """`collate(samples)` (None: the sample itself), its tensors already where the parent process will map them.
+    """Collate samples in a worker, and put the tensors of the batch where the parent process will map them.
 
-    Left to the queue, this happens in a thread whose errors nobody sees, and the parent waits for a batch that is lost.
+    If this were left to the queue, it would happen in a thread whose errors nobody sees, and the parent would wait for
+    a batch that is lost.
+
+    Args:
+        collate: Makes a batch of samples; None: there is one sample, which is the batch.
+        samples: The samples, or the one sample.
+
+    Returns:
+        The batch; {"fatal": message} where memory or open files are lacking.
+
+    Raises:
+        RuntimeError: The tensors cannot be put there for another reason.
     """
     batch = samples if collate is None else collate(samples)
     if torch.utils.data.get_worker_info() is None:
@@ -71,7 +82,7 @@ def collate_in_worker(collate: Callable[[list], dict[str, Any]] | None, samples:
 
 
 def _begin_worker(parent: int | None, worker: int) -> None:
-    """parent: the process id of the process that the worker must not outlive; None: its threads may end before it."""
+    """Begin a worker that must not outlive the process `parent`; None where the parent's threads may end before it."""
     if parent == os.getppid():  # not of a fork server, which outlives the process that it serves
         die_with(parent)
     signals.obey_parent_only(worker, parent)
@@ -79,13 +90,23 @@ def _begin_worker(parent: int | None, worker: int) -> None:
 
 
 def _end_worker(error: BaseException, _item: Any) -> None:
-    """What a worker cannot send, the parent would wait for: end, with a status that says why."""
+    """End a worker that cannot send its batch, with a status that says why: otherwise the parent would wait for the
+    batch.
+    """
     text = str(error)
     os._exit(_NO_FILES if _TOO_MANY_FILES.search(text) else _NO_MEMORY if _FULL.search(text) else 1)
 
 
 def shortage(text: str, number: int | None = None) -> str | None:
-    """What this machine lacks for data-loading processes, and the cure, in one line. None: the error is another one."""
+    """Say what this machine lacks for data-loading processes, and the cure.
+
+    Args:
+        text: The text of an error.
+        number: The number of an OSError, where the error has one.
+
+    Returns:
+        One line; None where the error is another one.
+    """
     if number in (errno.EMFILE, errno.ENFILE) or _TOO_MANY_FILES.search(text):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return (
@@ -108,14 +129,15 @@ def shortage(text: str, number: int | None = None) -> str | None:
 
 
 class WatchedLoader(DataLoader):
-    """A loader whose workers outlive the signals that a scheduler sends to all processes of a job, and no more.
+    """A loader whose workers survive the signals that a scheduler sends to all processes of a job, but not their
+    parent.
 
     Args:
         dataset: The samples.
         data_timeout: Seconds after which workers that send nothing are given up. Without workers, the process itself
             ends where a batch takes longer, if it heeds signals (`signals.heeded`).
         device: Where the batches go. On their way to a GPU their memory is pinned.
-        how: What a DataLoader takes.
+        how: The arguments of a DataLoader.
     """
 
     data_timeout = DATA_TIMEOUT_S  # while DataLoader.__init__ runs
@@ -155,12 +177,12 @@ _CAUSES = "a file system does not answer, or a decoder is stuck"
 
 
 def pinned(batch: Any, device: torch.device) -> Any:
-    """A batch in memory from which it is copied to this device without waiting."""
+    """Return a batch in memory from which it is copied to this device without waiting."""
     return pin_memory(batch) if device.type == "cuda" else batch
 
 
 class _Received:
-    """What the workers send, received by a thread: `get` then really returns within its timeout."""
+    """Receives what the workers send in a thread, so that `get` really returns within its timeout."""
 
     def __init__(self, sent: Any, device: torch.device):
         # A SimpleQueue waits for ever where a signal arrives just as its timeout is over (CPython 3.11).
@@ -190,13 +212,13 @@ class _Received:
         return item
 
     def end(self) -> None:
-        """End the thread: a thread that is in C++ when Python exits can take the process down."""
+        """End the thread: a thread that is in C++ when Python exits can crash the process."""
         self._ended.set()
         self._thread.join(timeout=_END_WITHIN_S)
 
 
 class _Batches(_MultiProcessingDataLoaderIter):
-    """PyTorch's iterator over the batches of workers, but for how it waits and how it ends the workers."""
+    """PyTorch's iterator over the batches of workers, with another way to wait and to end the workers."""
 
     def __init__(self, loader: WatchedLoader):
         self._allowed_s = loader.data_timeout
@@ -212,7 +234,7 @@ class _Batches(_MultiProcessingDataLoaderIter):
         self._data_queue = _Received(self._data_queue, loader.device)
 
     def _get_data(self) -> Any:
-        """The next thing that a worker sends. Raises UserError or Stopped where there is none."""
+        """Return the next thing that a worker sends. UserError or Stopped is raised where nothing comes."""
         waited, last = 0.0, time.monotonic()
         while True:
             error: Exception | None = None
@@ -282,7 +304,13 @@ def _death(status: int | None) -> str:
 
 
 def end_processes(processes: Sequence[multiprocessing.process.BaseProcess]) -> None:
-    """Kill these children. One that is stuck in the kernel does not die of it: Python's exit will not wait for it."""
+    """Kill these children.
+
+    A child that is stuck in the kernel does not die of the signal; Python's exit will not wait for it.
+
+    Args:
+        processes: The children.
+    """
     for process in processes:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             process.kill()
@@ -300,6 +328,8 @@ _iterators: weakref.WeakSet[_Batches] = weakref.WeakSet()
 
 @atexit.register  # before multiprocessing's own, which was registered when the module was imported
 def end_all_workers() -> None:
-    """End the workers of all loaders of this process. What still refers to a loader keeps its workers otherwise."""
+    """End the workers of all loaders of this process. Without this, what still refers to a loader keeps its workers
+    alive.
+    """
     for iterator in list(_iterators):
         iterator._shutdown_workers()

@@ -34,9 +34,9 @@ class TrainingState:
         step: The optimizer steps done in that epoch.
         best: The best value of the task's metric so far, None where none was stored.
         rng: The states of the random generators, one entry per process.
-        due: The line of log.txt of the epoch before, while the evaluation of that epoch was still to come.
+        pending: The line of log.txt of the epoch before, while the evaluation of that epoch was still to come.
         clips: The clips of that epoch that were trained on, None in files of earlier versions.
-        so_far: The sums from which the means of that epoch come, empty at its beginning and in files of earlier
+        sums: The sums from which the means of that epoch come, empty at its beginning and in files of earlier
             versions.
         logs: How long the logs were, empty in files of earlier versions.
         began_from: The checkpoint that the run began from (its --resume), empty where there was none.
@@ -49,9 +49,9 @@ class TrainingState:
     step: int
     best: float | None
     rng: list[Any]
-    due: dict[str, Any] | None
+    pending: dict[str, Any] | None
     clips: int | None
-    so_far: Mapping[str, Any]
+    sums: Mapping[str, Any]
     logs: Mapping[str, Any]
     began_from: str
     data: Mapping[str, Any]
@@ -134,7 +134,7 @@ class Checkpoint:
         found = self.contents
         if found.get("optimizer") is None:
             return None
-        best, due = found.get("best_acc1"), found.get("due")
+        best, pending = found.get("best_acc1"), found.get("due")
         return TrainingState(
             optimizer=found["optimizer"],
             scaler=found.get("scaler") or {},
@@ -142,9 +142,9 @@ class Checkpoint:
             step=int(found.get("step", 0)),
             best=None if best is None else float(best),
             rng=found.get("rng") or [],
-            due=due if isinstance(due, dict) else None,
+            pending=pending if isinstance(pending, dict) else None,
             clips=None if found.get("clips") is None else int(found["clips"]),
-            so_far=_sums(found.get("so_far")),
+            sums=_sums(found.get("so_far")),
             logs=found.get("logs") or {},
             began_from=str(found.get("began_from", self.args.get("resume") or "")),
             data=found.get("data") or {},
