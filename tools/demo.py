@@ -1,4 +1,4 @@
-"""All tasks on the embedded demo dataset, one after the other: figures before and after, a loss curve."""
+"""Run all tasks on the embedded demo dataset, one after the other, and print metrics before and after each."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Raw videos in, videos out that training reads quickly."""
+"""Turn raw videos into videos that training reads quickly."""
 
 import sys
 from pathlib import Path

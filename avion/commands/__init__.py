@@ -1,1 +1,1 @@
-"""What every entry point and every tool does: a module for each, with a `main(argv)`."""
+"""The programs: a module for each entry point and each tool, with a `main(argv)`."""

@@ -32,6 +32,7 @@ LISTED = 10
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
     summary, _, details = __doc__.partition("\n\n")
     parser = ToolParser(
         prog="tools/build_relevancy.py",
@@ -52,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Do what the flags ask for; return the exit status."""
     if args.output:
         check_target(args.output, "--output", overwrite=args.overwrite, inputs=[args.clips, args.sentences])
     clips = read_ek100_retrieval(args.clips)
@@ -75,5 +77,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these command-line words (None: `sys.argv`); returns the exit status."""
     args = build_parser().parse_args(argv)
     return exit_status("tools/build_relevancy.py", lambda: run(args), debug=args.debug)

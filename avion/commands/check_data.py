@@ -29,7 +29,12 @@ BATCH = 64  # frames decoded at a time
 
 @dataclass(frozen=True)
 class Need:
-    """A file that clips need: seconds of it, counted from its own beginning, and how many clips."""
+    """A file that clips need.
+
+    Attributes:
+        seconds: The seconds that the file must hold, counted from its own beginning.
+        clips: The number of clips that need the file.
+    """
 
     path: str
     seconds: float
@@ -46,7 +51,18 @@ class Finding:
 
 
 def read_annotations(paths: Sequence[str], columns: Sequence[str] = ()) -> NarrationTable:
-    """One EPIC-KITCHENS CSV, or one or several Ego4D pickles and files of captions."""
+    """Read one EPIC-KITCHENS CSV, or one or several Ego4D pickles and files of captions.
+
+    Args:
+        paths: The files.
+        columns: The names of the columns of caption files, as name=column.
+
+    Returns:
+        The clips.
+
+    Raises:
+        UserError: A file cannot be read, or a CSV of EPIC-KITCHENS is not alone.
+    """
     ek100 = [path for path in paths if is_ek100_file(path)]
     if ek100 and len(paths) > 1:
         raise UserError(f"{ek100[0]}: a CSV of EPIC-KITCHENS-100 is given alone")
@@ -54,7 +70,9 @@ def read_annotations(paths: Sequence[str], columns: Sequence[str] = ()) -> Narra
 
 
 def with_ends(table: NarrationTable, store: VideoStore) -> NarrationTable:
-    """The clips that go on to the end of their video get its time; their start, where the video cannot be read."""
+    """Give the clips that go on to the end of their video the time of this end; their start, where the video cannot be
+    read.
+    """
 
     @functools.cache
     def length(video: int) -> float:
@@ -70,7 +88,7 @@ def with_ends(table: NarrationTable, store: VideoStore) -> NarrationTable:
 
 
 def chunks_needed(table: NarrationTable, store: VideoStore) -> Iterator[tuple[str, int, float, int]]:
-    """(video, chunk, seconds needed of that chunk, clips) for every chunk that a clip touches."""
+    """Iterate over every chunk that a clip touches: (video, chunk, seconds needed of that chunk, clips)."""
     length = store.chunk_length if store.chunked else np.inf
     first = np.zeros(len(table), np.int64) if not store.chunked else (table.start // length).astype(np.int64)
     last = first if not store.chunked else np.maximum(np.ceil(table.end / length).astype(np.int64) - 1, first)
@@ -87,8 +105,16 @@ def chunks_needed(table: NarrationTable, store: VideoStore) -> Iterator[tuple[st
 
 
 def needs_of(table: NarrationTable, store: VideoStore) -> tuple[list[Need], list[Finding]]:
-    """The files to open, and what can be said without opening any: files that are missing, and clips that go on
-    after their video's last chunk."""
+    """Find out which files clips need.
+
+    Args:
+        table: The clips.
+        store: The videos.
+
+    Returns:
+        The files to open, and the findings that need no file to be opened: files that are missing, and clips that go on
+            after the last chunk of their video.
+    """
     needs, findings = [], []
     last_chunk = functools.lru_cache(maxsize=None)(store.last_chunk)
     for video, chunk, seconds, clips in chunks_needed(table, store):
@@ -111,7 +137,7 @@ def needs_of(table: NarrationTable, store: VideoStore) -> tuple[list[Need], list
 
 
 def check_file(need: Need, decode: str, decoder: str) -> Finding | None:
-    """Open one file and, as `decode` says, decode none, the two ends or all of it."""
+    """Open one file and, as `decode` says, decode none of it, its two ends or all of it."""
     try:
         with open_video(need.path, decoder) as reader:
             if decode == "ends":
@@ -130,6 +156,7 @@ def check_file(need: Need, decode: str, decoder: str) -> Finding | None:
 
 
 def check_files(needs: list[Need], decode: str, decoder: str, workers: int) -> Iterator[Finding]:
+    """Check files in `workers` processes; iterate over what is wrong."""
     check = functools.partial(check_file, decode=decode, decoder=decoder)
     if workers == 0:
         yield from filter(None, map(check, needs))
@@ -139,6 +166,7 @@ def check_files(needs: list[Need], decode: str, decoder: str, workers: int) -> I
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
     summary, _, details = __doc__.partition("\n\n")
     parser = ToolParser(
         prog="tools/check_data.py",
@@ -150,7 +178,11 @@ def build_parser() -> argparse.ArgumentParser:
         "annotations", nargs="+", help="annotation files: Ego4D pickles and captions, or one EPIC-KITCHENS-100 CSV"
     )
     parser.add_argument(
-        "--caption-columns", nargs="*", default=[], metavar="FIELD=COLUMN", help="of captions, e.g. video=clip_id"
+        "--caption-columns",
+        nargs="*",
+        default=[],
+        metavar="FIELD=COLUMN",
+        help="names of the columns of caption files, such as video=clip_id",
     )
     parser.add_argument("--root", required=True, help="folder that holds the videos")
     parser.add_argument(
@@ -158,12 +190,15 @@ def build_parser() -> argparse.ArgumentParser:
         type=whole(1, 86400, also=(-1,)),
         default=15,
         metavar="S",
-        help="length of a chunk in s (15)",
+        help="length of a video chunk in seconds (15)",
     )
     parser.add_argument("--video-layout", default="auto", choices=("auto", *LAYOUTS))
     parser.add_argument("--decoder", default="auto", choices=("auto", "pyav", "decord"))
     parser.add_argument(
-        "--decode", default="ends", choices=("open", "ends", "all"), help="what is decoded of each file"
+        "--decode",
+        default="ends",
+        choices=("open", "ends", "all"),
+        help="whether each file is only opened, decoded at its two ends, or decoded completely",
     )
     parser.add_argument(
         "-j", "--workers", type=WORKERS, default=0, metavar="N", help="number of processes; 0: check in this process"
@@ -173,6 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Do what the flags ask for; return the exit status."""
     table = read_annotations(args.annotations, args.caption_columns)
     store = VideoStore(args.root, chunk_length=args.video_chunk_length, layout=args.video_layout, decoder=args.decoder)
     table = with_ends(table, store)
@@ -189,5 +225,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these command-line words (None: `sys.argv`); returns the exit status."""
     args = build_parser().parse_args(argv)
     return exit_status("tools/check_data.py", lambda: run(args), debug=args.debug)

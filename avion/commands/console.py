@@ -1,4 +1,4 @@
-"""The command `avion`: every entry point and every tool by one name, with and without a clone of the repository."""
+"""The command `avion` runs every entry point and every tool by one name, with and without a clone of the repository."""
 
 import difflib
 import pkgutil
@@ -14,7 +14,7 @@ _USAGE = "usage: avion COMMAND [FLAGS]      avion COMMAND --help says more of a 
 
 
 def listing() -> str:
-    """All commands with a line each."""
+    """Return a list of all commands with a line each."""
     width = max(len(program.name) for program in programs())
     lines = [_USAGE]
     for title, group in PROGRAMS.items():
@@ -24,10 +24,16 @@ def listing() -> str:
 
 
 def find(word: str) -> Program:
-    """The program of this name, or of this file of a clone.
+    """Find the program of a name, or of a file of a clone.
+
+    Args:
+        word: The name or the file.
+
+    Returns:
+        The program.
 
     Raises:
-        UserError: There is none. The message names the commands of similar names.
+        UserError: There is no such program. The message names the commands of similar names.
     """
     known = {program.name: program for program in programs()}
     known |= {program.file: program for program in programs() if program.file}

@@ -21,6 +21,7 @@ from avion.targets import check_target
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
     summary, _, example = __doc__.partition("\n\n")
     parser = ToolParser(
         prog="tools/convert_checkpoint.py",
@@ -47,7 +48,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def convert(args: argparse.Namespace) -> str:
-    """Write `args.target`; returns what was done, for the screen."""
+    """Write `args.target`.
+
+    Args:
+        args: The parsed flags.
+
+    Returns:
+        What was done, for the screen.
+
+    Raises:
+        UserError: The source cannot be read or does not say enough, or the target cannot be written.
+    """
     from avion.engine.options.model_args import parse_model_args
     from avion.weights import Checkpoint, save_weights
     from avion.weights.hub import WEIGHTS
@@ -81,5 +92,6 @@ def convert(args: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these command-line words (None: `sys.argv`); returns the exit status."""
     args = build_parser().parse_args(argv)
     return exit_status("tools/convert_checkpoint.py", lambda: say(*convert(args).split("\n", 1)), debug=args.debug)

@@ -1,7 +1,7 @@
-"""The stages of `tools/demo.py`: what each runs, and what its metrics are before and after.
+"""The stages of `tools/demo.py`: what each stage runs, and its metrics before and after.
 
-It is a file of its own because PyTorch and matplotlib take seconds to import, and `tools/demo.py --help` does not wait
-for them.
+This is a file of its own because PyTorch and matplotlib take seconds to import, and `tools/demo.py --help` does not
+wait for them.
 """
 
 import dataclasses
@@ -62,24 +62,25 @@ FP32 = Precision("cpu", torch.float32)
 
 
 class Failed(Exception):
-    """A stage ended with this exit status; it has said why."""
+    """A stage ended with this exit status, after it printed why."""
 
 
 class Demo:
-    """Where things are, and the figures so far: {row: {column: figure}}."""
+    """The folders of the demo, and the metrics of the finished stages: {row: {column: metric}}."""
 
     def __init__(self, paths: DemoPaths, root: str, output: Path, short: bool):
         self.paths = paths
         self.pairs = json.loads(Path(paths.reversed_pairs).read_text())
         self.root, self.output, self.short = root, output, short
-        self.figures: dict[str, dict[str, float]] = {}
+        self.metrics: dict[str, dict[str, float]] = {}
         self.spent: dict[str, float] = {}
 
     def checkpoint(self, stage: str) -> Path:
+        """Return the path of the checkpoint of a stage."""
         return self.output / stage / "checkpoint.pt"
 
     def words(self, stage: str) -> list[str]:
-        """The command line of a stage, whose recipe says the rest."""
+        """Return the command line of a stage, whose recipe says the rest."""
         root = "--demo-root" if stage == "zeroshot" else "--root"
         words = ["--config", str(RECIPES / f"demo_{stage}.yaml"), root, self.root]
         words += ["--output-dir", str(self.output / stage)]
@@ -91,7 +92,7 @@ class Demo:
         return words
 
     def run(self, stage: str, main: Callable[[Sequence[str]], int], *more: str) -> Path:
-        """Train; the checkpoint."""
+        """Train, and return the path of the checkpoint."""
         start = time.perf_counter()
         status = main([*self.words(stage), *more, *(SHORT if self.short else [])])
         if status != 0:
@@ -100,11 +101,12 @@ class Demo:
         return self.checkpoint(stage)
 
     def add(self, row: str, **columns: float) -> None:
-        self.figures.setdefault(row, {}).update({name.replace("_", " "): value for name, value in columns.items()})
+        """Add metrics to a row of the table."""
+        self.metrics.setdefault(row, {}).update({name.replace("_", " "): value for name, value in columns.items()})
 
 
 def evaluated(task_class: type, options: type, words: list[str], checkpoint: Path | None) -> tuple:
-    """A task in evaluation, and the model of a checkpoint (None: the one that training starts from)."""
+    """Build a task in evaluation, and the model of a checkpoint (None: the model that training starts from)."""
     args = parse(options, [*words, "--evaluate"], "demo", "")
     task = task_class(args, World(), None if checkpoint is None else Checkpoint.open(checkpoint))
     torch.manual_seed(args.seed)
@@ -112,7 +114,7 @@ def evaluated(task_class: type, options: type, words: list[str], checkpoint: Pat
 
 
 def reversed_pairs(task: Pretrain, model: torch.nn.Module, pairs: list[dict], *, one_frame: bool = False) -> float:
-    """Accuracy within the reversed pairs, on the task's evaluation clips.
+    """Compute the accuracy within the reversed pairs, on the task's evaluation clips.
 
     With `one_frame` the model sees the middle frame of each clip in the place of all its frames.
     """
@@ -131,7 +133,7 @@ def reversed_pairs(task: Pretrain, model: torch.nn.Module, pairs: list[dict], *,
 
 
 def pretrain(demo: Demo) -> None:
-    """Zero-shot retrieval and reversed pairs, untrained and trained."""
+    """Pretrain; measure zero-shot retrieval and reversed pairs, untrained and trained."""
     for column in ("before", "after"):
         checkpoint = None if column == "before" else demo.run("pretrain", run_pretraining)
         task, model = evaluated(Pretrain, PretrainOptions, demo.words("pretrain"), checkpoint)
@@ -143,7 +145,7 @@ def pretrain(demo: Demo) -> None:
 
 
 def pretrain_long(demo: Demo) -> None:
-    """A run of its own, from the weights alone of the one before."""
+    """Pretrain once more, in a run of its own that starts from the weights alone of the run before."""
     preprocess = {"norm_style": "openai", **NORM_STYLES["openai"]._asdict()}
     weights = demo.output / "pretrain" / "weights.safetensors"
     save_weights(model_from_checkpoint(str(demo.checkpoint("pretrain"))), weights, preprocess)
@@ -151,42 +153,44 @@ def pretrain_long(demo: Demo) -> None:
 
 
 def finetune_retrieval(demo: Demo) -> None:
-    """The figures before are the pretrained model's with the frames of the fine-tuned one."""
+    """Fine-tune for retrieval. The metrics before are those of the pretrained model with the frames of the fine-tuned
+    one.
+    """
     for column in ("before", "after"):
         checkpoint = None if column == "before" else demo.run("retrieval", run_retrieval)
         words = demo.words("retrieval")
         task, model = evaluated(FinetuneRetrieval, FinetuneRetrievalOptions, words, checkpoint)
-        figures = task.evaluate(model, FP32)
-        demo.add("fine-tuned retrieval, mAP", **{column: figures["avg_map"]})
-        demo.add("fine-tuned retrieval, nDCG", **{column: figures["avg_ndcg"]})
+        metrics = task.evaluate(model, FP32)
+        demo.add("fine-tuned retrieval, mAP", **{column: metrics["avg_map"]})
+        demo.add("fine-tuned retrieval, nDCG", **{column: metrics["avg_ndcg"]})
 
 
 def finetune_actions(demo: Demo) -> None:
-    """Before: the pretrained tower under a head that has learnt nothing yet."""
+    """Fine-tune for action recognition. The metrics before are those of the pretrained tower with an untrained head."""
     for column in ("before", "after"):
         checkpoint = None if column == "before" else demo.run("actions", run_classification)
         words = demo.words("actions")
         task, model = evaluated(FinetuneClassification, FinetuneClassificationOptions, words, checkpoint)
-        figures = task.evaluate(model, FP32)
+        metrics = task.evaluate(model, FP32)
         for kind in ("verb", "action"):
-            demo.add(f"action recognition, {kind} top-1", **{column: figures[f"{kind}_top1"]})
+            demo.add(f"action recognition, {kind} top-1", **{column: metrics[f"{kind}_top1"]})
     control = task.evaluate(model, FP32, one_frame=True)
     for kind in ("verb", "action"):
         demo.add(f"action recognition, {kind} top-1", one_frame=control[f"{kind}_top1"])
 
 
 def egoschema(demo: Demo) -> None:
-    """Zero-shot: the pretrained model on videos of a minute. Before: what guessing is worth."""
+    """Answer EgoSchema with the pretrained model on videos of a minute. The metric before is that of guessing."""
     start = time.perf_counter()
     args = parse(EgoSchemaOptions, demo.words("egoschema"), "demo", "")
-    figures = run_egoschema(args)
+    metrics = run_egoschema(args)
     demo.spent["egoschema"] = time.perf_counter() - start
-    for frames, values in figures.items():
+    for frames, values in metrics.items():
         demo.add(f"EgoSchema, {frames} frames", before=1 / OPTIONS, after=values["accuracy"])
 
 
 def zeroshot(demo: Demo) -> None:
-    """The benchmarks of LaViLa, by the pretrained model. Before: what guessing is worth."""
+    """Run the benchmarks of LaViLa with the pretrained model. The metrics before are those of guessing."""
     start = time.perf_counter()
     found = run_zeroshot(parse(ZeroShotOptions, demo.words("zeroshot"), "demo", ""))
     demo.spent["zeroshot"] = time.perf_counter() - start
@@ -196,7 +200,7 @@ def zeroshot(demo: Demo) -> None:
 
 
 def plot_loss(steps: Path, target: Path) -> None:
-    """The loss of every progress line over the steps of the run."""
+    """Draw the loss of every progress line over the optimizer steps of the run."""
     rows = read_json_lines(steps).objects
     per_epoch = max(r["step"] for r in rows)
     x = [r["epoch"] * per_epoch + r["step"] for r in rows]
@@ -210,7 +214,12 @@ def plot_loss(steps: Path, target: Path) -> None:
 
 
 def run_all(root: str, output: Path, short: bool) -> None:
-    """All stages one after the other, and their metrics on the screen.
+    """Run all stages one after the other, and print their metrics.
+
+    Args:
+        root: The folder of the demo dataset.
+        output: The folder of the runs.
+        short: Whether each stage trains for one epoch only.
 
     Raises:
         Failed: A stage ended with an exit status other than 0.
@@ -224,10 +233,10 @@ def run_all(root: str, output: Path, short: bool) -> None:
     plot_loss(output / "pretrain" / "steps.txt", output / "loss.png")
 
     print()
-    print(table("demo dataset, %", demo.figures))
+    print(table("demo dataset, %", demo.metrics))
     print()
     print(", ".join(f"{stage} {duration(seconds)}" for stage, seconds in demo.spent.items()))
-    ratio = demo.figures["zero-shot retrieval, mAP"]
+    ratio = demo.metrics["zero-shot retrieval, mAP"]
     print(f"zero-shot mAP is {ratio['after'] / ratio['before']:.1f} times the untrained model's")
     print("one frame: fed the middle frame of each clip only")
     print("before, of EgoSchema, EgoMCQ and classes without training: what guessing is worth")

@@ -23,20 +23,22 @@ from avion.plugins import import_plugins
 MINIMUM_PYTHON = (3, 10)
 REQUIRED = ("torch", "torchvision", "timm", "open_clip_torch", "numpy")
 OPTIONAL = ("triton", "mamba-ssm", "causal-conv1d", "av", "decord")
-# Of float32 against float64, on the scan's own scale.
+# The largest error of float32 against float64, relative to the values of the scan.
 TOLERANCE = 1e-3
 
 
 class Report:
-    """Prints findings as they come and remembers what keeps the main job from running."""
+    """Prints findings as they come, and remembers what keeps the main job from running."""
 
     def __init__(self):
         self.problems: list[str] = []
 
     def line(self, name: str, text: str) -> None:
+        """Print a finding."""
         print(f"  {name:<17} {text}", flush=True)
 
     def problem(self, name: str, text: str) -> None:
+        """Print a finding that keeps the main job from running, and remember it."""
         self.line(name, text)
         self.problems.append(f"{name}: {text}")
 
@@ -49,7 +51,7 @@ def _installed(package: str) -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """The first line that a program prints; None where it is not there or fails."""
+    """Return the first line that a program prints; None where the program is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
@@ -57,6 +59,7 @@ def _output(*command: str) -> str | None:
 
 
 def versions(report: Report) -> None:
+    """Print the versions of Python, packages and programs."""
     print("versions")
     python = platform.python_version()
     if sys.version_info < MINIMUM_PYTHON:
@@ -75,7 +78,7 @@ def versions(report: Report) -> None:
 
 
 def devices(report: Report, wanted: str) -> str:
-    """Prints the processors; returns the device to try things on."""
+    """Print the processors; return the device on which the scan is tried."""
     import torch
 
     print("device")
@@ -96,7 +99,7 @@ def devices(report: Report, wanted: str) -> str:
 
 
 def _scan(case: dict, backend: str, dtype) -> list:
-    """Output and gradients of one scan, float64."""
+    """Return the output and the gradients of one scan, in float64."""
     import torch
 
     from avion.ops.selective_scan import selective_scan
@@ -108,7 +111,7 @@ def _scan(case: dict, backend: str, dtype) -> list:
 
 
 def _mixer(case: dict, backend: str, dtype) -> list:
-    """Output and gradients of a whole mixer, convolutions and gate included, float64."""
+    """Return the output and the gradients of a whole mixer, convolutions and gate included, in float64."""
     import torch
 
     from avion.models.vim import BiMambaMixer
@@ -144,6 +147,7 @@ def _random_case(device: str) -> dict:
 
 
 def backends(report: Report, device: str) -> None:
+    """Compare every backend of the selective scan with the reference."""
     import torch
 
     from avion.errors import UserError
@@ -161,7 +165,7 @@ def backends(report: Report, device: str) -> None:
             continue
         try:
             found = _results(case, name, torch.float32)
-        except Exception as error:  # whatever a broken kernel throws is a finding, not an end
+        except Exception as error:  # a broken kernel may raise anything; it is a finding, and the report goes on
             text = f"fails: {str(error).splitlines()[0]}; give another one as --scan-backend"
             (report.problem if name == auto else report.line)(name, text)
             continue
@@ -189,6 +193,7 @@ def _write_video(path: Path) -> None:
 
 
 def decoders(report: Report) -> None:
+    """Try every video decoder on a small video."""
     from avion.data.video import DECODERS, open_video
     from avion.errors import UserError
 
@@ -224,13 +229,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def examine(argv: Sequence[str] | None) -> int:
-    """Print the report; 1 if the main job cannot run here."""
+    """Print the report; return 1 if the main job cannot run here."""
     parser = argparse.ArgumentParser(
         prog=called_names("tools/doctor.py"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to try the scan")
     parser.add_argument(
-        "--import", dest="plugins", action="append", default=[], metavar="MODULE", help="module of your own to try too"
+        "--device", default="auto", choices=["auto", "cpu", "cuda"], help="device on which the scan is tried"
+    )
+    parser.add_argument(
+        "--import",
+        dest="plugins",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="module of your own that is imported first and tried too",
     )
     args = parser.parse_args(argv)
     import_plugins(args.plugins)

@@ -22,6 +22,7 @@ _SUFFIXES = {RECIPES: (".yaml",), SLURM: (".sbatch", ".sh")}
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
     summary, _, details = __doc__.partition("\n\n")
     parser = ToolParser(
         prog=NAME, description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -33,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def contents() -> dict[Path, Path]:
-    """The files of this installation: where they are, by their paths below a clone's root."""
+    """Return the files of this installation: where they are, by their paths below the root of a clone."""
     found = {}
     for name, suffixes in _SUFFIXES.items():
         folder = resources(name)
@@ -43,7 +44,19 @@ def contents() -> dict[Path, Path]:
 
 
 def copy(target: Path, overwrite: bool) -> int:
-    """Copy all files below `target`; how many. UserError for a file of other content, before anything is written."""
+    """Copy all files below a folder.
+
+    Args:
+        target: The folder.
+        overwrite: Whether files of another content are replaced.
+
+    Returns:
+        The number of files.
+
+    Raises:
+        UserError: A file of another content exists, which is found before anything is written; or a file cannot be
+            written.
+    """
     files = {target / name: path.read_text(encoding="utf-8") for name, path in contents().items()}
     check_target_folder(target, "--copy")
     differing = [path for path, text in files.items() if path.exists() and path.read_text(encoding="utf-8") != text]

@@ -24,6 +24,7 @@ _LISTED = 20  # files that are named; the others are counted
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
     summary, _, details = __doc__.partition("\n\n")
     parser = ToolParser(
         prog="tools/index_videos.py",
@@ -32,8 +33,10 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("root", help="folder that holds the videos")
-    parser.add_argument("files", nargs="*", help="videos to index, below the folder; by default all videos")
-    parser.add_argument("--index", metavar="FILE", help=f"the index file (ROOT/{INDEX_NAME})")
+    parser.add_argument(
+        "files", nargs="*", help="names of the videos to index, below ROOT; without names, all videos are indexed"
+    )
+    parser.add_argument("--index", metavar="FILE", help=f"index file that is written (ROOT/{INDEX_NAME})")
     parser.add_argument(
         "-j", "--workers", type=WORKERS, default=0, metavar="N", help="number of processes; 0: index in this process"
     )
@@ -42,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Do what the flags ask for; return the exit status."""
     if args.index and not is_index(args.index):
         check_target(args.index, "--index")
     with tqdm(unit="file", disable=None, dynamic_ncols=True) as bar:
@@ -64,5 +68,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these command-line words (None: `sys.argv`); returns the exit status."""
     args = build_parser().parse_args(argv)
     return exit_status("tools/index_videos.py", lambda: run(args), debug=args.debug)

@@ -18,6 +18,7 @@ from avion.targets import check_target
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
     parser = ToolParser(
         prog="tools/make_demo_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

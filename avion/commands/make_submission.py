@@ -30,6 +30,7 @@ _LEVELS = {"sls_pt": (2, "of pretraining"), "sls_tl": (3, "training labels"), "s
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
     summary, _, rest = __doc__.partition("\n\n")
     parser = ToolParser(
         prog="tools/make_submission.py",
@@ -68,7 +69,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def make_actions(args: argparse.Namespace) -> str:
-    """Write the action recognition zip; returns what was done, for the screen."""
+    """Write the zip file for action recognition.
+
+    Args:
+        args: The parsed flags.
+
+    Returns:
+        What was done, for the screen.
+
+    Raises:
+        UserError: The predictions cannot be read or do not fit the annotations, or the file cannot be written.
+    """
     content = load_pickle(args.predictions, "predictions")
     wanted = ("narration_id", "verb_output", "noun_output")
     if not isinstance(content, dict) or any(name not in content for name in wanted):
@@ -94,7 +105,17 @@ def _ids(column: Any, path: str) -> list[Any]:
 
 
 def make_retrieval(args: argparse.Namespace) -> str:
-    """Write the retrieval zip; returns what was done, for the screen."""
+    """Write the zip file for retrieval.
+
+    Args:
+        args: The parsed flags.
+
+    Returns:
+        What was done, for the screen.
+
+    Raises:
+        UserError: The similarities cannot be read or do not fit the annotations, or the file cannot be written.
+    """
     similarity = _read_matrix(args.similarity)
     clips = list(read_ek100_retrieval(args.clips).narration_ids)
     check_ids_differ(clips, f"annotations {args.clips}")
@@ -129,6 +150,7 @@ def _sls(args: argparse.Namespace) -> dict[str, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these command-line words (None: `sys.argv`); returns the exit status."""
     args = build_parser().parse_args(argv)
 
     def body() -> None:

@@ -19,6 +19,7 @@ from avion.targets import check_target, check_target_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these command-line words (None: `sys.argv`); returns the exit status."""
     parser = ToolParser(
         prog="tools/make_tables.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

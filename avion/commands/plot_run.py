@@ -31,15 +31,15 @@ if TYPE_CHECKING:  # matplotlib is imported where it draws: `--help` does not wa
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; their yellow is too pale for a line.
+# Okabe and Ito's colours, which colour-blind readers can tell apart too; their yellow is too pale for a line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
 WIDTH = 1.5  # of every curve, in points
 DASH = 5.0  # length of the dashes of curves that lie on each other, in widths of the curve
 COLUMNS = 3
-# More points than this are drawn pale under their moving average.
+# Where there are more points than this, they are drawn pale under their moving average.
 SMOOTHED_ABOVE = 150
-# More blocks than this get a colour bar in the place of a legend.
+# Where there are more blocks than this, a colour bar takes the place of the legend.
 LEGEND_BLOCKS = 6
 # The kind of a run's loss, by the metric that training writes beside a loss of this kind.
 LOSSES = {"clip_acc": "contrastive", "max_margin_loss": "max-margin", "acc1": "cross entropy"}
@@ -48,7 +48,7 @@ _COMMON = {
     "epoch", "step", "global_step", "loss", "lr", "grad_norm", "alpha", "clips_per_s", "wait", "memory_gb",
     "skipped_steps",
 }  # fmt: skip
-# Figures of the evaluations worth a panel; of a task that has none of them, every figure gets one.
+# The metrics of the evaluations that get a panel; where a task has none of them, every metric gets a panel.
 HEADLINES = {
     "avg_map": "mAP, mean of V2T and T2V", "avg_ndcg": "nDCG, mean of V2T and T2V", "verb_top1": "verb top-1",
     "noun_top1": "noun top-1", "action_top1": "action top-1",
@@ -57,7 +57,7 @@ HEADLINES = {
 
 @dataclass
 class Run:
-    """What a run has written so far. Rows are in the order of their global step, which no two share."""
+    """The rows that a run has written until now, in the order of their global steps, which differ from row to row."""
 
     name: str
     steps: list[dict[str, Any]]
@@ -65,25 +65,34 @@ class Run:
 
     @property
     def blocks(self) -> int:
-        """Time gates of the model."""
+        """The number of time gates of the model."""
         return len(self.steps[-1].get("alpha", []))
 
     @property
     def loss(self) -> str | frozenset[str]:
-        """Kind of the loss: a name of `LOSSES`, or else the metrics that belong to the loss."""
+        """The kind of the loss: a name of `LOSSES`, or else the metrics that belong to the loss."""
         own = frozenset(key for row in self.steps for key in row) - _COMMON
         return next((name for key, name in LOSSES.items() if key in own), own)
 
     def evaluated(self) -> set[str]:
-        """Names of the evaluations' figures."""
+        """The names of the metrics of the evaluations."""
         return {key.removeprefix("test_") for row in self.epochs for key in row if key.startswith("test_")}
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines log. A last line without its end is being written, or never was, and is left out.
+    """Read the rows of a JSON-lines log.
 
-    A resumed run does the steps since its checkpoint again: its lines take the place of those written before.
-    Raises UserError naming file and line for anything else that is not a row of figures.
+    A last line without a line end is left out: it is being written, or the process that wrote it was killed. A resumed
+    run does the steps since its checkpoint again; its lines take the place of those written before.
+
+    Args:
+        path: The log.
+
+    Returns:
+        The rows, in the order of their global steps.
+
+    Raises:
+        UserError: A line holds anything but a row of metrics. The message names file and line.
     """
     if not path.exists():
         raise UserError(f"{path}: cannot be read (No such file or directory); name the --output-dir of a training")
@@ -101,7 +110,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def _check_row(row: dict[str, Any], where: str) -> None:
     if type(row.get("global_step")) is not int:
-        raise UserError(f"{where}: no figures with a whole number `global_step`; correct or remove the line")
+        raise UserError(f"{where}: has no whole number `global_step`; correct or remove the line")
     for key, value in row.items():
         values = value if key in ("alpha", "train_alpha") and isinstance(value, list) else [value]
         if not all(type(v) is float or type(v) is int and abs(v) < 2**63 for v in values):
@@ -109,6 +118,7 @@ def _check_row(row: dict[str, Any], where: str) -> None:
 
 
 def read_run(folder: Path, name: str) -> Run:
+    """Read the logs of a run."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name the --output-dir of a training")
     steps = read_log(folder / "steps.txt")
@@ -119,7 +129,17 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of the paths, as many as it takes to tell them apart."""
+    """Name folders by the last parts of their paths, as many parts as are needed to tell the folders apart.
+
+    Args:
+        folders: The folders.
+
+    Returns:
+        A name for each folder.
+
+    Raises:
+        UserError: A folder is named twice.
+    """
     whole = [folder.resolve().parts for folder in folders]
     for count in range(1, max(map(len, whole)) + 1):
         names = ["/".join(parts[-count:]) for parts in whole]
@@ -132,14 +152,14 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def points(rows: list[dict[str, Any]], key: str, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the rows that have the figure."""
+    """Return the steps and the values of the rows that have a metric."""
     found = [(row["global_step"], row[key]) for row in rows if key in row and math.isfinite(row[key])]
     x, y = np.array(found, dtype=float).reshape(-1, 2).T
     return x, scale * y
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred; at the ends over what there is."""
+    """Return the centred moving average; at both ends, the average of the values that exist."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))
     start, stop = np.maximum(at - window // 2, 0), np.minimum(at + window // 2 + 1, len(values))
@@ -147,17 +167,18 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def label(axes: "Axes", title: str, unit: str = "") -> None:
+    """Label a panel with its title and its unit."""
     axes.set_title(title, fontsize="medium", loc="left")
     axes.set_ylabel(unit)
 
 
 def look(index: int) -> dict[str, Any]:
-    """Colour and line of the run with this number."""
+    """Return the colour and the line of the run with this number."""
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index // len(COLOURS) % len(STYLES)]}
 
 
 def curve(axes: "Axes", x: np.ndarray, y: np.ndarray, style: dict[str, Any], smooth: bool) -> None:
-    """One run's line."""
+    """Draw the line of one run."""
     if smooth and len(x) > SMOOTHED_ABOVE:
         axes.plot(x, y, **style, linewidth=0.6, alpha=0.25)
         y = moving_average(y, len(x) // 40)
@@ -165,8 +186,10 @@ def curve(axes: "Axes", x: np.ndarray, y: np.ndarray, style: dict[str, Any], smo
 
 
 def styles(curves: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> list[dict[str, Any]]:
-    """Looks of the curves of a panel: (number of the run, x, y). Where curves lie on each other over their whole
-    length, their dashes take turns, so that all of them can be seen."""
+    """Return the looks of the curves of a panel, given as (number of the run, x, y).
+
+    Where curves lie on each other over their whole length, their dashes take turns, so that all of them can be seen.
+    """
     groups: dict[bytes, list[int]] = {}
     for place, (_, x, y) in enumerate(curves):
         groups.setdefault(np.stack([x, y]).tobytes(), []).append(place)
@@ -178,7 +201,7 @@ def styles(curves: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> list[dict[st
 
 
 def end_at(axes: "Axes", least: float = -math.inf, most: float = math.inf) -> None:
-    """End the y axis where values can no longer be."""
+    """End the y axis at the largest and the smallest value that is possible."""
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, least), min(high, most))
 
@@ -194,7 +217,7 @@ def training_panel(
     most: float = math.inf,
     loss: str | frozenset[str] | None = None,
 ) -> "Callable[[Axes, list[Run]], None]":
-    """A figure of the progress lines, all runs in one; with `loss`, all runs of this kind of loss."""
+    """Make a function that draws one metric of the progress lines, with all runs in one panel."""
 
     def draw(axes: "Axes", runs: list[Run]) -> None:
         curves = []
@@ -226,7 +249,7 @@ def training_panel(
 
 
 def loss_panels(runs: list[Run]) -> "list[Callable[[Axes, list[Run]], None]]":
-    """A panel for every kind of loss: the numbers of two kinds cannot be compared."""
+    """Return a panel for every kind of loss, since values of two kinds cannot be compared."""
     kinds = dict.fromkeys(run.loss for run in runs if any("loss" in row for row in run.steps))
     found = []
     for kind in kinds:
@@ -240,7 +263,7 @@ def loss_panels(runs: list[Run]) -> "list[Callable[[Axes, list[Run]], None]]":
 
 
 def evaluation_panel(key: str, title: str, percent: bool) -> "Callable[[Axes, list[Run]], None]":
-    """A figure of the evaluations, all runs in one."""
+    """Make a function that draws one metric of the evaluations, with all runs in one panel."""
 
     def draw(axes: "Axes", runs: list[Run]) -> None:
         curves = [
@@ -259,7 +282,7 @@ def evaluation_panel(key: str, title: str, percent: bool) -> "Callable[[Axes, li
 
 
 def gates_panel(run: Run, title: str, limits: tuple[float, float]) -> "Callable[[Axes, list[Run]], None]":
-    """α of every block of one run."""
+    """Make a function that draws α of every block of one run."""
 
     def draw(axes: "Axes", runs: list[Run]) -> None:
         import matplotlib
@@ -286,7 +309,7 @@ def gates_panel(run: Run, title: str, limits: tuple[float, float]) -> "Callable[
 
 
 def gate_limits(runs: list[Run]) -> tuple[float, float]:
-    """One scale for the gates of all runs."""
+    """Return one range of the vertical axis for the gates of all runs."""
     values = [v for run in runs for row in run.steps for v in row.get("alpha", []) if math.isfinite(v)]
     low, high = min(values, default=0.0), max(values, default=0.0)
     margin = 0.06 * (high - low) or 0.01
@@ -294,7 +317,7 @@ def gate_limits(runs: list[Run]) -> tuple[float, float]:
 
 
 def panels(runs: list[Run]) -> "list[Callable[[Axes, list[Run]], None]]":
-    """The panels that these runs have something to show in."""
+    """Return the functions that draw the panels for which these runs have values."""
     has = {key for run in runs for row in run.steps for key in row}
     found = loss_panels(runs) + [
         training_panel(key, title, unit, **more)
@@ -308,11 +331,11 @@ def panels(runs: list[Run]) -> "list[Callable[[Axes, list[Run]], None]]":
     ]
     if any(row.get("skipped_steps") for run in runs for row in run.steps):
         found.append(training_panel("skipped_steps", "skipped steps so far", "", smooth=False, from_zero=True))
-    figures = {name for run in runs for name in run.evaluated()}
-    named = [name for name in HEADLINES if name in figures]
+    metrics = {name for run in runs for name in run.evaluated()}
+    named = [name for name in HEADLINES if name in metrics]
     found += [evaluation_panel(name, HEADLINES[name], percent=True) for name in named]
     if not named:
-        found += [evaluation_panel(name, name, percent=False) for name in sorted(figures)]
+        found += [evaluation_panel(name, name, percent=False) for name in sorted(metrics)]
     gated = [run for run in runs if run.blocks]
     for run in gated:
         title = "time gates" + (f": {run.name}" if len(runs) > 1 else "")
@@ -325,7 +348,7 @@ def _steps(line: "Line2D") -> np.ndarray:
 
 
 def draw(runs: list[Run]) -> "Figure":
-    """All panels of the runs, in one figure."""
+    """Draw all panels of the runs into one figure."""
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -357,7 +380,15 @@ def draw(runs: list[Run]) -> "Figure":
 
 
 def plot(folders: Sequence[Path], output: Path) -> None:
-    """Draw the runs in these folders into a PNG file."""
+    """Draw the runs in these folders into a PNG file.
+
+    Args:
+        folders: The `--output-dir`s of the runs.
+        output: The PNG file.
+
+    Raises:
+        UserError: A log cannot be read, or the file cannot be written.
+    """
     if output.suffix.lower() != ".png":
         raise UserError(f"--output {output}: a name that ends with .png is required")
     runs = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]

@@ -1,12 +1,12 @@
-"""Raw videos in, videos out that training reads quickly.
+"""Turn raw videos into videos that training reads quickly.
 
     python tools/prepare_videos.py raw/ videos/
     python tools/prepare_videos.py EPIC-KITCHENS/ EK100_288p_15sec/ --dataset ek100
     python tools/prepare_videos.py full_scale/ videos_288p_15sec/ --dataset ego4d --shard $SLURM_ARRAY_TASK_ID/64
 
 The shorter side becomes --short-side pixels (smaller pictures keep their size), rotation is applied, sound is dropped,
-every frame keeps its time. Each result is compared with its source; what cannot be prepared is listed with the reason,
-and the rest goes on. The same command goes on where a run was stopped. docs/data.md says more.
+and every frame keeps its time. Each result is compared with its source. Videos that cannot be prepared are listed with
+the reason, and the others are prepared. The same command continues where a run was stopped. docs/data.md says more.
 Exit status: 0 all videos are prepared, 1 some failed, 2 nothing could be done.
 """
 
@@ -32,6 +32,7 @@ _QUIET_EVERY_S = 30.0  # between lines of progress that go to a file
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
     summary, _, details = __doc__.partition("\n\n")
     parser = ToolParser(
         prog="tools/prepare_videos.py",
@@ -42,56 +43,94 @@ def build_parser() -> argparse.ArgumentParser:
     plain = Encoding()
     add = parser.add_argument
     add("source", metavar="SOURCE", help="folder of raw videos, or one file")
-    add("target", metavar="TARGET", help="folder to fill")
-    add("--dataset", default="folder", choices=DATASETS, help="how the files are named (folder: as in SOURCE)")
+    add("target", metavar="TARGET", help="folder that the prepared videos are written to")
+    add(
+        "--dataset",
+        default="folder",
+        choices=DATASETS,
+        help="dataset, by whose scheme the videos are named; folder: the names of SOURCE are kept",
+    )
     add(
         "--layout",
         default="",
         choices=LAYOUTS,
-        help="avion: {video}.mp4/{start}.mp4; vms: {video}/{number}.mp4; "
+        help="names of the prepared files; avion: {video}.mp4/{start}.mp4; vms: {video}/{number}.mp4; "
         "whole: {video}.mp4 [avion for ego4d and ek100, else whole]",
     )
-    add("--chunk-length", type=whole(1, 86400), default=15, metavar="S", help="seconds per chunk (15)")
-    add("--short-side", type=whole(16, 4320), default=288, metavar="PIXELS", help="of the pictures, even (288)")
-    add("-j", "--processes", type=WORKERS, default=0, metavar="N", help="videos at a time [cores / threads]")
+    add("--chunk-length", type=whole(1, 86400), default=15, metavar="S", help="length of a video chunk in seconds (15)")
     add(
-        "--threads", type=whole(0, 1024), default=0, metavar="N", help="of each decoder and encoder [cores / processes]"
+        "--short-side",
+        type=whole(16, 4320),
+        default=288,
+        metavar="PIXELS",
+        help="length of the shorter side of the pictures in pixels, an even number (288)",
     )
-    add("--shard", default="0/1", metavar="I/N", help="only every N-th video, from the I-th on, counted from 0")
-    add("--retry", action="store_true", help="try videos again that failed before")
-    encoding = parser.add_argument_group("encoding", "the default was measured: docs/data.md")
+    add(
+        "-j",
+        "--processes",
+        type=WORKERS,
+        default=0,
+        metavar="N",
+        help="number of processes, each with a video at a time [cores / threads]",
+    )
+    add(
+        "--threads",
+        type=whole(0, 1024),
+        default=0,
+        metavar="N",
+        help="threads of each decoder and encoder [cores / processes]",
+    )
+    add(
+        "--shard",
+        default="0/1",
+        metavar="I/N",
+        help="prepare only every N-th video, beginning with number I, counted from 0",
+    )
+    add("--retry", action="store_true", help="try again the videos that failed before")
+    encoding = parser.add_argument_group("encoding", "docs/data.md says how the defaults were measured")
     add = encoding.add_argument
-    add("--crf", type=Number(float, 0, 51), default=plain.crf, help=f"x264's quality, lower is better ({plain.crf:g})")
+    add("--crf", type=Number(float, 0, 51), default=plain.crf, help=f"quality of x264, lower is better ({plain.crf:g})")
     add(
         "--gop",
         type=whole(1, 1000),
         default=plain.gop,
         metavar="N",
-        help=f"frames from keyframe to keyframe ({plain.gop})",
+        help=f"number of frames from keyframe to keyframe ({plain.gop})",
     )
     add(
         "--bframes",
         type=whole(0, 16),
         default=plain.bframes,
         metavar="N",
-        help=f"frames between two anchors, which no other frame refers to ({plain.bframes})",
+        help=f"number of frames between two anchor frames; no other frame refers to them ({plain.bframes})",
     )
     add(
         "--refs",
         type=whole(1, 16),
         default=plain.refs,
         metavar="N",
-        help=f"anchors that a frame may refer to ({plain.refs})",
+        help=f"number of anchor frames that a frame may refer to ({plain.refs})",
     )
-    add("--cabac", action=argparse.BooleanOptionalAction, default=plain.cabac, help="smaller, slower to read")
-    add("--deblock", action=argparse.BooleanOptionalAction, default=plain.deblock, help="smooth block edges")
-    add("--preset", default=plain.preset, choices=PRESETS, metavar="NAME", help=f"x264's effort ({plain.preset})")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add(
+        "--cabac",
+        action=argparse.BooleanOptionalAction,
+        default=plain.cabac,
+        help="use CABAC, with which files are smaller and slower to read",
+    )
+    add("--deblock", action=argparse.BooleanOptionalAction, default=plain.deblock, help="smooth the edges of blocks")
+    add(
+        "--preset",
+        default=plain.preset,
+        choices=PRESETS,
+        metavar="NAME",
+        help=f"preset of x264, which says how much time it takes to make files small ({plain.preset})",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
     return parser
 
 
 class Progress:
-    """A bar with the time that is left; where the output is no terminal, a line now and then."""
+    """A progress bar with the time that is left; where the output is not a terminal, a line now and then."""
 
     def __init__(self):
         self._bar: tqdm | None = None
@@ -110,9 +149,11 @@ class Progress:
             print(f"{100 * done / total:.1f} % of {_bytes(total)}, {_time(left)} left", file=sys.stderr, flush=True)
 
     def failed(self, path: str, reason: str) -> None:
+        """Print that a video failed, and why."""
         tqdm.write(printable(f"failed: {path}: {reason}"), file=sys.stderr)
 
     def close(self) -> None:
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -133,7 +174,7 @@ def _time(seconds: float) -> str:
 
 
 def tell(report: Report, target: str, settings: Settings) -> None:
-    """The closing lines."""
+    """Print the closing lines."""
     sums = report.totals
     say(
         f"{sums.videos} videos, {_time(sums.seconds)} of {sums.frames} frames: {_bytes(sums.source_bytes)} of raw "
@@ -153,6 +194,7 @@ def tell(report: Report, target: str, settings: Settings) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Do what the flags ask for; return the exit status."""
     encoding = Encoding(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Encoding)})
     settings = Settings(args.dataset, args.layout, args.chunk_length, args.short_side, encoding)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -180,5 +222,6 @@ def _interrupt(*_: object) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these command-line words (None: `sys.argv`); returns the exit status."""
     args = build_parser().parse_args(argv)
     return exit_status("tools/prepare_videos.py", lambda: run(args), debug=args.debug)

@@ -31,6 +31,7 @@ NAME = "tools/reproduce.py"
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
     parser = ToolParser(
         prog="tools/reproduce.py",
         description=__doc__,
@@ -55,25 +56,50 @@ def build_parser() -> argparse.ArgumentParser:
     how = parser.add_argument_group("how")
     how.add_argument("--from-released", action="store_true", help="only evaluate the released weights")
     how.add_argument("--checkpoint", metavar="FILE", help="file (or hf: address) of the released weights")
-    how.add_argument("--with-prerequisites", action="store_true", help="first run the recipes that these start from")
+    how.add_argument(
+        "--with-prerequisites",
+        action="store_true",
+        help="first run the recipes whose checkpoints the chosen recipes start from",
+    )
     how.add_argument("--again", action="store_true", help="set finished runs aside and run the recipes again")
-    how.add_argument("--seed", type=SEED, nargs="+", default=[], metavar="N", help="seeds; each seed gets a run")
+    how.add_argument(
+        "--seed",
+        type=SEED,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="seeds of the recipes; each seed gets a run of its own",
+    )
     how.add_argument(
         "--gpus", type=PROCESSES, metavar="N", help="number of processes, at the same global batch [as in the recipe]"
     )
-    how.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    how.add_argument("--scale", default=FULL, help=f"{FULL}, demo (recipes/scales/demo.yaml) or a YAML file [{FULL}]")
+    how.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="device of the runs [auto]")
+    how.add_argument(
+        "--scale",
+        default=FULL,
+        help=f"scale of the runs: {FULL}, demo (recipes/scales/demo.yaml) or a YAML file [{FULL}]",
+    )
     how.add_argument(
         "--data-on-nodes",
         action="store_true",
-        help="with --submit: files that this machine does not see are on the nodes; submit the jobs all the same",
+        help="with --submit: submit the jobs although this machine does not see all files, because the nodes see them",
     )
     how.add_argument("--runs", default="runs", metavar="DIR", help="folder that holds the runs [%(default)s]")
     return parser
 
 
 def selected(args: argparse.Namespace) -> list[Recipe]:
-    """The recipes that --table, --figure, --row and --task name. UserError where there are none."""
+    """Find the recipes that --table, --figure, --row, --task and --recipe name.
+
+    Args:
+        args: The parsed flags.
+
+    Returns:
+        The recipes.
+
+    Raises:
+        UserError: There is no such recipe.
+    """
     if [args.table, args.figure, args.recipe].count(None) != 2:
         raise UserError("give one of --table (8, 9, 10, avion, zeroshot), --figure (5) and --recipe")
     if args.recipe is not None:
@@ -99,7 +125,15 @@ def _by_key(keys: Sequence[str]) -> list[Recipe]:
 
 
 def run_all(steps: Sequence[Step], again: bool) -> int:
-    """Run what is not done; the first exit status that is not 0 ends it."""
+    """Run the recipes that are not done, one after the other.
+
+    Args:
+        steps: The runs.
+        again: Whether finished runs are set aside and run again.
+
+    Returns:
+        0, or the first exit status that is not 0, with which the function ends.
+    """
     for number, step in enumerate(steps, 1):
         key = step.run.recipe.key
         if step.done:
@@ -117,7 +151,7 @@ def run_all(steps: Sequence[Step], again: bool) -> int:
 
 
 def submit_all(steps: Sequence[Step], options: SubmitOptions, again: bool) -> int:
-    """A job for each run that is not done, after those of the runs it starts from."""
+    """Submit a job for each run that is not done; a job waits for the jobs of the runs that it starts from."""
     jobs: dict[str, str] = {}
     for step in steps:
         run, folder = step.run, str(step.run.folder)
@@ -137,7 +171,19 @@ def submit_all(steps: Sequence[Step], options: SubmitOptions, again: bool) -> in
 
 
 def for_processes(options: SubmitOptions, count: int, changes: dict[str, str]) -> SubmitOptions:
-    """The job options for so many processes; those of CPUs (--ngpus 0) stay without GPUs."""
+    """Change the job options to another number of processes. Options of CPUs (--ngpus 0) stay without GPUs.
+
+    Args:
+        options: The job options.
+        count: The number of processes.
+        changes: Further changes.
+
+    Returns:
+        The changed options.
+
+    Raises:
+        UserError: The processes cannot be divided evenly among the nodes.
+    """
     per_node, rest = divmod(count, options.nodes)
     if rest:
         raise UserError(f"--nodes {options.nodes}: {count} processes do not divide among them; give --gpus too")
@@ -146,14 +192,25 @@ def for_processes(options: SubmitOptions, count: int, changes: dict[str, str]) -
 
 
 def processes(args: argparse.Namespace, options: SubmitOptions | None) -> int | None:
-    """Of each run: --gpus, else the job's, else (None) the recipe's."""
+    """Return the number of processes of each run: --gpus, or that of the job, or None for that of the recipe."""
     if args.gpus is None and options is not None and {"ngpus", "tasks_per_node"} & options.given():
         return options.nodes * options.processes
     return args.gpus
 
 
 def job_options(args: argparse.Namespace, words: Sequence[str]) -> SubmitOptions | None:
-    """What --submit is told about the jobs; UserError for words that nobody knows."""
+    """Parse the job options of --submit.
+
+    Args:
+        args: The parsed flags.
+        words: The words that the parser of this tool does not know.
+
+    Returns:
+        The job options; None without --submit.
+
+    Raises:
+        UserError: A word is unknown.
+    """
     if args.submit:
         options = parse(SubmitOptions, words, NAME, "")
         return dataclasses.replace(options, ngpus=0) if args.device == "cpu" else options
@@ -163,7 +220,7 @@ def job_options(args: argparse.Namespace, words: Sequence[str]) -> SubmitOptions
 
 
 def check_complete(steps: Sequence[Step], args: argparse.Namespace, options: SubmitOptions | None) -> None:
-    """Raise UserError where something is missing. A dry run warns: a login node need not see what the nodes see."""
+    """Refuse to start where something is missing. A dry run warns: a login node need not see what the nodes see."""
     lacking = [step for step in steps if step.missing]
     if options is not None and (options.dry_run or args.data_on_nodes):
         for problem in dict.fromkeys(str(problem) for step in lacking for problem in step.missing):
@@ -179,6 +236,7 @@ def check_complete(steps: Sequence[Step], args: argparse.Namespace, options: Sub
 
 
 def reproduce(args: argparse.Namespace, options: SubmitOptions | None, words: Sequence[str]) -> int:
+    """Do what the flags ask for; return the exit status."""
     if args.list:
         print(recipes_table(load_recipes()))
         return 0

@@ -1,4 +1,6 @@
-"""All programs in one table: what `avion` runs, and which file of a clone of the repository runs the same."""
+"""All programs in one table: the name after `avion`, and the file of a clone of the repository that runs the same
+program.
+"""
 
 from dataclasses import dataclass
 
@@ -8,10 +10,10 @@ class Program:
     """A program.
 
     Attributes:
-        name: Its word after `avion`.
-        module: The module whose `main` it is.
+        name: The word after `avion` that runs it.
+        module: The module that has its `main`.
         file: The file that runs the same in a clone of the repository; empty if there is none.
-        summary: What it does, in a line.
+        summary: What the program does, in a line.
     """
 
     name: str
@@ -73,5 +75,5 @@ PROGRAMS: dict[str, tuple[Program, ...]] = {
 
 
 def programs() -> list[Program]:
-    """All programs, in the order of the table."""
+    """Return all programs, in the order of the table."""
     return [program for group in PROGRAMS.values() for program in group]

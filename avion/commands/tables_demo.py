@@ -22,6 +22,7 @@ NAME = "tools/tables_demo.py"
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
     parser = ToolParser(
         prog="tools/tables_demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,12 +42,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="number of runs at a time, one core each [%(default)s]",
     )
-    parser.add_argument("--short", action="store_true", help="train one epoch on 64 clips each, to see that all works")
+    parser.add_argument(
+        "--short", action="store_true", help="train each recipe for one epoch on 64 clips, to see that everything works"
+    )
     parser.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
     return parser
 
 
 def tables_demo(args: argparse.Namespace) -> None:
+    """Run all recipes that are not done, and write the report."""
     from avion.data.demo import ensure_demo_dataset
     from avion.engine.console import duration
     from avion.reproduce.demo_chain import REMARK, Chain

@@ -166,17 +166,17 @@ def action_metrics(
         "action": label_ranks(probs, np.array(own, dtype=np.int64)),
     }
     labels = {"verb": verb_class, "noun": noun_class, "action": verb_class * EK100_NOUNS + noun_class}
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for kind in KINDS:
-        figures |= _top(f"{kind}_", ranks[kind])
-        figures[f"{kind}_mean_class"] = mean_class_accuracy(ranks[kind], labels[kind])
+        metrics |= _top(f"{kind}_", ranks[kind])
+        metrics[f"{kind}_mean_class"] = mean_class_accuracy(ranks[kind], labels[kind])
     for kind, rows in _tail_rows(verb_class, noun_class, tail_verbs, tail_nouns).items():
-        figures |= _top(f"tail_{kind}_", ranks[kind][rows]) | {f"tail_{kind}_clips": int(rows.sum())}
+        metrics |= _top(f"tail_{kind}_", ranks[kind][rows]) | {f"tail_{kind}_clips": int(rows.sum())}
     if unseen is not None:
         rows = np.asarray(unseen, dtype=bool)
-        figures |= {name: value for kind in KINDS for name, value in _top(f"unseen_{kind}_", ranks[kind][rows]).items()}
-        figures["unseen_clips"] = int(rows.sum())
-    return figures
+        metrics |= {name: value for kind in KINDS for name, value in _top(f"unseen_{kind}_", ranks[kind][rows]).items()}
+        metrics["unseen_clips"] = int(rows.sum())
+    return metrics
 
 
 def action_marginals(probs: ArrayLike, actions: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -81,8 +81,8 @@ def retrieval_metrics(
     scorers = {"map": _ap_scorer(graded_precision), "ndcg": _ndcg}
     return {
         f"{side}_{name}": value
-        for name, figures in _both_directions(*checked, scorers).items()
-        for side, value in zip(("vis", "txt", "avg"), figures, strict=True)
+        for name, values in _both_directions(*checked, scorers).items()
+        for side, value in zip(("vis", "txt", "avg"), values, strict=True)
     }
 
 

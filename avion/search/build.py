@@ -1,4 +1,4 @@
-"""From the flags of `tools/search_videos.py` to an index, and to a searcher."""
+"""Makes an index, and a searcher, from the flags of `tools/search_videos.py`."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ from .searcher import Searcher
 
 
 def make_index(options: IndexOptions) -> tuple[Report, SearchIndex | None, int]:
-    """Compute the features of all windows that are not there yet, and make the index.
+    """Compute the features of all windows that do not exist yet, and make the index.
+
+    Args:
+        options: The flags.
 
     Returns:
-        What was extracted; the index, or None on a process that does not write it and while other jobs have videos to
-        do; and the number of videos that are still to be done.
+        What was extracted; the index, or None on a process that does not write it and while other jobs still have
+        videos to index; and the number of videos that are still to be indexed.
 
     Raises:
         UserError: A flag is wrong, or a file cannot be read or written.
-        Stopped: A signal asked the run to stop; the same options go on from where it stands.
+        Stopped: A signal asked the run to stop; the same options continue from there.
     """
     features = os.path.join(options.index, FEATURES)
     layout = find_layout(options.root, options.video_layout)
@@ -55,7 +58,13 @@ def make_index(options: IndexOptions) -> tuple[Report, SearchIndex | None, int]:
 
 
 def open_searcher(options: QueryOptions) -> Searcher:
-    """The index and the model that made it.
+    """Open an index and the model that made it.
+
+    Args:
+        options: The flags.
+
+    Returns:
+        The searcher.
 
     Raises:
         UserError: The index or the checkpoint cannot be read, or the index was made with other weights.

@@ -25,7 +25,7 @@ _KEPT = 200  # files
 
 
 class Excerpts:
-    """Cuts stretches out of videos. The files are H.264 in MP4 without sound, which all browsers play.
+    """Cuts excerpts out of videos. The files are H.264 in MP4 without sound, which all browsers play.
 
     Args:
         finder: Where the videos are.
@@ -37,7 +37,15 @@ class Excerpts:
         self._lock = threading.Lock()  # one excerpt at a time, so that no file is cut twice at once
 
     def clip(self, video: str, start: float, end: float) -> Path:
-        """The file of the seconds [start, end) of a video, at most MOST_SECONDS of them.
+        """Cut the seconds [start, end) of a video, at most MOST_SECONDS of them.
+
+        Args:
+            video: The name of the video.
+            start: The begin, in seconds.
+            end: The end, in seconds.
+
+        Returns:
+            The path of an MP4 file.
 
         Raises:
             VideoError: The video cannot be read.
@@ -47,7 +55,20 @@ class Excerpts:
         return self._kept(f"{video} {start} {end}", ".mp4", lambda path: self._write_clip(path, video, start, end))
 
     def thumbnail(self, video: str, start: float, end: float) -> Path:
-        """The file of a JPEG of the middle of the seconds [start, end) of a video. Raises as `clip`."""
+        """Write a JPEG of the frame in the middle of the seconds [start, end) of a video.
+
+        Args:
+            video: The name of the video.
+            start: The begin, in seconds.
+            end: The end, in seconds.
+
+        Returns:
+            The path of the JPEG file.
+
+        Raises:
+            VideoError: The video cannot be read.
+            UserError: The file cannot be written.
+        """
         return self._kept(f"{video} {start} {end}", ".jpg", lambda path: self._write_picture(path, video, start, end))
 
     def _kept(self, key: str, extension: str, write: Callable[[Path], None]) -> Path:
@@ -66,7 +87,9 @@ class Excerpts:
         return path
 
     def _frames(self, video: str, times: Sequence[tuple[float, float]]) -> np.ndarray:
-        """The frame that is shown in each of these stretches: (n, height, width, 3) uint8, of even height and width."""
+        """Return the frame that is shown in each of these ranges of time: (n, height, width, 3) uint8, of even height
+        and width.
+        """
         store, name = self.finder.find(video)
         frames, _ = store.read_clips(name, times, 1, scaling=_small)
         return np.ascontiguousarray(frames[:, 0].transpose(0, 2, 3, 1))

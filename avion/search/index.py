@@ -43,9 +43,9 @@ class SearchIndex:
         folder: The folder of the index.
         facts: What search.json says beside the videos.
         videos: The names of the videos.
-        ends: (v,) int64, by video the number of the row after the last one of the video.
+        ends: (v,) int64, for each video the number of the row after its last one.
         windows: (n, E) float16, a memory map.
-        times: (n, 2) float64, seconds.
+        times: (n, 2) float64, begin and end of each window in seconds.
     """
 
     folder: Path
@@ -56,15 +56,15 @@ class SearchIndex:
     times: np.ndarray
 
     def video_of(self, row: int) -> int:
-        """The number of the video that a row belongs to."""
+        """Return the number of the video that a row belongs to."""
         return int(np.searchsorted(self.ends, row, side="right"))
 
     def rows_of(self, video: int) -> range:
-        """The rows of a video."""
+        """Return the rows of a video."""
         return range(int(self.ends[video - 1]) if video else 0, int(self.ends[video]))
 
     def finder(self) -> VideoFinder:
-        """Where the videos are."""
+        """Return the reader of the videos."""
         facts = self.facts
         return VideoFinder(
             facts["root"], in_store=True, chunk_length=facts["video_chunk_length"], layout=facts["video_layout"]
@@ -81,10 +81,10 @@ def build_index(folder: str | os.PathLike, facts: Mapping[str, Any], videos: Seq
         videos: The videos that are to be in the index; those that cannot be read are left out.
 
     Returns:
-        The index, open.
+        The open index.
 
     Raises:
-        UserError: The features cannot be read, none is there, or the index cannot be written.
+        UserError: The features cannot be read or do not exist, or the index cannot be written.
     """
     folder = Path(folder)
     features = read(folder / FEATURES)
@@ -115,7 +115,7 @@ def build_index(folder: str | os.PathLike, facts: Mapping[str, Any], videos: Seq
 def _write_arrays(
     folder: Path, features: FeatureFolder, names: Sequence[str], arrays: Mapping[str, str]
 ) -> tuple[list[str], list[int], int]:
-    """Write both arrays. Returns the videos with at least one readable window, their numbers of windows, and E."""
+    """Write both arrays. Return the videos with at least one readable window, their numbers of windows, and E."""
     kept, counts, times, width = [], [], [], 0
     shape_at = None
     how = {"flag": "--index", "cure": "choose another --index"}
@@ -147,13 +147,13 @@ def _write_arrays(
 
 
 def _header(file, count: int, width: int) -> int:
-    """Write the header of a .npy file, which leaves room for a larger count. Returns its length."""
+    """Write the header of a .npy file, which leaves room for a larger count. Return its length."""
     np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": (count, width)})
     return file.tell()
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
-    """Rows (n, E) brought to length 1, float32. A row of zeros becomes NaN."""
+    """Bring rows (n, E) to length 1, in float32. A row of zeros becomes NaN."""
     rows = np.asarray(rows, dtype=np.float32)
     with np.errstate(invalid="ignore", divide="ignore"):
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
@@ -162,8 +162,14 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
 def open_index(folder: str | os.PathLike) -> SearchIndex:
     """Open an index.
 
+    Args:
+        folder: The folder of the index.
+
+    Returns:
+        The index.
+
     Raises:
-        UserError: There is none, it is of another version, or it is damaged.
+        UserError: There is no index, it is of another version, or it is damaged.
     """
     folder = Path(folder)
     facts = _read_facts(folder / NAME)
@@ -230,7 +236,7 @@ def _is_text(value: object) -> bool:
 
 
 def _is_name(value: object) -> bool:
-    """Whether a value is the name of a video below the root."""
+    """Return whether a value is the name of a video below the root."""
     if not isinstance(value, str) or not value or "\0" in value or "\\" in value or len(value) > 4096:
         return False
     return all(part not in ("", ".", "..") for part in value.split("/"))

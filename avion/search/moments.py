@@ -1,4 +1,4 @@
-"""From the scores of windows to moments: neighbours are merged, and each stretch of a video is found once."""
+"""Turns the scores of windows into moments: neighbours are merged, and each part of a video is found once."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from .rank import ranked
 
 @dataclass(frozen=True)
 class Moment:
-    """A stretch of a video that answers a query.
+    """A part of a video that answers a query.
 
     Attributes:
         video: The name of the video.
-        start, end: In seconds.
-        score: The cosine of the best window.
-        peak_start, peak_end: Of the best window, in seconds.
+        start: The begin of the moment, in seconds.
+        end: The end of the moment, in seconds.
+        score: The cosine similarity of the best window.
+        peak_start: The begin of the best window, in seconds.
+        peak_end: The end of the best window, in seconds.
     """
 
     video: str
@@ -31,7 +33,7 @@ class Moment:
     peak_end: float
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the moment as JSON values."""
         return {name: round(v, 6) if isinstance(v, float) else v for name, v in asdict(self).items()}
 
 
@@ -43,19 +45,19 @@ def find_moments(
     longest: float = 30.0,
     videos: Sequence[int] | None = None,
 ) -> list[Moment]:
-    """The best moments of a query, the best first.
+    """Find the best moments of a query, the best first.
 
-    The best window that is in no moment yet begins a moment. The window before and the window after it in the same
-    video join, the better one first, as long as they touch the moment, their score is nearer to the score of the best
-    window than to the median score of all windows, and the moment does not become longer than `longest`. Windows that
-    overlap with a moment begin no other one (non-maximum suppression).
+    The best window that is in no moment yet begins a moment. The window before it and the window after it in the same
+    video join the moment, the better one first, as long as three conditions hold: they touch the moment; their score is
+    nearer to the score of the best window than to the median score of all windows; and the moment does not become
+    longer than `longest`. Windows that overlap with a moment begin no other moment (non-maximum suppression).
 
     Args:
         index: The index.
         scores: (n,) float32, the score of each window.
-        count: How many moments are wanted at most.
+        count: The largest number of moments.
         longest: The length in seconds that a moment does not exceed by merging.
-        videos: The numbers of the videos to look at; None: all.
+        videos: The numbers of the videos to search; None: all.
 
     Returns:
         At most `count` moments.
@@ -92,7 +94,7 @@ def _grown(
     longest: float,
     others: Sequence[tuple[float, float]],
 ) -> tuple[float, float]:
-    """Begin and end of the moment around a window."""
+    """Return begin and end of the moment around a window."""
     start, end = map(float, index.times[peak])
     low, high = peak - 1, peak + 1
     while True:
@@ -111,7 +113,7 @@ def _grown(
 
 
 def listed(moments: Sequence[Moment]) -> list[str]:
-    """Moments as the lines of a table: rank, score, time, video."""
+    """Return moments as the lines of a table: rank, score, time, video."""
     rows = [("", "score", "time", "video")]
     rows += [
         (str(i), f"{m.score:.3f}", f"{clock(m.start)} - {clock(m.end)}", m.video) for i, m in enumerate(moments, 1)
@@ -121,6 +123,6 @@ def listed(moments: Sequence[Moment]) -> list[str]:
 
 
 def clock(seconds: float) -> str:
-    """1:02:03.4"""
+    """Return a time in seconds as a text such as 1:02:03.4."""
     minutes, tenths = divmod(round(10 * seconds), 600)
     return f"{minutes // 60}:{minutes % 60:02d}:{tenths // 10:02d}.{tenths % 10}"

@@ -1,9 +1,9 @@
-"""A local page to search and watch in: gradio for the controls, and two routes for excerpts and thumbnails.
+"""A local page to search and watch videos: gradio makes the controls, and two routes serve excerpts and thumbnails.
 
-Excerpts are named by random tokens, which the page gives out with its answers. No request for them names a path, so
-nothing but the moments that the index has can be asked for. Gradio's own routes for files are closed, and a query that
-names a file which was not uploaded is refused before gradio sees it: gradio would copy such a file of the server, or
-one of another machine, to where it hands files out, if the page is mounted in another application.
+Excerpts are named by random tokens, which the page gives out with its answers. No request names a path, so nothing can
+be asked for but the moments that the page has given out. Gradio's own routes for files are closed. A query that names a
+file which was not uploaded is refused before gradio sees it: where the page is mounted in another application, gradio
+would copy such a file of the server, or a file of another machine, to the folder whose files it gives out.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Moments:
         self._lock = threading.Lock()
 
     def token(self, moment: Moment) -> str:
-        """A new token for a moment."""
+        """Return a new token for a moment."""
         token = secrets.token_urlsafe(18)
         with self._lock:
             self._known[token] = moment
@@ -73,13 +73,16 @@ class Moments:
         return token
 
     def get(self, token: str) -> Moment | None:
-        """The moment of a token, if it was given out."""
+        """Return the moment of a token; None if the token was not given out."""
         with self._lock:
             return self._known.get(token)
 
 
 def serve(options: ServeOptions) -> None:
     """Serve the page until the program is stopped.
+
+    Args:
+        options: The flags.
 
     Raises:
         UserError: gradio is not installed, the index or the checkpoint cannot be read, or the port is taken.
@@ -101,7 +104,7 @@ def serve(options: ServeOptions) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine only."""
+    """Return whether an address can only be reached from this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -121,12 +124,15 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def build_app(searcher: Searcher, options: ServeOptions, folder: str) -> FastAPI:
-    """The application: gradio's page at /, excerpts at /moments/TOKEN.mp4, thumbnails at /moments/TOKEN.jpg.
+    """Build the application: gradio's page at /, excerpts at /moments/TOKEN.mp4, thumbnails at /moments/TOKEN.jpg.
 
     Args:
         searcher: Answers queries.
         options: The flags of the command.
         folder: A folder for excerpts and uploads.
+
+    Returns:
+        The application.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     uploads = os.path.join(os.path.realpath(folder), "uploads")
@@ -186,7 +192,7 @@ def _restrict(app: FastAPI, uploads: str) -> None:
 
 
 def _paths_in(body: Any) -> Iterator[Any]:
-    """The values of all keys `path` in JSON, at any depth."""
+    """Iterate over the values of all keys `path` in JSON, at any depth."""
     waiting = [body]
     while waiting:
         value = waiting.pop()
@@ -268,7 +274,7 @@ def _answer(
     videos: Sequence[str] | None,
     count: float,
 ) -> tuple[str, str]:
-    """The line of status and the moments as HTML."""
+    """Return the status line and the moments as HTML."""
     try:
         if (sentence or "").strip() and file:
             raise UserError("a sentence and a file are given; remove one of them")
@@ -288,7 +294,7 @@ def _answer(
 
 
 def _card(moment: Moment, token: str) -> str:
-    """A moment as HTML. The name of a video may hold anything."""
+    """Return a moment as HTML. The name of a video may hold anything."""
     return (
         f'<div class="moment"><video controls preload="none" poster="/moments/{token}.jpg" src="/moments/{token}.mp4">'
         f"</video><p><b>{moment.score:.3f}</b> &nbsp; {clock(moment.start)} – {clock(moment.end)}</p>"

@@ -1,8 +1,8 @@
-"""Cosine similarities of a query with millions of windows that lie on disk in float16, exact.
+"""Exact cosine similarities of a query with millions of windows that lie on disk in float16.
 
-The rows are read through a memory map and block by block brought to float32, in a buffer that stays in a core's cache.
-So the whole is never in memory in float32, and what is read from memory is half of what float32 would be. Each thread
-has rows of its own: blocks of this size are too small to be shared between threads.
+The rows are read through a memory map, and converted to float32 block by block, in a buffer that stays in a core's
+cache. The whole array is thus never in memory in float32, and half as many bytes are read from memory as float32 would
+need. Each thread has rows of its own, because blocks of this size are too small to be shared between threads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 def similarities(query: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Scalar products of a query with all rows; cosines, as both are of length 1.
+    """Compute the scalar products of a query with all rows. They are cosines, because both have length 1.
 
     Args:
         query: (E,) float.
@@ -62,13 +62,16 @@ def _fill(found: torch.Tensor, values: torch.Tensor, vector: torch.Tensor, first
 
 
 def ranked(scores: np.ndarray, first: int = 256) -> Iterator[int]:
-    """The rows in descending order of their scores; of equal scores the earlier row comes first.
+    """Iterate over the rows in descending order of their scores; of equal scores the earlier row comes first.
 
-    The best are sorted first, and more only if they are asked for. Rows of -inf do not come.
+    The best rows are sorted first, and more rows only if they are asked for. Rows of -inf are left out.
 
     Args:
         scores: (n,) float32 without NaN.
         first: How many rows are sorted at first.
+
+    Yields:
+        The number of a row.
     """
     given, size = 0, first
     total = int(np.count_nonzero(scores > -np.inf))
@@ -83,7 +86,15 @@ def ranked(scores: np.ndarray, first: int = 256) -> Iterator[int]:
 
 
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:
-    """The rows of the k largest scores, (k,) int64, the largest first; of equal scores the earlier row comes first."""
+    """Find the rows of the k largest scores; of equal scores the earlier row comes first.
+
+    Args:
+        scores: (n,) float32 without NaN.
+        k: The number of rows.
+
+    Returns:
+        (k,) int64, the row of the largest score first.
+    """
     best = []
     for row in ranked(scores, max(k, 1)):
         if len(best) == k:

@@ -1,4 +1,4 @@
-"""Answers queries: a sentence, an image or a clip becomes a unit vector, and the index says which moments are near."""
+"""Answers queries: a sentence, an image or a clip becomes a unit vector, which the index compares with its windows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Searcher:
         index: The index.
         weights: The fingerprint of the weights of the model.
         precision: The settings of autocast.
-        templates: What sentences are put into; the mean of several unit features counts.
+        templates: Texts in which the sentence takes the place of {}; the features of several templates are averaged.
 
     Raises:
         UserError: The index was made with other weights.
@@ -55,7 +55,17 @@ class Searcher:
         self.device = next(model.parameters()).device
 
     def text(self, sentence: str) -> np.ndarray:
-        """The unit vector (E,) of a sentence. UserError for an empty one."""
+        """Compute the unit vector of a sentence.
+
+        Args:
+            sentence: The sentence.
+
+        Returns:
+            (E,) float32 of length 1.
+
+        Raises:
+            UserError: The sentence is empty.
+        """
         if not sentence.strip():
             raise UserError('query: is empty; write what the moments show, such as "folds a cloth"')
         with self.precision.autocast():
@@ -63,7 +73,17 @@ class Searcher:
         return found[0].float().cpu().numpy()
 
     def image(self, path: str | os.PathLike) -> np.ndarray:
-        """The unit vector (E,) of an image, which is shown for as long as a window lasts."""
+        """Compute the unit vector of an image, which the model sees as a clip of that image only.
+
+        Args:
+            path: The file of the image.
+
+        Returns:
+            (E,) float32 of length 1.
+
+        Raises:
+            UserError: The file cannot be read, or the image has too many pixels.
+        """
         from PIL import Image, ImageOps, UnidentifiedImageError
 
         try:
@@ -79,7 +99,19 @@ class Searcher:
         return self._video(EvalTransform(self.model.config.img_size, fused=True)(frames, None))
 
     def clip(self, path: str | os.PathLike, start: float = 0.0, end: float | None = None) -> np.ndarray:
-        """The unit vector (E,) of the seconds [start, end) of a video file."""
+        """Compute the unit vector of the seconds [start, end) of a video file.
+
+        Args:
+            path: The video file.
+            start: The begin, in seconds.
+            end: The end, in seconds; None: the end of the video.
+
+        Returns:
+            (E,) float32 of length 1.
+
+        Raises:
+            UserError: The file cannot be read.
+        """
         transform = EvalTransform(self.model.config.img_size, fused=True)
         return self._video(read_span(path, self.index.facts["frames"], transform, start=start, end=end))
 
@@ -91,9 +123,13 @@ class Searcher:
         return unit_rows(found.float().cpu().numpy())[0]
 
     def videos_like(self, patterns: Sequence[str]) -> list[int] | None:
-        """The numbers of the videos whose names match one of the patterns; None for no pattern.
+        """Find the videos whose names match one of several patterns.
 
-        A pattern is the name of a video, or a part of names, or names with the wildcards * and ?.
+        Args:
+            patterns: Each is the name of a video, a part of names, or names with the wildcards * and ?.
+
+        Returns:
+            The numbers of the videos; None where there is no pattern.
 
         Raises:
             UserError: No video matches.
@@ -116,7 +152,17 @@ class Searcher:
     def search(
         self, query: np.ndarray, count: int, *, videos: Sequence[int] | None = None, longest: float = 30.0
     ) -> tuple[list[Moment], float]:
-        """The best moments for a unit vector, and how many seconds the search took."""
+        """Find the best moments for a unit vector.
+
+        Args:
+            query: (E,) of length 1.
+            count: The largest number of moments.
+            videos: The numbers of the videos to search; None: all.
+            longest: As in `find_moments`.
+
+        Returns:
+            The moments, and the seconds that the search took.
+        """
         began = time.perf_counter()
         scores = similarities(query, self.index.windows)
         moments = find_moments(self.index, scores, count, longest=longest, videos=videos)
@@ -124,5 +170,5 @@ class Searcher:
 
 
 def is_image(path: str | os.PathLike) -> bool:
-    """Whether a file is an image by its extension."""
+    """Return whether the extension of a file is that of an image."""
     return Path(path).suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")

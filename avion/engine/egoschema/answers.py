@@ -1,4 +1,4 @@
-"""What a run leaves behind: two files for the server for each number of frames, all scores, a table."""
+"""Writes the results of a run: two files for the server for each number of frames, all scores, and a table."""
 
 import csv
 import io
@@ -27,7 +27,17 @@ _SHOWN_REPLY = 2000  # characters
 
 
 def choose_answers(questions: Sequence[Question], results: Mapping[str, Scores], count: int) -> Answers:
-    """{q_uid: 0 to 4} from the scores at a number of frames, in the order of the questions, without unread videos."""
+    """Choose the option of the highest score for each question.
+
+    Args:
+        questions: The questions.
+        results: The scores by q_uid.
+        count: The number of frames whose scores count.
+
+    Returns:
+        The number of the chosen option, 0 to 4, by q_uid, in the order of the questions. Questions about unreadable
+        videos are left out.
+    """
     uids = [question.uid for question in questions if count in results.get(question.uid, {})]
     if not uids:
         return {}
@@ -36,9 +46,15 @@ def choose_answers(questions: Sequence[Question], results: Mapping[str, Scores],
 
 
 def metrics_of(answers: Answers, truth: Mapping[str, int], left_out: frozenset[str]) -> dict[str, float]:
-    """The accuracy over the questions that have a public answer, were answered and are not left out.
+    """Compute the accuracy over the questions that have a public answer, were answered and are not left out.
 
-    `unreadable` is the number of questions with a public answer that were not answered.
+    Args:
+        answers: The chosen options by q_uid.
+        truth: The public answers by q_uid.
+        left_out: The q_uids of questions that do not count.
+
+    Returns:
+        The metrics; `unreadable` is the number of questions with a public answer that were not answered.
     """
     judged = [uid for uid in truth if uid not in left_out]
     answered = [uid for uid in judged if uid in answers]
@@ -47,7 +63,19 @@ def metrics_of(answers: Answers, truth: Mapping[str, int], left_out: frozenset[s
 
 
 def write_answers(folder: Path, count: int, answers: Answers) -> tuple[Path, Path]:
-    """Write `egoschema_{count}.json` ({q_uid: int}) and `egoschema_{count}.csv` (q_uid,answer). Returns their paths."""
+    """Write `egoschema_{count}.json` ({q_uid: int}) and `egoschema_{count}.csv` (q_uid,answer).
+
+    Args:
+        folder: The folder.
+        count: The number of frames.
+        answers: The chosen options by q_uid.
+
+    Returns:
+        The paths of the two files.
+
+    Raises:
+        UserError: A file cannot be written.
+    """
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["q_uid", "answer"])
@@ -59,8 +87,15 @@ def write_answers(folder: Path, count: int, answers: Answers) -> tuple[Path, Pat
 
 
 def table(metrics: Mapping[int, Mapping[str, Any]], answered: Mapping[int, int], total: int) -> str:
-    """A table with a line per number of frames: the accuracy in percent, its 95 % interval, the numbers of right
-    answers and of answered questions.
+    """Format a table with a line per number of frames.
+
+    Args:
+        metrics: The metrics by number of frames.
+        answered: The number of answered questions by number of frames.
+        total: The number of questions.
+
+    Returns:
+        The table: the accuracy in percent, its 95 % interval, the numbers of right answers and of answered questions.
     """
     head = f"{'frames':>6}  {'accuracy':>8}  {'95 % interval':>14}  {'right':>11}  {'answered':>11}"
     lines = [head, "-" * len(head)]
@@ -77,7 +112,18 @@ def table(metrics: Mapping[int, Mapping[str, Any]], answered: Mapping[int, int],
 
 
 def submit(url: str, answers: Answers) -> str:
-    """POST the answers as JSON, once. Returns the reply of the server; raises UserError where that fails."""
+    """Send the answers to a server as JSON, in one POST request.
+
+    Args:
+        url: The address of the server.
+        answers: The chosen options by q_uid.
+
+    Returns:
+        The reply of the server.
+
+    Raises:
+        UserError: The request fails.
+    """
     body = json.dumps(answers).encode()
     request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"}, method="POST")
     try:

@@ -1,5 +1,7 @@
-"""The run: read the questions, encode the texts once, then the videos one by one, each process other ones; then gather,
-write and send the answers.
+"""The run of `main_egoschema.py`.
+
+It reads the questions and encodes the texts once. The processes share the videos and answer them one by one. Then the
+run gathers, writes and sends the answers.
 """
 
 import dataclasses
@@ -51,12 +53,15 @@ _RULES = {"uniform": "uniform", "prefix": "prefix-spread", "prefix-hold": "prefi
 def run_egoschema(options: EgoSchemaOptions) -> dict[int, dict[str, float]]:
     """Answer all questions and write the files.
 
+    Args:
+        options: The flags.
+
     Returns:
         The metrics by number of frames; nothing without `--answers`.
 
     Raises:
         UserError: A flag, a file or the environment is wrong.
-        Stopped: A signal asked the run to stop; the same options go on from where it stands.
+        Stopped: A signal asked the run to stop; the same options continue from there.
     """
     options = _settled(options)
     with joined(options, options.output_dir) as world:
@@ -73,7 +78,7 @@ def run_egoschema(options: EgoSchemaOptions) -> dict[int, dict[str, float]]:
 
 
 def _settled(options: EgoSchemaOptions) -> EgoSchemaOptions:
-    """The options with the defaults of the lists filled in. Raises UserError for combinations that make no sense."""
+    """Fill in the defaults of the lists. Combinations that make no sense are a UserError."""
     options = dataclasses.replace(
         options, frames=sorted(set(options.frames)) or [_FRAMES], prompt=options.prompt or [DEFAULT_PROMPT]
     )
@@ -97,12 +102,15 @@ def _settled(options: EgoSchemaOptions) -> EgoSchemaOptions:
 
 
 def find_overlap(questions: Sequence[Question], sources: str, narrations: Sequence[str]) -> frozenset[str]:
-    """The q_uids of the questions whose Ego4D video is in the narrations of the pretraining.
+    """Find the questions whose Ego4D video is in the narrations of the pretraining.
 
     Args:
         questions: The questions.
         sources: The path of uid_to_ego4d.json, which names the Ego4D video of each question.
         narrations: The files of narrations.
+
+    Returns:
+        The q_uids of these questions.
     """
     source_of = read_sources(sources)
     trained_on = set(read_narrations(narrations).videos)
@@ -153,7 +161,7 @@ class _Run:
         self.log = ResultLog(self.folder, world.rank, mark)
 
     def _settings(self) -> dict[str, Any]:
-        """What the scores depend on besides the weights."""
+        """Return what the scores depend on besides the weights."""
         options = self.options
         return {
             "model": dataclasses.asdict(self.config),
@@ -167,7 +175,7 @@ class _Run:
         }
 
     def _overlap(self) -> frozenset[str]:
-        """The q_uids that are left out of the metrics. The number of common videos is logged in any case."""
+        """Find the q_uids that are left out of the metrics. The number of common videos is logged in any case."""
         options, world = self.options, self.world
         common: frozenset[str] = frozenset()
         with world.together("comparing with the pretraining videos"):
@@ -177,7 +185,7 @@ class _Run:
         return common if options.exclude_overlap else frozenset()
 
     def results(self) -> tuple[dict[str, Scores], dict[str, str]]:
-        """The scores and the errors by q_uid, on every process, of earlier runs and of this one."""
+        """Return the scores and the errors by q_uid, on every process, of earlier runs and of this one."""
         world, done = self.world, {}
         with world.together("reading earlier results"):
             if world.is_main:
@@ -210,7 +218,9 @@ class _Run:
         return done, errors
 
     def _answer(self, todo: list[tuple[int, tuple[int, ...]]]) -> tuple[dict[str, Scores], dict[str, str]]:
-        """Answer the share of this process: every size-th video. All processes go in step, a video at a time."""
+        """Answer the share of this process: every size-th video. All processes take each step together, a video at a
+        time.
+        """
         world = self.world
         texts = encode_options(self.model, self.questions, self.options.prompt, world, self.precision)
         self._tell_memory()
@@ -276,7 +286,7 @@ class _Run:
         results[question.uid] = scores
 
     def _frames(self, frames: torch.Tensor, positions: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Frames [start, stop) of a clip, normalised, (3, stop - start, size, size) on the device."""
+        """Return the frames [start, stop) of a clip, normalised, (3, stop - start, size, size) on the device."""
         some = frames[positions[start:stop]].to(self.world.device).transpose(0, 1)
         return normalize_clip(some, self.options.norm_style)
 
@@ -287,7 +297,7 @@ class _Run:
         logger.info("memory for %d frames: at most %.1f GB beside the weights", largest, sum(parts.values()) / 1e9)
 
     def write(self, results: dict[str, Scores], errors: dict[str, str]) -> dict[int, dict[str, float]]:
-        """Write all files, and the table to stdout. Returns the metrics by number of frames."""
+        """Write all files, and the table to stdout. Return the metrics by number of frames."""
         answers = {n: choose_answers(self.questions, results, n) for n in self.options.frames}
         metrics = {n: metrics_of(answers[n], self.truth, self.left_out) for n in answers} if self.truth else {}
         for count in answers:
@@ -321,7 +331,7 @@ class _Run:
         return metrics
 
     def send(self, results: dict[str, Scores]) -> None:
-        """Send the answers to the server. Raises UserError where a question has no answer."""
+        """Send the answers to the server. A question without an answer is a UserError."""
         (count,) = self.options.frames
         answers = choose_answers(self.questions, results, count)
         if len(answers) < len(self.questions):

@@ -23,7 +23,15 @@ _PATTERN = "egoschema_results.*.jsonl"
 
 
 def fingerprint(model: nn.Module, settings: Mapping[str, Any]) -> str:
-    """A text that changes with any weight and with any of the settings (JSON values), on which the scores depend."""
+    """Return a text that changes with everything that the scores depend on.
+
+    Args:
+        model: The model; any change of a weight changes the text.
+        settings: The settings, as JSON values.
+
+    Returns:
+        The text.
+    """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -32,7 +40,7 @@ def fingerprint(model: nn.Module, settings: Mapping[str, Any]) -> str:
 
 
 def _digest(question: Question) -> str:
-    """A text that changes with the question, so that a changed question is answered again."""
+    """Return a text that changes with the question, so that a changed question is answered again."""
     return hashlib.sha256("\0".join((question.text, *question.options)).encode()).hexdigest()[:16]
 
 
@@ -43,6 +51,15 @@ class ResultLog:
         self.path, self.mark = folder / f"egoschema_results.{rank}.jsonl", mark
 
     def append(self, question: Question, scores: Scores) -> None:
+        """Append the scores of a question and flush them to disk.
+
+        Args:
+            question: The question.
+            scores: The scores of the five options by number of frames.
+
+        Raises:
+            UserError: The file cannot be written.
+        """
         row = {"fingerprint": self.mark, "q_uid": question.uid, "question": _digest(question), "scores": scores}
         try:
             append_json(self.path, row)
@@ -51,7 +68,16 @@ class ResultLog:
 
 
 def read_results(folder: Path, mark: str, questions: Sequence[Question]) -> dict[str, Scores]:
-    """The scores by q_uid that runs with this fingerprint, of any number of processes, left in the folder."""
+    """Read the scores that runs of the same fingerprint, of any number of processes, have left in a folder.
+
+    Args:
+        folder: The folder of the run.
+        mark: The fingerprint.
+        questions: The questions.
+
+    Returns:
+        The scores by q_uid.
+    """
     digests = {question.uid: _digest(question) for question in questions}
     found: dict[str, Scores] = {}
     damaged = 0

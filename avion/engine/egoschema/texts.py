@@ -26,8 +26,16 @@ DEFAULT_PROMPT = "Is it '{option}'"  # the template of Video Mamba Suite
 
 
 def parse_prompt(prompt: str) -> list[tuple[str, str | None]]:
-    """Split a template into pairs (literal text, field after it). The fields are `option`, which is required, and
-    `question`. Raises UserError for other fields.
+    """Split a template at its fields. The fields are `option`, which is required, and `question`.
+
+    Args:
+        prompt: The template.
+
+    Returns:
+        Pairs of literal text and the field that follows it; the field of the last pair may be None.
+
+    Raises:
+        UserError: The template has another field, lacks `option`, or has a single brace.
     """
     try:
         parts = list(string.Formatter().parse(prompt))
@@ -42,7 +50,15 @@ def parse_prompt(prompt: str) -> list[tuple[str, str | None]]:
 
 
 def option_texts(question: Question, prompts: Sequence[str]) -> list[list[str]]:
-    """For each of the five options, the text of each template. The options are in lower case."""
+    """Fill the templates with the options of a question.
+
+    Args:
+        question: The question.
+        prompts: The templates.
+
+    Returns:
+        For each of the five options, the text of each template. The options are in lower case.
+    """
     texts = []
     for option in question.options:
         values = {"option": option.lower(), "question": question.text, None: ""}
@@ -56,20 +72,28 @@ class OptionTexts:
 
     Attributes:
         features: (n, E) float64, each row of length 1.
-        place: By text, the number of its row.
+        place: The number of the row of each text.
     """
 
     features: np.ndarray
     place: dict[str, int]
 
     def of(self, question: Question, prompts: Sequence[str]) -> np.ndarray:
-        """The features of the five options, (5, E): means over the templates, brought to length 1."""
+        """Return the features of the five options of a question: means over the templates, brought to length 1.
+
+        Args:
+            question: The question.
+            prompts: The templates.
+
+        Returns:
+            (5, E) float64.
+        """
         rows = [[self.place[text] for text in texts] for texts in option_texts(question, prompts)]
         return unit(self.features[rows].mean(axis=1))
 
 
 def _tokenizer(config: ModelConfig, cut: set[str]) -> Callable[[list[str]], torch.Tensor]:
-    """A function of texts that gives the tokens that the model takes. It adds the texts that are too long to `cut`."""
+    """Make a function from texts to the tokens that the model takes. It adds the texts that are too long to `cut`."""
     encode_words = functools.partial(tokenize, context_length=config.context_length, vocab_size=config.vocab_size)
 
     def tokens_of(texts: list[str]) -> torch.Tensor:
@@ -83,10 +107,23 @@ def _tokenizer(config: ModelConfig, cut: set[str]) -> Callable[[list[str]], torc
 def encode_options(
     model: nn.Module, questions: Sequence[Question], prompts: Sequence[str], world: World, precision: Precision
 ) -> OptionTexts:
-    """The features of every distinct text of these questions, on every process.
+    """Encode every distinct text of the answer options.
 
     The questions must be all questions, even where some are answered already: only the same batches give the same
     features.
+
+    Args:
+        model: The model on the device.
+        questions: All questions.
+        prompts: The templates.
+        world: The processes, which share the texts.
+        precision: The settings of autocast.
+
+    Returns:
+        The features of the texts, on every process.
+
+    Raises:
+        UserError: Some features are not finite.
     """
     config = model.config
     warn_of_small_vocabulary(config)

@@ -76,7 +76,7 @@ class FeatureOptions(SavedModelOptions, DeviceOptions):
 
     @property
     def files_per_video(self) -> bool:
-        """Whether there is a file per video, and not shards of the list."""
+        """Whether features are written to a file per video, and not to shards of the list."""
         return self.per_video or self.window is not None
 
     def check(self) -> None:

@@ -36,7 +36,7 @@ class FinetuneRetrievalOptions(CaptionOptions, TextLockOptions, TrainingOptions)
     )
     val_metadata: str = flag(
         f"{EK100_ANNOTATIONS}/EPIC_100_retrieval_test.csv",
-        "clips to evaluate on, in a file of one of the same kinds; none: no evaluation",
+        "clips to evaluate on: a CSV of EPIC-KITCHENS-100, or captions; none: no evaluation",
         metavar="FILE",
     )
     relevancy_path: str = flag(

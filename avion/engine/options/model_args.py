@@ -1,4 +1,5 @@
-"""`--model-args FIELD=VALUE ...`: fields of the model's configuration, read before anything else.
+"""`--model-args FIELD=VALUE ...` sets fields of the model's configuration; the words are checked before any file is
+read.
 
 The functions import the models, and with them PyTorch, when they are called. The words of the command line have been
 parsed by then, so that `--help` does not wait for the import.
@@ -32,6 +33,9 @@ def parse_model_args(words: Sequence[str], model: str | None = None) -> "dict[st
         words: FIELD=VALUE each.
         model: The name of the registered model that has the fields, where it is known.
 
+    Returns:
+        The values by field.
+
     Raises:
         UserError: A field does not exist, a value is not of the type or in the range of its field, or a field has two
             values.
@@ -57,13 +61,28 @@ def parse_model_args(words: Sequence[str], model: str | None = None) -> "dict[st
 
 
 def flag_of(field: str, flags: Container[str]) -> str | None:
-    """The name of the flag among `flags` that sets a field of the model's configuration too, if there is one."""
+    """Find the flag that sets a field of the model's configuration too.
+
+    Args:
+        field: The name of the field.
+        flags: The names of the flags.
+
+    Returns:
+        The name of the flag among `flags`; None where no flag sets the field.
+    """
     name = "clip_length" if field == "num_frames" else field
     return name if name in flags else None
 
 
 def settle_model_args(values: dict[str, Any], config: type) -> dict[str, Any]:
     """Add the values that `--model-args` sets in the place of flags to the values of the flags.
+
+    Args:
+        values: The values of the flags by the names of their fields.
+        config: The options class.
+
+    Returns:
+        The values with these additions.
 
     Raises:
         UserError: A flag and `--model-args` disagree, or the registered model (`--model`) cannot have the fields.
@@ -92,13 +111,18 @@ def settle_model_args(values: dict[str, Any], config: type) -> dict[str, Any]:
 
 
 def sizes(options: "Options") -> dict[str, int]:
-    """The flags that are sizes of the model. Fine-tuning has no such flags: the checkpoint sets the sizes."""
+    """Return the values of the flags that are sizes of the model, by field.
+
+    Fine-tuning has no such flags: the checkpoint sets the sizes.
+    """
     values = options.values()
     return {name: values[name] for name in _SIZES if name in values}
 
 
 def behaviour(options: "Options") -> "dict[str, FieldValue]":
-    """The other flags that are fields of the model, and the fields that only `--model-args` sets."""
+    """Return the values of the other flags that are fields of the model, and of the fields that only `--model-args`
+    sets.
+    """
     values = options.values()
     fields = {name: values.get(name) for name in BEHAVIOUR}
     others = parse_model_args(values["model_args"], values["model"])
@@ -108,7 +132,14 @@ def behaviour(options: "Options") -> "dict[str, FieldValue]":
 
 
 def check_model(options: "TrainingOptions") -> None:
-    """Raise UserError where the registered model `--model` cannot have the fields that the flags give it."""
+    """Refuse flags that give the registered model `--model` fields that it cannot have.
+
+    Args:
+        options: The options of the run.
+
+    Raises:
+        UserError: The model cannot have these fields.
+    """
     from avion.models.registry import check_config, model_config
 
     fields = {**sizes(options), "num_frames": options.clip_length, **behaviour(options)}

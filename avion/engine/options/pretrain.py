@@ -74,7 +74,9 @@ class PretrainOptions(CaptionOptions, TextLockOptions, TrainingOptions):
     vocab_size: int = flag(49408, "size of the vocabulary", whole(3, 10_000_000))
     project_embed_dim: int = flag(256, "width of the joint embedding", whole(1, 1_000_000))
     freeze_temperature: bool = flag(False, "keep the logit scale at 1/0.07")
-    pretrain_zoo: str = flag("openai", "initial weights", choices=["openai", "open_clip", "lavila", "none"])
+    pretrain_zoo: str = flag(
+        "openai", "source of the initial weights", choices=["openai", "open_clip", "lavila", "none"]
+    )
     pretrain_path: str | None = flag(None, "file of the initial weights, or their tag in open_clip", metavar="PATH")
     pretrain_model: str | None = flag(
         None,
@@ -88,7 +90,9 @@ class PretrainOptions(CaptionOptions, TextLockOptions, TrainingOptions):
     gather_with_grad: bool = flag(True, "let gradients flow through the gathered features of the other processes")
 
     def check(self) -> None:
-        """Raise UserError for what another entry point does, an empty range of crops or a model that cannot be."""
+        """Refuse an evaluation that another entry point does, an empty range of crops, and a model that cannot be
+        built.
+        """
         asked = [name for name in ("dataset_val", "evaluate_task") if getattr(self, name) == "egoschema"]
         if asked:
             flags = " and ".join(f"--{name.replace('_', '-')} egoschema" for name in asked)
@@ -100,10 +104,16 @@ class PretrainOptions(CaptionOptions, TextLockOptions, TrainingOptions):
 
 
 def egoschema_command(options: PretrainOptions) -> str:
-    """The command that evaluates on EgoSchema what the pretraining script of Video Mamba Suite would with these flags.
+    """Write the command that does the EgoSchema evaluation of Video Mamba Suite's pretraining script with these flags.
 
     In that script, `--root-val` is the folder of the videos, `--val-metadata` is the file of the questions, and
     `--clip-length` is the number of frames.
+
+    Args:
+        options: The flags.
+
+    Returns:
+        The command as a user types it.
     """
     model = options.resume or next(map(str, checkpoints(options.output_dir)), "CHECKPOINT")
     values: dict[str, Any] = {"pretrain_model": model, "frames": [options.clip_length]}

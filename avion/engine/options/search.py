@@ -47,7 +47,7 @@ class IndexOptions(SavedModelOptions, DeviceOptions):
         self.as_features("").check()
 
     def as_features(self, output_dir: str) -> FeatureOptions:
-        """The options by which `tools/extract_features.py` computes the features of the windows."""
+        """Return the options by which `tools/extract_features.py` computes the features of the windows."""
         own = {f.name for f in dataclasses.fields(FeatureOptions)} - {"_given"}
         values = {name: value for name, value in self.values().items() if name in own}
         values |= {"stride": self.stride or self.window / 2, "dtype": "fp16", "output_dir": output_dir or "."}

@@ -29,7 +29,14 @@ LEARNING_RATE = Number(float, 0, 1000, above=True)
 
 
 def check_scale_range(scale_range: list[float]) -> None:
-    """Raise UserError where the smallest area of a random crop is above the largest."""
+    """Refuse a range of crops whose smallest area is above the largest.
+
+    Args:
+        scale_range: The two areas, as shares of the frame.
+
+    Raises:
+        UserError: The smaller share does not come first.
+    """
     smallest, largest = scale_range
     if smallest > largest:
         raise UserError(f"--scale-range {smallest:g} {largest:g}: the smaller share comes first")
@@ -47,7 +54,7 @@ class VideoOptions(Options):
     video_layout: str = flag(
         "auto",
         "layout of the video folder: chunks as AVION names them ({video}.mp4/{start}.mp4), chunks as Video "
-        "Mamba Suite names them ({video}/{number}.mp4), or whole videos; auto: found out",
+        "Mamba Suite names them ({video}/{number}.mp4), or whole videos; auto: as the files in the folder show",
         choices=["auto", "avion", "vms", "whole"],
     )
     decoder: str = flag(
@@ -171,7 +178,7 @@ class ModelOptions(Options):
         0.0, "rate of stochastic depth in the last block; it rises linearly from 0 in the first block", SHARE_BELOW_1
     )
     scan_backend: str = flag(
-        "auto", "backend of the selective scan of Mamba models; auto: the fastest one that is there", metavar="NAME"
+        "auto", "backend of the selective scan of Mamba models; auto: the fastest one that can run here", metavar="NAME"
     )
     lock_video: int | None = flag(
         None,
@@ -251,7 +258,7 @@ class RunOptions(Options):
     )
     allow_changes: list[str] = flag(
         [],
-        "what may differ from the checkpoint that the run goes on from, though it makes another run of it "
+        "flags that may differ from those in the checkpoint, though the change makes the run another run "
         "(docs/checkpoints.md)",
         choices=OTHER_RUN,
     )

@@ -1,4 +1,4 @@
-"""What differs between the tasks: data, model, objective, metrics. The trainer serves all of them."""
+"""The interface of the tasks: data, model, objective and metrics. One trainer serves all tasks."""
 
 import logging
 from pathlib import Path
@@ -40,46 +40,73 @@ class Task(Generic[T]):
         self.options, self.world, self.checkpoint = options, world, checkpoint
 
     def build_model(self) -> nn.Module:
-        """The model on the CPU, with the weights of the checkpoint or with those that training starts from."""
+        """Build the model on the CPU, with the weights of the checkpoint or with those that training starts from."""
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
-        """What must be the same on all processes, by name."""
+        """Return what must be the same on all processes, by name."""
         raise NotImplementedError
 
     def data(self) -> dict[str, str]:
-        """What identifies the clips of the run, by the flag that names them: a text that changes with the clips.
+        """Return what identifies the clips of the run: by flag, a text that changes with the clips of the file it
+        names.
 
-        It does not change with the place of the files. A run that goes on compares it with its checkpoint.
+        The text does not change with the place of the files. A run that goes on compares it with its checkpoint.
         """
         return {}
 
     def train_dataset(self, inputs: ModelInputs) -> Dataset:
-        """The clips to train on, in the sizes that the model takes."""
+        """Build the dataset of the clips to train on.
+
+        Args:
+            inputs: The sizes that the model takes.
+
+        Returns:
+            The dataset.
+        """
         raise NotImplementedError
 
     def learning_rates(self) -> tuple[float, float, float]:
-        """The learning rates at the peak, the start and the end of the schedule."""
+        """Return the learning rates at the peak, the start and the end of the schedule."""
         return self.options.lr, self.options.lr_start, self.options.lr_end
 
     def saved_flags(self, model: nn.Module) -> dict[str, Any]:
-        """The flags as the checkpoints of this run store them."""
+        """Return the flags as the checkpoints of this run store them."""
         return self.options.values()
 
     def evaluate(self, model: nn.Module, precision: Precision) -> dict[str, float]:
-        """The metrics on the evaluation data, the same on all processes."""
+        """Compute the metrics on the evaluation data.
+
+        Args:
+            model: The model on the device.
+            precision: The settings of autocast.
+
+        Returns:
+            The metrics by name, the same on all processes.
+        """
         raise NotImplementedError
 
     def summary(self, metrics: dict[str, float]) -> str:
-        """The metrics on one line."""
+        """Format metrics on one line."""
         raise NotImplementedError
 
     def table(self, metrics: dict[str, float]) -> str:
-        """The metrics as a table."""
+        """Format metrics as a table."""
         raise NotImplementedError
 
     def store(self, root: str, flag: str) -> VideoStore:
-        """The videos in the folder `root`, which was given as `flag`, read as the options say."""
+        """Open a folder of videos, which are read as the options say.
+
+        Args:
+            root: The folder.
+            flag: The flag that names the folder, for messages.
+
+        Returns:
+            The videos.
+
+        Raises:
+            UserError: There is no such folder.
+        """
         if not is_remote(root) and not Path(root).is_dir():
             raise UserError(f"{flag} {root}: no such folder; give the folder that the videos are in")
         return VideoStore(
@@ -92,7 +119,16 @@ class Task(Generic[T]):
         )
 
     def leave_out_unreadable(self, features: encode.Features, root_flag: str, root: str) -> None:
-        """Log how many clips an evaluation leaves out; raise UserError if no clip can be read."""
+        """Log how many clips an evaluation leaves out.
+
+        Args:
+            features: The features, with the errors of clips that cannot be read.
+            root_flag: The flag that names the folder of the videos.
+            root: The folder of the videos.
+
+        Raises:
+            UserError: No clip can be read.
+        """
         if features.errors:
             logger.warning(
                 "%d of %d clips cannot be read and are left out of the metrics: %s",

@@ -1,4 +1,4 @@
-"""What a two-tower model is judged by: EPIC-KITCHENS-100's retrieval, one's own captions, or nothing."""
+"""The evaluations of a two-tower model: EPIC-KITCHENS-100's retrieval, the user's own captions, or none."""
 
 import hashlib
 import io
@@ -34,9 +34,15 @@ logger = logging.getLogger(__name__)
 class Evaluation:
     """Clips, texts, and the metrics of their similarities.
 
-    metric: the one that decides which model is best (higher is better); None where nothing is evaluated. clips: the
-    evaluation clips. texts: the texts that they are compared with. root, flag: the videos' folder, and the flag that
-    names it in errors.
+    Args:
+        root: The folder of the videos.
+        flag: The flag that names the folder, for messages.
+
+    Attributes:
+        metric: The name of the metric that decides which model is best (higher is better); None where nothing is
+            evaluated.
+        clips: The evaluation clips.
+        texts: The texts that the clips are compared with.
     """
 
     metric: str | None = None
@@ -47,27 +53,46 @@ class Evaluation:
         self.root, self.flag = root, flag
 
     def facts(self) -> dict[str, Any]:
-        """What all processes must have in common."""
+        """Return what all processes must have in common, by name."""
         return {"evaluation clips": len(self.clips), "sentences": len(self.texts)}
 
     def data(self) -> dict[str, str]:
-        """The entry of `Task.data` for the evaluation clips and the texts."""
+        """Return the entry of `Task.data` for the evaluation clips and the texts."""
         digest = hashlib.blake2b("\0".join(self.texts).encode(), digest_size=16)
         digest.update(self.clips.fingerprint().encode())
         return {"val-metadata": digest.hexdigest()}
 
     def metrics(self, similarity: np.ndarray, readable: np.ndarray) -> dict[str, float]:
-        """similarity: (clips, texts), in [0, 1]. readable: numbers of the clips that could be read."""
+        """Compute the metrics.
+
+        Args:
+            similarity: (clips, texts) float, in [0, 1].
+            readable: The numbers of the clips that could be read.
+
+        Returns:
+            The metrics by name.
+        """
         raise NotImplementedError
 
     def summary(self, metrics: dict[str, float]) -> str:
+        """Format the metrics on one line."""
         raise NotImplementedError
 
     def table(self, metrics: dict[str, float]) -> str:
+        """Format the metrics as a table."""
         raise NotImplementedError
 
     def run(self, task: Any, model: nn.Module, precision: Precision) -> dict[str, float]:
-        """The metrics, the same on all processes. task: the RetrievalTask whose model this is."""
+        """Encode the clips and the texts with a model, and compute the metrics.
+
+        Args:
+            task: The RetrievalTask whose model this is.
+            model: The model on the device.
+            precision: The settings of autocast.
+
+        Returns:
+            The metrics by name, the same on all processes.
+        """
         world, inputs = task.world, ModelInputs.of(model.config, task.options)
         clips = encode.encode_clips(model, task.val_dataset(inputs), world, precision, **encode.settings(task.options))
         texts = encode.encode_texts(model, self.texts, inputs.tokens, world, precision)
@@ -83,7 +108,14 @@ class Evaluation:
 
 
 class Ek100Evaluation(Evaluation):
-    """mAP and nDCG of a retrieval split. clips: its CSV, with the sentences' CSV beside it. relevancy: its pickle."""
+    """mAP and nDCG of a retrieval split of EPIC-KITCHENS-100.
+
+    Args:
+        root: The folder of the videos.
+        flag: The flag that names the folder, for messages.
+        clips: The CSV of the split; the CSV of its sentences lies beside it.
+        relevancy: The pickle of the relevancies.
+    """
 
     metric = "avg_map"
 
@@ -112,7 +144,7 @@ class Ek100Evaluation(Evaluation):
 
 
 class CaptionEvaluation(Evaluation):
-    """Recall at 1, 5 and 10 and the ranks of clips among their captions."""
+    """Recall at 1, 5 and 10, and the ranks of clips among their captions."""
 
     metric = "avg_recall"
 
@@ -146,7 +178,7 @@ class CaptionEvaluation(Evaluation):
 
 
 class NoEvaluation(Evaluation):
-    """Training without validation."""
+    """A training without an evaluation."""
 
     def __init__(self):
         super().__init__("", "")
@@ -159,7 +191,21 @@ class NoEvaluation(Evaluation):
 
 
 def evaluation_of(path: str, root: str, flag: str, relevancy: str, columns: Columns) -> Evaluation:
-    """The evaluation that a file stands for; "none" for none."""
+    """Choose the evaluation that a file stands for.
+
+    Args:
+        path: The value of `--val-metadata`; "none" for no evaluation.
+        root: The folder of the videos.
+        flag: The flag that names the folder, for messages.
+        relevancy: The pickle of the relevancies, for a split of EPIC-KITCHENS-100.
+        columns: The names of the columns of a file of captions.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        UserError: The file does not exist, or is of another kind.
+    """
     if path == "none":
         return NoEvaluation()
     if is_ek100_file(path):

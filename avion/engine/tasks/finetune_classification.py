@@ -1,5 +1,6 @@
-"""Fine-tuning for action recognition: one head over all actions. The probability of a verb or a noun is the sum over
-its actions.
+"""Fine-tuning for action recognition with one head over all actions.
+
+The probability of a verb or a noun is the sum over the probabilities of its actions.
 """
 
 import dataclasses
@@ -49,7 +50,7 @@ _BASE_BATCH = 128
 
 
 class FinetuneClassification(Task[FinetuneClassificationOptions]):
-    """A video tower with one head, judged by the accuracies of actions, verbs and nouns.
+    """A video tower with one head, evaluated by the accuracies of actions, verbs and nouns.
 
     The probabilities of a clip are means over several views of the clip.
     """
@@ -103,7 +104,7 @@ class FinetuneClassification(Task[FinetuneClassificationOptions]):
     # ---- actions and model -------------------------------------------------------------------
 
     def _actions_of_annotations(self) -> tuple[str, ...]:
-        """The list of actions of the annotations. `--num-classes`, where it was given, must be its length."""
+        """Return the list of actions of the annotations. `--num-classes`, where it was given, must be its length."""
         options = self.options
         known = {options.val_metadata: self.clips}
         if self.train_clips is not None:
@@ -119,10 +120,10 @@ class FinetuneClassification(Task[FinetuneClassificationOptions]):
         return actions
 
     def _settled_actions(self) -> tuple[str, ...]:
-        """The list of actions that the scores follow.
+        """Return the list of actions that the scores follow.
 
-        It is the list of the checkpoint, with which the annotations of a training must agree; the list of the
-        annotations where there is no checkpoint or no list in it.
+        It is the list of the checkpoint, with which the annotations of a training must agree. Where there is no
+        checkpoint, or no list in it, it is the list of the annotations.
         """
         options, checkpoint = self.options, self.checkpoint
         if checkpoint is None:
@@ -219,19 +220,27 @@ class FinetuneClassification(Task[FinetuneClassificationOptions]):
         return LabelledClips(clips, action_numbers(self.actions, self.train_clips))
 
     def mixed(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch after mixup and cutmix: `video` is mixed, `target` (b, classes) has the weights of the classes."""
+        """Mix the clips of a batch by mixup and cutmix.
+
+        Args:
+            batch: `video` (b, 3, T, H, W) and `label` (b,) int64.
+
+        Returns:
+            The batch with mixed `video`, and with `target` (b, classes), the weights of the classes of each clip.
+        """
         video, target = self.mixup(batch["video"], batch["label"])
         return {**batch, "video": video, "target": target}
 
     def loss(self, logits: torch.Tensor, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """The cross-entropy of a batch and its top-1 accuracy.
+        """Compute the cross-entropy of a batch and its top-1 accuracy.
 
         Args:
             logits: (b, classes) float32.
             batch: `label` (b,) int64, and `target` (b, classes) where clips are mixed.
 
         Returns:
-            `loss` and `acc1`, 0-d. A mixed clip counts as right where its best class is the class of most weight.
+            `loss` and `acc1`, 0-d. A mixed clip counts as right where the class of its highest logit has the largest
+            weight.
         """
         if "target" in batch:
             loss, right = F.cross_entropy(logits, batch["target"]), batch["target"].argmax(dim=1)
@@ -243,7 +252,7 @@ class FinetuneClassification(Task[FinetuneClassificationOptions]):
     # ---- evaluation --------------------------------------------------------------------------
 
     def _subsets(self) -> dict[str, np.ndarray]:
-        """The official subsets of classes and clips whose lists were given, as `action_metrics` takes them."""
+        """Return the official subsets of classes and clips whose lists were given, as `action_metrics` takes them."""
         options = self.options
         given = {}
         if options.tail_verbs is not None:
@@ -255,7 +264,7 @@ class FinetuneClassification(Task[FinetuneClassificationOptions]):
         return given
 
     def val_dataset(self, inputs: ModelInputs) -> ClipViews:
-        """All views of the evaluation clips, in the order of their CSV."""
+        """Build the dataset of all views of the evaluation clips, in the order of their CSV."""
         options = self.options
         return ClipViews(
             self.clips,
@@ -270,12 +279,15 @@ class FinetuneClassification(Task[FinetuneClassificationOptions]):
         )
 
     def evaluate(self, model: nn.Module, precision: Precision, *, one_frame: bool = False) -> dict[str, float]:
-        """The accuracies on the evaluation clips.
+        """Compute the accuracies on the evaluation clips.
 
         Args:
             model: The classifier, on the device.
             precision: The settings of autocast.
-            one_frame: Whether each view is its middle frame over and over, a control that cannot see motion.
+            one_frame: Whether each view repeats its middle frame. Such a view shows no motion, and serves as a control.
+
+        Returns:
+            The metrics by name, the same on all processes.
         """
         inputs, prepare = ModelInputs.of(model.config, self.options), None
         dataset = self.val_dataset(dataclasses.replace(inputs, num_frames=1) if one_frame else inputs)

@@ -45,8 +45,10 @@ _TRAIN_RELEVANCY = "caption_relevancy_EPIC_100_retrieval_train.pkl"
 
 
 class FinetuneRetrieval(RetrievalTask[FinetuneRetrievalOptions]):
-    """Trains on the clips of the train split. In every epoch one of the relevant sentences of each clip, or of its
-    captions, is drawn anew."""
+    """Trains on the clips of the train split.
+
+    In every epoch, one of the relevant sentences of each clip, or one of its captions, is drawn anew.
+    """
 
     def __init__(self, options: FinetuneRetrievalOptions, world: World, checkpoint: Checkpoint | None = None):
         if options.dataset == "demo":
@@ -110,7 +112,7 @@ class FinetuneRetrieval(RetrievalTask[FinetuneRetrievalOptions]):
 
 
 def _read(options: FinetuneRetrievalOptions) -> tuple[Sequence[Narration] | None, Evaluation]:
-    """What to train on (None with `--evaluate`), and what to evaluate on."""
+    """Read the clips to train on (None with `--evaluate`), and the evaluation."""
     columns = Columns.parse(options.caption_columns)
     if options.val_fraction:
         if is_ek100_file(options.train_metadata):
@@ -131,7 +133,7 @@ def _read(options: FinetuneRetrievalOptions) -> tuple[Sequence[Narration] | None
 
 
 def _read_pairs(options: FinetuneRetrievalOptions) -> ClipsWithPositives:
-    """The pairs of a train split of EPIC-KITCHENS-100."""
+    """Read the pairs of a train split of EPIC-KITCHENS-100."""
     clips = read_ek100_retrieval(options.train_metadata)
     check_ids_differ(clips.narration_ids, f"annotations {options.train_metadata}")
     sentences = sentence_texts(clips, sentence_path(options.train_metadata))
@@ -154,11 +156,18 @@ def _read_pairs(options: FinetuneRetrievalOptions) -> ClipsWithPositives:
 
 
 def relevancy_file(path: str, split: str) -> str:
-    """The relevancy file of the split "train" or "test" that `--relevancy-path` means.
+    """Find the relevancy file of a split that `--relevancy-path` means.
 
     `{}` in the path stands for the split. A path without `{}` is the file of the test split. The file of the train
     split is then in the same folder: under the same name with "train" in the place of the last "test", or, where the
     name has no "test", under the name that EPIC-KITCHENS gives it.
+
+    Args:
+        path: The value of `--relevancy-path`.
+        split: "train" or "test".
+
+    Returns:
+        The path of the file.
     """
     if "{}" in path or split == "test":
         return path.replace("{}", split)

@@ -1,4 +1,4 @@
-"""Tasks of a two-tower model that is judged by retrieval."""
+"""The base of tasks whose two-tower model is evaluated by retrieval."""
 
 import logging
 from typing import Any, TypeVar
@@ -27,13 +27,22 @@ class RetrievalTask(Task[T]):
     """A two-tower model and its evaluation.
 
     Args:
-        evaluation: What the model is judged by.
+        evaluation: The evaluation of the model.
         similarity_file: The file that the similarities of an evaluation are written to, if there is one.
     """
 
     @staticmethod
     def check_similarity_file(options: TrainingOptions, path: str | None, world: World) -> None:
-        """Raise UserError where `--similarity-filename` cannot be written. Called before annotations are read."""
+        """Refuse a `--similarity-filename` that cannot be written, before annotations are read.
+
+        Args:
+            options: The flags.
+            path: The value of `--similarity-filename`; None where it was not given.
+            world: The processes; only process 0 checks the file.
+
+        Raises:
+            UserError: The file cannot be written, or must not be replaced.
+        """
         if world.is_main:
             predictions.check_run_target(options, path, "--similarity-filename", ".npy")
 
@@ -64,7 +73,7 @@ class RetrievalTask(Task[T]):
         return self.evaluation.data()
 
     def val_dataset(self, inputs: ModelInputs) -> ClipDataset:
-        """The evaluation clips in the order of their file, without texts."""
+        """Build the dataset of the evaluation clips, in the order of their file and without texts."""
         options = self.options
         return ClipDataset(
             self.clips,

@@ -1,4 +1,4 @@
-"""Pretraining: CLIP's loss on clips with narrations or captions; the evaluation is retrieval."""
+"""Pretraining: CLIP's loss on clips with narrations or captions. The evaluation is retrieval."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ from .evaluations import CaptionEvaluation, Evaluation, evaluation_of
 from .mir import RetrievalTask
 from .sources import Source, hold_out, read_sources
 
-# Natural logarithms of 1 and 100, between which CLIP keeps its logit scale.
+# CLIP keeps its logit scale between 1 and 100; these are the natural logarithms.
 _LOG_SCALE_RANGE = (0.0, 4.6052)
 _SEED_STEP = 1_000_003  # between the seeds of sources: rows of the same number are not augmented alike
 
@@ -93,7 +93,7 @@ class Pretrain(RetrievalTask[PretrainOptions]):
 
 
 def _read(options: PretrainOptions) -> tuple[list[Source], Evaluation]:
-    """What to train on (nothing with `--evaluate`), and what to evaluate on."""
+    """Read the clips to train on (none with `--evaluate`), and the evaluation."""
     if options.val_fraction:
         sources, held_out = hold_out(read_sources(options), options.val_fraction)
         return [] if options.evaluate else sources, CaptionEvaluation(options.root, "--root", held_out)

@@ -1,4 +1,4 @@
-"""Where training clips come from: files of narrations and captions, each with a weight and a root of its own."""
+"""The sources of training clips: files of narrations and captions, each with a weight and a folder of videos."""
 
 import hashlib
 import logging
@@ -20,7 +20,14 @@ _WEIGHT = Number(float, 0, 1000, above=True)
 
 @dataclass(frozen=True)
 class Source:
-    """Clips of one root that are drawn with one weight. flag: which names the root in errors."""
+    """Clips of one folder of videos that are drawn with one weight.
+
+    Attributes:
+        table: The clips.
+        root: The folder of the videos.
+        flag: The flag that names the folder, for messages.
+        weight: How often an epoch takes each clip.
+    """
 
     table: NarrationTable
     root: str
@@ -29,7 +36,19 @@ class Source:
 
 
 def read_sources(options: PretrainOptions) -> list[Source]:
-    """The sources that the flags name. Files of one root and one weight that follow each other become one source."""
+    """Read the sources that the flags name.
+
+    Files of one folder and one weight that follow each other become one source.
+
+    Args:
+        options: The flags.
+
+    Returns:
+        The sources, the one of --train-metadata first.
+
+    Raises:
+        UserError: A file cannot be read, or there are more folders than files.
+    """
     if len(options.root_aux) > len(options.train_metadata_aux):
         raise UserError(
             f"--root-aux: {len(options.root_aux)} folders for {len(options.train_metadata_aux)} files of "
@@ -50,7 +69,17 @@ def read_sources(options: PretrainOptions) -> list[Source]:
 
 
 def parse_weighted(word: str) -> tuple[str, float]:
-    """ "FILE:0.5" -> ("FILE", 0.5); without a weight it is 1. UserError for a weight that is no number above 0."""
+    """Split "FILE:0.5" into a file and a weight; without a weight the weight is 1.
+
+    Args:
+        word: A value of --train-metadata-aux.
+
+    Returns:
+        The file and the weight.
+
+    Raises:
+        UserError: The weight is not a number above 0.
+    """
     path, colon, weight = word.rpartition(":")
     if not colon or "/" in weight or Path(word).exists():
         return word, 1.0
@@ -61,10 +90,20 @@ def parse_weighted(word: str) -> tuple[str, float]:
 
 
 def hold_out(sources: list[Source], fraction: float) -> tuple[list[Source], NarrationTable]:
-    """Set videos of the first source aside, all their clips with them -> what is left to train on, what is held out.
+    """Hold out some videos of the first source, with all their clips.
 
-    Which videos those are follows from their names alone: neither order nor further rows nor seeds change it. Other
-    sources of the same root lose the clips of these videos too.
+    The names of the videos alone decide which videos these are: neither the order nor further rows nor seeds change it.
+    Other sources of the same folder lose the clips of these videos too.
+
+    Args:
+        sources: The sources.
+        fraction: The share of the videos.
+
+    Returns:
+        The sources that are left to train on, and the clips that are held out.
+
+    Raises:
+        UserError: There are too few videos, or a source has no clip left.
     """
     first = sources[0]
     names = sorted(first.table.videos, key=lambda name: hashlib.sha256(name.encode()).digest())

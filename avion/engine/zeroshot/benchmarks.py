@@ -1,4 +1,4 @@
-"""The benchmarks: what each reads, the protocol by which LaViLa judges its models on it, and its metrics.
+"""The benchmarks: what each reads, the protocol by which LaViLa evaluates its models on it, and its metrics.
 
 A benchmark holds clips and texts. The features of the clips are (n, V, E), for V views (windows · crops) of each clip.
 """
@@ -47,7 +47,8 @@ class Protocol:
     Attributes:
         frames: Frames per view; None: as many as the checkpoint says.
         stride: The distance between the frames of a view in frames of the video; 0: the frames are spread evenly.
-        windows, crops: Views of a clip in time, and crops of each of them.
+        windows: Windows of a clip along its time.
+        crops: Crops of each window.
     """
 
     frames: int | None
@@ -57,10 +58,11 @@ class Protocol:
 
     @property
     def views(self) -> int:
+        """The number of views of a clip."""
         return self.windows * self.crops
 
     def with_flags(self, options: ZeroShotOptions) -> "Protocol":
-        """The same protocol with what the flags change."""
+        """Return the same protocol with the changes that the flags ask for."""
         given = {
             "frames": options.clip_length,
             "windows": options.num_clips,
@@ -71,14 +73,15 @@ class Protocol:
 
 
 class Benchmark:
-    """Clips, texts, and what their features are worth.
+    """Clips, texts, and the metrics of their features.
 
     Attributes:
         name: The value of `--dataset`.
         protocol: How clips are shown.
-        root, flag: The folder of the videos, and the flag that names it in errors.
-        clips: What is encoded, with a length.
-        texts: What is encoded as text, each text once.
+        root: The folder of the videos.
+        flag: The flag that names the folder, for messages.
+        clips: The clips that are encoded.
+        texts: The texts that are encoded, each once.
         headline: The metrics of the printed table: the name in `eval_log.txt`, and the name for people.
     """
 
@@ -95,7 +98,15 @@ class Benchmark:
         self.protocol = type(self).protocol.with_flags(options)
 
     def dataset(self, size: int, frames: int) -> Dataset:
-        """The views of each clip, (V, 3, T, size, size) uint8."""
+        """Build the dataset of the views of each clip, (V, 3, T, size, size) uint8.
+
+        Args:
+            size: Height and width of a frame in pixels.
+            frames: Frames per view.
+
+        Returns:
+            The dataset.
+        """
         return ClipViews(
             self.clips,
             self._store(self.options.video_layout),
@@ -105,21 +116,24 @@ class Benchmark:
         )
 
     def clip_facts(self) -> list[Any]:
-        """What the clips are, as JSON values."""
+        """Return what identifies the clips, as JSON values."""
         return [(clip.video, clip.start, clip.end) for clip in self.clips]
 
     def judge(self, clips: np.ndarray, texts: np.ndarray, readable: np.ndarray) -> tuple[Metrics, Files]:
-        """Compute the metrics and the contents of the files of predictions, by their names.
+        """Compute the metrics and the contents of the files of predictions.
 
         Args:
             clips: (n, V, E), features as the model gives them; zeros where a clip cannot be read.
             texts: (texts, E), features as the model gives them.
             readable: The numbers of the clips that could be read, ascending; at least one.
+
+        Returns:
+            The metrics by name, and the contents of the files by their names.
         """
         raise NotImplementedError
 
     def digest(self) -> str:
-        """A text that changes with the clips."""
+        """Return a text that changes with the clips."""
         return hashlib.sha256(json.dumps(self.clip_facts()).encode()).hexdigest()[:32]
 
     def _store(self, layout: str) -> VideoStore:
@@ -192,15 +206,16 @@ class Captions(_Retrieval):
 
 
 class _Classes(Benchmark):
-    """Clips of one or several of some classes, which are compared as texts.
-
-    Raises UserError for templates that cannot be.
+    """Clips of one or several classes, which are compared as texts.
 
     Attributes:
-        names: Of each class, its names.
+        names: The names of each class.
         labels: The classes of each clip: numbers (n,), or (n, classes) bool.
         ids: The ids of the clips.
         keys: The classes as the annotations call them.
+
+    Raises:
+        UserError: A template is malformed.
     """
 
     names: Sequence[str | Sequence[str]]
@@ -251,7 +266,7 @@ class Ek100Cls(_Classes):
 
 
 class Egtea(_Classes):
-    """Actions of EGTEA in trimmed clips, of which several windows and crops are looked at."""
+    """Actions of EGTEA in trimmed clips, of which the model sees several windows and crops."""
 
     name, protocol = "egtea", Protocol(16, stride=2, windows=10, crops=3)
     headline = {"mean_class": "mean class accuracy", "top1": "top-1"}
@@ -308,7 +323,7 @@ class Charades(_Classes):
 
 
 class EgoMcqQuestions(Benchmark):
-    """Which of five clips a sentence describes. A question with a clip that cannot be read is in no accuracy."""
+    """Which of five clips a sentence describes. A question with a clip that cannot be read counts in no accuracy."""
 
     name, protocol = "egomcq", Protocol(4)
     headline = {"intra": "intra-video accuracy", "inter": "inter-video accuracy"}
@@ -323,7 +338,7 @@ class EgoMcqQuestions(Benchmark):
 
     def judge(self, clips, texts, readable):
         questions = self.questions
-        # LaViLa compares the features as they are; of several views the mean is taken, whose length counts too.
+        # LaViLa compares the features without normalising them. Several views are averaged, and the length counts too.
         videos, queries = clips.mean(axis=1), np.asarray(texts)
         if self.options.egomcq_cosine:
             videos, queries = unit(unit(clips).mean(axis=1)), unit(queries)

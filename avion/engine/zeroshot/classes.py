@@ -1,4 +1,4 @@
-"""Classes as texts: names and templates become one embedding of length 1 per class, with which videos are compared."""
+"""Classes as texts: the names of a class become one embedding of length 1, with which videos are compared."""
 
 import os
 from collections.abc import Sequence
@@ -72,13 +72,14 @@ def classify_video(
         path: The video file.
         classes: (classes, E) from `class_embeddings`, every row of length 1.
         frames: The number of frames; None: as many as the model was trained with.
-        start, end: Where to look, in seconds; None: to the end of the video.
+        start: Where the clip begins, in seconds.
+        end: Where the clip ends, in seconds; None: at the end of the video.
         norm_style: A key of NORM_STYLES. Checkpoints of AVION and LaViLa need "openai_legacy".
         decoder: "auto", "pyav" or "decord".
 
     Returns:
-        (classes,) float32: the cosine similarities of the video with the classes, from -1 to 1. The feature of the
-        video is brought to length 1 for that. On the device of the model.
+        (classes,) float32 on the device of the model: the cosine similarities of the video with the classes, from -1 to
+        1.
 
     Raises:
         UserError: The file cannot be read.
@@ -97,7 +98,18 @@ def classify_video(
 
 
 def class_texts(names: Sequence[Names], templates: Sequence[str]) -> list[list[str]]:
-    """The texts of each class: all of its names in all templates. Raises UserError as `class_embeddings` does."""
+    """Put the names of each class into the templates.
+
+    Args:
+        names: One name per class, or a list of names that mean the same class.
+        templates: Texts in which `{}` stands for the name.
+
+    Returns:
+        The texts of each class: all of its names in all templates.
+
+    Raises:
+        UserError: As in `class_embeddings`.
+    """
     if not templates or not names:
         raise UserError(f"{'templates' if names else 'classes'}: none were given, at least one is required")
     for template in templates:
@@ -113,20 +125,20 @@ def class_texts(names: Sequence[Names], templates: Sequence[str]) -> list[list[s
 
 
 def rows_of(texts: Sequence[Sequence[str]], distinct: Sequence[str]) -> list[list[int]]:
-    """Of each class, the places of its texts among the distinct texts."""
+    """Return, for each class, the positions of its texts among the distinct texts."""
     place = {text: i for i, text in enumerate(distinct)}
     return [[place[text] for text in row] for row in texts]
 
 
 def mean_of_units(features: torch.Tensor, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Means of unit vectors, brought to length 1.
+    """Compute means of unit vectors, brought to length 1.
 
     Args:
         features: (n, E) float, of any length.
-        rows: Of each mean, the rows of `features` that it is taken over.
+        rows: For each mean, the rows of `features` that it is taken over.
 
     Returns:
-        (means, E), of the dtype of `features`, normalised.
+        (means, E), of the dtype of `features`, every row of length 1.
     """
     unit = F.normalize(features, dim=1)
     return F.normalize(torch.stack([unit[list(own)].mean(dim=0) for own in rows]), dim=1)

@@ -1,6 +1,6 @@
-"""The run: for each benchmark read the annotations, encode clips and texts, then compute and write the metrics.
+"""The run of `main_zeroshot.py`: each benchmark reads its annotations, encodes clips and texts, and writes its metrics.
 
-All processes go in step, a batch at a time. Each batch is on disk before the next one begins.
+All processes take each step together, a batch at a time. Each batch is on disk before the next one begins.
 """
 
 import dataclasses
@@ -54,12 +54,15 @@ _DEMO = {
 def run_zeroshot(options: ZeroShotOptions) -> dict[str, dict[str, float]]:
     """Run all benchmarks of `--dataset` and write their files.
 
+    Args:
+        options: The flags.
+
     Returns:
         The metrics by benchmark, on every process.
 
     Raises:
         UserError: A flag, a file or the environment is wrong.
-        Stopped: A signal asked the run to stop; the same options go on from where it stands.
+        Stopped: A signal asked the run to stop; the same options continue from there.
     """
     if not options.dataset:
         raise UserError(f"--dataset: not given; name one or several of {', '.join(ZERO_SHOT)}")
@@ -91,7 +94,7 @@ class _Run:
         self.weights = fingerprint(self.model, {}) if world.is_main else ""
 
     def benchmark(self, chosen: str) -> dict[str, float]:
-        """The metrics of one benchmark; its files are written."""
+        """Run one benchmark and write its files. Return its metrics."""
         world, metrics = self.world, {}
         with world.together(f"{chosen}: reading the data"):
             bench = BENCHMARKS[chosen](self.options)
@@ -112,7 +115,7 @@ class _Run:
     # ---- clips ---------------------------------------------------------------------------------
 
     def _mark(self, bench: Benchmark, frames: int, batch_size: int) -> str:
-        """A text that changes with everything that the features of a benchmark depend on."""
+        """Return a text that changes with everything that the features of a benchmark depend on."""
         options = self.options
         settings = {
             "benchmark": bench.name,
@@ -135,7 +138,9 @@ class _Run:
         return fingerprint(nn.Module(), settings)
 
     def _encode_clips(self, bench: Benchmark, dataset: Any, frames: int) -> tuple[np.ndarray, dict[int, str]]:
-        """The features of all clips, (n, V, E), and by number what is wrong with the others. On the main process."""
+        """Return the features of all clips, (n, V, E), and the errors of clips by their numbers. Only on the main
+        process.
+        """
         world, views = self.world, bench.protocol.views
         each = max(self.options.batch_size // views, 1)
         plan = [list(range(first, min(first + each, len(bench.clips)))) for first in range(0, len(bench.clips), each)]
@@ -168,7 +173,7 @@ class _Run:
     def _encode_share(
         self, bench: Benchmark, dataset: Any, log: FeatureLog, plan: list[list[int]], todo: list[int]
     ) -> tuple[dict[int, Batch], dict[int, str]]:
-        """Encode every size-th batch. All processes go in step, a batch at a time."""
+        """Encode every size-th batch. All processes take each step together, a batch at a time."""
         world, start = self.world, time.perf_counter()
         own = todo[world.rank :: world.size]
         # The batches are the same for any number of processes, and a clip is in one of them.
@@ -210,7 +215,7 @@ class _Run:
         return found, errors
 
     def _encode_batch(self, batch: dict[str, Any], rows: list[int], errors: dict[int, str]) -> Batch:
-        """batch: `video` (clips, V, 3, T, S, S) uint8 and `error`; rows: the numbers of the clips."""
+        """Encode a batch of `video` (clips, V, 3, T, S, S) uint8 and `error`, whose clips have the numbers `rows`."""
         failed = {row: error for row, error in zip(rows, batch["error"], strict=True) if error}
         if failed and self.options.strict_data:
             raise UserError(f"--strict-data: {next(iter(failed.values()))}")
@@ -257,7 +262,7 @@ class _Run:
 
 
 def _assembled(batches: dict[int, Batch], count: int) -> np.ndarray:
-    """The features of all clips in their order, (count, V, E). Every clip is in one batch."""
+    """Put the features of all clips in their order, (count, V, E). Every clip is in one batch."""
     first = next(iter(batches.values())).values
     values = np.zeros((count, *first.shape[1:]), dtype=np.float32)
     seen = np.zeros(count, dtype=np.int64)
@@ -269,12 +274,12 @@ def _assembled(batches: dict[int, Batch], count: int) -> np.ndarray:
 
 
 def _shown(bench: Benchmark | type[Benchmark], metrics: dict[str, float]) -> list[tuple[str, str]]:
-    """(name in the log, name for people) of the headline metrics that are there."""
+    """Return the headline metrics that were computed: their names in the log, and their names for people."""
     return [(key, label) for key, label in bench.headline.items() if key in metrics]
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
-    """The headline metrics of all benchmarks in percent, a line each."""
+    """Format the headline metrics of all benchmarks in percent, one per line."""
     lines = []
     for chosen, metrics in found.items():
         left_out = f"{metrics['unreadable']} unreadable" if metrics["unreadable"] else ""

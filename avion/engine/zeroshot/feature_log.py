@@ -1,4 +1,4 @@
-"""Features of finished batches, kept so that a run that was stopped goes on where it stood.
+"""Keeps the features of finished batches, so that a run that was stopped continues from there.
 
 {folder}/{name}.{process}.f32      float32 values, one batch after the other
 {folder}/{name}.{process}.jsonl    a JSON line per batch, written after its values:
@@ -51,7 +51,15 @@ class FeatureLog:
         self.mark = mark
 
     def append(self, number: int, batch: Batch) -> None:
-        """Write a batch and flush it to disk. Raises UserError where the files cannot be written."""
+        """Write a batch and flush it to disk.
+
+        Args:
+            number: The number of the batch.
+            batch: The features.
+
+        Raises:
+            UserError: The files cannot be written.
+        """
         content = np.ascontiguousarray(batch.values, dtype="<f4").tobytes()
         try:
             with open(self.values_path, "ab") as file:
@@ -77,10 +85,16 @@ class FeatureLog:
 
 
 def read_batches(folder: Path, name: str, mark: str, batches: Sequence[Sequence[int]]) -> dict[int, Batch]:
-    """The batches that runs of this mark, of any number of processes, have left in a folder.
+    """Read the batches that runs of the same mark, of any number of processes, have left in a folder.
 
     Args:
+        folder: The folder.
+        name: The name of the benchmark.
+        mark: The mark of the run.
         batches: The clips that each batch must have.
+
+    Returns:
+        The batches by number.
 
     Raises:
         UserError: A file cannot be read.
@@ -111,7 +125,7 @@ def read_batches(folder: Path, name: str, mark: str, batches: Sequence[Sequence[
 
 
 def _read(file: Any, row: dict[str, Any], batches: Sequence[Sequence[int]]) -> Batch | None:
-    """The batch of a line of the index; None where the line or its values are damaged."""
+    """Return the batch of a line of the index; None where the line or its values are damaged."""
     number, rows, shape, offset = (row.get(field) for field in ("batch", "rows", "shape", "offset"))
     if type(number) is not int or not 0 <= number < len(batches) or rows != list(batches[number]):
         return None
