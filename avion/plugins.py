@@ -1,4 +1,6 @@
-"""`--import MODULE` imports modules that register models and mixers, before a program does its work. A leaf."""
+"""`--import MODULE` imports the user's own modules, which register models and mixers, before a program does its work. A
+leaf.
+"""
 
 import importlib.util
 import os

@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from avion.engine.steps import Precision, contrastive_step
+from avion.engine.precision import Precision
+from avion.engine.steps import contrastive_step
 from avion.losses import ClipLoss
 from avion.models import create_model
 from avion.models.vim import BiMambaMixer

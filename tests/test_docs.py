@@ -9,7 +9,8 @@ import torch
 
 from avion.engine.args import parse
 from avion.engine.options import PretrainOptions
-from avion.engine.steps import Precision, contrastive_step
+from avion.engine.precision import Precision
+from avion.engine.steps import contrastive_step
 from avion.models import create_model, list_models, load_checkpoint, model_from_checkpoint, registry
 from avion.models.long_video import encode_long_video
 from avion.models.model_clip import VideoClassifier

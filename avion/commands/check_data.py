@@ -192,8 +192,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="length of a video chunk in seconds (15)",
     )
-    parser.add_argument("--video-layout", default="auto", choices=("auto", *LAYOUTS))
-    parser.add_argument("--decoder", default="auto", choices=("auto", "pyav", "decord"))
+    parser.add_argument(
+        "--video-layout", default="auto", choices=("auto", *LAYOUTS), help="layout of the folder of the videos (auto)"
+    )
+    parser.add_argument("--decoder", default="auto", choices=("auto", "pyav", "decord"), help="video decoder (auto)")
     parser.add_argument(
         "--decode",
         default="ends",

@@ -29,7 +29,7 @@ from avion.engine.options import (
     PretrainOptions,
     ZeroShotOptions,
 )
-from avion.engine.steps import Precision
+from avion.engine.precision import Precision
 from avion.engine.tasks.finetune_classification import FinetuneClassification
 from avion.engine.tasks.finetune_retrieval import FinetuneRetrieval
 from avion.engine.tasks.pretrain import Pretrain

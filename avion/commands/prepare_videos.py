@@ -40,7 +40,6 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    plain = Encoding()
     add = parser.add_argument
     add("source", metavar="SOURCE", help="folder of raw videos, or one file")
     add("target", metavar="TARGET", help="folder that the prepared videos are written to")
@@ -87,6 +86,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="prepare only every N-th video, beginning with number I, counted from 0",
     )
     add("--retry", action="store_true", help="try again the videos that failed before")
+    _add_encoding(parser)
+    parser.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
+    return parser
+
+
+def _add_encoding(parser: argparse.ArgumentParser) -> None:
+    plain = Encoding()
     encoding = parser.add_argument_group("encoding", "docs/data.md says how the defaults were measured")
     add = encoding.add_argument
     add("--crf", type=Number(float, 0, 51), default=plain.crf, help=f"quality of x264, lower is better ({plain.crf:g})")
@@ -125,8 +131,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"preset of x264, which says how much time it takes to make files small ({plain.preset})",
     )
-    parser.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
-    return parser
 
 
 class Progress:

@@ -18,8 +18,9 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from avion.engine.args import ToolParser, parse, unknown_key
+from avion.engine.args import ToolParser, parse
 from avion.engine.submit import SubmitOptions, submit
+from avion.engine.yaml_files import unknown_key
 from avion.errors import UserError, exit_status, say
 from avion.numbers import PROCESSES, SEED, whole
 from avion.reproduce.plan import Request, Step, plan
@@ -71,7 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="seeds of the recipes; each seed gets a run of its own",
     )
     how.add_argument(
-        "--gpus", type=PROCESSES, metavar="N", help="number of processes, at the same global batch [as in the recipe]"
+        "--gpus",
+        type=PROCESSES,
+        metavar="N",
+        help="number of processes; the global batch stays the same [as in the recipe]",
     )
     how.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="device of the runs [auto]")
     how.add_argument(

@@ -16,7 +16,7 @@ from . import signals
 from .distributed import World
 from .loader import DATA_TIMEOUT_S, EvalBatchSampler, batches_of, build_loader, read, to_device
 from .options import TrainingOptions
-from .steps import Precision
+from .precision import Precision
 
 
 @dataclass

@@ -39,10 +39,10 @@ from .feature_shards import STORED, Shards
 from .feature_videos import VideoFiles
 from .loader import batches_of, build_loader, read
 from .options.features import FeatureOptions
+from .precision import choose_precision
 from .run import joined, shared_flags
 from .signals import Stopped, name
 from .text_features import read_sentences, write_texts
-from .trainer import choose_precision
 from .window_features import extract_rows, grouped, windowed
 
 logger = logging.getLogger(__name__)

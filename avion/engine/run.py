@@ -23,10 +23,10 @@ from .distributed import World
 from .inputs import ModelInputs
 from .options import DeviceOptions, TrainingOptions
 from .peers import LostPeer
+from .precision import Precision, choose_precision
 from .resume import Start, find_start
-from .steps import Precision
 from .tasks.base import Task
-from .trainer import Trainer, choose_precision, start_training, train_sampler, wrapped
+from .trainer import Trainer, start_training, train_sampler, wrapped
 from .workers import end_all_workers
 
 logger = logging.getLogger(__name__)

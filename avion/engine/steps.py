@@ -13,17 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-
-@dataclass(frozen=True)
-class Precision:
-    """The settings of autocast."""
-
-    device_type: str
-    dtype: torch.dtype
-
-    def autocast(self) -> torch.autocast:
-        """Return a context in which the model is to be run."""
-        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
+from .precision import Precision
 
 
 class _Generators:

@@ -27,7 +27,7 @@ from .feature_folder import TEXTS
 from .feature_shards import STORED
 from .feature_videos import save_file_of
 from .options.features import FeatureOptions
-from .steps import Precision
+from .precision import Precision
 
 logger = logging.getLogger(__name__)
 

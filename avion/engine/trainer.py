@@ -27,56 +27,17 @@ from . import changes, signals, state
 from .console import Progress, sums_of_all
 from .distributed import World
 from .loader import ReplacedClips, TrainBatchSampler, batches_of, build_loader, read, to_device
-from .options import DeviceOptions, ModelOptions, OptimOptions, TrainingOptions
+from .options import ModelOptions, OptimOptions, TrainingOptions
 from .peers import LostPeer
+from .precision import Precision
 from .resume import Start
 from .sinks import EPOCHS, EVALUATIONS, RunLog
-from .steps import Precision
 from .tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
 # A run whose gradients are not finite in this many steps in a row will not recover by itself.
 MAX_SKIPPED_IN_A_ROW = 20
-
-
-def precision_named(name: str | None, device: torch.device) -> Precision:
-    """Return the autocast settings of a number format.
-
-    Args:
-        name: "fp32", "bf16" or "fp16"; None is bf16 on a GPU and fp32 on a CPU.
-        device: The device that the model computes on.
-
-    Returns:
-        The settings.
-    """
-    default = "bf16" if device.type == "cuda" else "fp32"
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return Precision(device.type, dtypes[name or default])
-
-
-def choose_precision(options: DeviceOptions, device: torch.device) -> Precision:
-    """Choose the autocast settings that `--precision`, `--use-bf16` and `--disable-amp` mean.
-
-    Args:
-        options: The flags about the device.
-        device: The device that the model computes on.
-
-    Returns:
-        The settings.
-
-    Raises:
-        UserError: The flags contradict each other.
-    """
-    named = {
-        f"--precision {options.precision}": options.precision,
-        "--use-bf16": "bf16" if options.use_bf16 else None,
-        "--disable-amp": "fp32" if options.disable_amp else None,
-    }
-    wanted = {flag: value for flag, value in named.items() if value is not None}
-    if len(set(wanted.values())) > 1:
-        raise UserError(f"{' and '.join(wanted)} contradict each other; give one of them")
-    return precision_named(next(iter(wanted.values()), None), device)
 
 
 def learning_rate_schedule(task: Task, options: OptimOptions, steps: int) -> np.ndarray:

@@ -25,8 +25,8 @@ from .distributed import World
 from .feature_shards import STORED
 from .feature_videos import VideoFiles
 from .loader import batches_of, build_loader, read
+from .precision import Precision
 from .signals import Stopped, name
-from .steps import Precision
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
-"""`python -m avion.models [PATTERN | CHECKPOINT]`: the registered models and their parameters, or what a checkpoint is.
+"""List the registered models with their numbers of parameters, or describe a checkpoint.
 
-The list comes from `listing.json`, which lies beside this file, so that it is there at once: building the models takes
-seconds. After a change of the models, `python -m avion.models --update-listing` writes that file anew.
+The list is read from `listing.json`, beside this file, because building the models takes seconds. After a change of the
+models, `python -m avion.models --update-listing` writes the list anew.
 """
 
 import argparse

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from avion.engine.args import build_parser, flag_words, read_yaml_mapping, recipe_flags, unknown_key
+from avion.engine.args import build_parser, flag_words
 from avion.engine.options import (
     EgoSchemaOptions,
     FinetuneClassificationOptions,
@@ -17,6 +17,7 @@ from avion.engine.options import (
     ZeroShotOptions,
 )
 from avion.engine.submit import ENTRY_POINTS
+from avion.engine.yaml_files import read_yaml_mapping, recipe_flags, unknown_key
 from avion.errors import UserError
 from avion.resources import RECIPES as FOLDER
 from avion.resources import resources

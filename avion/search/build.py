@@ -11,7 +11,7 @@ from avion.engine.distributed import choose_device
 from avion.engine.egoschema.results import fingerprint
 from avion.engine.features import Report, extract_features
 from avion.engine.options.search import IndexOptions, QueryOptions
-from avion.engine.trainer import choose_precision
+from avion.engine.precision import choose_precision
 from avion.features import read
 from avion.weights import Checkpoint
 

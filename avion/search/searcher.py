@@ -14,7 +14,7 @@ from torch import nn
 
 from avion.data.transforms import EvalTransform, normalize_clip
 from avion.data.video_list import read_span
-from avion.engine.steps import Precision
+from avion.engine.precision import Precision
 from avion.engine.zeroshot.classes import class_embeddings
 from avion.errors import UserError
 from avion.reading import open_file

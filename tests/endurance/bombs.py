@@ -27,10 +27,11 @@ from avion.data.captions import read_narrations
 from avion.data.egoschema import read_answers, read_questions
 from avion.data.ek100 import load_relevancy, read_ek100_retrieval
 from avion.data.video_list import read_video_list
-from avion.engine.args import parse, read_yaml_mapping
+from avion.engine.args import parse
 from avion.engine.feature_shards import Shards
 from avion.engine.options.model_args import parse_model_args
 from avion.engine.options.pretrain import PretrainOptions
+from avion.engine.yaml_files import read_yaml_mapping
 from avion.errors import UserError, printable
 from avion.json_lines import read_json_lines
 from avion.safe_pickle import load_pickle

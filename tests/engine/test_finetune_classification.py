@@ -16,8 +16,8 @@ from avion.engine.args import parse
 from avion.engine.distributed import World
 from avion.engine.inputs import ModelInputs
 from avion.engine.options import FinetuneClassificationOptions
+from avion.engine.precision import Precision
 from avion.engine.run import train_or_evaluate
-from avion.engine.steps import Precision
 from avion.engine.tasks.finetune_classification import FinetuneClassification
 from avion.errors import UserError
 from avion.weights import Checkpoint, classifier_from_checkpoint

@@ -20,8 +20,8 @@ from avion.engine.distributed import World
 from avion.engine.inputs import ModelInputs
 from avion.engine.loader import collate
 from avion.engine.options import FinetuneRetrievalOptions
+from avion.engine.precision import Precision
 from avion.engine.run import train_or_evaluate
-from avion.engine.steps import Precision
 from avion.engine.tasks import finetune_retrieval as task_module
 from avion.engine.tasks.finetune_retrieval import FinetuneRetrieval, relevancy_file
 from tests.losses.test_losses import max_margin_by_hand

@@ -17,8 +17,9 @@ from avion.engine import trainer as trainer_module
 from avion.engine.args import parse
 from avion.engine.distributed import World
 from avion.engine.options import PretrainOptions
+from avion.engine.precision import Precision
 from avion.engine.run import train_or_evaluate
-from avion.engine.steps import Contrastive, Precision
+from avion.engine.steps import Contrastive
 from avion.engine.tasks.pretrain import Pretrain
 from avion.weights import Checkpoint
 from tests.processes import free_port

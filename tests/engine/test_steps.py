@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from avion.engine.steps import Precision, contrastive_step
+from avion.engine.precision import Precision
+from avion.engine.steps import contrastive_step
 from avion.losses import ClipLoss
 from avion.models import create_model
 from tests.processes import run_processes

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from avion.engine.steps import Precision, supervised_step
+from avion.engine.precision import Precision
+from avion.engine.steps import supervised_step
 from avion.models.model_clip import VideoClassifier
 from tests.models.tiny import tiny_model
 from tests.processes import run_processes

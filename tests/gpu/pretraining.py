@@ -23,12 +23,13 @@ from avion.engine.build import build_model
 from avion.engine.distributed import World
 from avion.engine.inputs import ModelInputs
 from avion.engine.options import PretrainOptions
+from avion.engine.precision import choose_precision
 from avion.engine.resume import Start
 from avion.engine.sinks import RunLog
 from avion.engine.state import Position
 from avion.engine.steps import Contrastive
 from avion.engine.tasks.base import Task
-from avion.engine.trainer import Trainer, choose_precision, start_training, train_sampler, wrapped
+from avion.engine.trainer import Trainer, start_training, train_sampler, wrapped
 from avion.losses import ClipLoss
 from avion.weights import Checkpoint
 

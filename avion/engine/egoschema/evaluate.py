@@ -28,10 +28,9 @@ from avion.engine.demo_data import on_demo_dataset
 from avion.engine.distributed import World
 from avion.engine.loader import batches_of, build_loader, read
 from avion.engine.options import EgoSchemaOptions
+from avion.engine.precision import Precision, choose_precision
 from avion.engine.run import joined, shared_flags
 from avion.engine.signals import Stopped, name
-from avion.engine.steps import Precision
-from avion.engine.trainer import choose_precision
 from avion.errors import UserError, say
 from avion.evaluation.vectors import unit
 from avion.files import write_text

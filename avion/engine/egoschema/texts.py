@@ -15,7 +15,7 @@ from avion.data.tokenizer import tokenize
 from avion.engine import encode
 from avion.engine.distributed import World
 from avion.engine.inputs import warn_of_small_vocabulary
-from avion.engine.steps import Precision
+from avion.engine.precision import Precision
 from avion.errors import UserError
 from avion.evaluation.vectors import unit
 from avion.models.config import ModelConfig

@@ -100,9 +100,9 @@ class VideoOptions(Options):
 
 @dataclass(frozen=True)
 class PluginOptions(Options):
-    """Modules of one's own. Every program imports them as soon as its flags are parsed (`avion.engine.args`)."""
+    """Modules of the user's own. Every program imports them as soon as its flags are parsed (`avion.engine.args`)."""
 
-    TITLE: ClassVar[str] = "modules of one's own"
+    TITLE: ClassVar[str] = "your own modules"
 
     plugins: list[str] = flag(
         [],
@@ -114,9 +114,9 @@ class PluginOptions(Options):
 
 @dataclass(frozen=True)
 class CaptionOptions(Options):
-    """Clips and captions of one's own in the place of a dataset's annotations."""
+    """Clips and captions of the user's own, in the place of a dataset's annotations."""
 
-    TITLE: ClassVar[str] = "captions of one's own"
+    TITLE: ClassVar[str] = "your own captions"
 
     caption_columns: list[str] = flag(
         [],

@@ -12,7 +12,8 @@ from avion.engine import encode
 from avion.engine.distributed import World
 from avion.engine.inputs import ModelInputs
 from avion.engine.options import TrainingOptions
-from avion.engine.steps import Objective, Precision
+from avion.engine.precision import Precision
+from avion.engine.steps import Objective
 from avion.errors import UserError
 from avion.weights import Checkpoint
 

@@ -23,7 +23,7 @@ from avion.engine import encode, predictions
 from avion.engine.console import table
 from avion.engine.inputs import ModelInputs
 from avion.engine.options.shared import TrainingOptions
-from avion.engine.steps import Precision
+from avion.engine.precision import Precision
 from avion.errors import UserError
 from avion.evaluation.ek100_mir import retrieval_metrics
 from avion.evaluation.recall import LEVELS, recall_metrics

@@ -35,7 +35,8 @@ from avion.engine.demo_data import on_demo_dataset
 from avion.engine.distributed import World
 from avion.engine.inputs import ModelInputs
 from avion.engine.options import FinetuneClassificationOptions
-from avion.engine.steps import Precision, Supervised
+from avion.engine.precision import Precision
+from avion.engine.steps import Supervised
 from avion.errors import UserError
 from avion.evaluation.ek100_cls import KINDS, action_marginals, action_metrics
 from avion.evaluation.submission import SLS, action_submission

@@ -12,7 +12,7 @@ from avion.engine import predictions
 from avion.engine.distributed import World
 from avion.engine.inputs import ModelInputs
 from avion.engine.options import TrainingOptions
-from avion.engine.steps import Precision
+from avion.engine.precision import Precision
 from avion.weights import Checkpoint
 
 from .base import Task

@@ -28,10 +28,9 @@ from avion.engine.features import extract
 from avion.engine.inputs import ModelInputs, warn_of_small_vocabulary
 from avion.engine.loader import batches_of, build_loader, read
 from avion.engine.options import ZeroShotOptions
+from avion.engine.precision import Precision, choose_precision
 from avion.engine.run import joined, shared_flags
 from avion.engine.signals import Stopped, name
-from avion.engine.steps import Precision
-from avion.engine.trainer import choose_precision
 from avion.errors import UserError
 from avion.files import written_whole
 from avion.json_lines import append_json
