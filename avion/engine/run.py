@@ -53,9 +53,9 @@ def train_or_evaluate(task_class: type[Task[T]], options: T) -> dict[str, float]
         with world.together("looking for packages"):
             sinks.check_flags(options)
         with world.together("looking for a checkpoint"):
-            start = find_start(options) if world.is_main else Start()
+            start, checkpoint = find_start(options) if world.is_main else (Start(), None)
         start = world.broadcast(start)
-        precision, task = _read_data(task_class, options, start, world)
+        precision, task = _read_data(task_class, options, start.path, checkpoint, world)
         world.agree(task.facts())
         world.stop_if_asked("before the model was built")
         with world.together("building the model"):
@@ -112,11 +112,14 @@ def shared_flags(options: Options) -> dict[str, Any]:
     return {"--" + k.replace("_", "-"): v for k, v in options.values().items() if k not in own}
 
 
-def _read_data(task_class: type[Task[T]], options: T, start: Start, world: World) -> tuple[Precision, Task[T]]:
+def _read_data(
+    task_class: type[Task[T]], options: T, path: str | None, checkpoint: Checkpoint | None, world: World
+) -> tuple[Precision, Task[T]]:
+    """Open the checkpoint at `path`, unless process 0 has opened it already, and read the data of the task."""
     with world.together("reading the data"):
         precision = choose_precision(options, world.device)
-        verify = world.is_main and not start.verified  # one process reads the whole file
-        checkpoint = None if start.path is None else Checkpoint.open(start.path, verify=verify)
+        if path is not None and checkpoint is None:
+            checkpoint = Checkpoint.open(path, verify=world.is_main)  # one process reads the whole file
         return precision, task_class(options, world, checkpoint)
 
 

@@ -18,7 +18,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import safetensors
@@ -31,7 +31,7 @@ from avion.files import partial_file, written_whole
 from avion.reading import open_file, parse_json
 from avion.safe_pickle import Refused
 
-from .foreign import check_sizes, refuse_outside_args, scout
+from .foreign import Scout, check_sizes, refuse_outside_args, scout, scout_archive
 from .integrity import check_integrity
 from .torchscript import archive_root, read_torchscript
 
@@ -201,9 +201,10 @@ def read_checkpoint(path: str | os.PathLike, *, verify: bool = True) -> dict[str
     """
     local = resolve_path(path)
     try:
-        contents = _read(local)
-        if verify:
-            check_integrity(local)
+        with open_file(local) as file:
+            contents = _read(file, local)
+            if verify:
+                check_integrity(file, local)
     except UserError:
         raise
     except Exception as error:  # hostile bytes can raise anything from within the readers
@@ -213,20 +214,23 @@ def read_checkpoint(path: str | os.PathLike, *, verify: bool = True) -> dict[str
     return contents
 
 
-def _read(path: Path) -> Any:
-    _refuse_lookalikes(path)
+def _read(file: IO[bytes], path: Path) -> Any:
+    """Read the contents of a file that is open for the checks. The libraries open it by its path once more."""
+    is_zip = zipfile.is_zipfile(file)
+    _refuse_lookalikes(file, path, is_zip)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    if not zipfile.is_zipfile(path):
-        return _torch_load(path, mmap=False)  # files from before PyTorch 1.6
-    with zipfile.ZipFile(path) as archive:
+    if not is_zip:
+        return _torch_load(path, scout(file), mmap=False)  # files from before PyTorch 1.6
+    with zipfile.ZipFile(file) as archive:
         _check_archive(archive, path)
-        scripted = archive_root(archive) is not None
-    return {"state_dict": read_torchscript(path)} if scripted else _torch_load(path, mmap=True)
+        if archive_root(archive) is not None:
+            return {"state_dict": read_torchscript(archive, path)}
+        found = scout_archive(archive)
+    return _torch_load(path, found, mmap=True)
 
 
-def _torch_load(path: Path, *, mmap: bool) -> Any:
-    found = scout(path)
+def _torch_load(path: Path, found: Scout, *, mmap: bool) -> Any:
     try:
         contents = _load_weights_only(path, [], mmap=mmap)
     except pickle.UnpicklingError:
@@ -262,17 +266,17 @@ def _load_weights_only(path: Path, stand_ins: list[Any], *, mmap: bool) -> Any:
         return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
 
 
-def _refuse_lookalikes(path: Path) -> None:
+def _refuse_lookalikes(file: IO[bytes], path: Path, is_zip: bool) -> None:
     """Refuse files that are not checkpoints but are often found under the name of one."""
-    with open_file(path) as file:
-        head = file.read(64)
+    file.seek(0)
+    head = file.read(64)
     if not head:
         raise UserError(f"{path}: the file is empty: fetch it again")
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: a git-lfs pointer, not the weights: run `git lfs pull` where it was cloned")
     if head.lstrip()[:1] == b"<":
         raise UserError(f"{path}: a web page, not a checkpoint: fetch the file itself")
-    if head.startswith(b"PK\x03\x04") and path.suffix != ".safetensors" and not zipfile.is_zipfile(path):
+    if head.startswith(b"PK\x03\x04") and path.suffix != ".safetensors" and not is_zip:
         raise UserError(f"{path}: the file is cut short ({path.stat().st_size} bytes): fetch or write it again")
 
 

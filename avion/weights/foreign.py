@@ -8,6 +8,7 @@ before the weights are read; `refuse_outside_args` makes sure that no such objec
 
 import argparse
 import io
+import os
 import sys
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from avion.errors import UserError
-from avion.reading import check_nesting, open_file
+from avion.reading import check_nesting
 from avion.safe_pickle import Budget, Refused, Unpickler, check_keys
 
 # Data classes of Python itself that settings can hold; whatever else its modules have is a function that acts.
@@ -179,12 +180,11 @@ def _hashed_by_identity(key: Any) -> bool:
     return issubclass(kind, _Recorder) and not (kind is not key and kind.path.startswith(("torch.", "builtins.")))
 
 
-def scout(path: Path) -> Scout:
-    """Go through the pickle of a file that `torch.save` wrote (a zip archive, or the older format) without calling
-    anything.
+def scout_archive(archive: zipfile.ZipFile) -> Scout:
+    """Go through the pickle of a zip archive that `torch.save` wrote, without calling anything.
 
     Args:
-        path: A local file.
+        archive: The open archive.
 
     Returns:
         The names and containers that were found.
@@ -193,20 +193,33 @@ def scout(path: Path) -> Scout:
         Exception: Any exception, since hostile bytes can make the reader raise anything.
     """
     found = Scout()
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                if entry.filename.split("/")[1:] == ["data.pkl"]:
-                    if entry.CRC == 0:  # written without checksums, see `integrity`
-                        entry.CRC = None  # pyrefly: ignore
-                    file = io.BytesIO(archive.read(entry))
-                    _check_nesting(_ScoutingUnpickler(file, entry.file_size, found).load())
-        return found
-    with open_file(path) as file:
-        size = path.stat().st_size
-        for _ in range(_BEFORE_LEGACY_CONTENTS):
-            _ScoutingUnpickler(file, size, Scout()).load()
-        _check_nesting(_ScoutingUnpickler(file, size, found).load())
+    for entry in archive.infolist():
+        if entry.filename.split("/")[1:] == ["data.pkl"]:
+            if entry.CRC == 0:  # written without checksums, see `integrity`
+                entry.CRC = None  # pyrefly: ignore
+            file = io.BytesIO(archive.read(entry))
+            _check_nesting(_ScoutingUnpickler(file, entry.file_size, found).load())
+    return found
+
+
+def scout(file: IO[bytes]) -> Scout:
+    """Do what `scout_archive` does for a file of the format from before PyTorch 1.6, which is a sequence of pickles.
+
+    Args:
+        file: The open file.
+
+    Returns:
+        The names and containers that were found.
+
+    Raises:
+        Exception: Any exception, since hostile bytes can make the reader raise anything.
+    """
+    found = Scout()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    for _ in range(_BEFORE_LEGACY_CONTENTS):
+        _ScoutingUnpickler(file, size, Scout()).load()
+    _check_nesting(_ScoutingUnpickler(file, size, found).load())
     return found
 
 

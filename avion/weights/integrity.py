@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 from avion.errors import UserError
 
@@ -23,23 +24,24 @@ _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
 _LARGEST_COMPRESSED = 64 << 20
 
 
-def check_integrity(path: Path) -> None:
+def check_integrity(file: IO[bytes], path: Path) -> None:
     """Compare a file of `torch.save` with the checksums in it.
 
     A file of the format from before PyTorch 1.6, a safetensors file and a file that says nothing else have no
     checksums: their readers notice a wrong length, and nothing more can be known.
 
     Args:
-        path: A local file.
+        file: The open file.
+        path: The path of the file, for its suffix and for messages.
 
     Raises:
         UserError: The file is damaged: it is not what was written.
     """
-    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
+    if path.suffix == ".safetensors" or not zipfile.is_zipfile(file):
         return
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = _damaged(path, archive)
+        with zipfile.ZipFile(file) as archive:
+            damaged = _damaged(file, archive)
     except (OSError, ValueError, zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, EOFError) as e:
         raise _damage(path, f"it is no whole zip archive: {' '.join(str(e).split())}") from e
     if damaged:
@@ -51,16 +53,16 @@ def _damage(path: Path, found: str) -> UserError:
     return UserError(f"{path}: the file is damaged ({found}): fetch it again, or take another checkpoint")
 
 
-def _damaged(path: Path, archive: zipfile.ZipFile) -> list[str]:
+def _damaged(file: IO[bytes], archive: zipfile.ZipFile) -> list[str]:
     """Return the names of the records that are not what was written."""
     entries = [entry for entry in archive.infolist() if entry.file_size > 0]
     if all(entry.CRC == 0 for entry in entries):
         return []  # written after torch.serialization.set_crc32_options(False), without checksums
     stored = [entry for entry in entries if entry.compress_type == zipfile.ZIP_STORED]
     wrong = [entry.filename for entry in entries if entry not in stored and not _compressed_is_whole(archive, entry)]
-    if sum(entry.file_size for entry in stored) > os.path.getsize(path):
+    if sum(entry.file_size for entry in stored) > os.fstat(file.fileno()).st_size:
         raise ValueError("its records overlap")
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         with memoryview(content) as view, ThreadPoolExecutor(_THREADS) as threads:
             # Large records first, so that no thread is left with one of them at the end.
             order = sorted(stored, key=lambda entry: -entry.file_size)

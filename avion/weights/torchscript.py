@@ -102,11 +102,12 @@ def archive_root(archive: zipfile.ZipFile) -> str | None:
     return min(roots, key=len) if roots else None
 
 
-def read_torchscript(path: Path) -> dict[str, Tensor]:
+def read_torchscript(archive: zipfile.ZipFile, path: Path) -> dict[str, Tensor]:
     """Read the parameters and buffers of the archived module.
 
     Args:
-        path: A local file.
+        archive: The open archive.
+        path: The path of the archive, for messages.
 
     Returns:
         The tensors by their dotted names.
@@ -114,11 +115,10 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: The archive holds anything but modules and tensors.
     """
-    with zipfile.ZipFile(path) as archive:
-        root = archive_root(archive)
-        if root is None:
-            raise UserError(f"{path}: not a TorchScript archive")
-        module = _ArchiveUnpickler(archive, root).load()
+    root = archive_root(archive)
+    if root is None:
+        raise UserError(f"{path}: not a TorchScript archive")
+    module = _ArchiveUnpickler(archive, root).load()
     if not isinstance(module, _Module):
         raise UserError(f"{path}: a TorchScript archive without a module in it")
     tensors: dict[str, Tensor] = {}

@@ -199,7 +199,7 @@ def test_evaluation_takes_what_it_is_told(began, tmp_path, messages):
     assert there != told and f"evaluating --resume {began} and not {folder / 'checkpoint.pt'}" in messages.text
     for path in checkpoints(folder)[:-1]:
         path.unlink()
-    assert find_start(quick.options(folder, "--evaluate")).path == str(folder / "checkpoint_best.pt")
+    assert find_start(quick.options(folder, "--evaluate"))[0].path == str(folder / "checkpoint_best.pt")
     assert "is missing: evaluating" in messages.text
     damage(folder / "checkpoint_best.pt")
     with pytest.raises(UserError, match="checkpoint_best.pt: the file is damaged"):
