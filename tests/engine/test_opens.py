@@ -92,7 +92,7 @@ def test_the_checkpoints_of_the_own_folder(name, how, tmp_path):
 def test_pretraining(pretrained, tiny_flags, tmp_path):
     words = [*tiny_flags, "--epochs", "1", "--output-dir", tmp_path]
     assert opened(pretrained, main_pretrain.main, *words, "--pretrain-model", pretrained) == ONCE
-    evaluated = [*tiny_flags, "--evaluate", "--resume", tmp_path / "checkpoint.pt"]
+    evaluated = [*words, "--evaluate", "--resume", tmp_path / "checkpoint.pt"]
     assert opened(tmp_path / "checkpoint.pt", main_pretrain.main, *evaluated) == ONCE
 
 
@@ -101,19 +101,21 @@ def test_initial_weights(tiny_flags, tmp_path):
     path = FIXTURES / "LAVILA_checkpoint.pt"
     # Its sizes are others than those of the model: the file is opened, and then refused.
     with opens_of(path) as found:
-        assert main_pretrain.main([*tiny_flags, "--pretrain-zoo", "lavila", "--pretrain-path", str(path)]) == 2
+        words = [*tiny_flags, "--pretrain-zoo", "lavila", "--pretrain-path", str(path)]
+        assert main_pretrain.main([*words, "--output-dir", str(tmp_path)]) == 2
     assert found.count == ONCE
 
 
 def test_action_recognition(pretrained, tiny_actions, tmp_path):
     words = [*tiny_actions.flags, "--epochs", "1", "--output-dir", tmp_path]
     assert opened(pretrained, main_finetune_classification.main, *words, "--pretrain-model", pretrained) == ONCE
-    words = [*tiny_actions.flags, "--evaluate", "--resume", tmp_path / "checkpoint.pt"]
+    words += ["--evaluate", "--resume", tmp_path / "checkpoint.pt"]
     assert opened(tmp_path / "checkpoint.pt", main_finetune_classification.main, *words) == ONCE
 
 
-def test_retrieval_that_is_evaluated(pretrained, mir_flags):
-    assert opened(pretrained, main_finetune_retrieval.main, *mir_flags, "--evaluate", "--resume", pretrained) == ONCE
+def test_retrieval_that_is_evaluated(pretrained, mir_flags, tmp_path):
+    words = [*mir_flags, "--evaluate", "--resume", pretrained, "--output-dir", tmp_path]
+    assert opened(pretrained, main_finetune_retrieval.main, *words) == ONCE
 
 
 def test_egoschema(tmp_path):
