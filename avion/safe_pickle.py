@@ -9,6 +9,7 @@ keys        of dicts and sets: texts, bytes, None, bools, floats, integers below
             tuples do.
 integers    at most 16 bytes long.
 copies      what calls make out of shared parts may not hold more bytes than the file has.
+opcodes     of a checkpoint, at most as many as checkpoints of its size have (`checkpoint_opcodes`).
 nesting     at most 100 deep.
 
 `load_pickle` reads plain data with it (containers, numbers, texts, numpy arrays). Files of nothing but rows, such as
@@ -26,18 +27,18 @@ import mmap
 import os
 import pickle
 import re
-import struct
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import IO, Any, ClassVar
+from typing import IO, Any
 
 import numpy as np
 
 from avion.errors import UserError
+from avion.pickle_scan import LONGEST_INTEGER, holds_rows_only
 from avion.reading import check_nesting, open_file
 
 _PLAIN_DTYPE = re.compile(r"[|<>=]?[biufSU]([1-9]\d{0,5})")
-_LONGEST_INTEGER, _LONGEST_NUMBER = 16, 60  # bytes; characters of a number that is written out
+_LONGEST_NUMBER = 60  # characters of a number that is written out
 _LARGEST_KEY = 2**61 - 1  # the hash of a larger integer is its remainder
 _MOST_TUPLE_KEYS, _LONGEST_TUPLE_KEY = 1000, 20
 _MORE_COPIED = 1 << 20  # bytes that calls may make beyond three times those of the file
@@ -80,19 +81,51 @@ _OPCODES = (
 )  # fmt: skip
 
 
+def checkpoint_opcodes(size: int) -> int:
+    """Return how many opcodes the pickle of a checkpoint may have.
+
+    There are a few for each weight and each flag. The states of the random generators of a thousand processes have a
+    million opcodes, in a file of at least a hundred megabytes.
+
+    Args:
+        size: The size of the file in bytes.
+
+    Returns:
+        The number.
+    """
+    return 500_000 + size // 32
+
+
+class _CountedDispatch(dict[int, Any]):
+    """What opcodes do, for a limited number of them."""
+
+    def __init__(self, dispatch: dict[int, Any], most: int):
+        super().__init__(dispatch)
+        self.left = most
+
+    def __getitem__(self, opcode: int) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise Refused("more opcodes than a checkpoint of its size")
+        return super().__getitem__(opcode)
+
+
 class Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
     """Reads one pickle. A subclass says in `find_class` what names stand for, and must not hand out what can act.
 
     Args:
         file: An open file, or what reads as one.
         size: The number of bytes of the file, by which the bytes are bounded that calls make.
+        most_opcodes: The largest number of opcodes; None: there is no bound. Each takes a microsecond.
 
     Raises:
         Refused: From `load`, for what is not plain data. Hostile bytes can raise nearly any other exception.
     """
 
-    def __init__(self, file: IO[bytes], size: int):
+    def __init__(self, file: IO[bytes], size: int, most_opcodes: int | None = None):
         super().__init__(file, encoding="latin1")
+        if most_opcodes is not None:
+            self.dispatch = _CountedDispatch(self.dispatch, most_opcodes)
         self.budget = Budget(size)
         self._tuple_keys = 0
 
@@ -164,7 +197,7 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
         self._append_long(int.from_bytes(self.read(4), "little", signed=True))
 
     def _append_long(self, length: int) -> None:
-        if not 0 <= length <= _LONGEST_INTEGER:
+        if not 0 <= length <= LONGEST_INTEGER:
             raise Refused(f"an integer of {length} bytes")
         self.append(pickle.decode_long(self.read(length)))
 
@@ -196,7 +229,7 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
             target.__setstate__(state)
 
     # `dispatch` of the base class maps the number of an opcode to a function: here, those of the list alone.
-    dispatch: ClassVar[dict[int, Any]] = {
+    dispatch: dict[int, Any] = {
         opcode[0]: pickle._Unpickler.dispatch[opcode[0]]  # type: ignore[attr-defined]
         for opcode in _OPCODES
     } | {
@@ -366,7 +399,7 @@ class _NeedsSlowReader(Exception):
 
 
 class _FastUnpickler(pickle.Unpickler):
-    """The reader in C, for files that `_holds_rows_only` has looked through."""
+    """The reader in C, for files that `holds_rows_only` has looked through."""
 
     def __init__(self, file: IO[bytes], size: int):
         super().__init__(file, encoding="latin1")
@@ -379,71 +412,6 @@ class _FastUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: object) -> object:
         raise Refused("a reference to outside data")
-
-
-# Opcodes of a fixed length (with what follows them), and those whose text or bytes follow a length of so many bytes.
-_OPCODES_BY_LENGTH = {
-    1: (
-        pickle.MARK, pickle.STOP, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.EMPTY_TUPLE, pickle.TUPLE,
-        pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_LIST, pickle.LIST, pickle.APPEND, pickle.APPENDS,
-        pickle.MEMOIZE, pickle.STACK_GLOBAL, pickle.REDUCE, pickle.BUILD,
-    ),
-    2: (pickle.PROTO, pickle.BININT1, pickle.BINGET),
-    3: (pickle.BININT2,),
-    5: (pickle.BININT, pickle.LONG_BINGET),
-    9: (pickle.FRAME, pickle.BINFLOAT),
-}  # fmt: skip
-_FIXED = bytearray(256)
-for _length, _opcodes in _OPCODES_BY_LENGTH.items():
-    for _opcode in _opcodes:
-        _FIXED[_opcode[0]] = _length
-_SIZED_1 = frozenset(b"".join((pickle.SHORT_BINUNICODE, pickle.SHORT_BINBYTES, pickle.SHORT_BINSTRING)))
-_SIZED_4 = frozenset(b"".join((pickle.BINUNICODE, pickle.BINBYTES, pickle.BINSTRING)))
-_SIZED_8 = frozenset(b"".join((pickle.BINUNICODE8, pickle.BINBYTES8, pickle.BYTEARRAY8)))
-_STOP, _BINPUT, _LONG_BINPUT, _LONG1, _GLOBAL = (
-    opcode[0] for opcode in (pickle.STOP, pickle.BINPUT, pickle.LONG_BINPUT, pickle.LONG1, pickle.GLOBAL)
-)
-_UINT32, _UINT64 = struct.Struct("<I").unpack_from, struct.Struct("<Q").unpack_from
-
-
-def _holds_rows_only(data: bytes | mmap.mmap) -> bool:
-    """Whether a pickle holds lists, tuples, numbers, texts and arrays alone, numbers its memo from 0 or 1 upwards, and
-    has no opcode that the reader in C could be hurt by. False says only that the other reader should read it."""
-    at = puts = 0
-    # Millions of opcodes: the frequent ones come first, and constants are local names.
-    fixed, sized_1, sized_4, binput, long_binput = _FIXED, _SIZED_1, _SIZED_4, _BINPUT, _LONG_BINPUT
-    try:
-        while True:
-            opcode = data[at]
-            length = fixed[opcode]
-            if length:
-                if opcode == _STOP:
-                    return True
-                at += length
-            elif opcode in sized_1:
-                at += 2 + data[at + 1]
-            elif opcode == binput:
-                puts += 1
-                if data[at + 1] > puts:
-                    return False
-                at += 2
-            elif opcode == long_binput:
-                puts += 1
-                if _UINT32(data, at + 1)[0] > puts:
-                    return False
-                at += 5
-            elif opcode in sized_4:
-                at += 5 + _UINT32(data, at + 1)[0]
-            elif opcode in _SIZED_8:
-                at += 9 + _UINT64(data, at + 1)[0]
-            elif opcode == _LONG1 and data[at + 1] <= _LONGEST_INTEGER:
-                at += 2 + data[at + 1]
-            elif opcode == _GLOBAL and (end := data.find(b"\n", data.find(b"\n", at) + 1)) > at:
-                at = end + 1
-            else:
-                return False
-    except (IndexError, OverflowError, struct.error):  # the file ends before the pickle does
-        return False
 
 
 def load_pickle(path: str | os.PathLike, what: str) -> object:
@@ -491,7 +459,7 @@ def _load(file: IO[bytes]) -> object:
     if size == 0:
         raise EOFError
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        fast = _holds_rows_only(data)
+        fast = holds_rows_only(data)
     if fast:
         try:
             return _FastUnpickler(file, size).load()

@@ -38,7 +38,6 @@ ALLOWED = {
     ): "whether frames were decoded shows in no result",
     ("tests/engine/test_signals.py", "_Run"): "a signal must arrive at one moment of an evaluation",
     ("tests/endurance/bombs.py", "_read_matrix"): "the reader of a submission's matrix is private to its command",
-    ("tests/test_safe_pickle.py", "_holds_rows_only"): "which of two readers took a pickle shows in the time alone",
     (
         "tests/engine/kill_points.py",
         "_WatchedFile",

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from avion.errors import UserError
-from avion.safe_pickle import _holds_rows_only, load_pickle
+from avion.pickle_scan import holds_rows_only
+from avion.safe_pickle import load_pickle
 
 
 def write(path, data):
@@ -236,8 +237,8 @@ class TestBounds:
             assert load(pickle.dumps(rows, protocol)) == rows
             assert load(pickle.dumps({"rows": rows}, protocol)) == {"rows": rows}
             plain = [row[:3] for row in rows[:-1]]
-            assert _holds_rows_only(pickle.dumps(plain, protocol)) == (protocol >= 2)
-            assert not _holds_rows_only(pickle.dumps({1: plain}, protocol))
+            assert holds_rows_only(pickle.dumps(plain, protocol)) == (protocol >= 2)
+            assert not holds_rows_only(pickle.dumps({1: plain}, protocol))
 
     @pytest.mark.parametrize(
         "keys", [[2**61 - 1], [-(2**61)], [(1, (2, 3))], [tuple(range(21))], [(i,) for i in range(1001)]]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from avion.errors import UserError
 from avion.reading import check_nesting
-from avion.safe_pickle import Budget, Refused, Unpickler, check_keys
+from avion.safe_pickle import Budget, Refused, Unpickler, check_keys, checkpoint_opcodes
 
 # Data classes of Python itself that settings can hold; whatever else its modules have is a function that acts.
 _PYTHON_DATA = frozenset({
@@ -153,8 +153,8 @@ class _Recorder:
 class _ScoutingUnpickler(Unpickler):
     """Looks no name up: each name gives a recorder, and each tensor gives None."""
 
-    def __init__(self, file: IO[bytes], size: int, found: Scout) -> None:
-        super().__init__(file, size)
+    def __init__(self, file: IO[bytes], size: int, found: Scout, all_bytes: int) -> None:
+        super().__init__(file, size, checkpoint_opcodes(all_bytes))
         self.found = found
 
     def find_class(self, module: str, name: str) -> Any:
@@ -193,12 +193,13 @@ def scout_archive(archive: zipfile.ZipFile) -> Scout:
         Exception: Any exception, since hostile bytes can make the reader raise anything.
     """
     found = Scout()
+    all_bytes = sum(entry.file_size for entry in archive.infolist())
     for entry in archive.infolist():
         if entry.filename.split("/")[1:] == ["data.pkl"]:
             if entry.CRC == 0:  # written without checksums, see `integrity`
                 entry.CRC = None  # pyrefly: ignore
             file = io.BytesIO(archive.read(entry))
-            _check_nesting(_ScoutingUnpickler(file, entry.file_size, found).load())
+            _check_nesting(_ScoutingUnpickler(file, entry.file_size, found, all_bytes).load())
     return found
 
 
@@ -218,8 +219,8 @@ def scout(file: IO[bytes]) -> Scout:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     for _ in range(_BEFORE_LEGACY_CONTENTS):
-        _ScoutingUnpickler(file, size, Scout()).load()
-    _check_nesting(_ScoutingUnpickler(file, size, found).load())
+        _ScoutingUnpickler(file, size, Scout(), size).load()
+    _check_nesting(_ScoutingUnpickler(file, size, found, size).load())
     return found
 
 

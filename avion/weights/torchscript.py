@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from avion.errors import UserError
-from avion.safe_pickle import Unpickler
+from avion.safe_pickle import Unpickler, checkpoint_opcodes
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -62,7 +62,8 @@ def _first(value: Any, *_: Any) -> Any:
 class _ArchiveUnpickler(Unpickler):
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
         entry = archive.getinfo(f"{root}/data.pkl")
-        super().__init__(archive.open(entry), entry.file_size)
+        all_bytes = sum(entry.file_size for entry in archive.infolist())
+        super().__init__(archive.open(entry), entry.file_size, checkpoint_opcodes(all_bytes))
         self.archive = archive
         self.root = root
         self.storages: dict[str, Tensor] = {}

@@ -219,6 +219,13 @@ def archive(tmp_path, data, compression=zipfile.ZIP_STORED):
 def test_bombs(tmp_path):
     names = b"".join(b"csomelib\nName%d\n" % i for i in range(5000))
     assert "names of code" in refusal(archive(tmp_path, b"\x80\x02(" + names + b"t0}."))
+    opcodes = archive(tmp_path, b"\x80\x02}X\x04\x00\x00\x00args(" + b"N" * 600_000 + b"ts.")
+    assert "more opcodes than a checkpoint of its size" in refusal(opcodes)
+    # Fewer opcodes, or a larger file of weights, are no bomb.
+    few = archive(tmp_path, b"\x80\x02}X\x04\x00\x00\x00args(" + b"N" * 400_000 + b"ts.")
+    assert len(read_checkpoint(few)["args"]) == 400_000
+    large = {"state_dict": {"w": torch.ones(1 << 22)}, "more": [None] * 800_000}
+    assert len(read_checkpoint(saved(tmp_path, large))["more"]) == 800_000
     # An entry of the memo with the largest number: a table of as many entries would take 64 GB.
     memo = archive(tmp_path, b"\x80\x02}X\x04\x00\x00\x00argscsomelib\nX\nr\xff\xff\xff\xffs.")
     assert read_checkpoint(memo)["args"].path == "somelib.X"
