@@ -157,7 +157,7 @@ def call_programs(names: Mapping[str, str]) -> None:
         names: The name of a program by its file ("tools/plot_run.py": "avion plot").
     """
     _names.clear()
-    _names.update(names)
+    _names.update(sorted(names.items(), key=lambda item: -len(item[0])))  # a part of a program before the whole
 
 
 def called_names(text: str) -> str:

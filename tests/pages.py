@@ -87,7 +87,7 @@ def check(words: tuple[str, ...]) -> None:
             check_script(args.training_script, args.training_script_args)
     elif program == "avion":
         if rest != ["--help"]:
-            check_script(script_of(rest[0]), rest[1:])
+            check_script(script_of(rest[0]), find(rest[0]).argv(rest[1:]))
     elif program == "python" and rest[:2] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in rest[2:]), words
     elif program == "python" and rest[0] == "-m":

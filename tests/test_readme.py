@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import avion.models
+from avion.commands.console import find
 from avion.data.demo import ensure_demo_dataset
 from avion.engine import demo_data
 from avion.weights import save_weights
@@ -54,7 +55,7 @@ def run(command: Command) -> None:
         assert words and set(words) <= set(calls), f"{command}: .ci/run does not call it; mark it with what it needs"
         return
     if program == "avion":
-        program, words = "python", [pages.script_of(words[0]), *words[1:]]
+        program, words = "python", [pages.script_of(words[0]), *find(words[0]).argv(words[1:])]
     assert program == "python", f"{command}: cannot be run here; mark it with what it needs"
     words = words[1:] if words[0] == "-m" else words
     more = [] if "--evaluate" in words or "--help" in words else QUICKLY.get(words[0], [])

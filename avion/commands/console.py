@@ -36,7 +36,7 @@ def find(word: str) -> Program:
         UserError: There is no such program. The message names the commands of similar names.
     """
     known = {program.name: program for program in programs()}
-    known |= {program.file: program for program in programs() if program.file}
+    known |= {program.file: program for program in programs() if program.file and not program.part}
     if word in known:
         return known[word]
     near = list(dict.fromkeys(known[n].name for n in difflib.get_close_matches(word.replace("_", "-"), known, n=3)))
@@ -60,6 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = exit_status("avion", choose)
     if not found:
         return status
-    call_programs({p.file or f"python -m {p.module.removesuffix('.__main__')}": f"avion {p.name}" for p in programs()})
+    call_programs({program.called: f"avion {program.name}" for program in programs()})
     # `python -m` and torchrun give the name of this module to the processes that multiprocessing starts.
-    return pkgutil.resolve_name(f"{found[0].module}:main")(words[1:]) or 0
+    return pkgutil.resolve_name(f"{found[0].module}:main")(found[0].argv(words[1:])) or 0

@@ -22,7 +22,27 @@ from avion.plugins import import_plugins
 
 MINIMUM_PYTHON = (3, 10)
 REQUIRED = ("torch", "torchvision", "timm", "open_clip_torch", "numpy")
-OPTIONAL = ("triton", "mamba-ssm", "causal-conv1d", "av", "decord")
+# What each package is for.
+OPTIONAL = {
+    "triton": "the scan's kernels on a GPU",
+    "mamba-ssm": "--scan-backend mamba_ssm, for comparison",
+    "causal-conv1d": "--scan-backend mamba_ssm, for comparison",
+    "av": "reading videos",
+    "decord": "--decoder decord",
+    "tensorboard": "--tensorboard",
+    "wandb": "--wandb",
+    "pyarrow": "tables of captions in Parquet files",
+    "fsspec": "files on s3:// and in other remote places",
+    "s3fs": "files on s3://",
+    "submitit": "slurm/submit.py, tools/reproduce.py --submit",
+    "gradio": "the page of tools/search_videos.py serve",
+    "nbclient": "running notebooks/demo.ipynb",
+    "ipykernel": "running notebooks/demo.ipynb",
+    "onnx": "models as ONNX files",
+    "onnxscript": "models as ONNX files",
+    "onnxruntime": "running ONNX files",
+    "playwright": "the tests of pages in a browser",
+}
 # The largest error of float32 against float64, relative to the values of the scan.
 TOLERANCE = 1e-3
 
@@ -73,7 +93,7 @@ def versions(report: Report) -> None:
         else:
             report.line(package, version)
     for package in OPTIONAL:
-        report.line(package, _installed(package) or "not installed (optional)")
+        report.line(package, _installed(package) or called_names(f"not installed (optional: {OPTIONAL[package]})"))
     report.line("ffmpeg", _output("ffmpeg", "-version") or "no such program (not needed: the decoders bring theirs)")
 
 

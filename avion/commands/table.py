@@ -2,6 +2,7 @@
 program.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -14,12 +15,25 @@ class Program:
         module: The module that has its `main`.
         file: The file that runs the same in a clone of the repository; empty if there is none.
         summary: What the program does, in a line.
+        part: The command of the file that the program runs; empty for the whole file.
     """
 
     name: str
     module: str
     file: str
     summary: str
+    part: str = ""
+
+    @property
+    def called(self) -> str:
+        """What runs the same in a clone of the repository, as messages name it."""
+        if not self.file:
+            return f"python -m {self.module.removesuffix('.__main__')}"
+        return f"{self.file} {self.part}".strip()
+
+    def argv(self, words: Sequence[str]) -> list[str]:
+        """Words of the command line behind its name, as the `main` of its module takes them."""
+        return [self.part, *words] if self.part else list(words)
 
 
 def _task(name: str, summary: str) -> Program:
@@ -27,8 +41,8 @@ def _task(name: str, summary: str) -> Program:
     return Program(name, f"avion.commands.{stem}", f"main_{stem}.py", summary)
 
 
-def _tool(name: str, stem: str, summary: str) -> Program:
-    return Program(name, f"avion.commands.{stem}", f"tools/{stem}.py", summary)
+def _tool(name: str, stem: str, summary: str, part: str = "") -> Program:
+    return Program(name, f"avion.commands.{stem}", f"tools/{stem}.py", summary, part)
 
 
 # In the order in which they are listed, by what they are for.
@@ -52,9 +66,10 @@ PROGRAMS: dict[str, tuple[Program, ...]] = {
     "after a run": (
         _tool("plot", "plot_run", "draw the curves of one or several runs"),
         _tool("features", "extract_features", "extract features of videos, in clips or windows, and of sentences"),
-        _tool(
-            "search-videos", "search_videos", "search videos by a sentence, an image or a clip; make and serve an index"
-        ),
+        _tool("index", "search_videos", "make the index that videos are searched by, or bring it up to date", "index"),
+        _tool("search", "search_videos", "find moments in videos by a sentence, an image or a clip", "search"),
+        _tool("serve", "search_videos", "serve a local page to search videos and watch moments in", "serve"),
+        _tool("search-videos", "search_videos", "the three above as one: search-videos index, search and serve"),
         _tool("submission", "make_submission", "make the files that the EPIC-KITCHENS-100 challenge servers take"),
     ),
     "the paper's tables": (

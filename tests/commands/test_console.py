@@ -101,6 +101,25 @@ def test_names_in_messages(text, called):
     assert called_names(text) == text
 
 
+@pytest.mark.parametrize("part", ["index", "search", "serve"])
+def test_parts_of_a_tool_are_commands_of_their_own(part, capsys, tmp_path):
+    """`avion index` is `tools/search_videos.py index`, in its messages too; `search-videos` and `index-videos` stay."""
+    status = console.main([part, *(["no such folder"] if part == "index" else []), "--index", str(tmp_path / "gone")])
+    said = capsys.readouterr().err
+    assert status == 2 and said.count("\n") == 1 and said.startswith(f"avion {part}: error: ")
+    assert "search_videos" not in said and "search-videos" not in said
+    with pytest.raises(SystemExit) as end:
+        console.main([part, "--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and shown.startswith(f"usage: avion {part} ")
+    assert console.main(["search-videos", part, "--index", str(tmp_path / "gone")]) == 2
+    assert find_module(part) == find_module("search-videos") != find_module("index-videos")
+
+
+def find_module(command):
+    return console.find(command).module
+
+
 def test_the_files_are_copied_and_nothing_is_overwritten(tmp_path, capsys):
     assert files.main([]) == 0
     assert capsys.readouterr().out.split() == [str(ROOT / "recipes"), str(ROOT / "slurm")]

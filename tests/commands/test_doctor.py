@@ -8,6 +8,7 @@ import torch
 from avion.commands import doctor as tool
 from avion.data.video import VideoError
 from avion.ops.selective_scan import dispatch
+from tests.test_packaging import PROJECT, Requirement
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,6 +33,19 @@ def test_this_machine(doctor, capsys):
     assert said["reference"].startswith("works") and said["pyav"].startswith("works")
     assert "cannot run: its kernels are for GPUs" in said["triton"]
     assert said["timm"][0].isdigit()
+
+
+def test_every_optional_package_is_listed_with_what_it_is_for(doctor, capsys, monkeypatch):
+    extras = PROJECT["optional-dependencies"]
+    optional = {Requirement(line).name for name, lines in extras.items() if name != "dev" for line in lines}
+    assert optional - {"eva-decord"} <= set(doctor.OPTIONAL)  # which provides the module decord
+    assert {"gradio", "playwright", "fsspec", "s3fs", "onnx", "onnxruntime"} <= set(doctor.OPTIONAL)
+    installed = doctor._installed
+    monkeypatch.setattr(doctor, "_installed", lambda p: None if p in optional else installed(p))
+    assert doctor.main(["--device", "cpu"]) == 0
+    said = lines(capsys)
+    assert said["gradio"] == "not installed (optional: the page of tools/search_videos.py serve)"
+    assert said["s3fs"] == "not installed (optional: files on s3://)"
 
 
 def test_a_wrong_backend_is_a_problem_where_auto_takes_it(doctor, capsys, monkeypatch):

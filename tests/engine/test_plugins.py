@@ -166,7 +166,7 @@ def test_every_program_has_the_flag():
 def assert_help_names_the_flag(program):
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
-        raise SystemExit(importlib.import_module(program.module).main(["--help"]))
+        raise SystemExit(importlib.import_module(program.module).main(program.argv(["--help"])))
     assert "--import" in shown.getvalue(), program.name
 
 
