@@ -58,7 +58,7 @@ def commands(page: Path) -> list[Command]:
 # The model of docs/add_a_model.md, and one that is there.
 OWN = {"TIMECONV_VITB16": "TIMESFORMER_VITB16"}
 # Programs of other packages, whose flags are theirs.
-FOREIGN = {"apptainer", "conda", "docker", "pip", "source", "srun", "tensorboard", "wandb"}
+FOREIGN = {"apptainer", "conda", "docker", "jupyter", "pip", "source", "srun", "tensorboard", "wandb"}
 
 
 def check(words: tuple[str, ...]) -> None:

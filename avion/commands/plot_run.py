@@ -349,7 +349,8 @@ def _steps(line: "Line2D") -> np.ndarray:
 
 def draw(runs: list[Run]) -> "Figure":
     """Draw all panels of the runs into one figure."""
-    import matplotlib.pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -357,9 +358,10 @@ def draw(runs: list[Run]) -> "Figure":
     columns = min(COLUMNS, len(todo))
     rows = math.ceil(len(todo) / columns)
     last = max(row["global_step"] for run in runs for row in run.steps + run.epochs)
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(4.4 * columns, 3.0 * rows + 0.5), layout="constrained", squeeze=False
-    )
+    # Without pyplot, whose backend is that of the caller: a notebook's, or a window's.
+    figure = Figure(figsize=(4.4 * columns, 3.0 * rows + 0.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, squeeze=False)
     for axes, panel in zip(grid.flat, todo, strict=False):
         panel(axes, runs)
         axes.set_xlim(0, max((float(x[-1]) for x in map(_steps, axes.lines) if len(x)), default=last))
@@ -392,14 +394,9 @@ def plot(folders: Sequence[Path], output: Path) -> None:
     if output.suffix.lower() != ".png":
         raise UserError(f"--output {output}: a name that ends with .png is required")
     runs = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
-
-    import matplotlib.pyplot as plt
-
-    plt.switch_backend("Agg")
     figure = draw(runs)
     with written_whole(output, flag="--output", cure="choose another place") as file:
         figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,19 +3,12 @@
 import json
 import math
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from PIL import Image
 
 from avion.commands import plot_run
 from avion.errors import UserError
-
-
-@pytest.fixture(autouse=True)
-def no_open_figures():
-    yield
-    plt.close("all")
 
 
 def progress(step, *, blocks=2, **more):
@@ -276,6 +269,19 @@ def test_figures_of_an_unknown_task_get_a_panel_each(tmp_path):
 
 
 # --- the tool --------------------------------------------------------------------------------
+
+
+def test_a_notebooks_backend_stays(tmp_path, monkeypatch):
+    """In a notebook, pyplot draws below the cells; the tool takes that away from nobody."""
+    import matplotlib.pyplot as plt
+
+    before = plt.get_backend()
+    plt.switch_backend("svg")
+    try:
+        assert plot_run.main([str(write_run(tmp_path / "a", [progress(5)])), "--output", str(tmp_path / "a.png")]) == 0
+        assert plt.get_backend() == "svg" and plt.get_fignums() == []
+    finally:
+        plt.switch_backend(before)
 
 
 def test_the_picture_is_a_png(tmp_path, capsys):
