@@ -48,7 +48,7 @@ def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     assert float(mean_ap[2]) < float(mean_ap[1]) and 45 < int(mean_ap[3]) <= 100
     assert "epoch 11 evaluation: V2T/T2V/avg mAP" in printed
     shares = re.findall(r"^right (?:pair of sentences|sentence): (\d+) %", printed, re.MULTILINE)
-    assert len(shares) == 2 and int(shares[0]) > 25 and int(shares[1]) > 60
+    assert len(shares) == 2 and int(shares[0]) > 20 and int(shares[1]) > 60
     assert re.search(r"^1  0\.\d{3}  0:00:\d\d\.\d - ", printed, re.MULTILINE)
     assert sum(map(pictures, cells)) == 4
     work = tmp_path / "demo_notebook"
