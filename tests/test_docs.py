@@ -7,6 +7,10 @@ import sys
 import pytest
 import torch
 
+import avion.weights
+from avion.constants import NORM_STYLES
+from avion.data.tokenizer import tokenize
+from avion.data.transforms import normalize_clip
 from avion.engine.args import parse
 from avion.engine.options import PretrainOptions
 from avion.engine.precision import Precision
@@ -168,6 +172,30 @@ def test_a_taken_mixer_is_refused(timeconv):
     for name in ("vim", "conv"):
         with pytest.raises(registry.UserError, match=f"mixer '{name}' is already taken"):
             registry.register_mixer(name, lambda config: None)
+
+
+# --- docs/export.md --------------------------------------------------------------------------
+
+
+def test_the_exported_files_run_as_the_page_says(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="needs the extra `export`")
+    pytest.importorskip("onnxscript", reason="needs the extra `export`")
+    monkeypatch.chdir(tmp_path)
+    model = create_model("TIMEMAMBA_VITB16", **{**TINY, "vocab_size": 49408})
+    save_weights(model, "checkpoint.pt", {"norm_style": "openai", **NORM_STYLES["openai"]._asdict()})
+    export, with_torch, with_onnx = code_blocks("export.md")
+    exec(export, {})
+    avion.weights.export_tower(model, "text.onnx", "text")
+    names: dict = {}
+    exec(with_torch, names)
+    assert names["embedding"].shape == (1, 16)
+    video = normalize_clip(names["frames"].to(torch.uint8), "openai")[None]
+    with torch.no_grad():
+        torch.testing.assert_close(names["embedding"], model.eval().encode_image(video), rtol=0, atol=1e-4)
+    exec(with_onnx, names)
+    tokens = tokenize(["opens the drawer", "cuts the onion"], context_length=8)
+    wanted = model.encode_text(tokens).detach()
+    torch.testing.assert_close(torch.from_numpy(names["embeddings"]), wanted, rtol=0, atol=1e-4)
 
 
 # --- docs/troubleshooting.md -----------------------------------------------------------------

@@ -10,6 +10,7 @@ from avion.commands import (
     build_relevancy,
     check_data,
     convert_checkpoint,
+    export_model,
     files,
     index_videos,
     make_demo_data,
@@ -123,8 +124,8 @@ OPTIONS = (
     PretrainOptions, FinetuneRetrievalOptions, FinetuneClassificationOptions, EgoSchemaOptions, FeatureOptions,
 )  # fmt: skip
 TOOLS = (
-    build_relevancy, check_data, convert_checkpoint, files, index_videos, make_demo_data, make_submission,
-    prepare_videos, reproduce,
+    build_relevancy, check_data, convert_checkpoint, export_model, files, index_videos, make_demo_data,
+    make_submission, prepare_videos, reproduce,
 )  # fmt: skip
 # Flags whose help speaks of writing. A new one is checked by `check_target`, tried by tests/endurance/targets.py, and
 # entered here.

@@ -70,6 +70,7 @@ PROGRAMS: dict[str, tuple[Program, ...]] = {
         _tool("search", "search_videos", "find moments in videos by a sentence, an image or a clip", "search"),
         _tool("serve", "search_videos", "serve a local page to search videos and watch moments in", "serve"),
         _tool("search-videos", "search_videos", "the three above as one: search-videos index, search and serve"),
+        _tool("export", "export_model", "write a tower for torch.export or ONNX, to run it without this project"),
         _tool("submission", "make_submission", "make the files that the EPIC-KITCHENS-100 challenge servers take"),
     ),
     "the paper's tables": (

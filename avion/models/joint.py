@@ -95,7 +95,7 @@ class JointViT(nn.Module):
         x = x + position[1:, None] + temporal
         if self.training and self.patch_dropout:
             x = drop_patches(x, self.patch_dropout)
-        cls = (self.class_embedding + position[0]).expand(len(x), 1, -1)  # (B, 1, D)
+        cls = (self.class_embedding + position[0]).expand(x.shape[0], 1, -1)  # (B, 1, D)
         x = torch.cat([cls, x.transpose(1, 2).flatten(1, 2)], dim=1)  # (B, 1+T·N, D)
         return self.transformer(self.ln_pre(x), cls_only)
 

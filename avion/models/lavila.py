@@ -58,13 +58,15 @@ class DividedAttention(nn.Module):
         cls_out = attend(q[:, :, :1], k, v, self.use_flash)  # (B, 1, D)
 
         rows_q = self.to_rows(q[:, :, 1:], frames)  # (R, H, S, d)
-        groups = len(rows_q) // len(x)  # N in time, T in space
+        groups = rows_q.shape[0] // x.shape[0]  # N in time, T in space
         rows_k, rows_v = (
-            torch.cat([y[:, :, :1].repeat_interleave(groups, 0), self.to_rows(y[:, :, 1:], frames)], dim=2)
+            torch.cat(
+                [y[:, None, :, :1].expand(-1, groups, -1, -1, -1).flatten(0, 1), self.to_rows(y[:, :, 1:], frames)], 2
+            )
             for y in (k, v)
         )  # (R, H, 1+S, d)
         out = attend(rows_q, rows_k, rows_v, self.use_flash)  # (R, S, D)
-        out = out.unflatten(0, (len(x), groups))  # (B, N, T, D) in time, (B, T, N, D) in space
+        out = out.unflatten(0, (x.shape[0], groups))  # (B, N, T, D) in time, (B, T, N, D) in space
         out = (out.transpose(1, 2) if self.over == "time" else out).flatten(1, 2)  # (B, T·N, D)
         return self.proj(torch.cat([cls_out, out], dim=1))
 
@@ -158,7 +160,7 @@ class LaViLaTower(nn.Module):
         x = x + position[:, 1:, None] + temporal
         if self.training and self.patch_dropout:
             x = drop_patches(x, self.patch_dropout)
-        cls = (self.cls_token + position[:, :1]).expand(len(x), -1, -1)  # (B, 1, D)
+        cls = (self.cls_token + position[:, :1]).expand(x.shape[0], -1, -1)  # (B, 1, D)
         x = self.ln_pre(torch.cat([cls, x.transpose(1, 2).flatten(1, 2)], dim=1))  # (B, 1+T·N, D)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):

@@ -197,7 +197,7 @@ class DividedTower(nn.Module):
             tokens = tokens + resize_temporal_embed(self.temporal_embed, video.shape[2])  # (1, T, D)
         if self.training and self.patch_dropout:
             tokens = drop_patches(tokens, self.patch_dropout)
-        cls = (self.cls_token + position[:, :1]).expand(len(tokens), -1, -1)  # (B, 1, D)
+        cls = (self.cls_token + position[:, :1]).expand(tokens.shape[0], -1, -1)  # (B, 1, D)
 
         cls, tokens = self.ln_pre(cls), self.ln_pre(tokens)
         last = len(self.blocks) - 1

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from avion.errors import UserError
+from avion.ops.exporting import exporting
 
 from .config import ModelConfig
 
@@ -50,6 +51,8 @@ def attend(
     Returns:
         (R, S, D).
     """
+    if exporting():  # any number of rows, on any machine
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
     rows, heads = q.shape[:2]
     per_call = max(1, MAX_ROWS_X_HEADS // heads)
     if use_flash is False and not causal:
@@ -377,6 +380,6 @@ def encode_tokens(tower: TextParts, tokens: torch.Tensor) -> torch.Tensor:
         )
     x = tower.token_embedding(tokens) + tower.positional_embedding[:length]  # (B, L, D)
     x = tower.transformer(x)
-    rows = torch.arange(len(x), device=x.device)
+    rows = torch.arange(x.shape[0], device=x.device)
     end = tokens.argmax(dim=1)  # the end-of-text token has the largest id
     return tower.ln_final(x[rows, end]) @ tower.text_projection  # (B, E)

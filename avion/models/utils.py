@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from avion.errors import UserError
+from avion.ops.exporting import exporting
 
 
 def resize_temporal_embed(embed: torch.Tensor, num_frames: int) -> torch.Tensor:
@@ -13,7 +14,7 @@ def resize_temporal_embed(embed: torch.Tensor, num_frames: int) -> torch.Tensor:
     Frames are seen as equal segments of the clip (half-pixel centres) with clamped ends, so that the embedding keeps
     its meaning "share of the clip" at any frame rate.
     """
-    if embed.shape[-2] == num_frames:
+    if not exporting() and embed.shape[-2] == num_frames:  # an exported model takes any number, its own too
         return embed
     *lead, frames, width = embed.shape
     channels_first = embed.reshape(-1, frames, width).transpose(1, 2)  # (1, D, T)

@@ -7,6 +7,7 @@ from .checkpoint import (
     load_checkpoint,
     model_from_checkpoint,
 )
+from .exporting import export_tower
 from .loading import LoadReport
 from .saving import save_safetensors, save_weights
 from .zoo import load_pretrained
@@ -16,6 +17,7 @@ __all__ = [
     "LoadReport",
     "TrainingState",
     "classifier_from_checkpoint",
+    "export_tower",
     "load_checkpoint",
     "load_pretrained",
     "model_from_checkpoint",

@@ -15,6 +15,7 @@ from pathlib import Path
 from avion.commands import (
     build_relevancy,
     convert_checkpoint,
+    export_model,
     files,
     finetune_classification,
     finetune_retrieval,
@@ -55,6 +56,7 @@ FILES: dict[str, tuple[Main, str, Callable[[str, Path], list[str]]]] = {
     ),
     "relevancy --output": (build_relevancy.main, ".pkl", lambda target, _: ["a.csv", "b.csv", "--output", target]),
     "convert target": (convert_checkpoint.main, ".pt", lambda target, _: ["a.pt", target]),
+    "export target": (export_model.main, ".pt2", lambda target, _: ["a.pt", target]),
     "submission actions": (make_submission.main, ".zip", lambda target, _: ["actions", "a.pkl", target]),
     "submission retrieval": (
         make_submission.main, ".zip", lambda target, _: ["retrieval", "a.npy", "a.csv", "b.csv", target]

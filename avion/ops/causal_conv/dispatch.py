@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from avion.ops.exporting import exported_conv_silu, exporting
 from avion.ops.selective_scan import resolve_backend
 from avion.ops.selective_scan.mamba_ssm import causal_conv_silu_mamba_ssm
 
@@ -34,6 +35,8 @@ def causal_conv_silu(
         ValueError: the shapes do not fit.
     """
     _check_shapes(x, weight, bias)
+    if exporting():
+        return exported_conv_silu(x, weight, bias, reverse)
     float64 = torch.float64 in (x.dtype, weight.dtype, bias.dtype)
     name = resolve_backend(backend, x.device, float64=float64)
     if name == "mamba_ssm" and weight.shape[1] in _TAPS and len(x) > 0:
@@ -63,6 +66,8 @@ def causal_conv_silu_both(x: Tensor, forward: Taps, backward: Taps, *, backend: 
     """
     _check_shapes(x, *forward)
     _check_shapes(x, *backward)
+    if exporting():
+        return exported_conv_silu(x, *forward, False), exported_conv_silu(x, *backward, True)
     float64 = torch.float64 in {t.dtype for t in (x, *forward, *backward)}
     name, taps = resolve_backend(backend, x.device, float64=float64), forward[0].shape[1]
     if name == "triton" and taps in _TAPS and backward[0].shape[1] == taps:

@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from avion.ops.exporting import exported_scan, exporting
 from avion.ops.selective_scan import resolve_backend, selective_scan
 from avion.ops.selective_scan.dispatch import check_shapes
-from avion.ops.selective_scan.inputs import ScanInputs
+from avion.ops.selective_scan.inputs import ScanInputs, Time
 
 from .torch_backend import gated_scan_torch
 
@@ -34,6 +35,8 @@ def gated_bidirectional_scan(forward: ScanInputs, backward: ScanInputs, z: Tenso
         raise ValueError(f"gated_bidirectional_scan: u must be (R, T, D) in both directions alike, got {both}")
     if z.shape != forward.u.shape:
         raise ValueError(f"gated_bidirectional_scan: z must be {tuple(forward.u.shape)} as u is, got {tuple(z.shape)}")
+    if exporting():
+        return (exported_scan(forward, Time()) + exported_scan(backward, Time(reverse=True))) * F.silu(z)
     float64 = any(t.dtype == torch.float64 for t in (*forward.given(), *backward.given(), z))
     name = resolve_backend(backend, z.device, float64=float64, like=forward.u, states=forward.states)
     if name == "triton":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from avion.ops.buffers import Buffers, borrowed_buffers
+from avion.ops.exporting import exporting
 from avion.ops.gated_scan.autograd import differentiable
 from avion.ops.selective_scan import resolve_backend
 from avion.ops.selective_scan.inputs import Time, compute_dtype
@@ -43,6 +44,8 @@ class MixerWeights(NamedTuple):
 
 def runs_whole(xz: Tensor, backend: str) -> bool:
     """Return whether `mixer_of_whole_rows` is for this case: the torch backend on a CPU, rows of one block of time."""
+    if exporting():
+        return False
     float64 = xz.dtype == torch.float64
     on_cpu = xz.device.type == "cpu" and xz.shape[1] <= MAX_STEPS
     return on_cpu and resolve_backend(backend, xz.device, float64=float64) == "torch"

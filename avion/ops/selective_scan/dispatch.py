@@ -12,6 +12,7 @@ import torch
 
 from avion.errors import UserError
 from avion.ops import choices
+from avion.ops.exporting import exported_scan, exporting
 
 from . import mamba_ssm
 from .inputs import ScanInputs, Time
@@ -207,6 +208,8 @@ def selective_scan(
     """
     inputs = ScanInputs(u, delta, A, B, C, D, delta_bias)
     check_shapes(inputs)
+    if exporting():
+        return exported_scan(inputs, Time(delta_softplus, reverse))
     name = resolve_backend(backend, u.device, float64=_is_float64(inputs), like=u, states=inputs.states)
     return BACKENDS[name].run(inputs, Time(delta_softplus, reverse))
 
