@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -30,7 +31,7 @@ from .saving import plain_preprocess
 FORMATS = {"pt2": ".pt2", "onnx": ".onnx"}
 TOWERS = ("video", "text")
 TOLERANCE = 1e-4  # of the largest value of the output, where that is above 1
-_ONNX_BYTES = 2**31 - 2**20  # protobuf's limit, with room for the graph
+ONNX_BYTES = 2**31 - 2**20  # protobuf's limit, with room for the graph
 _WITHOUT = {  # what each tower does not need; LaViLa's model itself holds the parts of its text tower
     "video": ("textual", "token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection"),
     "text": ("visual", "image_projection"),
@@ -158,7 +159,11 @@ def _part(model: nn.Module, tower: str, path: str) -> nn.Module:
     try:
         copied = copy.deepcopy(part)
     except TypeError as e:  # a module of one's own that holds an open file, a generator and so on
-        raise UserError(f"{path}: the model cannot be copied: {_first_line(e)}") from e
+        raise UserError(f"{path}: the model cannot be copied: {last_cause(e)}") from e
+    for module in copied.modules():  # kernels that were chosen for another machine
+        for choice, anywhere in (("scan_backend", "auto"), ("use_flash", None)):
+            if hasattr(module, choice):
+                setattr(module, choice, anywhere)
     return copied.cpu().float().eval().requires_grad_(False)
 
 
@@ -182,7 +187,7 @@ def _traced(part: nn.Module, example: Tensor, tower: str, path: str) -> torch.ex
         with torch.no_grad():
             return torch.export.export(part, (example,), dynamic_shapes=(sizes,), strict=False)
     except Exception as e:  # whatever a module of one's own does that torch.export cannot follow
-        raise UserError(f"{path}: torch.export cannot follow the {tower} tower: {_first_line(e)}") from e
+        raise UserError(f"{path}: torch.export cannot follow the {tower} tower: {last_cause(e)}") from e
 
 
 def _check_operators(program: torch.export.ExportedProgram, path: str) -> None:
@@ -208,7 +213,7 @@ def _as_pt2(program: torch.export.ExportedProgram) -> bytes:
 
 def _as_onnx(program: torch.export.ExportedProgram, part: nn.Module, facts: dict[str, Any], path: str) -> bytes:
     size = sum(value.numel() * value.element_size() for value in part.state_dict().values())
-    if size > _ONNX_BYTES:
+    if size > ONNX_BYTES:
         raise UserError(f"{path}: {size / 1e9:.1f} GB of weights, and an ONNX file holds 2 GB; write a .pt2 file")
     given, returned = facts["input"], facts["output"]
     try:
@@ -223,7 +228,7 @@ def _as_onnx(program: torch.export.ExportedProgram, part: nn.Module, facts: dict
         assert made is not None
         proto = made.model_proto
     except Exception as e:  # an operator that has no form in ONNX
-        raise UserError(f"{path}: ONNX cannot express the model: {_first_line(e)}; write a .pt2 file") from e
+        raise UserError(f"{path}: ONNX cannot express the model: {last_cause(e)}; write a .pt2 file") from e
     del proto.graph.value_info[:]  # sizes by PyTorch's names for them
     for value, wanted in ((proto.graph.input[0], given), (proto.graph.output[0], returned)):
         for dim, size in zip(value.type.tensor_type.shape.dim, wanted["shape"], strict=True):
@@ -233,8 +238,8 @@ def _as_onnx(program: torch.export.ExportedProgram, part: nn.Module, facts: dict
     return proto.SerializeToString()
 
 
-def _first_line(error: Exception) -> str:
-    """What went wrong, in one line: the last cause, which converters wrap in reports of many lines."""
+def last_cause(error: Exception) -> str:
+    """Return in one line what went wrong: the last cause, which converters wrap in reports of many lines."""
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
     lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines() if line.strip()]
@@ -243,10 +248,16 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the reports of converters on stdout and their warnings."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+    """Without the reports, graphs and warnings that PyTorch prints: what goes wrong is raised, and told in one line."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.ERROR))
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stderr(io.StringIO()):
+                warnings.simplefilter("ignore")
+                yield
+    finally:
+        logging.disable(before)
 
 
 # ---- comparing -------------------------------------------------------------------------------------------
@@ -267,7 +278,7 @@ def _run(content: bytes, format: str, inputs: Tensor, path: str) -> Tensor | Non
         session = onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
         return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: inputs.numpy()})[0])
     except Exception as e:  # what PyTorch made of the model is no ONNX that onnxruntime knows
-        raise UserError(f"{path}: onnxruntime cannot run the model: {_first_line(e)}; write a .pt2 file") from e
+        raise UserError(f"{path}: onnxruntime cannot run the model: {last_cause(e)}; write a .pt2 file") from e
 
 
 @torch.no_grad()
