@@ -42,8 +42,8 @@ test-endurance-short: $(STAMP)  ## the same with few tries: some minutes
 lint: $(STAMP)  ## check style, likely mistakes and format with ruff, types with pyrefly
 	$(PYTHON_IN) -m ruff check .
 	$(PYTHON_IN) -m ruff format --check .
-	.venv/bin/pyrefly check --output-format min-text
-	.venv/bin/pyrefly check --output-format min-text --preset strict $(STRICT)
+	.venv/bin/pyrefly check --min-severity warn --output-format min-text
+	.venv/bin/pyrefly check --min-severity warn --output-format min-text --preset strict $(STRICT)
 
 format: $(STAMP)  ## let ruff rewrite what it can correct
 	$(PYTHON_IN) -m ruff check --fix .

@@ -173,7 +173,7 @@ class _WatchedFile(io.FileIO):
 
     def write(self, data: object, /) -> int:
         try:
-            return super().write(data)  # type: ignore[arg-type]
+            return super().write(data)
         except OSError as e:
             self.failure = e
             raise

@@ -110,7 +110,7 @@ class _CountedDispatch(dict[int, Any]):
         return super().__getitem__(opcode)
 
 
-class Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
+class Unpickler(pickle._Unpickler):
     """Reads one pickle. A subclass says in `find_class` what names stand for, and must not hand out what can act.
 
     Args:
@@ -230,7 +230,7 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
 
     # `dispatch` of the base class maps the number of an opcode to a function: here, those of the list alone.
     dispatch: dict[int, Any] = {
-        opcode[0]: pickle._Unpickler.dispatch[opcode[0]]  # type: ignore[attr-defined]
+        opcode[0]: pickle._Unpickler.dispatch[opcode[0]]
         for opcode in _OPCODES
     } | {
         pickle.DICT[0]: load_dict,
@@ -391,7 +391,7 @@ class _Calls:
 class _PlainUnpickler(Unpickler):
     def __init__(self, file: IO[bytes], size: int):
         super().__init__(file, size)
-        self.find_class = _Calls(self.budget).find  # type: ignore[method-assign]
+        self.find_class = _Calls(self.budget).find
 
 
 class _NeedsSlowReader(Exception):

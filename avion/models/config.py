@@ -22,7 +22,7 @@ _T = TypeVar("_T", int, float, int | None)
 
 def numeric(default: _T, within: Number) -> _T:
     """Declare a field of a configuration that holds a number, and the numbers that the field takes."""
-    return dataclasses.field(default=default, metadata={"within": within})  # type: ignore[return-value]
+    return dataclasses.field(default=default, metadata={"within": within})
 
 
 _WIDTH = whole(1, 1_000_000)  # of an embedding, in channels; there are at most as many heads

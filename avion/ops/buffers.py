@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ _MAX_SPARE, _MAX_SPARE_BYTES = 2, 1 << 28  # more than this is not kept
 
 
 @contextlib.contextmanager
-def borrowed_buffers(dtype: torch.dtype, device: torch.device) -> Iterator[Buffers]:
+def borrowed_buffers(dtype: torch.dtype, device: torch.device) -> Generator[Buffers, None, None]:
     """Lend buffers to a call; on a CPU, where there are any, those of an earlier call.
 
     Memory that comes fresh from the system costs a page fault per 1,024 numbers, which takes longer than what a scan

@@ -197,7 +197,7 @@ def scout_archive(archive: zipfile.ZipFile) -> Scout:
     for entry in archive.infolist():
         if entry.filename.split("/")[1:] == ["data.pkl"]:
             if entry.CRC == 0:  # written without checksums, see `integrity`
-                entry.CRC = None  # pyrefly: ignore
+                entry.CRC = None
             file = io.BytesIO(archive.read(entry))
             _check_nesting(_ScoutingUnpickler(file, entry.file_size, found, all_bytes).load())
     return found

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 from avion.ops.kernel_types import Block, Dtype, Flag, Int, Pointer, Scalar, Values
 
@@ -121,7 +122,7 @@ def piece(function: Function) -> Function:
     In the interpreter it stays a Python function, because the call of a jit function takes 0.3 ms there.
     """
     jitted: Any = triton.jit(function)
-    return function if triton.knobs.runtime.interpret else jitted
+    return function if knobs.runtime.interpret else jitted
 
 
 @piece
