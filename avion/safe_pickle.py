@@ -229,10 +229,7 @@ class Unpickler(pickle._Unpickler):
             target.__setstate__(state)
 
     # `dispatch` of the base class maps the number of an opcode to a function: here, those of the list alone.
-    dispatch: dict[int, Any] = {
-        opcode[0]: pickle._Unpickler.dispatch[opcode[0]]
-        for opcode in _OPCODES
-    } | {
+    dispatch: dict[int, Any] = {opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _OPCODES} | {
         pickle.DICT[0]: load_dict,
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,

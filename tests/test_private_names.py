@@ -16,7 +16,6 @@ OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}
 ALLOWED = {
     ("tests/avion_script.py", "_avion_factory"): "the script stands in for AVION's, which has factories of its own",
     ("tests/commands/test_console.py", "_names"): "the names are set once per process, and tests share a process",
-    ("tests/commands/test_doctor.py", "_installed"): "a package cannot be uninstalled for a test",
     ("tests/data/test_decoding.py", "_context"): "only the codec knows how many frames it has decoded",
     ("tests/data/test_demo.py", "_fingerprint"): "a later version of the generator cannot be had otherwise",
     ("tests/data/test_demo.py", "_plan"): "the dataset of full size takes minutes to make",
@@ -37,13 +36,10 @@ ALLOWED = {
         "_decoded_order",
     ): "whether frames were decoded shows in no result",
     ("tests/engine/test_signals.py", "_Run"): "a signal must arrive at one moment of an evaluation",
-    ("tests/endurance/bombs.py", "_read_matrix"): "the reader of a submission's matrix is private to its command",
     (
         "tests/engine/kill_points.py",
         "_WatchedFile",
     ): "a process is killed at each call of the file that is being written",
-    ("tests/engine/test_changes.py", "_FREE"): "every flag is on one of the lists, which the test compares",
-    ("tests/search/test_excerpts.py", "_KEPT"): "the cache is filled in a moment with a small limit",
     ("tests/search/test_page.py", "_card"): "the page shows its cards in a browser only",
     ("tests/search/test_page.py", "_restrict"): "the page's server is tested without its page",
     ("tests/engine/test_watch.py", "_GRACE_S"): "connections and time limits cannot be made to fail from outside",
@@ -52,7 +48,6 @@ ALLOWED = {
     ("tests/engine/test_watch.py", "_links"): "connections and time limits cannot be made to fail from outside",
     ("tests/engine/test_watch.py", "_listen"): "connections and time limits cannot be made to fail from outside",
     ("tests/engine/test_workers.py", "_ErrorsAsSamples"): "an error in a worker is made by hand",
-    ("tests/weights/test_zoo.py", "_open_clip_name"): "the names are compared with those of open_clip",
 }
 
 

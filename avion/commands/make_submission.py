@@ -116,7 +116,7 @@ def make_retrieval(args: argparse.Namespace) -> str:
     Raises:
         UserError: The similarities cannot be read or do not fit the annotations, or the file cannot be written.
     """
-    similarity = _read_matrix(args.similarity)
+    similarity = read_matrix(args.similarity)
     clips = list(read_ek100_retrieval(args.clips).narration_ids)
     check_ids_differ(clips, f"annotations {args.clips}")
     sentences, _ = read_sentences(args.sentences)
@@ -128,7 +128,18 @@ def make_retrieval(args: argparse.Namespace) -> str:
     return f"{args.output}: test.pkl for {len(clips)} clips and {len(sentences)} sentences"
 
 
-def _read_matrix(path: str) -> np.ndarray:
+def read_matrix(path: str) -> np.ndarray:
+    """Read a matrix of similarities.
+
+    Args:
+        path: A .npy file, or a pickle.
+
+    Returns:
+        The matrix (clips, sentences).
+
+    Raises:
+        UserError: The file cannot be read, or holds something else.
+    """
     if Path(path).suffix != ".npy":
         matrix = load_pickle(path, "similarity")
     else:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 # Flags that change nothing in what is trained: they say where the run writes, what it logs and how it is spread over
 # machines, or the checkpoint decides in their place (`--resume` and the sizes of the model, which `_model` compares).
-_FREE = frozenset(
+FREE = frozenset(
     """
     output_dir evaluate eval_batch_size eval_freq save_steps keep_checkpoints allow_changes print_freq workers debug
     tensorboard wandb wandb_project wandb_name wandb_mode device gpu world_size rank local_rank dist_url dist_backend
@@ -84,7 +84,7 @@ def find_changes(
     found = [
         Change(name.replace("_", "-"), f"--{name.replace('_', '-')} {_shown(before[name])} -> {_shown(value)}", other)
         for name, value in now.items()
-        if name in before and name not in _FREE and _differs(name, before, now)
+        if name in before and name not in FREE and _differs(name, before, now)
         for other in [_makes_another_run(name, before, now)]
     ]
     found += _model(checkpoint.contents["model_config"], model)

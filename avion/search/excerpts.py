@@ -21,7 +21,6 @@ SHORT_SIDE = 288  # pixels of an excerpt; smaller videos keep their size
 FPS = 15
 MOST_SECONDS = 60.0  # of an excerpt
 _AT_ONCE = 30  # frames that are decoded at a time
-_KEPT = 200  # files
 
 
 class Excerpts:
@@ -30,10 +29,11 @@ class Excerpts:
     Args:
         finder: Where the videos are.
         folder: The folder of the files, which must exist.
+        keep: How many files stay in the folder; the oldest ones are deleted.
     """
 
-    def __init__(self, finder: VideoFinder, folder: str | os.PathLike):
-        self.finder, self.folder = finder, Path(folder)
+    def __init__(self, finder: VideoFinder, folder: str | os.PathLike, keep: int = 200):
+        self.finder, self.folder, self.keep = finder, Path(folder), keep
         self._lock = threading.Lock()  # one excerpt at a time, so that no file is cut twice at once
 
     def clip(self, video: str, start: float, end: float) -> Path:
@@ -80,7 +80,7 @@ class Excerpts:
             files = sorted(
                 (p for p in self.folder.iterdir() if p.suffix in (".mp4", ".jpg")), key=lambda p: p.stat().st_mtime
             )
-            for old in files[: max(len(files) - _KEPT + 1, 0)]:
+            for old in files[: max(len(files) - self.keep + 1, 0)]:
                 old.unlink(missing_ok=True)
             with partial_file(path, cure="set TMPDIR to another folder") as partial:
                 write(partial)

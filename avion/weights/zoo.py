@@ -102,7 +102,7 @@ def _source(zoo: str, path: str | None, config: ModelConfig) -> _Source:
     if path is not None and _is_address(path, zoo):
         return _Source(resolve_path(path), path, True if zoo == "openai" else None)
     tag = "openai" if zoo == "openai" else path
-    name = _open_clip_name(config, tag)
+    name = open_clip_name(config, tag)
     if name is None:
         sizes = ", ".join(f"{n} (patch {s[0]}, width {s[1]}, depth {s[2]})" for n, s in OPEN_CLIP_MODELS.items())
         raise UserError(
@@ -118,9 +118,17 @@ def _is_address(path: str, zoo: str) -> bool:
     return zoo == "openai" or path.startswith(HF_PREFIX) or os.path.exists(path) or "/" in path or "." in path
 
 
-def _open_clip_name(config: ModelConfig, tag: str | None) -> str | None:
-    """Return open_clip's name of the model of the same size; image sizes may differ, since position embeddings are
-    resized.
+def open_clip_name(config: ModelConfig, tag: str | None) -> str | None:
+    """Find open_clip's image CLIP of the same size as a video model.
+
+    Image sizes may differ, since position embeddings are resized.
+
+    Args:
+        config: The configuration of the video model.
+        tag: One of open_clip's pretrained tags.
+
+    Returns:
+        The name of open_clip's model; None where there is none of this size.
     """
     wanted = (config.patch_size, config.embed_dim, config.depth, config.text_width, config.text_layers)
     same = {name: sizes[-1] for name, sizes in OPEN_CLIP_MODELS.items() if sizes[:-1] == wanted}
@@ -142,7 +150,7 @@ def openai_files(config: ModelConfig) -> tuple[str, list[str]] | None:
     """
     from open_clip import pretrained as zoo
 
-    name = _open_clip_name(config, "openai")
+    name = open_clip_name(config, "openai")
     return _hub_names(zoo.get_pretrained_cfg(name, "openai")) if name is not None else None
 
 

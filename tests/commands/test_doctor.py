@@ -1,5 +1,6 @@
 """tools/doctor.py on this machine, and on machines on which something is broken."""
 
+import importlib.metadata
 from pathlib import Path
 
 import pytest
@@ -69,11 +70,17 @@ def test_a_backend_that_throws_is_named(doctor, capsys, monkeypatch):
 
 
 def test_missing_packages_decoders_and_gpu(doctor, capsys, monkeypatch):
-    installed = doctor._installed
-    monkeypatch.setattr(doctor, "_installed", lambda package: None if package == "timm" else installed(package))
-    assert doctor.main([]) == 1
+    version = importlib.metadata.version
+
+    def without_timm(package):
+        if package == "timm":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return version(package)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib.metadata, "version", without_timm)
+        assert doctor.main([]) == 1
     assert lines(capsys)["timm:"] == "not installed: pip install -r requirements.txt"
-    monkeypatch.setattr(doctor, "_installed", installed)
 
     def refuse(path, decoder):
         raise VideoError(path, f"{decoder} is not installed")

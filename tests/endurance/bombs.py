@@ -185,7 +185,7 @@ def jsons() -> Iterator[tuple[str, Callable[[Path], object]]]:
 
 
 def arrays() -> Iterator[tuple[str, Callable[[Path], object]]]:
-    from avion.commands.make_submission import _read_matrix
+    from avion.commands.make_submission import read_matrix
 
     def npy(shape: tuple[int, ...], descr: str = "<f8", raw: bytes = b"") -> bytes:
         header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
@@ -200,13 +200,13 @@ def arrays() -> Iterator[tuple[str, Callable[[Path], object]]]:
         "a negative side": npy((-3, -3), raw=bytes(72)),
         "no header": b"\x93NUMPY",
     }.items():
-        yield what, lambda folder, c=content: _read_matrix(str(written(folder, "a.npy", c)))
+        yield what, lambda folder, c=content: read_matrix(str(written(folder, "a.npy", c)))
 
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as zipped:
         zipped.writestr("a.npy", npy((40_000_000,)) + bytes(320_000_000))
     packed = buffer.getvalue()
-    yield "a zip that unpacks to 320 MB", lambda folder: _read_matrix(str(written(folder, "a.npy", packed)))
+    yield "a zip that unpacks to 320 MB", lambda folder: read_matrix(str(written(folder, "a.npy", packed)))
 
 
 # --- names and files -------------------------------------------------------------------------------------------------

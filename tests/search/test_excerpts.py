@@ -54,9 +54,8 @@ def test_sizes_are_even_and_small(tmp_path):
     assert frames[0].shape == (288, 506, 3) and read_barcode(frames[0]) == 0
 
 
-def test_files_are_kept_and_their_number_is_bounded(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(excerpts, "_KEPT", 3)
-    cut = Excerpts(VideoFinder(data / "videos", in_store=True), tmp_path)
+def test_files_are_kept_and_their_number_is_bounded(data, tmp_path):
+    cut = Excerpts(VideoFinder(data / "videos", in_store=True), tmp_path, keep=3)
     first = cut.thumbnail("a", 0.0, 1.0)
     stamp = first.stat().st_ino
     for start in (1.0, 2.0, 3.0, 4.0):

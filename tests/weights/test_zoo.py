@@ -349,7 +349,7 @@ def test_the_registered_models_find_their_image_clip():
     from avion.models.registry import model_config
 
     def find(name, tag="openai"):
-        return module._open_clip_name(model_config(name), tag)
+        return module.open_clip_name(model_config(name), tag)
 
     for name in ("TIMESFORMER_VITB16", "TIMEMAMBA_SPACETIME_VITB16", "CLIP_VITB16", "LAVILA_TSF_B16"):
         assert find(name) == find(name, "laion2b_s34b_b88k") == "ViT-B-16"
