@@ -30,7 +30,14 @@ _CHARADES = (
 
 
 def write_benchmarks(paths: DemoPaths, clips: Sequence[EK100Clip], scenes: Sequence[SceneTask], seed: int) -> None:
-    """Write all files. clips: the evaluation clips, whose videos are there. scenes: EgoSchema's, likewise."""
+    """Write all files.
+
+    Args:
+        paths: The paths of the files.
+        clips: The evaluation clips, whose videos exist already.
+        scenes: The scenes of EgoSchema, whose videos exist already.
+        seed: The seed of the dataset.
+    """
     _write_egtea(paths, _first_of_each(clips, _PER_CLASS))
     _write_charades(paths, scenes)
     questions = _questions(clips, np.random.default_rng((seed, 3, 0)))

@@ -77,7 +77,7 @@ class DemoPaths:
 
     @property
     def action_validation_csv(self) -> Path:
-        """The clips of `val_csv`, likewise."""
+        """The clips of `val_csv` in the same form."""
         return self.annotations / "EPIC_100_validation.csv"
 
     validation_csv = action_validation_csv

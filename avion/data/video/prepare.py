@@ -60,7 +60,7 @@ def prepare_videos(
         target: The folder that is filled; it may exist.
         settings: How; the same in every run on one target.
         processes: Videos at a time; 0: see `share_out`.
-        threads: Of each one's decoder and encoder; 0: likewise.
+        threads: The threads of each decoder and encoder; 0: as many as the cores allow.
         shard: (I, N): of the videos in order of their names, every N-th from the I-th on.
         retry: Try those again that failed in an earlier run.
         progress: Is called with (bytes of raw videos done, in all, a few words) now and then.
