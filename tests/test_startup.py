@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from avion.commands.table import programs
 from tests.layering import ROOT
 
 HEAVY = (
@@ -74,7 +75,12 @@ def test_help_that_nobody_reads_is_no_error(program):
     assert child.returncode == 141
 
 
-@pytest.mark.parametrize("words", [("--help",), (), ("plot", "--help"), ("models", "TIME*")], ids=" ".join)
+# torchrun is missing: its help is that of PyTorch's own parser.
+COMMANDS = [(p.name, "--help") for p in programs() if p.name != "torchrun"]
+SEARCHES = [("search-videos", word, "--help") for word in ("index", "search", "serve")]
+
+
+@pytest.mark.parametrize("words", [("--help",), (), ("models", "TIME*"), *COMMANDS, *SEARCHES], ids=" ".join)
 def test_the_command_avion_imports_nothing_heavy(words):
     ended = run("module", "avion", *words)
     assert ended["status"] == 0
