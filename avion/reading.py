@@ -1,8 +1,9 @@
-"""Files and texts from outside are read here in bounded time and memory. A leaf: it imports only the project's errors.
+"""Files and texts from outside are read here in bounded time and memory. A leaf.
 
 `open_file` and `read_text` take the place of `open` and `Path.read_text`. They raise OSError as these do, but never
-wait for a named pipe. `parse_json` and `parse_yaml` take the place of `json.loads` and `yaml.safe_load`. They raise
-ValueError for everything that is not plain data of a sensible size.
+wait for a named pipe. A path may be a URL such as `s3://bucket/file`, which is read through a local copy. `parse_json`
+and `parse_yaml` take the place of `json.loads` and `yaml.safe_load`. They raise ValueError for everything that is not
+plain data of a sensible size.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import IO, TYPE_CHECKING, Any
+
+from avion.remote import fetch, is_remote, place_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,14 +36,16 @@ def open_file(path: str | os.PathLike[str], mode: str = "rb", **text: Any) -> IO
     """Open a regular file for reading, as `open` does.
 
     Args:
-        path: The file.
+        path: The file, here or in a remote place.
         mode: "rb" or "r".
         text: `encoding`, `newline` and `errors`, as `open` takes them.
 
     Raises:
         OSError: The file cannot be opened, or is a folder, a named pipe, a socket or a device. Opening a named pipe
             would wait until somebody writes into it.
+        UserError: A package that a URL needs is missing, or the URL holds credentials.
     """
+    path = fetch(os.fspath(path)) if is_remote(path) else path
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     try:
         check_regular(os.fstat(handle).st_mode)
@@ -48,6 +53,28 @@ def open_file(path: str | os.PathLike[str], mode: str = "rb", **text: Any) -> IO
     except BaseException:
         os.close(handle)
         raise
+
+
+def file_size(path: str | os.PathLike[str]) -> int:
+    """The size in bytes of a regular file, here or in a remote place. Raises as `open_file` does."""
+    with open_file(path) as file:
+        return os.fstat(file.fileno()).st_size
+
+
+def file_exists(path: str | os.PathLike[str]) -> bool:
+    """Whether there is such a file or folder here, or such a file in a remote place.
+
+    Raises:
+        OSError: A remote place cannot be asked.
+        UserError: As `open_file`.
+    """
+    if not is_remote(path):
+        return os.path.exists(path)
+    try:
+        place_of(os.fspath(path)).facts(os.fspath(path))
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def check_regular(mode: int) -> None:

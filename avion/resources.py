@@ -8,6 +8,7 @@ import importlib.resources
 from pathlib import Path
 
 from avion.errors import UserError
+from avion.remote import is_remote
 
 RECIPES, SLURM = "recipes", "slurm"
 
@@ -37,10 +38,12 @@ def resources(name: str) -> Path:
     return place
 
 
-def config_path(path: str | Path) -> Path:
+def config_path(path: str | Path) -> str | Path:
     """Find the file behind a path of the form recipes/{name}.yaml, which works in any folder; other paths stay as they
     are.
     """
+    if is_remote(path):
+        return str(path)
     path = Path(path)
     if path.parts[:1] == (RECIPES,) and not path.exists():
         inside = resources(RECIPES).joinpath(*path.parts[1:])

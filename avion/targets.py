@@ -4,6 +4,7 @@ Hours of work must not end with a name that cannot be written, nor replace a fil
 """
 
 import os
+import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from avion.errors import UserError
 from avion.files import partial_name
 from avion.json_lines import append_json, read_json_lines
+from avion.remote import is_remote
 
 _LONGEST_NAME = 255  # bytes; what file systems take
 _MEMORY = "targets.jsonl"  # in the folder of a run: the files elsewhere that the run has written
@@ -43,6 +45,7 @@ def check_target(
     Raises:
         UserError: The file cannot be written, or must not be replaced; the message says why.
     """
+    check_here(path, flag)
     target = Path(path)
     where = f"{flag} {path}"
     if suffix and target.suffix != suffix:
@@ -74,11 +77,19 @@ def check_target_folder(path: str | os.PathLike[str], flag: str) -> None:
     Raises:
         UserError: The folder cannot be made or written to.
     """
+    check_here(path, flag)
     target, where = Path(path), f"{flag} {path}"
     found = _found(target, where)
     if found is not None and not stat.S_ISDIR(found.st_mode):
         raise UserError(f"{where}: is no folder; give another name")
     _check_folder(target / "file", where, True)
+
+
+def check_here(path: str | os.PathLike[str], flag: str) -> None:
+    """Raise UserError for an address such as s3://bucket/folder, of which a folder "s3:" would be made here."""
+    text = os.fspath(path)
+    if is_remote(text) or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):  # as a Path holds an address
+        raise UserError(f"{flag} {text}: is an address, and this is written to this machine only; give a path here")
 
 
 def remember_target(run_folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:

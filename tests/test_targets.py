@@ -11,12 +11,14 @@ from avion.commands import (
     check_data,
     convert_checkpoint,
     export_model,
+    extract_features,
     files,
     index_videos,
     make_demo_data,
     make_submission,
     prepare_videos,
     reproduce,
+    search_videos,
 )
 from avion.engine.args import build_parser
 from avion.engine.options import (
@@ -118,6 +120,31 @@ def test_folders(tmp_path):
     ):
         with pytest.raises(UserError, match=says):
             check_target_folder(path, "--output-dir")
+
+
+@pytest.mark.parametrize(
+    "main, words",
+    [
+        (build_relevancy.main, ["c.csv", "s.csv", "--output", "s3://bucket/x.pkl"]),
+        (convert_checkpoint.main, ["a.pt", "s3://bucket/x.pt"]),
+        (convert_checkpoint.main, ["a.pt", "s3://bucket/folder"]),
+        (files.main, ["--copy", "s3://bucket/x"]),
+        (make_demo_data.main, ["--root", "s3://bucket/x"]),
+        (make_submission.main, ["retrieval", "a.npy", "c.csv", "s.csv", "s3://bucket/x.zip"]),
+        (prepare_videos.main, ["raw", "s3://bucket/videos"]),
+        (extract_features.main, ["--checkpoint", "a.pt", "--output-dir", "s3://bucket/features"]),
+        (search_videos.main, ["index", "videos", "--checkpoint", "a.pt", "--index", "s3://bucket/index"]),
+    ],
+)
+def test_addresses_are_never_folders_here(main, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(words)
+    except SystemExit as error:
+        status = error.code
+    told = capsys.readouterr().err
+    assert status == 2 and "is an address" in told and told.count("\n") == 1, told
+    assert not os.listdir(tmp_path)
 
 
 OPTIONS = (

@@ -14,7 +14,7 @@ from pathlib import Path
 from avion.engine.args import ToolParser
 from avion.errors import exit_status, say
 from avion.numbers import SEED
-from avion.targets import check_target
+from avion.targets import check_here, check_target
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             contact_sheet(Path(given.contact_sheet), given.seed)
             say(str(given.contact_sheet))
         else:
+            check_here(given.root, "--root")
             say(str(ensure_demo_dataset(given.root, seed=given.seed).root))
 
     return exit_status("tools/make_demo_data.py", body)

@@ -27,6 +27,7 @@ from avion.data.video.prepare_plan import DATASETS, Settings, parse_shard
 from avion.engine.args import ToolParser
 from avion.errors import exit_status, printable, say
 from avion.numbers import WORKERS, Number, whole
+from avion.targets import check_here
 
 _QUIET_EVERY_S = 30.0  # between lines of progress that go to a file
 
@@ -199,6 +200,7 @@ def tell(report: Report, target: str, settings: Settings) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what the flags ask for; return the exit status."""
+    check_here(args.target, "TARGET")
     encoding = Encoding(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Encoding)})
     settings = Settings(args.dataset, args.layout, args.chunk_length, args.short_side, encoding)
     signal.signal(signal.SIGTERM, _interrupt)

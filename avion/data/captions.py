@@ -23,7 +23,7 @@ from avion.data.ek100 import csv_rows
 from avion.data.narrations import TEXTS_TOO_LONG, NarrationTable, TableBuilder, checked_not_empty, texts_allowed
 from avion.data.video import VIDEO_EXTENSIONS
 from avion.errors import UserError
-from avion.reading import open_file, parse_json, read_text
+from avion.reading import file_size, open_file, parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def read_narrations(paths: Sequence[str | os.PathLike], columns: Columns = Colum
 def _add_captions(builder: TableBuilder, path: str | os.PathLike, columns: Columns) -> None:
     clips: dict[tuple, list[str]] = {}
     places: dict[tuple, str] = {}
-    left = 0 if not os.path.exists(path) else texts_allowed(os.path.getsize(path))
+    left = texts_allowed(_size(path))
     for place, row in _rows(path, columns):
         column = columns.video
         try:
@@ -118,6 +118,13 @@ def _add_captions(builder: TableBuilder, path: str | os.PathLike, columns: Colum
             builder.add(video, start, None if end == TO_THE_END else end, captions)
         except ValueError as error:
             raise UserError(f"captions {path}: {places[video, start, end]}: {error}") from None
+
+
+def _size(path: str | os.PathLike) -> int:
+    try:
+        return file_size(path)
+    except OSError:  # its reader says what is wrong with it
+        return 0
 
 
 def _rows(path: str | os.PathLike, columns: Columns) -> Iterator[tuple[str, dict]]:

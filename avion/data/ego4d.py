@@ -11,6 +11,7 @@ import os
 
 from avion.data.narrations import NarrationTable, TableBuilder, checked_not_empty
 from avion.errors import UserError
+from avion.reading import file_size
 from avion.safe_pickle import load_pickle
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def add_ego4d(builder: TableBuilder, path: str | os.PathLike) -> None:
     rows = load_pickle(path, "narrations")
     if not isinstance(rows, (list, tuple)):
         raise UserError(f"narrations {path}: a list of rows is required, the pickle holds a {type(rows).__name__}")
-    builder.begin_file(os.path.getsize(path))
+    builder.begin_file(file_size(path))
     for i, row in enumerate(rows):
         if not isinstance(row, (list, tuple)) or len(row) not in (4, 5):
             found = f"{len(row)} fields" if isinstance(row, (list, tuple)) else type(row).__name__

@@ -24,6 +24,7 @@ from avion.data.transforms import EvalTransform
 from avion.data.video import VideoError, open_video, resolve_decoder, uniform_frame_ids
 from avion.errors import UserError
 from avion.reading import parse_json, read_text
+from avion.remote import is_remote, joined
 
 OPTIONS = 5
 _UID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}")
@@ -206,8 +207,8 @@ class LongVideos(Dataset):
         decoder: str = "auto",
         threads: int = 1,
     ):
-        self.questions, self.root, self.sampling = questions, Path(root), sampling
-        if not self.root.is_dir():
+        self.questions, self.root, self.sampling = questions, os.fspath(root), sampling
+        if not is_remote(root) and not os.path.isdir(root):
             raise UserError(f"--root {root}: no such folder; give the folder that the videos {{q_uid}}.mp4 are in")
         if sampling not in VIDEO_SAMPLINGS:
             raise UserError(f"sampling: {sampling!r} is not one of {', '.join(VIDEO_SAMPLINGS)}")
@@ -217,8 +218,9 @@ class LongVideos(Dataset):
     def __len__(self) -> int:
         return len(self.questions)
 
-    def path(self, index: int) -> Path:
-        return self.root / f"{self.questions[index].uid}.mp4"
+    def path(self, index: int) -> str | Path:
+        path = joined(self.root, f"{self.questions[index].uid}.mp4")
+        return path if is_remote(path) else Path(path)
 
     def __getitem__(self, key: tuple[int, Sequence[int]]) -> dict[str, object]:
         index, counts = key
@@ -229,7 +231,7 @@ class LongVideos(Dataset):
             empty = torch.empty(0, 3, size, size, dtype=torch.uint8)
             return {"index": index, "frames": empty, "clips": {}, "error": str(error)}
 
-    def _read(self, path: Path, counts: Sequence[int]) -> dict[str, object]:
+    def _read(self, path: str | Path, counts: Sequence[int]) -> dict[str, object]:
         with open_video(path, self.decoder, self.threads) as reader:
             clips = {count: frame_ids(reader.num_frames, count, self.sampling) for count in counts}
             needed = np.unique(np.concatenate(list(clips.values())))

@@ -15,6 +15,7 @@ import numpy as np
 from avion.data.narrations import NarrationTable, TableBuilder, checked_not_empty
 from avion.errors import UserError
 from avion.reading import open_file
+from avion.remote import neighbour
 from avion.safe_pickle import load_pickle
 
 logger = logging.getLogger(__name__)
@@ -137,10 +138,10 @@ def sentence_texts(clips: EK100Table, path: str | os.PathLike) -> list[str]:
     return spoken
 
 
-def sentence_path(clips_path: str | os.PathLike) -> Path:
+def sentence_path(clips_path: str | os.PathLike) -> str:
     """Return the path of a split's sentences: `..._test.csv` → `..._test_sentence.csv`, in the same folder."""
-    clips_path = Path(clips_path)
-    return clips_path.with_name(f"{clips_path.stem}_sentence{clips_path.suffix}")
+    name = Path(clips_path)
+    return neighbour(clips_path, f"{name.stem}_sentence{name.suffix}")
 
 
 def load_relevancy(path: str | os.PathLike, num_clips: int, num_sentences: int) -> np.ndarray:

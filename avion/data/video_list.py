@@ -70,8 +70,8 @@ def read_video_list(path: str | os.PathLike) -> VideoList:
     Raises:
         UserError: The list does not have the described form. The message has one line with file and line.
     """
-    path = Path(path)
-    if path.suffix in (".pkl", ".pickle") or (is_caption_file(path) and path.suffix.lower() != ".csv"):
+    path = os.fspath(path)
+    if Path(path).suffix in (".pkl", ".pickle") or (is_caption_file(path) and Path(path).suffix.lower() != ".csv"):
         return VideoList(read_narrations([path]))
     try:
         with open_file(path, "r", newline="", encoding="utf-8-sig") as file:
@@ -95,7 +95,7 @@ def read_video_list(path: str | os.PathLike) -> VideoList:
     return VideoList([_span(row, f"video list {path}: line {line}") for line, row in rows])
 
 
-def _named_columns(path: Path, rows: list[tuple[int, list[str]]]) -> list[Span]:
+def _named_columns(path: str, rows: list[tuple[int, list[str]]]) -> list[Span]:
     """The spans of a CSV whose first row has the names of the columns."""
     header = rows[0][1]
     repeated = [name for name in header if header.count(name) > 1]

@@ -16,12 +16,13 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from avion.elsewhere import flag_elsewhere, value_elsewhere
 from avion.errors import NOBODY_READS, USER_ERROR, UserError, called_names, stdout_is_closed
 from avion.numbers import Number, shown, whole
 from avion.plugins import import_plugins
+from avion.remote import check_address, is_remote
 
 from .yaml_files import read_yaml_mapping, recipe_flags, unknown_key
 
@@ -36,7 +37,11 @@ class Options:
     file; the other flags have their defaults.
     """
 
+    REMOTE_OUTPUT: ClassVar[bool] = False  # whether `--output-dir` may be an address
+
     _given: frozenset[str] = dataclasses.field(default=frozenset(), repr=False, kw_only=True)
+    # What `--output-dir` says, where it is an address and `output_dir` is the working folder of this machine.
+    address: str = dataclasses.field(default="", repr=False, kw_only=True)
 
     def given(self) -> frozenset[str]:
         """The names of the fields whose flags were given."""
@@ -60,7 +65,8 @@ class Options:
 
     def values(self) -> dict[str, Any]:
         """Return the values of all flags by the names of their fields."""
-        return {name: getattr(self, name) for name in flag_fields(type(self))}
+        values = {name: getattr(self, name) for name in flag_fields(type(self))}
+        return {**values, "output_dir": self.address} if self.address else values
 
 
 def flag_fields(config: type) -> dict[str, dataclasses.Field]:
@@ -423,6 +429,12 @@ def _settled(config: type[T], values: dict[str, Any]) -> T:
     for group in config.__mro__:
         if "settle" in group.__dict__:
             values = group.settle(values, config)
+    for value in values.values():
+        for word in value if isinstance(value, list) else [value]:
+            if isinstance(word, str):
+                check_address(word)
+    if is_remote(values.get("output_dir") or "") and not config.REMOTE_OUTPUT:
+        raise UserError(f"--output-dir {values['output_dir']}: is an address; a folder of this machine is required")
     result = config(**values, _given=frozenset(values))
     for group in config.__mro__:
         if "check" in group.__dict__:

@@ -16,11 +16,12 @@ from avion.json_lines import append_json
 from avion.models.locking import lock_towers, parameter_counts
 from avion.weights import Checkpoint
 
-from . import distributed, signals, sinks
+from . import distributed, mirror, signals, sinks
 from .args import Options
 from .console import setup_logging
 from .distributed import World
 from .inputs import ModelInputs
+from .mirror import in_working_folder, readable, working_folder
 from .options import DeviceOptions, TrainingOptions
 from .peers import LostPeer
 from .precision import Precision, choose_precision
@@ -47,6 +48,7 @@ def train_or_evaluate(task_class: type[Task[T]], options: T) -> dict[str, float]
         UserError: A flag, a file or the environment is wrong.
         Stopped: A signal asked the run to stop; the same options go on from where it stands.
     """
+    options = in_working_folder(options)
     with joined(options, None if options.evaluate else options.output_dir) as world:
         # Before anything slow, because a process that was started with other flags would only be noticed much later.
         world.agree({**shared_flags(options), "torch": torch.__version__})
@@ -54,7 +56,7 @@ def train_or_evaluate(task_class: type[Task[T]], options: T) -> dict[str, float]
             sinks.check_flags(options)
         with world.together("looking for a checkpoint"):
             start, checkpoint = find_start(options) if world.is_main else (Start(), None)
-        start = world.broadcast(start)
+        start = readable(world.broadcast(start), options, world)
         precision, task = _read_data(task_class, options, start.path, checkpoint, world)
         world.agree(task.facts())
         world.stop_if_asked("before the model was built")
@@ -87,11 +89,10 @@ def joined(options: DeviceOptions, log_dir: str | None) -> Iterator[World]:
         try:
             with world.together("opening the log"):
                 setup_logging(world)
-                if world.is_main and log_dir is not None:
-                    held.enter_context(
-                        folder_lock.held(log_dir, meanwhile=lambda: signals.raise_if_asked("before it began"))
-                    )
-                    remove_partial_files(log_dir, *_WRITTEN)
+                if world.is_main and (log_dir is not None or options.address):
+                    held.enter_context(_folder(options, log_dir))
+                if options.address:  # on every machine
+                    working_folder(options.address).mkdir(parents=True, exist_ok=True)
                 setup_logging(world, log_dir)
             yield world
             world.leave(None)
@@ -104,6 +105,22 @@ def joined(options: DeviceOptions, log_dir: str | None) -> Iterator[World]:
         finally:
             end_all_workers()
             distributed.shutdown(lost)
+
+
+@contextlib.contextmanager
+def _folder(options: DeviceOptions, log_dir: str | None) -> Iterator[None]:
+    """Hold the folder of a run, and keep the remote folder like it where `--output-dir` is an address."""
+    folder = working_folder(options.address) if options.address else Path(log_dir or ".")
+
+    def stop_if_asked() -> None:
+        signals.raise_if_asked("before it began")
+
+    with contextlib.ExitStack() as held:
+        held.enter_context(folder_lock.held(folder, meanwhile=stop_if_asked))
+        remove_partial_files(folder, *_WRITTEN)
+        if options.address:
+            held.enter_context(mirror.kept(options.address, folder, stop_if_asked))
+        yield
 
 
 def shared_flags(options: Options) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from avion.elsewhere import program_elsewhere
 from avion.errors import UserError
 from avion.numbers import COUNT, COUNT_OR_OFF, PROCESSES, whole
+from avion.remote import is_remote
 from avion.resources import SLURM, checkout, resources
 
 from .args import Options, flag, other_default, parse
@@ -205,6 +206,10 @@ def submit(entry_point: str, words: Sequence[str], options: SubmitOptions) -> st
     words = [*(["--import", *options.plugins] if options.plugins else []), *words]
     run = parse(ENTRY_POINTS[entry_point], words, entry_point, "")
     options.check_job()
+    if is_remote(run.output_dir) and not options.job_dir:
+        raise UserError(
+            f"--output-dir {run.output_dir}: is an address; name a folder for the job's own files: --job-dir"
+        )
     folder = Path(options.job_dir or Path(run.output_dir) / "slurm").absolute()
     parameters = _parameters(entry_point, options)
     if options.dry_run:

@@ -7,6 +7,7 @@
 import functools
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ def read_sentences(path: str | Path) -> list[str]:
     Raises:
         UserError: The file cannot be read, or holds no sentences.
     """
-    path = Path(path)
-    if path.suffix.lower() == ".csv":
+    path = os.fspath(path)
+    if Path(path).suffix.lower() == ".csv":
         rows = list(csv_rows(path, ()))
         column = next((name for name in _COLUMNS if rows and name in rows[0][1]), None)
         if rows and column is None:

@@ -17,6 +17,7 @@ from avion.engine.options import (
     ZeroShotOptions,
 )
 from avion.errors import UserError
+from avion.remote import is_remote
 
 from .recipe import Recipe, TaskOptions
 
@@ -91,6 +92,8 @@ def _data(options: TaskOptions) -> Iterator[Missing]:
     if options.dataset == "demo" or (isinstance(options, ZeroShotOptions) and options.demo_root):
         return  # the demo dataset is made where it is missing
     for flag, path, kind in sorted(set(_paths(options)), key=lambda entry: entry[:2]):
+        if is_remote(path):
+            continue  # the run itself asks the place
         there = Path(path).is_dir() if kind == "videos" else Path(path).is_file()
         if not there:
             yield Missing(f"{'folder' if kind == 'videos' else 'file'} {path} ({flag})", _CURES[kind])
@@ -202,7 +205,7 @@ def _weights(recipe: Recipe, options: TaskOptions, here: bool) -> Iterator[Missi
 def _file(path: str) -> Iterator[Missing]:
     if path.startswith(("http://", "https://")):
         yield Missing(f"weights {path}", "a page to download them from by hand; then give --checkpoint FILE")
-    elif not Path(path).is_file():
+    elif not is_remote(path) and not Path(path).is_file():
         yield Missing(f"weights {path}", _CURES["weights"])
 
 

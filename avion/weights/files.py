@@ -1,6 +1,7 @@
 """Files of weights are read and written here, without ever running what is inside of them.
 
-An address is a local path or `hf:owner/repo/file` (Hugging Face Hub, through its local cache). Files of safetensors are
+An address is a local path, a URL such as `s3://bucket/file`, or `hf:owner/repo/file` (Hugging Face Hub). What lies
+elsewhere is read through a local cache. Files of safetensors are
 read by safetensors, TorchScript archives by `avion.weights.torchscript`, and all other files by
 `torch.load(weights_only=True)` with three additions: `argparse.Namespace` (upstream's `args`), plain numpy numbers
 (upstream's `best_acc1`), and inert stand-ins for foreign objects in `args` (see `avion.weights.foreign`). Tensors stay
@@ -29,6 +30,7 @@ from torch import Tensor
 from avion.errors import UserError
 from avion.files import partial_file, written_whole
 from avion.reading import open_file, parse_json
+from avion.remote import fetch, is_remote
 from avion.safe_pickle import Refused
 
 from .foreign import Scout, check_sizes, refuse_outside_args, scout, scout_archive
@@ -43,7 +45,7 @@ _METADATA_KEY = "avion"
 
 
 def resolve_path(path: str | os.PathLike) -> Path:
-    """Find the local file behind a path or an `hf:owner/repo/file` address.
+    """Find the local file behind a path, a URL or an `hf:owner/repo/file` address.
 
     A file that is already in the hub's cache is used without a question to the hub.
 
@@ -59,12 +61,23 @@ def resolve_path(path: str | os.PathLike) -> Path:
     text = os.fspath(path)
     if text.startswith(HF_PREFIX):
         return _resolve_hub_address(text)
+    if is_remote(text):
+        return _resolve_url(text)
     local = Path(text).expanduser()
     if local.is_dir():
         raise UserError(f"{text}: is a folder, a checkpoint file is needed (for example {text}/checkpoint.pt)")
     if not local.is_file():
         raise UserError(f"{text}: no such file (give a path or hf:owner/repo/file)")
     return local
+
+
+def _resolve_url(address: str) -> Path:
+    try:
+        return Path(fetch(address))
+    except FileNotFoundError:
+        raise UserError(f"{address}: there is no such file") from None
+    except OSError as error:
+        raise UserError(f"{address}: cannot be read ({error.strerror or error})") from error
 
 
 def _resolve_hub_address(address: str) -> Path:
@@ -205,10 +218,11 @@ def read_checkpoint(path: str | os.PathLike, *, verify: bool = True) -> dict[str
             contents = _read(file, local)
             if verify:
                 check_integrity(file, local)
-    except UserError:
-        raise
     except Exception as error:  # hostile bytes can raise anything from within the readers
-        raise UserError(_why_unreadable(local, error)) from error
+        line = str(error) if isinstance(error, UserError) else _why_unreadable(local, error)
+        if is_remote(path):  # the local copy says nothing to people
+            line = line.replace(str(local), os.fspath(path))
+        raise UserError(line) from error
     if not isinstance(contents, dict):
         raise UserError(f"{local}: holds a {type(contents).__name__}, a checkpoint is a dict with a state_dict in it")
     return contents

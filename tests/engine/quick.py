@@ -99,11 +99,11 @@ class Quick(Task[PretrainOptions]):
         return f"avg_map {metrics['avg_map']}"
 
 
-def options(folder: Path, *words: str) -> PretrainOptions:
+def options(folder: Path | str, *words: str) -> PretrainOptions:
     return parse(PretrainOptions, [*WORDS, "--output-dir", str(folder), *words], "main_pretrain.py", "")
 
 
-def run(folder: Path, *words: str) -> dict[str, float]:
+def run(folder: Path | str, *words: str) -> dict[str, float]:
     """Train in this process; the metrics of the last evaluation."""
     return train_or_evaluate(Quick, options(folder, *words))
 
@@ -113,7 +113,7 @@ def run_as_rank(rank: int, size: int, folder: str, words: list[str], environment
     os.environ.update(environment)
     try:
         with signals.heeded():
-            run(Path(folder), *words)
+            run(folder, *words)
     except Exception as e:
         return f"{type(e).__name__}: {e}"
     return ""

@@ -21,6 +21,7 @@ import numpy as np
 
 from avion.errors import UserError
 from avion.processes import pool
+from avion.remote import cache_root
 
 from .decode import BARE_CODECS
 from .errors import VideoError, one_line
@@ -29,7 +30,6 @@ from .indexed_reader import IndexedReader
 from .layout import VIDEO_EXTENSIONS
 from .pyav_reader import PyAVReader
 from .reader import check_file
-from .remote import cache_folder
 from .storage import Storage, is_remote, storage_of
 
 _JOURNAL = struct.Struct("<IIQQqI")  # lengths of path and record, kind, size, stamp, checksum of path and record
@@ -94,7 +94,7 @@ def _brought_back(storage: Storage) -> Iterator[Path]:
 
     Its name is the same each time, so that its journal is found again."""
     name = hashlib.blake2b(storage.root.encode(), digest_size=16).hexdigest()
-    here, there = cache_folder().parent / "indexes" / name, storage.join(storage.root, INDEX_NAME)
+    here, there = cache_root() / "indexes" / name, storage.join(storage.root, INDEX_NAME)
     here.parent.mkdir(parents=True, exist_ok=True)
     try:
         if storage.exists(there):

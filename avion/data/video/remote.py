@@ -1,38 +1,25 @@
-"""Videos on object stores and other remote places: `s3://bucket/folder` and whatever else fsspec knows.
+"""Videos on object stores and other remote places: a dataset's folder is a URL (`avion.remote`).
 
-Credentials, regions and endpoints are those of the ecosystem (for S3: AWS_ACCESS_KEY_ID, ~/.aws, instance roles,
-AWS_ENDPOINT_URL). Reads are ranges, several at a time. What was read is kept in a folder of bounded size that all
-processes of a machine share.
+Reads are ranges, several at a time. What was read is kept in a folder of bounded size that all processes of a machine
+share.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import os
 import secrets
 import tempfile
-import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from avion.errors import UserError
-from avion.files import written_whole
+from avion.remote import RANGE_BYTES, Facts, Remote, cache_limit, cache_root, copy_here, evict, joined, key_of
 
 from .storage import FileFacts, Storage
 
-ATTEMPTS, FIRST_WAIT_S = 4, 0.2  # of a request; the wait doubles
-CACHE_BYTES = 4 * 2**30  # of the local copies; AVION_CACHE_BYTES says otherwise
 _KNOWN_FACTS = 2**16  # files whose size is remembered
-_KEPT_SHARE = 0.8  # of the cache that an eviction leaves
-
-
-def cache_folder() -> Path:
-    """Where local copies lie: AVION_CACHE, else ~/.cache/avion."""
-    return Path(os.environ.get("AVION_CACHE") or Path.home() / ".cache" / "avion") / "ranges"
 
 
 class RemoteStorage(Storage):
@@ -42,34 +29,17 @@ class RemoteStorage(Storage):
 
     def __init__(self, root: str):
         super().__init__(root.rstrip("/"))
-        self._fs: Any = None
-        self._fs_pid = -1
+        self.place = Remote(self.root)
         self._facts: OrderedDict[str, FileFacts] = OrderedDict()
-        self.cache = RangeCache(cache_folder(), int(os.environ.get("AVION_CACHE_BYTES", CACHE_BYTES)))
-        self.fs  # noqa: B018  a missing package is told here, not in a worker
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_fs": None, "_fs_pid": -1}
+        self.cache = RangeCache(cache_root() / "ranges", cache_limit("AVION_CACHE_BYTES", RANGE_BYTES))
 
     @property
     def fs(self) -> Any:
-        """The file system, one per process: connections do not survive a fork."""
-        if self._fs_pid != os.getpid():
-            try:
-                import fsspec
-
-                self._fs, _ = fsspec.core.url_to_fs(self.root, skip_instance_cache=True)
-            except ImportError as error:
-                raise UserError(
-                    f"{self.root}: remote folders need more packages ({error}); `pip install avion-timemamba[remote]`"
-                ) from None
-            except ValueError as error:
-                raise UserError(f"{self.root}: is of no kind that fsspec knows ({error})") from None
-            self._fs_pid = os.getpid()
-        return self._fs
+        """The file system, one per process."""
+        return self.place.fs
 
     def join(self, *parts: str) -> str:
-        return "/".join([parts[0].rstrip("/"), *(part.strip("/") for part in parts[1:])])
+        return joined(*parts)
 
     def exists(self, path: str) -> bool:
         try:
@@ -79,20 +49,16 @@ class RemoteStorage(Storage):
         return True
 
     def is_dir(self, path: str) -> bool:
-        return bool(self._asked(path, lambda: self.fs.isdir(path)))
+        return bool(self.place.asked(path, lambda: self.fs.isdir(path)))
 
     def entries(self, folder: str) -> list[tuple[str, bool]]:
-        found = self._asked(folder, lambda: self.fs.ls(folder, detail=True))
-        names = ((entry["name"].rstrip("/").rpartition("/")[2], entry["type"] == "directory") for entry in found)
-        return sorted((name, is_folder) for name, is_folder in names if name and not name.startswith("."))
+        return self.place.entries(folder)
 
     def facts(self, path: str) -> FileFacts:
         known = self._facts.get(path)
         if known is None:
-            found = self._asked(path, lambda: self.fs.info(path))
-            if found["type"] == "directory":
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-            known = self._facts[path] = FileFacts(int(found["size"]), _stamp(found))
+            found = self.place.facts(path)
+            known = self._facts[path] = FileFacts(found.size, found.stamp)
             if len(self._facts) > _KNOWN_FACTS:
                 self._facts.popitem(last=False)
         return known
@@ -102,45 +68,24 @@ class RemoteStorage(Storage):
 
     def open_file(self, path: str):
         """A file object for readers that need one."""
-        return self._asked(path, lambda: self.fs.open(path, "rb", block_size=4 * 2**20))
+        return self.place.asked(path, lambda: self.fs.open(path, "rb", block_size=4 * 2**20))
 
     def local_copy(self, path: str) -> str:
         """The whole file, brought here once for as long as it does not change."""
         facts = self.facts(path)
-        target = cache_folder().parent / "files" / f"{_key(path, facts)}-{os.path.basename(path)}"
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with written_whole(target, cure="point AVION_CACHE at another place") as file:
-                self._asked(path, lambda: self.fs.get_file(path, file.name))
-        return str(target)
+        return copy_here(self.place, path, Facts(facts.size, facts.stamp))
 
     @contextlib.contextmanager
     def temporary_copy(self, path: str) -> Iterator[Any]:
         """The whole file, in a file here that is gone after the block."""
         with tempfile.NamedTemporaryFile(suffix=os.path.splitext(path)[1]) as copy:
-            self._asked(path, lambda: self.fs.get_file(path, copy.name))
+            self.place.get(path, copy.name)
             yield copy
 
     def put(self, source: str, path: str) -> None:
-        """Write a file from here there. Object stores show it whole or not at all."""
-        self._asked(path, lambda: self.fs.put_file(source, path))
+        """Write a file from here there. A reader sees it whole or not at all."""
+        self.place.put(source, path)
         self._facts.pop(path, None)
-
-    def _asked(self, path: str, request):
-        """What `request()` returns. It is tried again where that may help; what remains is an OSError."""
-        for attempt in range(ATTEMPTS):
-            try:
-                return request()
-            except (FileNotFoundError, NotADirectoryError, PermissionError):
-                raise
-            except UserError:
-                raise
-            except Exception as error:  # botocore's, aiohttp's and others' errors have no common class
-                if attempt == ATTEMPTS - 1:
-                    reason = " ".join(str(error).split())[:160] or type(error).__name__
-                    raise OSError(errno.EIO, reason, path) from error
-                time.sleep(FIRST_WAIT_S * 2**attempt)
-        raise AssertionError("every attempt returns or raises")
 
 
 class RemoteRangeFile:
@@ -155,12 +100,12 @@ class RemoteRangeFile:
         return self._facts
 
     def read_ranges(self, ranges: list[tuple[int, int]]) -> list[bytes]:
-        key = _key(self._path, self._facts)
+        key = key_of(self._path, self._facts)
         cache = self._storage.cache
         found = [cache.get(key, *span) for span in ranges]
         due = [span for span, data in zip(ranges, found, strict=True) if data is None]
         if due:
-            fetched = self._storage._asked(
+            fetched = self._storage.place.asked(
                 self._path,
                 lambda: self._storage.fs.cat_ranges(
                     [self._path] * len(due), [o for o, _ in due], [o + n for o, n in due], on_error="raise"
@@ -213,33 +158,4 @@ class RangeCache:
         self._since_eviction += length
         if self._since_eviction > self.limit // 8:
             self._since_eviction = 0
-            self.evict()
-
-    def evict(self) -> None:
-        """Delete the copies used longest ago, until what is left fits."""
-        found = []
-        for path in self.folder.glob("*/*"):
-            with contextlib.suppress(OSError):
-                facts = path.stat()
-                found.append((facts.st_mtime_ns, facts.st_size, path))
-        total = sum(size for _, size, _ in found)
-        if total <= self.limit * _KEPT_SHARE:
-            return
-        for _, size, path in sorted(found, key=lambda entry: entry[0]):
-            with contextlib.suppress(OSError):
-                path.unlink()
-                total -= size
-            if total <= self.limit * _KEPT_SHARE:
-                return
-
-
-def _stamp(info: dict) -> int:
-    """A number that changes when the file is written anew, of what a store says about it."""
-    for name in ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created"):
-        if info.get(name) is not None:
-            return int.from_bytes(hashlib.blake2b(str(info[name]).encode(), digest_size=7).digest(), "little")
-    return 0
-
-
-def _key(path: str, facts: FileFacts) -> str:
-    return hashlib.blake2b(f"{path}\0{facts.size}\0{facts.stamp}".encode(), digest_size=16).hexdigest()
+            evict(self.folder, self.limit, "*/*", 0)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
+
+from avion.remote import is_remote
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,6 @@ class RangeFile:
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
-
-
-def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path is a URL of another place ("s3://...") rather than a file here."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(path)) is not None
 
 
 def storage_of(root: str | os.PathLike) -> Storage:

@@ -27,6 +27,7 @@ from avion.engine.console import duration
 from avion.engine.demo_data import on_demo_dataset
 from avion.engine.distributed import World
 from avion.engine.loader import batches_of, build_loader, read
+from avion.engine.mirror import in_working_folder
 from avion.engine.options import EgoSchemaOptions
 from avion.engine.precision import Precision, choose_precision
 from avion.engine.run import joined, shared_flags
@@ -62,7 +63,7 @@ def run_egoschema(options: EgoSchemaOptions) -> dict[int, dict[str, float]]:
         UserError: A flag, a file or the environment is wrong.
         Stopped: A signal asked the run to stop; the same options continue from there.
     """
-    options = _settled(options)
+    options = in_working_folder(_settled(options))
     with joined(options, options.output_dir) as world:
         world.agree({**shared_flags(options), "torch": torch.__version__})
         run = _Run(options, world)

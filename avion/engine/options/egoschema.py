@@ -18,6 +18,7 @@ class EgoSchemaOptions(SavedModelOptions, DeviceOptions):
     """The options of `main_egoschema.py`."""
 
     TITLE: ClassVar[str] = "EgoSchema"
+    REMOTE_OUTPUT: ClassVar[bool] = True
 
     dataset: str = flag("egoschema", "data; demo: the embedded demo dataset", choices=["egoschema", "demo"])
     root: str = flag("datasets/EgoSchema/videos/", "folder of the videos {q_uid}.mp4", metavar="DIR")

@@ -8,6 +8,7 @@ from avion.engine.args import flag, flag_fields, flag_words
 from avion.engine.run_files import checkpoints
 from avion.errors import UserError
 from avion.numbers import SHARE_ABOVE_0, whole
+from avion.remote import is_remote
 
 from .egoschema import EgoSchemaOptions
 from .model_args import check_model
@@ -98,7 +99,7 @@ class PretrainOptions(CaptionOptions, TextLockOptions, TrainingOptions):
             flags = " and ".join(f"--{name.replace('_', '-')} egoschema" for name in asked)
             raise UserError(f"{flags}: EgoSchema has an entry point of its own; run: {egoschema_command(self)}")
         check_scale_range(self.scale_range)
-        known = self.resume or self.pretrain_model or checkpoints(self.output_dir)
+        known = self.resume or self.pretrain_model or is_remote(self.output_dir) or checkpoints(self.output_dir)
         if self.was_given("model") or not known:  # otherwise the checkpoint sets the model and its sizes
             check_model(self)
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 from avion.engine.args import flag, other_default
 from avion.errors import UserError
 from avion.numbers import COUNT, PORT, Number
+from avion.targets import check_here
 
 from .features import FeatureOptions
 from .shared import FRAMES, DeviceOptions, RunOptions, SavedModelOptions, VideoOptions
@@ -44,6 +45,7 @@ class IndexOptions(SavedModelOptions, DeviceOptions):
             raise UserError("FOLDER: not given; name the folder of the videos")
         if not self.checkpoint:
             raise UserError("--checkpoint: not given; name the checkpoint that makes the index")
+        check_here(self.index, "--index")
         self.as_features("").check()
 
     def as_features(self, output_dir: str) -> FeatureOptions:

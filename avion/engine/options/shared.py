@@ -238,7 +238,9 @@ class RunOptions(Options):
     TITLE: ClassVar[str] = "run"
 
     output_dir: str = flag(
-        "./", "folder of checkpoints and logs; training resumes from a checkpoint.pt in it", metavar="DIR"
+        "./",
+        "folder of checkpoints and logs, or an address (s3://bucket/run); training resumes from a checkpoint.pt in it",
+        metavar="DIR",
     )
     evaluate: bool = flag(False, "evaluate without training", off="")
     overwrite: bool = flag(
@@ -339,6 +341,8 @@ class DeviceOptions(Options):
 @dataclass(frozen=True)
 class TrainingOptions(VideoOptions, ModelOptions, OptimOptions, RunOptions, DeviceOptions, PluginOptions):
     """All groups that an entry point with a training has."""
+
+    REMOTE_OUTPUT: ClassVar[bool] = True
 
     def check(self) -> None:
         """Raise UserError for exceptions from no lock and for schedules that make no sense. An evaluation

@@ -20,6 +20,7 @@ class ZeroShotOptions(SavedModelOptions, DeviceOptions):
     """The options of `main_zeroshot.py`."""
 
     TITLE: ClassVar[str] = "zero-shot evaluation"
+    REMOTE_OUTPUT: ClassVar[bool] = True
 
     dataset: list[str] = flag([], "benchmarks to run, one after the other", choices=list(ZERO_SHOT))
     pretrain_model: str = flag(

@@ -27,6 +27,7 @@ from avion.engine.precision import Precision
 from avion.errors import UserError
 from avion.evaluation.ek100_mir import retrieval_metrics
 from avion.evaluation.recall import LEVELS, recall_metrics
+from avion.reading import file_exists
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +211,11 @@ def evaluation_of(path: str, root: str, flag: str, relevancy: str, columns: Colu
         return NoEvaluation()
     if is_ek100_file(path):
         return Ek100Evaluation(root, flag, path, relevancy)
-    if not Path(path).exists():
+    try:
+        found = file_exists(path)
+    except OSError as error:
+        raise UserError(f"--val-metadata {path}: cannot be read ({error.strerror})") from error
+    if not found:
         raise UserError(f"--val-metadata {path}: no such file; none for no validation")
     if not is_caption_file(path) and Path(path).suffix.lower() not in (".pkl", ".pickle"):
         raise UserError(

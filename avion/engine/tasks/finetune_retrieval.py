@@ -29,6 +29,7 @@ from avion.engine.options import FinetuneRetrievalOptions
 from avion.engine.steps import Contrastive
 from avion.errors import UserError
 from avion.losses import MaxMarginRankingLoss
+from avion.remote import neighbour
 from avion.weights import Checkpoint
 
 from .evaluations import CaptionEvaluation, Evaluation, evaluation_of
@@ -173,4 +174,4 @@ def relevancy_file(path: str, split: str) -> str:
         return path.replace("{}", split)
     name = Path(path).name
     before, test, after = name.rpartition("test")
-    return str(Path(path).with_name(before + "train" + after if test else _TRAIN_RELEVANCY))
+    return neighbour(path, before + "train" + after if test else _TRAIN_RELEVANCY)

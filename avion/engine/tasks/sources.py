@@ -12,6 +12,7 @@ from avion.data.narrations import NarrationTable
 from avion.engine.options import PretrainOptions
 from avion.errors import UserError
 from avion.numbers import Number
+from avion.remote import is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def parse_weighted(word: str) -> tuple[str, float]:
         UserError: The weight is not a number above 0.
     """
     path, colon, weight = word.rpartition(":")
-    if not colon or "/" in weight or Path(word).exists():
+    if not colon or "/" in weight or (not is_remote(word) and Path(word).exists()):
         return word, 1.0
     try:
         return path, float(_WEIGHT.read(weight))

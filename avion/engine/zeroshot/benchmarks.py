@@ -33,6 +33,7 @@ from avion.evaluation.egomcq import egomcq_metrics
 from avion.evaluation.egtea import best_view_scores, class_metrics
 from avion.evaluation.recall import LEVELS
 from avion.evaluation.vectors import unit
+from avion.remote import joined
 
 from .classes import PLAIN, class_texts, mean_of_units, rows_of
 
@@ -180,12 +181,12 @@ class Ek100Mir(_Retrieval):
     headline = {"avg_map": "mAP", "avg_ndcg": "nDCG"}
 
     def _evaluation(self, options: ZeroShotOptions) -> Evaluation:
-        folder = Path(options.ek100_annotations) / "retrieval_annotations"
+        folder = joined(options.ek100_annotations, "retrieval_annotations")
         return Ek100Evaluation(
             options.ek100_root,
             "--ek100-root",
-            str(folder / "EPIC_100_retrieval_test.csv"),
-            str(folder / "relevancy/caption_relevancy_EPIC_100_retrieval_test.pkl"),
+            joined(folder, "EPIC_100_retrieval_test.csv"),
+            joined(folder, "relevancy/caption_relevancy_EPIC_100_retrieval_test.pkl"),
         )
 
 
@@ -253,7 +254,7 @@ class Ek100Cls(_Classes):
     headline = {"top1": "top-1", "top5": "top-5"}
 
     def __init__(self, options: ZeroShotOptions):
-        paths = [Path(options.ek100_annotations) / f"EPIC_100_{split}.csv" for split in ("train", "validation")]
+        paths = [joined(options.ek100_annotations, f"EPIC_100_{split}.csv") for split in ("train", "validation")]
         tables = [read_ek100_actions(path) for path in paths]
         for path, table in zip(paths, tables, strict=True):
             if table.verb_class is None:

@@ -27,6 +27,7 @@ from avion.engine.egoschema.results import fingerprint
 from avion.engine.features import extract
 from avion.engine.inputs import ModelInputs, warn_of_small_vocabulary
 from avion.engine.loader import batches_of, build_loader, read
+from avion.engine.mirror import in_working_folder
 from avion.engine.options import ZeroShotOptions
 from avion.engine.precision import Precision, choose_precision
 from avion.engine.run import joined, shared_flags
@@ -67,6 +68,7 @@ def run_zeroshot(options: ZeroShotOptions) -> dict[str, dict[str, float]]:
         raise UserError(f"--dataset: not given; name one or several of {', '.join(ZERO_SHOT)}")
     if not options.pretrain_model:
         raise UserError("--pretrain-model: not given; name the checkpoint to evaluate (a path or hf:owner/repo/file)")
+    options = in_working_folder(options)
     with joined(options, options.output_dir) as world:
         world.agree({**shared_flags(options), "torch": torch.__version__})
         if options.demo_root:

@@ -17,11 +17,11 @@ moto_server = pytest.importorskip("moto.server")
 
 from torch.utils.data import DataLoader  # noqa: E402
 
+from avion import remote as remote_module  # noqa: E402
 from avion.data.clip_dataset import ClipDataset  # noqa: E402
 from avion.data.narrations import TableBuilder  # noqa: E402
 from avion.data.transforms import EvalTransform  # noqa: E402
 from avion.data.video import VideoError, VideoStore, find_layout, index_videos, list_videos, open_video  # noqa: E402
-from avion.data.video import remote as remote_module  # noqa: E402
 from avion.data.video.indexed_reader import IndexedReader  # noqa: E402
 from avion.data.video.remote import RangeCache, RemoteStorage  # noqa: E402
 from avion.data.windows import VideoFinder  # noqa: E402
