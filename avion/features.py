@@ -149,24 +149,32 @@ class FeatureFolder(Mapping[str, VideoFeatures]):
         return self.folder / name
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path, cure: str = _CURE) -> dict[str, Any]:
     """Read a settings file: one JSON object.
+
+    Args:
+        path: The file.
+        cure: What the user can do about a file that holds something else; the error message ends with it.
+
+    Returns:
+        The settings.
 
     Raises:
         UserError: There is no such file, or it holds something else.
     """
     try:
-        if path.stat().st_size > _LARGEST_SETTINGS:
-            raise UserError(f"{path}: is too large for settings; {_CURE}")
-        found = parse_json(read_text(path))
+        size = path.stat().st_size
+        found = parse_json(read_text(path)) if size <= _LARGEST_SETTINGS else None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give the --output-dir of tools/extract_features.py") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError:
         found = None
+    if size > _LARGEST_SETTINGS:
+        raise UserError(f"{path}: is too large for settings; {cure}")
     if not isinstance(found, dict):
-        raise UserError(f"{path}: is not the settings of an extraction; {_CURE}")
+        raise UserError(f"{path}: is not the settings of an extraction; {cure}")
     return found
 
 

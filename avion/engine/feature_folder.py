@@ -18,9 +18,10 @@ from typing import IO, Any
 from safetensors import SafetensorError, safe_open
 
 from avion.errors import UserError
+from avion.features import read_settings
 from avion.files import PARTIAL, write_text
 from avion.json_lines import JsonLines, read_json_lines
-from avion.reading import check_npy, open_file, parse_json, read_npy, read_text
+from avion.reading import check_npy, open_file, read_npy
 
 logger = logging.getLogger(__name__)
 
@@ -142,12 +143,7 @@ class FeatureFolder:
                 raise UserError(f"--output-dir {self.folder}: holds files of something else; choose another")
             write_text(path, json.dumps(settings, indent=1) + "\n")
             return
-        try:
-            before = parse_json(read_text(path))
-        except ValueError:
-            before = None
-        if not isinstance(before, dict):
-            raise UserError(f"{path}: is not the settings of an extraction; choose another --output-dir")
+        before = read_settings(path, "choose another --output-dir")
         for name in sorted({*settings, *before}):
             if settings.get(name) != before.get(name):
                 raise UserError(

@@ -246,7 +246,13 @@ def test_other_settings_are_refused(tmp_path):
 @pytest.mark.parametrize("content", ["[]", "no JSON", '"text"'])
 def test_damaged_settings_are_refused(tmp_path, content):
     (tmp_path / "settings.json").write_text(content)
-    with pytest.raises(UserError, match=r"settings\.json: is not the settings"):
+    with pytest.raises(UserError, match=r"settings\.json: is not the settings of an extraction; choose another"):
+        fill(tmp_path)
+
+
+def test_settings_that_are_too_large_are_refused(tmp_path):
+    (tmp_path / "settings.json").write_text(" " * (1 << 21) + "{}")
+    with pytest.raises(UserError, match=r"settings\.json: is too large for settings; choose another --output-dir"):
         fill(tmp_path)
 
 
