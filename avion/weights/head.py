@@ -54,6 +54,14 @@ def read_head(checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor], path
             f"{path}: has no classification head (fc_cls): a fine-tuned classifier is needed here; a pretrained dual "
             "encoder is given as --pretrain-model"
         )
+    several = sorted(
+        {name.rpartition(".")[0] for name in weights if name.startswith("fc_cls.") and name.count(".") > 1}
+    )
+    if several:
+        raise UserError(
+            f"{path}: has {len(several)} heads ({', '.join(several)}); only classifiers with one head, fc_cls, can be "
+            "read: rename the entries of the head that you want to fc_cls.weight and fc_cls.bias, and remove the others"
+        )
     shapes = {name: tuple(weights[name].shape) for name in ("fc_cls.weight", "fc_cls.bias") if name in weights}
     rows = shapes.get("fc_cls.weight", ())
     if len(rows) != 2 or rows[0] < 1 or shapes.get("fc_cls.bias") != rows[:1]:

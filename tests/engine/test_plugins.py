@@ -14,7 +14,17 @@ import main_egoschema
 import main_finetune_classification
 import main_finetune_retrieval
 import main_pretrain
-from avion.commands import convert_checkpoint, demo, doctor, extract_features, plot_run, reproduce, submit
+import main_zeroshot
+from avion.commands import (
+    convert_checkpoint,
+    demo,
+    doctor,
+    extract_features,
+    plot_run,
+    reproduce,
+    search_videos,
+    submit,
+)
 from avion.commands.table import programs
 from avion.engine.args import build_parser
 from avion.engine.options.search import IndexOptions, SearchOptions, ServeOptions
@@ -24,6 +34,7 @@ from avion.models import __main__ as models
 from avion.models import create_model, list_models, model_from_checkpoint
 from avion.plugins import import_plugins
 from tests.engine.egoschema.case import write_egoschema
+from tests.engine.zeroshot.case import write_benchmarks
 from tests.models.registered import registered_for_a_while
 
 SOURCE = '''
@@ -123,6 +134,42 @@ def test_tools_take_it(checkpoint, call, tmp_path, capsys):
     assert call(plot_run.main, "pre", "--output", "curves.png") == 0
 
 
+def test_zero_shot_benchmarks_take_it(checkpoint, call, tmp_path, capsys):
+    data = write_benchmarks(tmp_path / "benchmarks")
+    words = [
+        *data.flags,
+        "--dataset",
+        "retrieval",
+        "egomcq",
+        "--resume",
+        checkpoint,
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+    ]
+    assert call(main_zeroshot.main, *words, "--output-dir", "zeroshot") == 0
+    assert len((tmp_path / "zeroshot/eval_log.txt").read_text().splitlines()) == 2
+
+
+def test_search_takes_it(checkpoint, plugin, tmp_path, monkeypatch, capsys):
+    """The parts of the tool take the flag behind their names; a search without the module says what to import."""
+    monkeypatch.chdir(tmp_path)
+    write_egoschema(tmp_path / "egoschema")
+
+    def search(part, *words, imported=True):
+        with registered_for_a_while():
+            more = ["--import", plugin()] if imported else []
+            return search_videos.main([part, *words, "--device", "cpu", *more])
+
+    words = ["egoschema/videos", "--checkpoint", str(checkpoint), "--workers", "0"]
+    assert search("index", *words) == 0
+    assert search("search", "folds a cloth") == 0
+    assert "video-0" in capsys.readouterr().out
+    assert search("search", "folds a cloth", imported=False) == 2
+    assert "--import MODULE" in capsys.readouterr().err
+
+
 def test_a_checkpoint_of_an_unknown_model_says_what_to_import(checkpoint, call, tmp_path, capsys):
     capsys.readouterr()
     assert main_pretrain.main(["--model", "MEAN_TINY"]) == 2
@@ -161,6 +208,43 @@ def test_every_program_has_the_flag():
     for program in programs():
         if program.name != "torchrun":  # its words are torchrun's
             assert_help_names_the_flag(program)
+
+
+# What stands before the flags of programs that run several others; torchrun's words are torchrun's.
+BEFORE = {"search-videos": ["index"], "submit": ["main_pretrain.py"]}
+EVERY = [program for program in programs() if program.name != "torchrun"]
+
+
+@pytest.mark.parametrize("program", EVERY, ids=lambda program: program.name)
+def test_every_program_imports_the_module(program, plugin, tmp_path, monkeypatch, capsys):
+    """All commands of the table, of whatever kind: the module is run, and what it raises is told."""
+    monkeypatch.chdir(tmp_path)
+    name = plugin("raise RuntimeError('this module was run')\n")
+    main = importlib.import_module(program.module).main
+    try:
+        status = main(program.argv([*BEFORE.get(program.name, []), "--import", name]))
+    except SystemExit as e:
+        status = e.code
+    said = capsys.readouterr().err
+    assert status == 2 and said.count("\n") == 1
+    assert f"--import {name}: " in said and "line 1: RuntimeError: this module was run" in said
+
+
+@pytest.mark.parametrize("program", [p for p in EVERY if p.module.startswith("avion.commands")], ids=lambda p: p.name)
+def test_every_program_with_a_config_file_takes_the_key(program, plugin, tmp_path, monkeypatch, capsys):
+    shown = io.StringIO()
+    before = BEFORE.get(program.name, []) if program.name == "search-videos" else []
+    main = importlib.import_module(program.module).main
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        main(program.argv([*before, "--help"]))
+    if "--config" not in shown.getvalue():
+        pytest.skip("takes no --config")
+    monkeypatch.chdir(tmp_path)
+    name = plugin("raise RuntimeError('this module was run')\n")
+    (tmp_path / "mine.yaml").write_text(f"plugins: [{name}]\n")
+    assert main(program.argv([*BEFORE.get(program.name, []), "--config", "mine.yaml"])) == 2
+    said = capsys.readouterr().err
+    assert "RuntimeError: this module was run" in said and said.count("\n") == 1
 
 
 def assert_help_names_the_flag(program):

@@ -112,7 +112,8 @@ def classifier_weights(name):
     """Of a fixture's video tower; its head is the projection into the embedding, whose logits are embeddings."""
     towers = contents(name)["state_dict"]
     weights = {k: v for k, v in towers.items() if k.startswith("module.visual.") and "image_projection" not in k}
-    head = towers["module.visual.image_projection"].T.contiguous()
+    (projection,) = (key for key in towers if key.endswith("image_projection"))  # LaViLa's is beside its tower
+    head = towers[projection].T.contiguous()
     return weights | {"module.fc_cls.weight": head, "module.fc_cls.bias": torch.zeros(len(head))}
 
 
