@@ -205,13 +205,14 @@ def small_splits(folder):
 
 
 def test_the_other_tasks(slurm, requeued):
-    """Fine-tuning and questions, from the checkpoint of the job before; a job with a mistake fails with its status."""
+    """All other tasks, from the checkpoint of the job before; a job with a mistake fails with its status."""
     jobs = {}
     retrieval, actions = small_splits(slurm.folder)
     for file, recipe, words in (
         ("finetune_retrieval", "demo_retrieval", [*retrieval, "--epochs", 1, "--warmup-epochs", 0]),
         ("finetune_classification", "demo_actions", [*actions, "--epochs", 1, "--warmup-epochs", 0]),
         ("egoschema", "demo_egoschema", ["--frames", 8]),
+        ("zeroshot", "demo_zeroshot", ["--dataset", "egomcq", "egtea", "--demo-root", "datasets/demo"]),
     ):
         shared = ["--config", f"recipes/{recipe}.yaml", "--device", "cpu", "--workers", 0]
         paths = ["--pretrain-model", requeued / "checkpoint.pt", "--output-dir", slurm.folder / file]
@@ -220,9 +221,12 @@ def test_the_other_tasks(slurm, requeued):
     for file, job in jobs.items():
         slurm.finish(job, 150)
         assert "2 processes (srun, gloo)" in (slurm.folder / file / "train.log").read_text()
-        assert len(lines(slurm.folder / file / "eval_log.txt")) == 1
+        assert len(lines(slurm.folder / file / "eval_log.txt")) == (2 if file == "zeroshot" else 1)
     assert (slurm.folder / "finetune_retrieval/checkpoint_best.pt").exists()
     assert (slurm.folder / "finetune_classification/checkpoint_best.pt").exists()
     assert (slurm.folder / "egoschema/egoschema_8.json").exists()
+    benchmarks = {row["dataset"]: row for row in lines(slurm.folder / "zeroshot/eval_log.txt")}
+    assert set(benchmarks) == {"egomcq", "egtea"} and 0 <= benchmarks["egomcq"]["intra"] <= 1
+    assert (slurm.folder / "zeroshot/egomcq.json").exists() and (slurm.folder / "zeroshot/egtea.npz").exists()
     failed = slurm.wait(wrong, ended)
     assert (failed["JobState"], failed["ExitCode"], failed["Restarts"]) == ("FAILED", "2:0", "0")
