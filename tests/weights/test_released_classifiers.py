@@ -53,7 +53,7 @@ def test_released_files_become_folders(version, name, tmp_path):
     assert model.preprocess["norm_style"] == "openai"
 
 
-@pytest.mark.parametrize("name, prefix", itertools.product(STYLES, PREFIXES))
+@pytest.mark.parametrize("name, prefix", list(itertools.product(STYLES, PREFIXES)))
 def test_every_tower_under_every_prefix(name, prefix, tmp_path, capsys):
     """Video Mamba Suite's, AVION's and LaViLa's towers. Expected: upstream's features and the head of the file."""
     path, bias = upstream_file(name, tmp_path / "upstream.pt", prefix)
