@@ -63,7 +63,7 @@ class Report:
         self.problems.append(f"{name}: {text}")
 
 
-def _installed(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -87,13 +87,15 @@ def versions(report: Report) -> None:
     else:
         report.line("python", python)
     for package in REQUIRED:
-        version = _installed(package)
+        version = installed_version(package)
         if version is None:
             report.problem(package, "not installed: pip install -r requirements.txt")
         else:
             report.line(package, version)
     for package in OPTIONAL:
-        report.line(package, _installed(package) or called_names(f"not installed (optional: {OPTIONAL[package]})"))
+        report.line(
+            package, installed_version(package) or called_names(f"not installed (optional: {OPTIONAL[package]})")
+        )
     report.line("ffmpeg", _output("ffmpeg", "-version") or "no such program (not needed: the decoders bring theirs)")
 
 
@@ -221,7 +223,7 @@ def decoders(report: Report) -> None:
     working = 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "grey.mp4"
-        if _installed("av") is None:
+        if installed_version("av") is None:
             report.problem(
                 "decoders", "av is not installed, so that none can be tried: pip install -r requirements.txt"
             )

@@ -41,8 +41,8 @@ def test_every_optional_package_is_listed_with_what_it_is_for(doctor, capsys, mo
     optional = {Requirement(line).name for name, lines in extras.items() if name != "dev" for line in lines}
     assert optional - {"eva-decord"} <= set(doctor.OPTIONAL)  # which provides the module decord
     assert {"gradio", "playwright", "fsspec", "s3fs", "onnx", "onnxruntime"} <= set(doctor.OPTIONAL)
-    installed = doctor._installed
-    monkeypatch.setattr(doctor, "_installed", lambda p: None if p in optional else installed(p))
+    installed = doctor.installed_version
+    monkeypatch.setattr(doctor, "installed_version", lambda p: None if p in optional else installed(p))
     assert doctor.main(["--device", "cpu"]) == 0
     said = lines(capsys)
     assert said["gradio"] == "not installed (optional: the page of tools/search_videos.py serve)"
