@@ -13,7 +13,7 @@ from avion.data.mixture import drawn_rows, rows_per_epoch
 from avion.data.transforms import normalize_clip
 from avion.errors import UserError
 
-from .workers import DATA_TIMEOUT_S, WatchedLoader, collate_in_worker, shortage
+from .workers import DATA_TIMEOUT_S, WatchedLoader, collate_in_worker, early_death, shortage
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ def read(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
         if cause := shortage(f"{e} {e.__cause__ or ''} {e.__context__ or ''}", getattr(e, "errno", None)):
             raise UserError(cause) from e
         if "DataLoader worker" in str(e):  # one that died before this process watched it
-            raise UserError(f"a data-loading process died: {str(e).splitlines()[0]}") from e
+            raise UserError(early_death(str(e))) from e
         raise
     if "fatal" in batch:
         raise UserError(batch["fatal"])

@@ -173,6 +173,7 @@ class WatchedLoader(DataLoader):
         return super()._get_iterator() if self.num_workers == 0 else _Batches(self)
 
 
+_FEWER = "lower --workers if memory ran out"
 _CAUSES = "a file system does not answer, or a decoder is stuck"
 
 
@@ -271,10 +272,7 @@ class _Batches(_MultiProcessingDataLoaderIter):
         if cause := shortage(" ".join(texts), getattr(error, "errno", None)):
             return cause
         if dead:
-            return (
-                f"a data-loading process (pid {dead[0].pid}) {_death(dead[0].exitcode)}; lower --workers if memory "
-                "ran out"
-            )
+            return f"a data-loading process (pid {dead[0].pid}) {_death(dead[0].exitcode)}; {_FEWER}"
         return None if error is None else f"a batch could not be received ({type(error).__name__}: {error})"
 
     def _shutdown_workers(self) -> None:
@@ -295,6 +293,29 @@ class _Batches(_MultiProcessingDataLoaderIter):
 
     def __del__(self) -> None:
         self._shutdown_workers()
+
+
+def early_death(text: str) -> str:
+    """Say in the words of this module what PyTorch says of a worker that died before `_Batches` watched it.
+
+    Args:
+        text: The text of PyTorch's RuntimeError: "DataLoader worker (pid 7) is killed by signal: Killed. ", "... exited
+            unexpectedly with exit code 1. ...", or "DataLoader worker (pid(s) 7, 8) exited unexpectedly".
+
+    Returns:
+        One line.
+    """
+    first = " ".join(text.splitlines()[0].split())
+    found = re.search(r"\(pid(?:\(s\))? (\d+)", first)
+    if found is None:
+        return f"a data-loading process died ({first}); {_FEWER}"
+    how = "died"
+    if killed := re.search(r"killed by signal: (.+?)\.", first):
+        numbers = {signal.strsignal(number): number for number in signal.valid_signals()}
+        how = _death(-numbers[killed[1]]) if killed[1] in numbers else f"was ended by a signal ({killed[1]})"
+    elif status := re.search(r"exit code (\d+)", first):
+        how = _death(int(status[1]))
+    return f"a data-loading process (pid {found[1]}) {how}; {_FEWER}"
 
 
 def _death(status: int | None) -> str:

@@ -141,6 +141,7 @@ def hub_file(repo: str, filenames: list[str], flag: str = "") -> Path:
 # --- reading ---------------------------------------------------------------------------------
 
 
+_MOST_READINGS = 10  # of a file that a run replaces meanwhile
 _NUMBERS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
 
 
@@ -214,10 +215,7 @@ def read_checkpoint(path: str | os.PathLike, *, verify: bool = True) -> dict[str
     """
     local = resolve_path(path)
     try:
-        with open_file(local) as file:
-            contents = _read(file, local)
-            if verify:
-                check_integrity(file, local)
+        contents = _read_whole(local, verify)
     except Exception as error:  # hostile bytes can raise anything from within the readers
         line = str(error) if isinstance(error, UserError) else _why_unreadable(local, error)
         if is_remote(path):  # the local copy says nothing to people
@@ -226,6 +224,22 @@ def read_checkpoint(path: str | os.PathLike, *, verify: bool = True) -> dict[str
     if not isinstance(contents, dict):
         raise UserError(f"{local}: holds a {type(contents).__name__}, a checkpoint is a dict with a state_dict in it")
     return contents
+
+
+def _read_whole(path: Path, verify: bool) -> Any:
+    """Read the contents of a file, and compare them with the checksums in it.
+
+    The libraries open the file by its path once more. A run that goes on may have written its next checkpoint in
+    between; then what was checked is not what was read, and both are done anew.
+    """
+    for _ in range(_MOST_READINGS):
+        with open_file(path) as file:
+            contents = _read(file, path)
+            if verify:
+                check_integrity(file, path)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return contents
+    raise UserError(f"{path}: was replaced {_MOST_READINGS} times while it was read; read it when its run has ended")
 
 
 def _read(file: IO[bytes], path: Path) -> Any:

@@ -13,6 +13,14 @@ def steps_done(folder) -> int:
     return 6 * state.epoch + state.step
 
 
+def _written(folder) -> int:
+    """When the checkpoint in a folder was written, in nanoseconds; 0: there is none."""
+    try:
+        return (folder / "checkpoint.pt").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 def requeue_loop(trial: frame.Trial) -> None:
     """A run that begins from another one's checkpoint is killed, or asked to stop, and started with the same words."""
     begun, folder = trial.folder / "begun", trial.folder / "run"
@@ -22,9 +30,11 @@ def requeue_loop(trial: frame.Trial) -> None:
     command = frame.command([*words, "--epochs", "400", "--resume", begun / "checkpoint.pt", "--output-dir", folder])
     before = 0
     for number in range(2 if trial.short else 5):
-        log = trial.folder / f"{number}.log"
+        log, written = trial.folder / f"{number}.log", _written(folder)
         with frame.started(command, log) as run:
+            # The progress line of a step comes before its checkpoint.
             frame.wait_until(lambda log=log: "clips/s" in log.read_text(), "a progress line")
+            frame.wait_until(lambda before=written: _written(folder) > before, "a checkpoint of this run")
             time.sleep(trial.rng.uniform(0, 0.5))
             run.send_signal(signal.SIGKILL if number % 2 == 0 else signal.SIGTERM)
             run.wait(60)

@@ -65,11 +65,19 @@ FILES: dict[str, tuple[Main, str, Callable[[str, Path], list[str]]]] = {
     "demo-data --contact-sheet": (make_demo_data.main, ".png", lambda target, _: ["--contact-sheet", target]),
     "index-videos --index": (index_videos.main, ".index", lambda target, _: ["none", "--index", target]),
 }  # fmt: skip
+
+
+def _source(folder: Path) -> str:
+    """A folder that seems to hold a video, so that nothing but the target is wrong."""
+    (folder / "a.mp4").write_text("precious")
+    return str(folder)
+
+
 FOLDERS: dict[str, tuple[Main, Callable[[str, Path], list[str]]]] = {
     "pretrain --output-dir": (pretrain.main, lambda target, _: [*frame.tiny_flags(), "--output-dir", target]),
     "tables --output": (make_tables.main, lambda target, _: ["none", "--output", target]),
     "files --copy": (files.main, lambda target, _: ["--copy", target]),
-    "prepare TARGET": (prepare_videos.main, lambda target, folder: [str(folder), target, "--layout", "whole"]),
+    "prepare TARGET": (prepare_videos.main, lambda target, folder: [_source(folder), target, "--layout", "whole"]),
 }
 # Kinds of targets: what stands there, and whether --overwrite may replace it.
 BAD_FILES = (

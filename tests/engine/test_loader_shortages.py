@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from avion.engine.loader import read
 from avion.engine.workers import shortage
+from avion.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,3 +72,32 @@ def test_other_errors_are_no_shortages():
     assert shortage("CUDA out of memory") is None and shortage("no such file", 2) is None
     assert "/dev/shm" in shortage("DataLoader worker is killed by signal: Bus error.")
     assert "ulimit" in shortage("received 0 items of ancdata")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "DataLoader worker (pid 27294) is killed by signal: Killed. ",
+            "a data-loading process (pid 27294) was ended by SIGKILL (Killed); lower --workers if memory ran out",
+        ),
+        (
+            "DataLoader worker (pid 7) exited unexpectedly with exit code 3. Details are lost due to multiprocessing.",
+            "a data-loading process (pid 7) ended with exit code 3; lower --workers if memory ran out",
+        ),
+        (
+            "DataLoader worker (pid(s) 7, 8) exited unexpectedly",
+            "a data-loading process (pid 7) died; lower --workers if memory ran out",
+        ),
+    ],
+)
+def test_a_worker_that_died_before_it_was_watched(text, line):
+    """The texts are PyTorch's, of torch/csrc/DataLoader.cpp and torch/utils/data/dataloader.py."""
+
+    def batches():
+        raise RuntimeError(text)
+        yield
+
+    with pytest.raises(UserError) as error:
+        read(batches())
+    assert str(error.value) == line

@@ -110,3 +110,27 @@ def test_weights_are_not_loaded_from_a_damaged_file(file):
     overwrite(file, file.stat().st_size // 2, bytes(512))
     with pytest.raises(UserError, match="the file is damaged"):
         load_checkpoint(model, file)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_anew(tmp_path, monkeypatch):
+    """A run writes its next checkpoint under the same name; what is returned is one of the two, checked."""
+    path, later = tmp_path / "checkpoint.pt", tmp_path / "later.pt"
+    torch.save({"state_dict": {"w": torch.zeros(100)}}, path)
+    torch.save({"state_dict": {"w": torch.ones(200)}}, later)
+    damaged = bytearray(later.read_bytes())
+    place = damaged.index(torch.ones(200).numpy().tobytes())
+    damaged[place + 40 : place + 80] = bytes(40)
+    (tmp_path / "damaged.pt").write_bytes(damaged)
+    load = torch.load
+
+    def slow_load(*args, **kwargs):
+        if (tmp_path / "next").exists():
+            (tmp_path / "next").replace(path)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", slow_load)
+    shutil.copy(later, tmp_path / "next")
+    assert Checkpoint.open(path).weights["w"].tolist() == [1.0] * 200
+    shutil.copy(tmp_path / "damaged.pt", tmp_path / "next")
+    with pytest.raises(UserError, match=r"checkpoint\.pt: the file is damaged"):
+        Checkpoint.open(path)
