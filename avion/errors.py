@@ -42,14 +42,20 @@ def _code_of(found: re.Match[str]) -> str:
 
 
 def say(*lines: str, to_stderr: bool = False) -> None:
-    """Print lines, each as `printable` makes it. Programs print this way every line that holds names from outside.
+    """Print lines, each as `printable` makes it. Programs print this way every line that holds names from outside, and
+    every line on stderr.
+
+    A line and its end are written at once. `print` writes them one after the other, and the lines of several processes
+    that share a terminal or a file would be glued together.
 
     Args:
         lines: The lines, without line ends.
         to_stderr: Whether to print to stderr instead of stdout.
     """
+    stream = sys.stderr if to_stderr else sys.stdout
     for line in lines:
-        print(printable(line), file=sys.stderr if to_stderr else sys.stdout, flush=True)
+        stream.write(f"{printable(line)}\n")
+        stream.flush()
 
 
 class UserError(ValueError):

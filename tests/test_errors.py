@@ -1,6 +1,9 @@
 """How programs end: their exit status, and what they say on stderr."""
 
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -60,3 +63,39 @@ def test_lines_are_printable(text, shown, capsys):
 def test_long_messages_are_cut_in_the_middle():
     text = str(UserError("begin " + "x" * 10**6 + " end"))
     assert len(text) < 4100 and text.startswith("begin ") and text.endswith(" end")
+
+
+@pytest.mark.parametrize("unbuffered", [[], ["-u"]])  # torchrun starts its processes with -u
+def test_lines_on_stderr_are_written_in_one_piece(unbuffered):
+    """Processes that share stderr would tear each other's lines. Here stderr is a socket that shows single writes."""
+    code = """
+import logging
+from avion.engine.console import setup_logging
+from avion.engine.distributed import World
+from avion.errors import exit_status, say
+
+setup_logging(World())
+logging.getLogger("avion").warning("a log line")
+say("a line", to_stderr=True)
+def body():
+    from avion.errors import UserError
+    raise UserError("a mistake")
+exit_status("program", body)
+"""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with ours, theirs:
+        done = subprocess.run([sys.executable, *unbuffered, "-c", code], stderr=theirs, timeout=120)
+        theirs.close()
+        ours.setblocking(False)
+        pieces = []
+        try:
+            while True:
+                pieces.append(ours.recv(65536).decode())
+        except (BlockingIOError, ConnectionResetError):
+            pass
+    assert done.returncode == 0
+    assert [piece.partition(" W ")[2] or piece for piece in pieces] == [
+        "a log line\n",
+        "a line\n",
+        "program: error: a mistake\n",
+    ]

@@ -151,11 +151,11 @@ class Progress:
         elif time.monotonic() - self._told > _QUIET_EVERY_S and done:
             self._told = time.monotonic()
             left = (self._told - self._begin) * (total - done) / done
-            print(f"{100 * done / total:.1f} % of {_bytes(total)}, {_time(left)} left", file=sys.stderr, flush=True)
+            say(f"{100 * done / total:.1f} % of {_bytes(total)}, {_time(left)} left", to_stderr=True)
 
     def failed(self, path: str, reason: str) -> None:
         """Print that a video failed, and why."""
-        tqdm.write(printable(f"failed: {path}: {reason}"), file=sys.stderr)
+        tqdm.write(printable(f"failed: {path}: {reason}") + "\n", file=sys.stderr, end="")
 
     def close(self) -> None:
         """Remove the bar."""

@@ -8,7 +8,6 @@ again, so the same command continues after an interruption. The report (tables.h
 import argparse
 import logging
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"{NAME}: {e}", to_stderr=True)
             return e.status
         except KeyboardInterrupt:
-            print(f"{NAME}: interrupted; the same command goes on", file=sys.stderr)
+            say(f"{NAME}: interrupted; the same command goes on", to_stderr=True)
             return INTERRUPTED
         return 0
 

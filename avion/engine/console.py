@@ -43,7 +43,8 @@ class _BarFriendly(logging.StreamHandler):
     """Writes log lines above a progress bar rather than through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        # With its end, in one piece: else the lines of several processes would be glued together.
+        tqdm.write(f"{self.format(record)}\n", file=sys.stderr, end="")
 
 
 def setup_logging(world: "World", output_dir: str | None = None) -> None:

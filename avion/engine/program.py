@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from avion.errors import USER_ERROR, exit_status
+from avion.errors import USER_ERROR, exit_status, say
 
 from . import signals
 from .args import T, parse
@@ -48,7 +48,7 @@ def run_program(
             if debug:
                 raise
             if not e.quiet:
-                print(f"{prog}: stopped because {e}", file=sys.stderr, flush=True)
+                say(f"{prog}: stopped because {e}", to_stderr=True)
             return USER_ERROR
         return 0
 

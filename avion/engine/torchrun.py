@@ -16,6 +16,8 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from avion.errors import say
+
 from .signals import STOPPED
 
 
@@ -60,9 +62,7 @@ def _status(error: ChildFailedError) -> int:
     if not own and -signal.SIGTERM not in ended:
         _, first = error.get_first_failure()
         name = signal.Signals(-first.exitcode).name
-        print(
-            f"torchrun: error: process {first.local_rank} here (pid {first.pid}) was ended by {name}", file=sys.stderr
-        )
+        say(f"torchrun: error: process {first.local_rank} here (pid {first.pid}) was ended by {name}", to_stderr=True)
     if not own:
         return 128 - error.get_first_failure()[1].exitcode
     # The processes that are still there after the first failure are ended by a SIGTERM of torchrun.
