@@ -223,11 +223,12 @@ class Watch:
         self._known.set()
 
     def _end_soon(self) -> None:
+        line = f"stopped because {self.line()}" if self.tells() else ""
         if not self._ended.wait(_GRACE_S) and not (self._leaving or self._agreed):
-            line = f"stopped because {self.line()}"
-            signals.leave(line if self.tells() else "", USER_ERROR)
+            signals.leave(line, USER_ERROR)
         if not self._ended.wait(_CLOSING_S if self._agreed else _LEAVING_S):
-            signals.leave("", USER_ERROR)
+            # The main thread has said nothing yet: it signs off before it does.
+            signals.leave("" if self._agreed else line, USER_ERROR)
 
     # --- for the main thread
 

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -52,6 +54,48 @@ def _together(rank, size):
     time.sleep(1)  # the hub must not say goodbye before the other one has heard
     peers.leave(None)
     return result
+
+
+_STUCK = """
+import sys, time
+import torch.distributed as dist
+from avion.engine.watch import Watch
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+
+def gather(value):
+    values = [None] * 2
+    dist.all_gather_object(values, value)
+    return values
+
+peers = Watch(rank, 2, gather, "127.0.0.1")
+print("met", flush=True)
+if rank == 0:
+    peers.find_loss(60)  # as a main thread does that is about to leave
+time.sleep(60)
+"""
+
+
+def test_a_loss_is_told_also_where_the_main_thread_does_not_come_to_it(tmp_path):
+    """On a busy machine the main thread may need longer for its way out than the others are promised."""
+    words = [sys.executable, "-c", _STUCK]
+    processes = [
+        subprocess.Popen(
+            [*words, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert [process.stdout.readline() for process in processes] == ["met\n"] * 2
+        processes[1].kill()
+        _, told = processes[0].communicate(timeout=40)
+        line = f"-c: stopped because process 1 of 2 (pid {processes[1].pid} on {os.uname().nodename}) died: "
+        assert processes[0].returncode == 2 and told.splitlines()[-1].startswith(line), told
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 def test_a_failure_is_told_to_all(tmp_path):
