@@ -112,6 +112,9 @@ def test_a_section_that_hangs_is_stopped_with_all_it_started(tmp_path):
         while len(processes_with(marker)) < 3 and time.monotonic() < until:
             time.sleep(0.05)
         assert len(processes_with(marker)) == 3
+    until = time.monotonic() + 20  # those that nobody waits for die a moment after their SIGKILL
+    while processes_with(marker) and time.monotonic() < until:
+        time.sleep(0.05)
     assert not processes_with(marker)
 
 

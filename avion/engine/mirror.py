@@ -42,7 +42,7 @@ from .remote_lock import RemoteLock
 from .resume import Start
 from .run_files import BEST, LATEST
 from .signals import Stopped
-from .sinks import EPOCHS, EVALUATIONS
+from .sinks import EPOCHS, EVALUATIONS, PROGRESS
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ POLL_S, LOGS_S, AGAIN_S = 1.0, 30.0, 30.0  # looking for new checkpoints; for ne
 _SHARE = 0.1  # of the time may go into uploads of files that only grow
 _TEXTS = (".txt", ".log", ".jsonl", ".json", ".csv")
 _KINDS = (*_TEXTS, ".pt", ".npy", ".npz", ".pkl", ".zip", ".yaml")
+_LOGS = (PROGRESS, EPOCHS, EVALUATIONS)
 _FOLDERS = ("tensorboard", "wandb", "features", "slurm")
 _MOST_FILES = 10_000
 
@@ -163,13 +164,17 @@ class Mirror:
         (self.folder / STATE).mkdir(parents=True, exist_ok=True)
         self._read_state()
         try:
-            writer = parse_json(self.place.read(joined(self.address, WRITER))).get("id")
+            facts = parse_json(self.place.read(joined(self.address, WRITER)))
+            writer = facts.get("id")
         except (FileNotFoundError, ValueError, AttributeError):
-            writer = None
+            facts, writer = {}, None
         if writer is None or writer != self._id:
             self._bring()
+            if not list(self.folder.glob("*.pt")):
+                drop_lines_of_a_lost_run(self.folder, facts.get("logs"))
             self._id = secrets.token_hex(8)
-            self.place.write(joined(self.address, WRITER), json.dumps({"id": self._id}).encode())
+            facts = {"id": self._id, "logs": _lengths(self.folder)}
+            self.place.write(joined(self.address, WRITER), json.dumps(facts).encode())
             self._write_state()
         elif due := self._due():
             logger.info("%s: %d files that an earlier run here could not upload follow now", self.address, len(due))
@@ -405,6 +410,32 @@ def drop_later_lines(folder: Path) -> None:
             logger.info("%s: lines of epochs that %s has not come to are cut off", path, LATEST)
             with written_whole(path, cure="point AVION_WORK at another place") as file:
                 file.write(kept)
+
+
+def drop_lines_of_a_lost_run(folder: Path, before: object) -> None:
+    """Cut off the lines of a training that was killed before its first checkpoint had come to the remote folder.
+
+    Logs are uploaded before checkpoints, so they can be there alone. The next run begins anew, and writes those lines
+    again. Lines of evaluations without training stay: a training also writes steps.txt.
+
+    Args:
+        folder: A folder without a checkpoint.
+        before: By name of a log, the bytes that it had before the run that wrote last; anything else: none is known.
+    """
+    if not isinstance(before, dict) or not all(isinstance(before.get(n), int) and before[n] >= 0 for n in _LOGS):
+        return
+    now = _lengths(folder)
+    if now[PROGRESS] <= before[PROGRESS] and now[EPOCHS] <= before[EPOCHS]:
+        return
+    for name in _LOGS:
+        if now[name] > before[name]:
+            logger.info("%s: the lines of a run that left no checkpoint are cut off", folder / name)
+            os.truncate(folder / name, before[name])
+
+
+def _lengths(folder: Path) -> dict[str, int]:
+    """The bytes of the logs in a folder, by name; 0 for those that are not there."""
+    return {name: (folder / name).stat().st_size if (folder / name).is_file() else 0 for name in _LOGS}
 
 
 def _found(fs: Any, folder: str) -> list[str]:

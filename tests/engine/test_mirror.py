@@ -164,6 +164,25 @@ class TestRuns:
         assert run(tmp_path, "two") == [""]
         is_as(bucket, undisturbed)
 
+    def test_killed_when_only_its_logs_had_come(self, bucket, door, undisturbed, tmp_path):
+        """The first checkpoint waits for its turn behind the logs of the first epoch."""
+
+        def hold(method, path):
+            if method == "PUT" and path.endswith("/steps.txt"):
+                os.kill(process.pid, signal.SIGKILL)
+
+        bucket.pipe_file("runs/x/id6/eval_log.txt", b'{"epoch": 7, "avg_map": 0.5}\n')  # of an evaluation before
+        door.after = hold
+        process = remote_run.start(ADDRESS, [], machine(tmp_path, "one"), tmp_path / "answer")
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
+        assert not bucket.exists("runs/x/id6/checkpoint.pt")
+        door.after = lambda *a: None
+        bucket.pipe_file("runs/x/id6/log.txt", b'{"epoch": 0, "global_step": 3}\n')  # as slow uploads leave it
+        assert run(tmp_path, "two") == [""]
+        assert epochs(content(bucket, "log.txt")) == [0, 1, 2]
+        assert epochs(content(bucket, "eval_log.txt")) == [7, *epochs((undisturbed / "eval_log.txt").read_bytes())]
+
     def test_killed_and_on_the_same_machine(self, bucket, door, undisturbed, tmp_path):
         writes = []
 

@@ -163,6 +163,8 @@ def _units(data: bytes, length_size: int) -> list[bytes]:
     units, at = [], 0
     while at < len(data):
         length = int.from_bytes(data[at : at + length_size], "big")
+        if at + length_size + length > len(data):  # a damaged length: the unit in its whole would go unnoticed
+            return []
         units.append(data[at + length_size : at + length_size + length])
         at += length_size + length
     return units

@@ -357,7 +357,9 @@ def test_a_file_that_holds_other_bytes_is_noticed(tmp_path, what):
     check.check_file(str(path), 30)
     data = bytearray(path.read_bytes())
     if what == "byte":
-        data[data.index(b"mdat") + len(data) // 2] ^= 4
+        pictures = data.index(b"mdat") + 4
+        size = int.from_bytes(data[pictures - 8 : pictures - 4], "big") - 8
+        data[pictures + size // 2] ^= 4
     path.write_bytes(data if what == "byte" else data[:-200])
     with pytest.raises(VideoError):
         check.check_file(str(path), 30)
