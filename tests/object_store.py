@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from avion import remote
+
 
 class Door:
     """Hands requests on to a server, in this process.
@@ -120,6 +122,19 @@ def surroundings(url: str, cache: str) -> dict[str, str]:
         "AVION_CACHE": cache,
         "NO_PROXY": "127.0.0.1",
     }
+
+
+@contextmanager
+def door_to(store, cache, monkeypatch):
+    """An open door to a running store; clients of this test go through it and keep their copies in `cache`."""
+    door = Door(*store)
+    try:
+        for name, value in surroundings(door.url, str(cache)).items():
+            monkeypatch.setenv(name, value)
+        remote.forget_places()
+        yield door
+    finally:
+        door.close()
 
 
 def empty_bucket(name: str):

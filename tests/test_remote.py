@@ -18,7 +18,7 @@ from avion import remote
 from avion.errors import UserError
 from avion.reading import file_exists, file_size, open_file, read_text
 from avion.remote import Remote, check_address, fetch, is_remote, joined, neighbour, without_secrets
-from tests.object_store import Door, empty_bucket, running_store, surroundings
+from tests.object_store import door_to, empty_bucket, running_store, surroundings
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,13 +31,9 @@ def store():
 
 @pytest.fixture
 def door(store, tmp_path, monkeypatch):
-    door = Door(*store)
-    for name, value in surroundings(door.url, str(tmp_path / "cache")).items():
-        monkeypatch.setenv(name, value)
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
-    remote.forget_places()
-    yield door
-    door.close()
+    with door_to(store, tmp_path / "cache", monkeypatch) as door:
+        yield door
 
 
 @pytest.fixture

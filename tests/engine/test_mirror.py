@@ -28,7 +28,7 @@ from avion.remote import Remote
 from tests.engine import quick, remote_run
 from tests.engine.egoschema.case import write_egoschema
 from tests.engine.zeroshot.case import write_benchmarks
-from tests.object_store import Door, empty_bucket, running_store, surroundings
+from tests.object_store import door_to, empty_bucket, running_store
 from tests.processes import run_processes
 
 ADDRESS = "s3://runs/x/id6"
@@ -42,18 +42,14 @@ def store():
 
 @pytest.fixture
 def door(store, tmp_path, monkeypatch):
-    door = Door(*store)
-    for name, value in surroundings(door.url, str(tmp_path / "cache")).items():
-        monkeypatch.setenv(name, value)
     for name in ("POLL_S", "LOGS_S", "AGAIN_S"):
         monkeypatch.setattr(mirror, name, getattr(mirror, name))
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(remote, "ANSWER_S", 0.5)
     monkeypatch.setattr("avion.engine.remote_lock.SETTLE_S", 0.05)
     monkeypatch.setenv("AVION_LOCK_S", "1")
-    remote.forget_places()
-    yield door
-    door.close()
+    with door_to(store, tmp_path / "cache", monkeypatch) as door:
+        yield door
 
 
 @pytest.fixture

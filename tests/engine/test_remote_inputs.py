@@ -13,10 +13,9 @@ import torch
 pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
 
-from avion import remote
 from avion.errors import UserError
 from avion.weights import Checkpoint
-from tests.object_store import Door, empty_bucket, running_store, surroundings
+from tests.object_store import door_to, empty_bucket, running_store
 from tests.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,12 +29,8 @@ def store():
 
 @pytest.fixture
 def door(store, tmp_path, monkeypatch):
-    door = Door(*store)
-    for name, value in surroundings(door.url, str(tmp_path / "cache")).items():
-        monkeypatch.setenv(name, value)
-    remote.forget_places()
-    yield door
-    door.close()
+    with door_to(store, tmp_path / "cache", monkeypatch) as door:
+        yield door
 
 
 @pytest.fixture
