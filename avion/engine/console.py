@@ -43,8 +43,9 @@ class _BarFriendly(logging.StreamHandler):
     """Writes log lines above a progress bar rather than through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        # With its end, in one piece: else the lines of several processes would be glued together.
-        tqdm.write(f"{self.format(record)}\n", file=sys.stderr, end="")
+        # With its end, in one write: else the lines of several processes would be glued together.
+        with tqdm.external_write_mode(file=sys.stderr):
+            sys.stderr.write(f"{self.format(record)}\n")
 
 
 def setup_logging(world: "World", output_dir: str | None = None) -> None:

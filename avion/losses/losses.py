@@ -103,11 +103,11 @@ class ClipLoss(_GlobalBatchLoss):
             logit_scale: 0-d, after the exponential.
 
         Returns:
-            `loss`, 0-d float32, which is this process's share with `local_loss`; and `clip_acc`, the percentage of
+            `loss`, 0-d float32 (float64 of float64 features), which is this process's share with `local_loss`; and `clip_acc`, the percentage of
                 clips in this process's rows whose own text scores highest.
         """
         self.check_pairs(image_features, text_features)
-        image_features, text_features = image_features.float(), text_features.float()
+        image_features, text_features = _wide(image_features), _wide(text_features)
         all_images, all_texts = self.gather(image_features), self.gather(text_features)  # (W·B, E)
         with torch.autocast(image_features.device.type, enabled=False):
             if self.local_loss:
@@ -184,14 +184,14 @@ class MaxMarginRankingLoss(_GlobalBatchLoss):
             weight: (B,), not negative, or None.
 
         Returns:
-            `loss`, 0-d float32, which is this process's share with `local_loss`; and `max_margin_loss`, the same number
+            `loss`, 0-d float32 (float64 of float64 features), which is this process's share with `local_loss`; and `max_margin_loss`, the same number
                 without gradient.
         """
         self.check_pairs(image_features, text_features)
         weight = self._weight(weight, len(image_features))
         device = image_features.device.type
         with torch.autocast(device, enabled=False):
-            images, texts = (F.normalize(x.float(), dim=-1, eps=1e-8) for x in (image_features, text_features))
+            images, texts = (F.normalize(_wide(x), dim=-1, eps=1e-8) for x in (image_features, text_features))
             all_images, all_texts = self.gather(images), self.gather(texts)  # (W·B, E)
             first_row = self.first_row(len(images))
             if not self.local_loss:
@@ -225,3 +225,8 @@ class MaxMarginRankingLoss(_GlobalBatchLoss):
             logger.warning("MaxMarginRankingLoss: the weights are not used, as in AVION; weighted=True uses them")
             self._warned = True
         return None
+
+
+def _wide(features: torch.Tensor) -> torch.Tensor:
+    """The features in the precision that the loss is computed in: float32 at least."""
+    return features.to(torch.promote_types(features.dtype, torch.float32))

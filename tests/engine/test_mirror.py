@@ -294,14 +294,30 @@ class TestWhoWrites:
         assert outcomes.count("held") == 1 and sum("writes there" in told for told in outcomes) == 2
 
     def test_a_run_that_was_taken_over_writes_no_more(self, bucket, door, tmp_path):
+        taken, ended = threading.Event(), threading.Event()
+
         def take(method, path):
             if method == "PUT" and path.endswith("checkpoint.pt"):
                 door.after = lambda *a: None
                 bucket.pipe_file("runs/x/id6/run.lock", self.foreign())
                 door.seen.clear()
+                taken.set()
+
+        def keep():
+            """As a run does: one of its writes may come just before one of the run that it has taken over from."""
+            taken.wait(120)
+            while not ended.wait(0.1):
+                bucket.pipe_file("runs/x/id6/run.lock", self.foreign())
 
         door.after = take
-        (told,) = run(tmp_path, "one", "--epochs", "200", "--warmup-epochs", "1")
+        keeper = threading.Thread(target=keep)
+        keeper.start()
+        try:
+            (told,) = run(tmp_path, "one", "--epochs", "200", "--warmup-epochs", "1")
+        finally:
+            taken.set()
+            ended.set()
+            keeper.join()
         assert (
             "another run (process 7 on elsewhere" in told and "taken it over" in told and told.startswith("UserError")
         )
