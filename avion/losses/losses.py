@@ -103,8 +103,8 @@ class ClipLoss(_GlobalBatchLoss):
             logit_scale: 0-d, after the exponential.
 
         Returns:
-            `loss`, 0-d float32 (float64 of float64 features), which is this process's share with `local_loss`; and `clip_acc`, the percentage of
-                clips in this process's rows whose own text scores highest.
+            `loss`, 0-d float32 (float64 of float64 features), which is this process's share with `local_loss`; and
+                `clip_acc`, the percentage of clips in this process's rows whose own text scores highest.
         """
         self.check_pairs(image_features, text_features)
         image_features, text_features = _wide(image_features), _wide(text_features)
@@ -184,8 +184,8 @@ class MaxMarginRankingLoss(_GlobalBatchLoss):
             weight: (B,), not negative, or None.
 
         Returns:
-            `loss`, 0-d float32 (float64 of float64 features), which is this process's share with `local_loss`; and `max_margin_loss`, the same number
-                without gradient.
+            `loss`, 0-d float32 (float64 of float64 features), which is this process's share with `local_loss`; and
+                `max_margin_loss`, the same number without gradient.
         """
         self.check_pairs(image_features, text_features)
         weight = self._weight(weight, len(image_features))
