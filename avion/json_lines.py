@@ -50,13 +50,13 @@ def append_json(path: Path, row: Mapping[str, Any]) -> None:
     append_lines(path, [json.dumps(row)])
 
 
-def read_json_lines(path: Path, *, cure: str = "remove the file", after: int = 0) -> JsonLines:
+def read_json_lines(path: str | Path, *, cure: str = "remove the file", after: int = 0) -> JsonLines:
     """Read a file that `append_json` wrote.
 
     A last line without a line end is left out: it is being written, or the process that wrote it was killed.
 
     Args:
-        path: The file. A file that does not exist has no lines.
+        path: The file, here or in a remote place. A file that does not exist has no lines.
         cure: What the user can do about a file that cannot be read; the error message ends with it.
         after: The number of bytes at the beginning of the file to pass over; lines are counted from there.
 

@@ -7,8 +7,8 @@ Examples:
     python tools/plot_run.py runs/id6 --output id6.png
     python tools/plot_run.py runs/id4 runs/id6 runs/id7 --output compare.png
 
-RUN is the --output-dir of a training run, which may be resumed or still going on. Exit status: 0, or 2 after
-an error message of one line.
+RUN is the --output-dir of a training run, which may be resumed or still going on, here or in an object store
+(s3://bucket/runs/id6). Exit status: 0, or 2 after an error message of one line.
 """
 
 import argparse
@@ -21,15 +21,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from avion.engine.args import ToolParser
+from avion.engine.sinks import EPOCHS, PROGRESS
 from avion.errors import UserError, exit_status, say
 from avion.files import written_whole
 from avion.json_lines import read_json_lines
+from avion.reading import file_exists
+from avion.remote import is_remote, joined
 from avion.targets import check_target
 
 if TYPE_CHECKING:  # matplotlib is imported where it draws: `--help` does not wait for it
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+
+_CURE = "name the --output-dir of a training"
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart too; their yellow is too pale for a line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -79,7 +84,7 @@ class Run:
         return {key.removeprefix("test_") for row in self.epochs for key in row if key.startswith("test_")}
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: str | Path) -> list[dict[str, Any]]:
     """Read the rows of a JSON-lines log.
 
     A last line without a line end is left out: it is being written, or the process that wrote it was killed. A resumed
@@ -94,9 +99,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: A line holds anything but a row of metrics. The message names file and line.
     """
-    if not path.exists():
-        raise UserError(f"{path}: cannot be read (No such file or directory); name the --output-dir of a training")
-    lines = read_json_lines(path, cure="name the --output-dir of a training")
+    if not _exists(path):
+        raise UserError(f"{path}: cannot be read (No such file or directory); {_CURE}")
+    lines = read_json_lines(path, cure=_CURE)
     if lines.damaged:
         raise UserError(f"{path} line {lines.damaged[0]}: no JSON object; correct or remove the line")
     rows: list[dict[str, Any]] = []
@@ -117,22 +122,29 @@ def _check_row(row: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: {key} must be a number, found {value!r}; correct or remove the line")
 
 
-def read_run(folder: Path, name: str) -> Run:
+def _exists(path: str | Path) -> bool:
+    try:
+        return file_exists(path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); {_CURE}") from e
+
+
+def read_run(folder: str | Path, name: str) -> Run:
     """Read the logs of a run."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name the --output-dir of a training")
-    steps = read_log(folder / "steps.txt")
+    if not is_remote(folder) and not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such folder; {_CURE}")
+    progress, epochs = joined(folder, PROGRESS), joined(folder, EPOCHS)
+    steps = read_log(progress)
     if not steps:
-        raise UserError(f"{folder / 'steps.txt'}: holds no progress line yet; wait for the first (--print-freq)")
-    epochs = folder / "log.txt"
-    return Run(name, steps, read_log(epochs) if epochs.exists() else [])
+        raise UserError(f"{progress}: holds no progress line yet; wait for the first (--print-freq)")
+    return Run(name, steps, read_log(epochs) if _exists(epochs) else [])
 
 
-def short_names(folders: Sequence[Path]) -> list[str]:
+def short_names(folders: Sequence[str | Path]) -> list[str]:
     """Name folders by the last parts of their paths, as many parts as are needed to tell the folders apart.
 
     Args:
-        folders: The folders.
+        folders: The folders, here or in remote places.
 
     Returns:
         A name for each folder.
@@ -140,7 +152,10 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     Raises:
         UserError: A folder is named twice.
     """
-    whole = [folder.resolve().parts for folder in folders]
+    whole = [
+        tuple(str(folder).rstrip("/").split("/")) if is_remote(folder) else Path(folder).resolve().parts
+        for folder in folders
+    ]
     for count in range(1, max(map(len, whole)) + 1):
         names = ["/".join(parts[-count:]) for parts in whole]
         if len(set(names)) == len(names):
@@ -381,11 +396,11 @@ def draw(runs: list[Run]) -> "Figure":
     return figure
 
 
-def plot(folders: Sequence[Path], output: Path) -> None:
+def plot(folders: Sequence[str | Path], output: Path) -> None:
     """Draw the runs in these folders into a PNG file.
 
     Args:
-        folders: The `--output-dir`s of the runs.
+        folders: The `--output-dir`s of the runs, here or in remote places.
         output: The PNG file.
 
     Raises:
@@ -404,7 +419,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ToolParser(
         prog="tools/plot_run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the --output-dir of a training run")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the --output-dir of a training run")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.png", help="PNG file that is written")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     given = parser.parse_args(argv)

@@ -26,6 +26,7 @@ from avion.numbers import PROCESSES, SEED, whole
 from avion.reproduce.plan import Request, Step, plan
 from avion.reproduce.recipe import FULL, TASKS, Recipe, load_recipes
 from avion.reproduce.show import described, recipes_table
+from avion.targets import check_here
 
 logger = logging.getLogger(__name__)
 NAME = "tools/reproduce.py"
@@ -244,6 +245,7 @@ def reproduce(args: argparse.Namespace, options: SubmitOptions | None, words: Se
     if args.list:
         print(recipes_table(load_recipes()))
         return 0
+    check_here(args.runs, "--runs")
     if args.checkpoint and not args.from_released:
         raise UserError("--checkpoint: goes with --from-released; to start from it, give `-- --pretrain-model FILE`")
     request = Request(

@@ -15,6 +15,7 @@ from avion.engine.options import EgoSchemaOptions, TrainingOptions, ZeroShotOpti
 from avion.errors import UserError
 from avion.json_lines import read_json_lines
 from avion.reading import parse_json, read_text
+from avion.remote import is_remote
 
 from .launch import EVALUATIONS, RECORD, RELEASED, TRAINED
 from .recipe import BENCHMARKS, FULL, Recipe, scaled
@@ -93,7 +94,13 @@ def read_runs(roots: Sequence[str | Path], recipes: Mapping[str, Recipe]) -> Run
 def find_runs(roots: Sequence[str | Path]) -> list[Path]:
     """Return the folders that hold a recipe.json or an eval_log.txt, in the order of their names, each once."""
     found: dict[Path, Path] = {}
-    for root in map(Path, roots):
+    for name in roots:
+        if is_remote(name):
+            raise UserError(
+                f"{name}: is an address, and runs are read from folders of this machine; copy {RECORD}, {EVALUATIONS} "
+                "and log.txt of the runs here (aws s3 sync, for example)"
+            )
+        root = Path(name)
         if not root.is_dir():
             raise UserError(f"{root}: no such folder; give folders of runs, such as runs/")
         for path in sorted([*root.rglob(RECORD), *root.rglob(EVALUATIONS)]):

@@ -295,6 +295,23 @@ def test_the_picture_is_a_png(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    "folders, names",
+    [(["s3://b/x/id6", "s3://b/x/id7/"], ["id6", "id7"]), (["s3://b/id6", "other/id6"], ["b/id6", "other/id6"])],
+)
+def test_names_of_runs_in_remote_places(folders, names):
+    assert plot_run.short_names(folders) == names
+
+
+def test_a_run_in_a_remote_place(tmp_path):
+    pytest.importorskip("fsspec")
+    write_run(tmp_path / "a", [progress(5), progress(10)], [epoch(10, **MIR)])
+    there, here = plot_run.read_run(f"file://{tmp_path}/a", "a"), plot_run.read_run(tmp_path / "a", "a")
+    assert there == here and len(there.steps) == 2 and len(there.epochs) == 1
+    with pytest.raises(UserError, match=r"file://.*/none/steps.txt: cannot be read \(No such file"):
+        plot_run.read_run(f"file://{tmp_path}/none", "none")
+
+
+@pytest.mark.parametrize(
     "run, output, message",
     [
         ("nothing", "x.png", "nothing: no such folder"),

@@ -18,6 +18,7 @@ pytest.importorskip("moto.server")
 import main_egoschema
 import main_zeroshot
 from avion import remote
+from avion.commands import plot_run
 from avion.engine import mirror
 from avion.engine.distributed import World
 from avion.engine.mirror import WRITER, in_working_folder, readable, working_folder
@@ -124,6 +125,8 @@ class TestRuns:
         assert run(tmp_path, "two", "--epochs", "4", size=2) == ["", ""]
         assert epochs(content(bucket, "log.txt")) == [0, 1, 2, 3]
         assert content(bucket, "log.txt").startswith(before)
+        drawn = plot_run.read_run(ADDRESS, "id6")
+        assert [row["epoch"] for row in drawn.epochs] == [0, 1, 2, 3] and drawn.steps
         secret = os.environ["AWS_SECRET_ACCESS_KEY"].encode()
         assert not any(secret in content(bucket, name) for name in names(bucket))
 

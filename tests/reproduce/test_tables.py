@@ -260,6 +260,8 @@ def test_bad_input_costs_one_line(tmp_path, capsys):
         assert found in error and error.count("\n") == 1
     with pytest.raises(UserError):
         read_runs([tmp_path / "nowhere"], RECIPES)
+    with pytest.raises(UserError, match=r"^s3://bucket/runs: is an address.*copy recipe.json.* here"):
+        read_runs(["s3://bucket/runs"], RECIPES)
     write_run(tmp_path / "a", "table8_row6", [GOOD], epochs=5)
     (tmp_path / "file").write_text("")
     assert main([str(tmp_path / "a"), "--output", str(tmp_path / "file" / "x")]) == 2
