@@ -202,6 +202,26 @@ def backends(report: Report, device: str) -> None:
             (report.problem if name == auto else report.line)(name, text)
 
 
+def mixer_in_c(report: Report) -> None:
+    """Compare the C code, which `auto` takes for short rows on a CPU, with PyTorch's operators in float64."""
+    import torch
+
+    from avion.ops.mixer.native_build import native
+
+    print("mixer of short rows on a CPU")
+    if native().library is None:
+        report.line("C code", f"not used, PyTorch's operators are: {native().reason}")
+        return
+    case = {name: t[:, :4] if t.ndim == 3 else t for name, t in _random_case("cpu").items()}
+    found, expected = _mixer(case, "auto", torch.float32), _mixer(case, "torch", torch.float64)
+    worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected, strict=True))
+    text = f"largest relative error {worst:.0e} against float64"
+    if worst <= TOLERANCE:
+        report.line("C code", f"works, {text}")
+    else:
+        report.problem("C code", f"WRONG, {text}; set AVION_NATIVE=0, and report this with the version of the compiler")
+
+
 def _write_video(path: Path) -> None:
     import av
     import numpy as np
@@ -274,6 +294,7 @@ def examine(argv: Sequence[str] | None) -> int:
     if not report.problems:  # else the imports below would fail
         device = devices(report, args.device)
         backends(report, device)
+        mixer_in_c(report)
         decoders(report)
     print()
     if report.problems:

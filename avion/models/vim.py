@@ -74,7 +74,8 @@ class BiMambaMixer(nn.Module):
         xz = self.in_proj(h)  # (R, T, 2I)
         forward, backward = self._direction(reverse=False), self._direction(reverse=True)
         if runs_whole(xz, self.scan_backend) and _is_plain(self.x_proj) and _is_plain(self.x_proj_b):
-            return self.out_proj(mixer_of_whole_rows(xz, forward.weights(), backward.weights()))  # (R, T, D)
+            weights = forward.weights(), backward.weights()
+            return self.out_proj(mixer_of_whole_rows(xz, *weights, backend=self.scan_backend))  # (R, T, D)
         x, z = xz.chunk(2, dim=-1)  # (R, T, I) each
         u = causal_conv_silu_both(x, forward.taps(), backward.taps(), backend=self.scan_backend)  # (R, T, I) each
         ahead, behind = self._scan_inputs(u[0], forward), self._scan_inputs(u[1], backward)

@@ -112,6 +112,11 @@ def milliseconds(run: Callable[[], object]) -> float:
     return statistics.median(times[1:])
 
 
+def cache_folder() -> Path:
+    """Return the folder of what is measured or compiled on this machine."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avion"
+
+
 def cache_file(kind: str, device: str) -> Path:
     """Return the path of a file of measurements on GPUs of this name, under this version of PyTorch.
 
@@ -119,8 +124,7 @@ def cache_file(kind: str, device: str) -> Path:
         kind: what was measured: "plans" or "backends".
         device: the GPU's name.
     """
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avion"
-    return root / f"{kind}, {device}, torch {torch.__version__}.json".replace("/", "_")
+    return cache_folder() / f"{kind}, {device}, torch {torch.__version__}.json".replace("/", "_")
 
 
 def forget_choices() -> None:

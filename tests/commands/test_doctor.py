@@ -8,6 +8,7 @@ import torch
 
 from avion.commands import doctor as tool
 from avion.data.video import VideoError
+from avion.ops.mixer import native_build
 from avion.ops.selective_scan import dispatch
 from tests.test_packaging import PROJECT, Requirement
 
@@ -34,6 +35,21 @@ def test_this_machine(doctor, capsys):
     assert said["reference"].startswith("works") and said["pyav"].startswith("works")
     assert "cannot run: its kernels are for GPUs" in said["triton"]
     assert said["timm"][0].isdigit()
+
+
+def test_the_mixer_in_c(doctor, capsys, monkeypatch):
+    library = native_build.native().library
+    if library is None:
+        pytest.skip(native_build.native().reason)
+    assert doctor.main(["--device", "cpu"]) == 0
+    assert lines(capsys)["C"].split()[:2] == ["code", "works,"]
+    call = native_build.call
+    monkeypatch.setattr(native_build, "call", lambda name, *a: 0 if name == "gate" else call(name, *a))
+    assert doctor.main(["--device", "cpu"]) == 1
+    assert "C code: WRONG, largest relative error" in capsys.readouterr().out.splitlines()[-1]
+    monkeypatch.setattr("avion.ops.mixer.native_build.native", lambda: native_build.Native(None, "there is no compiler"))
+    assert doctor.main(["--device", "cpu"]) == 0
+    assert "not used, PyTorch's operators are: there is no compiler" in capsys.readouterr().out
 
 
 def test_every_optional_package_is_listed_with_what_it_is_for(doctor, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """Runs whose --output-dir is in an object store: what is there after an end of any kind, and who may write there."""
 
+import contextlib
 import io
 import json
 import os
@@ -297,35 +298,34 @@ class TestWhoWrites:
         assert outcomes.count("held") == 1 and sum("writes there" in told for told in outcomes) == 2
 
     def test_a_run_that_was_taken_over_writes_no_more(self, bucket, door, tmp_path):
-        taken, ended = threading.Event(), threading.Event()
+        writing = threading.Lock()
+
+        def write() -> None:
+            """Write the other's lock. The request passes the door too."""
+            if writing.acquire(blocking=False):
+                with contextlib.suppress(Exception):
+                    bucket.pipe_file("runs/x/id6/run.lock", self.foreign())
+                writing.release()
 
         def take(method, path):
             if method == "PUT" and path.endswith("checkpoint.pt"):
-                door.after = lambda *a: None
-                bucket.pipe_file("runs/x/id6/run.lock", self.foreign())
+                write()
                 door.seen.clear()
-                taken.set()
+                door.after = keep
 
-        def keep():
-            """As a run does: one of its writes may come just before one of the run that it has taken over from."""
-            taken.wait(120)
-            while not ended.wait(0.1):
-                bucket.pipe_file("runs/x/id6/run.lock", self.foreign())
+        def keep(method, path):
+            """As a run does: a write of the run that it has taken over from may come just after its own."""
+            if method == "PUT" and path.endswith("run.lock"):
+                write()
 
         door.after = take
-        keeper = threading.Thread(target=keep)
-        keeper.start()
-        try:
-            (told,) = run(tmp_path, "one", "--epochs", "200", "--warmup-epochs", "1")
-        finally:
-            taken.set()
-            ended.set()
-            keeper.join()
+        (told,) = run(tmp_path, "one", "--epochs", "200", "--warmup-epochs", "1")
+        door.after = lambda *a: None
         assert (
             "another run (process 7 on elsewhere" in told and "taken it over" in told and told.startswith("UserError")
         )
         later = [path for method, path in door.seen if method == "PUT" and "run.lock" not in path]
-        assert len(later) <= 1, later
+        assert len(later) <= 2, later  # what was under way
         assert content(bucket, "run.lock") == self.foreign()
 
     def test_files_that_were_never_uploaded_are_kept(self, bucket, door, tmp_path, monkeypatch):

@@ -6,50 +6,18 @@ where an input is float64.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Generic, NamedTuple
+from typing import Generic
 
 import torch
 from torch import Tensor
 
 from avion.ops.buffers import Buffers, borrowed_buffers
-from avion.ops.exporting import exporting
 from avion.ops.gated_scan.autograd import differentiable
-from avion.ops.selective_scan import resolve_backend
 from avion.ops.selective_scan.inputs import Time, compute_dtype
-from avion.ops.selective_scan.torch_blocks import MAX_STEPS, Group, Kind, whole_rows
+from avion.ops.selective_scan.torch_blocks import Group, Kind, whole_rows
 from avion.ops.selective_scan.torch_walk import BackwardScratch, ParameterGradients, Parameters, Scratch
 
-
-class MixerWeights(NamedTuple):
-    """The parameters of one direction.
-
-    Attributes:
-        conv: the taps of the convolution, (I, K).
-        conv_bias: (I,).
-        x_proj: the projection of u to dt, B and C, (Q + 2N, I).
-        dt_proj: the projection of dt to the step sizes, (I, Q).
-        A: negative decay rates, (I, N).
-        D: skip weights, (I,).
-        delta_bias: what is added to the step size before the softplus, (I,).
-    """
-
-    conv: Tensor
-    conv_bias: Tensor
-    x_proj: Tensor
-    dt_proj: Tensor
-    A: Tensor
-    D: Tensor
-    delta_bias: Tensor
-
-
-def runs_whole(xz: Tensor, backend: str) -> bool:
-    """Return whether `mixer_of_whole_rows` is for this case: the torch backend on a CPU, rows of one block of time."""
-    if exporting():
-        return False
-    float64 = xz.dtype == torch.float64
-    on_cpu = xz.device.type == "cpu" and xz.shape[1] <= MAX_STEPS
-    return on_cpu and resolve_backend(backend, xz.device, float64=float64) == "torch"
-
+from .weights import MixerWeights
 
 # ---- one direction ---------------------------------------------------------------------------------------
 
@@ -306,20 +274,6 @@ def _convolve_backward(
 _run = differentiable(_mixer, _mixer_backward)
 
 
-def mixer_of_whole_rows(xz: Tensor, forward: MixerWeights, backward: MixerWeights) -> Tensor:
-    """Compute a bidirectional mixer between its projections. The package's docstring has the maths.
-
-    Args:
-        xz: the output of the input projection, (R, T, 2I), of any strides; T is at most 32.
-        forward: the parameters of the direction along time.
-        backward: the parameters of the direction from the end of time.
-
-    Returns:
-        The input of the output projection, (R, T, I) in xz's dtype. Gradients flow to xz and every parameter.
-
-    Raises:
-        ValueError: T is 0, or more than 32.
-    """
-    if not 1 <= xz.shape[1] <= MAX_STEPS:
-        raise ValueError(f"mixer_of_whole_rows: T must be 1 to {MAX_STEPS}, got {xz.shape[1]}")
+def mixer_of_operators(xz: Tensor, forward: MixerWeights, backward: MixerWeights) -> Tensor:
+    """Compute `mixer_of_whole_rows` with PyTorch's operators."""
     return _run(forward, backward, xz)
