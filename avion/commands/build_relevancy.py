@@ -33,13 +33,7 @@ LISTED = 10
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
-    summary, _, details = __doc__.partition("\n\n")
-    parser = ToolParser(
-        prog="tools/build_relevancy.py",
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ToolParser(prog="tools/build_relevancy.py", doc=__doc__)
     parser.add_argument("clips", metavar="CLIPS.csv", help="CSV of a split's clips, with their verb and noun classes")
     parser.add_argument(
         "sentences", metavar="SENTENCES.csv", help="CSV of the same split's sentences, with their narration ids"

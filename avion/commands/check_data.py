@@ -167,13 +167,7 @@ def check_files(needs: list[Need], decode: str, decoder: str, workers: int) -> I
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
-    summary, _, details = __doc__.partition("\n\n")
-    parser = ToolParser(
-        prog="tools/check_data.py",
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ToolParser(prog="tools/check_data.py", doc=__doc__)
     parser.add_argument(
         "annotations", nargs="+", help="annotation files: Ego4D pickles and captions, or one EPIC-KITCHENS-100 CSV"
     )

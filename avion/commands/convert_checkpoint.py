@@ -22,13 +22,7 @@ from avion.targets import check_target
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
-    summary, _, example = __doc__.partition("\n\n")
-    parser = ToolParser(
-        prog="tools/convert_checkpoint.py",
-        description=summary,
-        epilog=example,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ToolParser(prog="tools/convert_checkpoint.py", doc=__doc__)
     parser.add_argument("source", help="checkpoint to read: a path or hf:owner/repo/file")
     parser.add_argument("target", help="file to write, .safetensors or .pt, or a folder")
     parser.add_argument("--model", metavar="NAME", help="name of the checkpoint's model, if the file does not state it")

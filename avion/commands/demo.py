@@ -8,7 +8,6 @@ Verbs of the demo dataset come in pairs that are each other played backwards ("p
 see time cannot tell them apart. In the column "one frame", the same model sees only the middle frame of each clip.
 """
 
-import argparse
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from avion.errors import exit_status
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
-    parser = ToolParser(prog="tools/demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(prog="tools/demo.py", doc=__doc__)
     parser.add_argument(
         "--short", action="store_true", help="train each task for one epoch, to see that everything runs"
     )

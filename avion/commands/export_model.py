@@ -17,13 +17,7 @@ from avion.targets import check_target
 
 
 def build_parser() -> argparse.ArgumentParser:
-    summary, _, example = __doc__.partition("\n\n")
-    parser = ToolParser(
-        prog="tools/export_model.py",
-        description=summary,
-        epilog=example,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ToolParser(prog="tools/export_model.py", doc=__doc__)
     parser.add_argument("checkpoint", help="checkpoint to read: a path or hf:owner/repo/file")
     parser.add_argument("target", help="file to write, .pt2 or .onnx; TARGET.json is written beside it")
     parser.add_argument(

@@ -23,10 +23,7 @@ _SUFFIXES = {RECIPES: (".yaml",), SLURM: (".sbatch", ".sh")}
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
-    summary, _, details = __doc__.partition("\n\n")
-    parser = ToolParser(
-        prog=NAME, description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(prog=NAME, doc=__doc__)
     parser.add_argument("--copy", metavar="DIR", help="folder in which recipes/ and slurm/ are made")
     parser.add_argument("--overwrite", "--force", action="store_true", help="replace files that differ")
     parser.add_argument("--debug", action="store_true", help="show the Python traceback of an error")

@@ -25,13 +25,7 @@ _LISTED = 20  # files that are named; the others are counted
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
-    summary, _, details = __doc__.partition("\n\n")
-    parser = ToolParser(
-        prog="tools/index_videos.py",
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ToolParser(prog="tools/index_videos.py", doc=__doc__)
     parser.add_argument("root", help="folder that holds the videos")
     parser.add_argument(
         "files", nargs="*", help="names of the videos to index, below ROOT; without names, all videos are indexed"

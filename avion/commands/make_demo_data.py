@@ -19,9 +19,7 @@ from avion.targets import check_here, check_target
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
-    parser = ToolParser(
-        prog="tools/make_demo_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(prog="tools/make_demo_data.py", doc=__doc__)
     parser.add_argument("--root", default="datasets/demo", help="folder of the dataset [%(default)s]")
     parser.add_argument("--seed", type=SEED, default=0, help="another seed films other videos [%(default)s]")
     parser.add_argument(

@@ -31,13 +31,7 @@ _LEVELS = {"sls_pt": (2, "of pretraining"), "sls_tl": (3, "training labels"), "s
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
-    summary, _, rest = __doc__.partition("\n\n")
-    parser = ToolParser(
-        prog="tools/make_submission.py",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ToolParser(prog="tools/make_submission.py", doc=__doc__)
     shared = ToolParser(add_help=False)
     for name in SLS:
         default, what = _LEVELS[name]

@@ -1,5 +1,6 @@
 """Make the paper's tables and Fig. 5 from runs of recipes, with the measured metrics beside the paper's.
 
+Example:
     python tools/make_tables.py runs --output runs/tables
 
 The tool writes tables.html (one page that loads nothing), tables.md and, where runs of Fig. 5 are found, figure5.png
@@ -8,7 +9,6 @@ Runs that are unfinished or damaged are named in the report and on the screen. d
 report.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,9 +20,7 @@ from avion.targets import check_target, check_target_folder
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
-    parser = ToolParser(
-        prog="tools/make_tables.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(prog="tools/make_tables.py", doc=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="folders that hold runs of recipes")
     parser.add_argument(
         "--output", default="runs/tables", metavar="DIR", help="folder that the report is written to [%(default)s]"

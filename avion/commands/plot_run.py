@@ -11,7 +11,6 @@ RUN is the --output-dir of a training run, which may be resumed or still going o
 (s3://bucket/runs/id6). Exit status: 0, or 2 after an error message of one line.
 """
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -416,9 +415,7 @@ def plot(folders: Sequence[str | Path], output: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
-    parser = ToolParser(
-        prog="tools/plot_run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(prog="tools/plot_run.py", doc=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the --output-dir of a training run")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.png", help="PNG file that is written")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")

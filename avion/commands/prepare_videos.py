@@ -34,13 +34,7 @@ _QUIET_EVERY_S = 30.0  # between lines of progress that go to a file
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
-    summary, _, details = __doc__.partition("\n\n")
-    parser = ToolParser(
-        prog="tools/prepare_videos.py",
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ToolParser(prog="tools/prepare_videos.py", doc=__doc__)
     add = parser.add_argument
     add("source", metavar="SOURCE", help="folder of raw videos, or one file")
     add("target", metavar="TARGET", help="folder that the prepared videos are written to")

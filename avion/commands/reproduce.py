@@ -34,12 +34,7 @@ NAME = "tools/reproduce.py"
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
-    parser = ToolParser(
-        prog="tools/reproduce.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ToolParser(prog="tools/reproduce.py", doc=__doc__, allow_abbrev=False)
     which = parser.add_argument_group("which")
     which.add_argument(
         "--table", metavar="N", help="table of the paper: 8, 9, 10, avion for AVION's baseline, or zeroshot"

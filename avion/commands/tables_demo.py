@@ -22,9 +22,7 @@ NAME = "tools/tables_demo.py"
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
-    parser = ToolParser(
-        prog="tools/tables_demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(prog="tools/tables_demo.py", doc=__doc__)
     parser.add_argument(
         "--output-dir", default="runs/tables_demo", metavar="DIR", help="folder of runs and report [%(default)s]"
     )

@@ -128,9 +128,16 @@ class ToolParser(argparse.ArgumentParser):
     """An argument parser that ends the program with one line and status 2 for words that it refuses.
 
     Help and errors name programs as they were called (`avion.errors.called_names`). Every tool takes `--import MODULE`.
+
+    Args:
+        doc: The docstring of the program: the first paragraph stands above the flags in the help text, the rest below.
     """
 
-    def __init__(self, *args: Any, **keywords: Any):
+    def __init__(self, *args: Any, doc: str | None = None, **keywords: Any):
+        if doc is not None:
+            above, _, below = doc.partition("\n\n")
+            keywords |= {"description": above, "epilog": below or None}
+            keywords |= {"formatter_class": argparse.RawDescriptionHelpFormatter}
         super().__init__(*args, **keywords)
         if self.add_help and type(self) is ToolParser:  # options of dataclasses have a flag of their own for it
             self.add_argument(

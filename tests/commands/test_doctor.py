@@ -47,7 +47,7 @@ def test_the_mixer_in_c(doctor, capsys, monkeypatch):
     monkeypatch.setattr(native_build, "call", lambda name, *a: 0 if name == "gate" else call(name, *a))
     assert doctor.main(["--device", "cpu"]) == 1
     assert "C code: WRONG, largest relative error" in capsys.readouterr().out.splitlines()[-1]
-    monkeypatch.setattr("avion.ops.mixer.native_build.native", lambda: native_build.Native(None, "there is no compiler"))
+    monkeypatch.setattr(native_build, "native", lambda: native_build.Native(None, "there is no compiler"))
     assert doctor.main(["--device", "cpu"]) == 0
     assert "not used, PyTorch's operators are: there is no compiler" in capsys.readouterr().out
 

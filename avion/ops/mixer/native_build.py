@@ -127,7 +127,7 @@ def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
+        lines: list[str] = []
     known = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU implementer", "CPU part")
     return platform.machine() + "".join(sorted({line for line in lines if line.split("\t")[0].strip() in known}))
 
