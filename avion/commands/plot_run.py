@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from avion.engine.args import ToolParser
-from avion.engine.sinks import EPOCHS, PROGRESS
+from avion.engine.run_files import EPOCHS, PROGRESS
 from avion.errors import UserError, exit_status, say
 from avion.files import written_whole
 from avion.json_lines import read_json_lines

@@ -40,9 +40,8 @@ from avion.weights import Checkpoint
 from .args import Options
 from .remote_lock import RemoteLock
 from .resume import Start
-from .run_files import BEST, LATEST
+from .run_files import BEST, EPOCHS, EVALUATIONS, LATEST, PROGRESS
 from .signals import Stopped
-from .sinks import EPOCHS, EVALUATIONS, PROGRESS
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,7 @@
-"""The checkpoints in a run's folder: their names, which of them exist, and how a new one becomes the latest.
+"""The files of a run's folder: the names of its logs; its checkpoints, which of them exist, and how a new one becomes
+the latest.
+
+    steps.txt, log.txt, eval_log.txt    a JSON line per progress line, epoch and evaluation
 
     checkpoint.pt             the latest
     checkpoint_previous.pt    the one written before; with --keep-checkpoints above 2 also checkpoint_previous2.pt, ...
@@ -15,6 +18,7 @@ from pathlib import Path
 
 from avion.files import partial_name
 
+PROGRESS, EPOCHS, EVALUATIONS = "steps.txt", "log.txt", "eval_log.txt"
 LATEST, BEST, DAMAGED = "checkpoint.pt", "checkpoint_best.pt", "checkpoint_damaged.pt"
 _PREVIOUS = re.compile(r"checkpoint_previous([2-9]|[1-9][0-9]+)?\.pt")
 

@@ -25,10 +25,11 @@ from avion.reading import open_file
 
 from .distributed import World
 from .options import RunOptions
+from .run_files import EPOCHS, EVALUATIONS, PROGRESS
 
 logger = logging.getLogger(__name__)
 
-_FILES = PROGRESS, EPOCHS, EVALUATIONS = "steps.txt", "log.txt", "eval_log.txt"
+_FILES = PROGRESS, EPOCHS, EVALUATIONS
 _WANDB_FLAGS = ("wandb_project", "wandb_name", "wandb_mode")
 _WANDB_ID = "wandb_id.txt"
 # Seconds after which TensorBoard sees a metric at the latest.

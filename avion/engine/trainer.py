@@ -31,7 +31,8 @@ from .options import ModelOptions, OptimOptions, TrainingOptions
 from .peers import LostPeer
 from .precision import Precision
 from .resume import Start
-from .sinks import EPOCHS, EVALUATIONS, RunLog
+from .run_files import EPOCHS, EVALUATIONS
+from .sinks import RunLog
 from .tasks.base import Task
 
 logger = logging.getLogger(__name__)
