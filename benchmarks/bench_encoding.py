@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -221,21 +221,47 @@ def plot(rows: dict[str, Row], default: str, path: str) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure, panels = pyplot.subplots(1, len(CASES), figsize=(14, 5), sharey=True)
-    numbers = {name: i for i, name in enumerate(rows)}
     for k, (panel, (frames, seconds)) in enumerate(zip(panels, CASES, strict=True)):
-        for name, row in rows.items():
-            colour = "tab:red" if name == default else "tab:gray" if name == DEFAULT else "tab:blue"
-            at = row.ours[k], row.size / rows[DEFAULT].size
-            panel.plot(*at, "o", color=colour, label=f"{numbers[name]}  {name}")
-            panel.annotate(str(numbers[name]), at, xytext=(4, 3), textcoords="offset points", fontsize=9, color=colour)
+        at = [(row.ours[k], row.size / rows[DEFAULT].size) for row in rows.values()]
+        colours = ["tab:red" if name == default else "tab:gray" if name == DEFAULT else "tab:blue" for name in rows]
+        for number, (name, place, colour) in enumerate(zip(rows, at, colours, strict=True)):
+            panel.plot(*place, "o", color=colour, label=f"{number}  {name}")
         panel.set(title=f"{frames} frames of {seconds:g} s", xlabel="CPU ms per clip", xscale="log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3, which="both")
+        panel.margins(0.08)
     panels[0].set_ylabel("bytes, relative to x264's default")
     panels[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
+    for panel in panels:
+        _number(panel)
     figure.savefig(path, dpi=100)
+
+
+def _number(panel: Any) -> None:
+    """Write the number of every point beside it, where neither a point nor another number is."""
+    points = [panel.transData.transform((line.get_xdata()[0], line.get_ydata()[0])) for line in panel.lines]
+    taken = list(points)
+    for number, (line, point) in enumerate(zip(panel.lines, points, strict=True)):
+        sides = [(far * x, far * y) for far in (1, 2, 3) for x, y in ((9, 7), (-9, 7), (9, -8), (-9, -8))]
+        free = [side for side in sides if min(np.hypot(*(point + side - other)) for other in taken) > 11]
+        side = (free or sides)[0]
+        taken.append(point + np.array(side))
+        panel.annotate(
+            str(number),
+            (line.get_xdata()[0], line.get_ydata()[0]),
+            xytext=(0.72 * side[0], 0.72 * side[1]),  # points of 1/72 inch, at 100 dots per inch
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=9,
+            color=line.get_color(),
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
