@@ -330,8 +330,15 @@ def _stamp(info: dict[str, Any]) -> int:
 
 
 def cache_root() -> Path:
-    """Where local copies lie: AVION_CACHE, else ~/.cache/avion."""
-    return Path(os.environ.get("AVION_CACHE") or Path.home() / ".cache" / "avion")
+    """Where local copies lie: AVION_CACHE, else ~/.cache/avion.
+
+    Raises:
+        UserError: There is no home folder, and AVION_CACHE is not set.
+    """
+    try:
+        return Path(os.environ.get("AVION_CACHE") or Path.home() / ".cache" / "avion")
+    except RuntimeError as e:
+        raise UserError("there is no home folder for copies of remote files; set AVION_CACHE") from e
 
 
 def cache_limit(variable: str, default: int) -> int:

@@ -6,6 +6,7 @@ measured where there is no choice, while a CUDA graph is being captured, or with
 taken, which is the guess.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -113,8 +114,15 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 
 def cache_folder() -> Path:
-    """Return the folder of what is measured or compiled on this machine."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avion"
+    """Return the folder of what is measured or compiled on this machine.
+
+    Raises:
+        OSError: There is no home folder, and XDG_CACHE_HOME is not set.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avion"
+    except RuntimeError as e:
+        raise FileNotFoundError(errno.ENOENT, "there is no home folder; set XDG_CACHE_HOME") from e
 
 
 def cache_file(kind: str, device: str) -> Path:
@@ -143,11 +151,11 @@ def _stored(device: str) -> dict[str, list[Any]]:
 
 def _store(device: str, key: str, plan: list[Any]) -> None:
     """Add a choice to the file. Where several processes do so, the last one wins; what is lost is measured again."""
-    path = cache_file("plans", device)
     try:
+        path = cache_file("plans", device)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({**_stored(device), key: plan}, indent=0), cure="set XDG_CACHE_HOME")
     except OSError as e:
-        _log.warning("%s cannot be written (%s): kernels will be measured again in the next run", path, e.strerror)
+        _log.warning("the choice cannot be written (%s): kernels will be measured again in the next run", e)
     except UserError as e:
         _log.warning("%s: kernels will be measured again in the next run", e)

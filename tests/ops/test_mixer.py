@@ -175,6 +175,25 @@ def test_rows_of_other_lengths_are_refused(steps):
         mixer_of_whole_rows(*random_case(2, steps, 3, 4))
 
 
+@pytest.mark.parametrize("field", MixerWeights._fields)
+@pytest.mark.parametrize("direction", [1, 2])
+def test_tensors_that_do_not_belong_together(field, direction):
+    """C would read beyond them."""
+    case = list(random_case(2, 4, 6, 3, dtype=torch.float32))
+    tensor = getattr(case[direction], field)
+    good = case[direction]
+    for wrong in (tensor[1:], tensor[None], tensor.to("meta")):
+        case[direction] = good._replace(**{field: wrong})
+        with pytest.raises(ValueError, match="mixer_of_whole_rows: .* must be"):
+            mixer_of_whole_rows(*case)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 13), (2, 4, 0), (4, 12), (2, 4, 14)])
+def test_xz_that_does_not_belong_to_the_weights(shape):
+    with pytest.raises(ValueError, match="mixer_of_whole_rows: .* must be"):
+        mixer_of_whole_rows(torch.zeros(shape), *random_case(2, 4, 6, 3)[1:])
+
+
 def test_what_it_is_made_for():
     xz = torch.zeros(2, 32, 8)
     assert runs_whole(xz, "auto") and runs_whole(xz, "torch") and runs_whole(xz.double(), "auto")

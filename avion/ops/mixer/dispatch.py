@@ -36,13 +36,29 @@ def mixer_of_whole_rows(xz: Tensor, forward: MixerWeights, backward: MixerWeight
         The input of the output projection, (R, T, I) in xz's dtype. Gradients flow to xz and every parameter.
 
     Raises:
-        ValueError: T is 0, or more than 32.
+        ValueError: T is 0, or more than 32; or the shapes or devices of the tensors do not belong together.
     """
-    if not 1 <= xz.shape[1] <= MAX_STEPS:
-        raise ValueError(f"mixer_of_whole_rows: T must be 1 to {MAX_STEPS}, got {xz.shape[1]}")
+    _check(xz, forward, backward)
     float64 = any(t.dtype == torch.float64 for t in (xz, *forward, *backward))
     in_c = backend == "auto" and not float64 and xz.device.type == "cpu" and _compiled()
     return (mixer_in_c if in_c else mixer_of_operators)(xz, forward, backward)
+
+
+def _check(xz: Tensor, *directions: MixerWeights) -> None:
+    """Refuse tensors that do not belong together: the C code would read and write beyond them."""
+    if xz.ndim != 3 or xz.shape[2] < 2 or xz.shape[2] % 2:
+        raise ValueError(f"mixer_of_whole_rows: xz must be (R, T, 2I), got {tuple(xz.shape)}")
+    if not 1 <= xz.shape[1] <= MAX_STEPS:
+        raise ValueError(f"mixer_of_whole_rows: T must be 1 to {MAX_STEPS}, got {xz.shape[1]}")
+    channels = xz.shape[2] // 2
+    for p in directions:
+        taps, rank, states = (t.shape[-1] for t in (p.conv, p.dt_proj, p.A))
+        wide, in_all = (channels,), rank + 2 * states
+        shapes = ((channels, taps), wide, (in_all, channels), (channels, rank), (channels, states), wide, wide)
+        for name, tensor, shape in zip(MixerWeights._fields, p, shapes, strict=True):
+            if tensor.shape != shape or tensor.device != xz.device:
+                found = f"{tuple(tensor.shape)} on {tensor.device}"
+                raise ValueError(f"mixer_of_whole_rows: {name} must be {shape} on {xz.device}, got {found}")
 
 
 # The library is looked for when a graph is compiled, not when the graph runs.

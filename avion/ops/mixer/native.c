@@ -46,11 +46,10 @@ INLINE float sum(vec x) {
     return total;
 }
 
-/* 2^x, to 2 units in the last place; below 2^-126 it is 2^-126. NaN stays NaN. */
+/* 2^x, to 2 units in the last place; 0 below 2^-126, infinite from 2^127.5 on. NaN stays NaN. */
 INLINE vec exp2v(vec x) {
     const vec magic = same(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold */
-    x = choose(x < -126.0f, same(-126.0f), x);
-    x = choose(x > 127.0f, same(127.0f), x);
+    x = choose(x > 128.0f, same(128.0f), x);
     vec rounded = x + magic;
     ints exponent = (ints)rounded - (ints)magic;
     vec f = x - (rounded - magic);
@@ -61,7 +60,7 @@ INLINE vec exp2v(vec x) {
     p = p * f + 0.240226462483406f;
     p = p * f + 0.693147182464599f;
     p = p * f + 1.0f;
-    return p * (vec)((exponent + 127) << 23);
+    return choose(x < -126.0f, same(0.0f), p * (vec)((exponent + 127) << 23));
 }
 
 INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exp2v(x * -LOG2_E)); }

@@ -121,10 +121,8 @@ class _Sums:
     """The gradients of a direction's parameters: those that C sums up, by thread; those of the products, in all."""
 
     def __init__(self, p: _Direction, threads: int):
-        width, channels = p.taps.shape
-        self.taps = torch.zeros(threads, width, channels)
-        self.A = torch.zeros(threads, p.states, channels)
-        self.conv_bias, self.D, self.delta_bias = (torch.zeros(threads, channels) for _ in range(3))
+        self.taps, self.A = (w.new_zeros(threads, *w.shape) for w in (p.taps, p.A_log2))
+        self.conv_bias, self.D, self.delta_bias = (p.D.new_zeros(threads, *p.D.shape) for _ in range(3))
         self.x_proj, self.dt_proj = (torch.zeros_like(w, dtype=_FLOAT) for w in (p.x_proj, p.dt_proj))
 
     def as_inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:

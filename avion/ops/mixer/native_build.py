@@ -1,8 +1,9 @@
 """Compiles `native.c` with the machine's C compiler, once, and loads it.
 
-The library is kept in `$XDG_CACHE_HOME/avion/` (`~/.cache/avion/`), under a name that depends on the source, the
-compiler and the CPU. Where there is no compiler, or the compiler fails, PyTorch's operators do the work.
-`AVION_NATIVE=0` asks for them.
+The library is kept in `$XDG_CACHE_HOME/avion/native/` (`~/.cache/avion/native/`), under a name that depends on the
+source, the compiler and what the compiler makes of the CPU. Where this folder cannot be used, a process compiles for
+itself. Where there is no compiler, or every compiler fails, PyTorch's operators do the work. `AVION_NATIVE=0` asks for
+them.
 """
 
 import ctypes
@@ -13,13 +14,17 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from avion.errors import UserError
 from avion.ops.tuning import cache_folder
 
 _log = logging.getLogger(__name__)
@@ -27,8 +32,11 @@ _log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("native.c")
 # Neither contracts a NaN away nor changes the order of a sum, as -ffast-math would. Contraction to fused multiply-adds
 # is on by default.
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
-_COMPILE_S = 120
+_FLAGS = ("-std=gnu11", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+_FOR_THIS_CPU = ("-march=native", "-mcpu=native")  # the second one where a compiler does not know the first one
+_COMPILE_S = 60
+_FAILURES = (OSError, subprocess.SubprocessError, AttributeError)
+_one_thread = threading.Lock()
 
 
 class Shape(ctypes.Structure):
@@ -76,60 +84,175 @@ class Native:
     reason: str = ""
 
 
-@functools.cache
 def native() -> Native:
-    """Return the compiled functions, which the first call compiles and checks where they are not there yet."""
-    if os.environ.get("AVION_NATIVE") == "0":
-        return Native(None, "AVION_NATIVE=0 asks for PyTorch's operators")
+    """Return the compiled functions, which the first call compiles where they are not there yet.
+
+    Raises:
+        UserError: AVION_NATIVE is neither a yes nor a no.
+    """
+    with _one_thread:
+        return _looked_for()
+
+
+@functools.cache
+def _looked_for() -> Native:
+    if not _wanted():
+        return Native(None, f"AVION_NATIVE={os.environ['AVION_NATIVE']} asks for PyTorch's operators")
     if platform.system() != "Linux":
         return Native(None, f"it is compiled on Linux only, this is {platform.system()}")
-    compiler = _compiler()
-    if not compiler:
+    reasons: list[str] = []
+    for compiler in _compilers():
+        try:
+            library = _library(compiler)
+        except _FAILURES as e:
+            reasons.append(f"{shlex.join(compiler)}: {_in_one_line(e)}")
+            continue
+        for reason in reasons:
+            _log.info("the mixer's C code: %s; %s compiled it", reason, shlex.join(compiler))
+        return Native(library)
+    if not reasons:
         return Native(None, "there is no C compiler (CC, or cc, gcc or clang on the PATH)")
+    reason = "; ".join(reasons)
+    _log.warning("the mixer's C code cannot be used, and PyTorch's operators take its place: %s", reason)
+    return Native(None, reason)
+
+
+def _wanted() -> bool:
+    text = os.environ.get("AVION_NATIVE", "")
+    if text.lower() in ("0", "no", "off", "false"):
+        return False
+    if text.lower() in ("", "1", "yes", "on", "true"):
+        return True
+    raise UserError(f"AVION_NATIVE {text}: give 0 for PyTorch's operators, or 1 for the mixer's C code")
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(getattr(error, "stderr", "") or error).split())[:300]
+
+
+# ---- compilers -------------------------------------------------------------------------------------------
+
+
+def _compilers() -> Iterator[list[str]]:
+    """Yield the words that call each C compiler, the one to try first at the head."""
     try:
-        return Native(_loaded(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError, AttributeError) as e:
-        reason = " ".join(str(getattr(e, "stderr", "") or e).split())[:300]
-        _log.warning("the mixer's C code cannot be used, and PyTorch's operators take its place: %s", reason)
-        return Native(None, reason)
-
-
-def _compiler() -> list[str]:
-    """The words that call the C compiler; empty where there is none."""
-    asked = shlex.split(os.environ.get("CC", ""))
+        asked = shlex.split(os.environ.get("CC", ""))
+    except ValueError:  # a quotation mark is missing
+        asked = []
     if asked and shutil.which(asked[0]):
-        return asked
-    return next(([name] for name in ("cc", "gcc", "clang") if shutil.which(name)), [])
+        yield asked
+    seen = {os.path.realpath(shutil.which(asked[0]) or "")} if len(asked) == 1 else set()
+    for name in ("cc", "gcc", "clang"):
+        path = shutil.which(name)
+        if path and os.path.realpath(path) not in seen:
+            seen.add(os.path.realpath(path))
+            yield [name]
 
 
-def _compiled(compiler: list[str]) -> Path:
-    """The path of the library, which is compiled where it is not in the cache."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=_COMPILE_S)
-    facts = [SOURCE.read_bytes(), *(text.encode() for text in (*_FLAGS, *compiler, version.stdout, _cpu()))]
-    folder = cache_folder()
-    target = folder / f"mixer-{hashlib.sha256(b'|'.join(facts)).hexdigest()[:16]}.so"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not target.exists():
-        _log.info("compiling the mixer's C code, once on this machine (%s)", " ".join(compiler))
+def _said(words: list[str], place: str | None = None) -> str:
+    """Run a compiler, and return its output. `place` is the folder of its temporary files.
+
+    Raises:
+        subprocess.SubprocessError: The compiler failed, or was not done in time. No process of it is left.
+        OSError: The compiler cannot be started.
+    """
+    there = {**os.environ, "LC_ALL": "C", **({"TMPDIR": place} if place else {})}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=there, start_new_session=True
+    ) as process:
+        try:
+            out, err = (text.decode(errors="replace") for text in process.communicate(timeout=_COMPILE_S))
+        except BaseException:  # also Ctrl-C
+            os.killpg(process.pid, signal.SIGKILL)  # a compiler is several processes
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, words, out, err)
+    return out
+
+
+def _words(compiler: list[str]) -> tuple[list[str], str]:
+    """The words that compile, without the output, and the compiler's macros: its version and the CPU's features."""
+    asked = ["-dM", "-E", "-x", "c", os.devnull]
+    for flag in _FOR_THIS_CPU:
+        try:
+            return [*compiler, *_FLAGS, flag], _said([*compiler, flag, *asked])
+        except subprocess.CalledProcessError:
+            continue
+    return [*compiler, *_FLAGS], _said([*compiler, *asked])
+
+
+# ---- the library -----------------------------------------------------------------------------------------
+
+
+def _library(compiler: list[str]) -> ctypes.CDLL:
+    """Load the library, which is compiled where it is not in the cache."""
+    words, macros = _words(compiler)
+    if "__clang__" in macros and _has_llvm_openmp():
+        raise OSError(
+            "its OpenMP would be loaded beside PyTorch's, which is of the same kind and ends the process then"
+        )
+    facts = b"|".join([SOURCE.read_bytes(), *(text.encode("utf-8", "replace") for text in (*words, macros))])
+    name = f"mixer-{hashlib.sha256(facts).hexdigest()[:16]}.so"
+    try:
+        return _kept(words, name)
+    except subprocess.TimeoutExpired:
+        raise
+    except _FAILURES as e:  # the folder is full, read-only, another user's, or code may not run there
+        problem = _in_one_line(e)
+    with tempfile.TemporaryDirectory(prefix="avion-") as place:
+        library = _loaded(_compiled(words, Path(place) / name))  # which stays when its file is deleted
+    _log.info("the mixer's C code was compiled for this process only: %s", problem)
+    return library
+
+
+def _kept(words: list[str], name: str) -> ctypes.CDLL:
+    """Load the library of this name in the cache, where it is put first if it is not there in one piece."""
+    folder = cache_folder() / "native"
+    for made in (folder.parent, folder):
+        made.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not _only_ours(folder):
+        raise OSError(f"{folder}: belongs to another user, or others may write to it")
+    target = folder / name
+    if not (target.is_file() and _only_ours(target) and _is_whole(target)):
+        _log.info("compiling the mixer's C code, once on this machine (%s)", words[0])
         with tempfile.TemporaryDirectory(dir=folder, prefix="compiling-") as place:
-            made = Path(place) / target.name
-            words = [*compiler, *_FLAGS, "-o", str(made), str(SOURCE)]
-            subprocess.run(words, capture_output=True, text=True, check=True, timeout=_COMPILE_S)
+            made = _compiled(words, Path(place) / name)
+            _seal(made)
             os.replace(made, target)  # processes that compile at the same time write the same
-    found = target.stat()
-    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
-        raise OSError(f"{target}: belongs to another user, or others may write to it; remove it")
+    return _loaded(target)
+
+
+def _compiled(words: list[str], target: Path) -> Path:
+    _said([*words, "-o", str(target), str(SOURCE)], str(target.parent))
     return target
 
 
-def _cpu() -> str:
-    """What tells CPUs apart between which -march=native differs."""
+def _only_ours(path: Path) -> bool:
+    """Return whether nobody else could have written this: it will be run."""
+    found = path.stat()
+    return found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
+def _seal(path: Path) -> None:
+    """Append a file's checksum, which the loader does not read. A library that was cut short kills who loads it."""
+    content = path.read_bytes()
+    path.write_bytes(content + hashlib.sha256(content).digest())
+    path.chmod(0o700)  # for any umask
+
+
+def _is_whole(path: Path) -> bool:
+    content = path.read_bytes()
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+def _has_llvm_openmp() -> bool:
+    """Return whether LLVM's or Intel's OpenMP is loaded. It ends a process that loads a second copy of it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        loaded = Path("/proc/self/maps").read_text(errors="replace")
     except OSError:
-        lines: list[str] = []
-    known = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU implementer", "CPU part")
-    return platform.machine() + "".join(sorted({line for line in lines if line.split("\t")[0].strip() in known}))
+        return True
+    return "libomp" in loaded or "libiomp" in loaded
 
 
 def _loaded(path: Path) -> ctypes.CDLL:
