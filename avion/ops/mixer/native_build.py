@@ -138,10 +138,10 @@ def _compilers() -> Iterator[list[str]]:
     try:
         asked = shlex.split(os.environ.get("CC", ""))
     except ValueError:  # a quotation mark is missing
-        asked = []
+        asked: list[str] = []
     if asked and shutil.which(asked[0]):
         yield asked
-    seen = {os.path.realpath(shutil.which(asked[0]) or "")} if len(asked) == 1 else set()
+    seen: set[str] = {os.path.realpath(shutil.which(asked[0]) or "")} if len(asked) == 1 else set()
     for name in ("cc", "gcc", "clang"):
         path = shutil.which(name)
         if path and os.path.realpath(path) not in seen:
