@@ -97,8 +97,8 @@ def peer(root: Path, crop: int, read: Callable) -> Callable:
     return load
 
 
-def peers() -> dict[str, Callable]:
-    """Return the readers that are installed."""
+def peers(example: Path) -> dict[str, Callable]:
+    """Return the readers that are installed and can open a file such as `example`."""
     found: dict[str, Callable] = {"PyAV, plainly used": _read_with_pyav}
     try:
         import decord
@@ -112,7 +112,9 @@ def peers() -> dict[str, Callable]:
         pass
     try:
         from torchcodec.decoders import VideoDecoder
-    except Exception as error:  # torchcodec raises a RuntimeError where it finds no FFmpeg
+
+        VideoDecoder(str(example))  # which looks for FFmpeg's libraries
+    except Exception as error:  # a RuntimeError where it finds none
         print(f"without torchcodec ({str(error).splitlines()[0]})")
         return found
     for mode in ("exact", "approximate"):
@@ -297,7 +299,7 @@ def main() -> None:
             "ours, without index": our_way(default, args.crop, "pyav", True, index=None),
             "ours, plain path": our_way(default, args.crop, "pyav", False, index=None),
         }
-        for reader, read in peers().items():
+        for reader, read in peers(default / "video0.mp4" / "0.mp4").items():
             sides[f"{reader}"] = peer(default, args.crop, read)
             sides[f"{reader}, prepared"] = peer(prepared, args.crop, read)
         for frames, seconds in CASES:
