@@ -40,7 +40,7 @@ def assert_equals_the_reference(inputs: dict, tolerance: float = 2e-5, **options
 # step, one chunk, several chunks, a ragged chunk, several segments of time.
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
-    "shape", [(5, 4, 7, 16), (3, 1, 8, 4), (0, 4, 8, 16), (1, 2, 1, 5), (3, 3, 5, 64), (2, 32, 3, 4), (3, 34, 5, 3)]
+    "shape", [(5, 4, 7, 16), (3, 1, 8, 4), (0, 4, 8, 16), (1, 2, 1, 5), (3, 3, 5, 64), (2, 32, 3, 2), (3, 34, 3, 2)]
 )
 def test_outputs_and_every_gradient_equal_the_references(shape, reverse):
     assert_equals_the_reference(single_precision(random_inputs(*shape)), reverse=reverse)
@@ -100,8 +100,8 @@ def test_small_step_sizes_keep_their_relative_precision():
 
 
 def test_two_runs_agree_bit_for_bit():
-    inputs = single_precision(random_inputs(7, 6, 5, 4))
-    weight = torch.randn(7, 6, 5, device=DEVICE)
+    inputs = single_precision(random_inputs(5, 6, 5, 2))
+    weight = torch.randn(5, 6, 5, device=DEVICE)
     first, second = (outputs_and_gradients(inputs, "triton", weight) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
@@ -118,8 +118,12 @@ def test_only_inputs_and_few_states_are_kept():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_operator_keeps_torch_librarys_rules(bias):
-    inputs = single_precision(random_inputs(2, 34, 3, 4))
+def test_the_operator_keeps_torch_librarys_rules(bias, monkeypatch):
+    from avion.ops.selective_scan import triton_launch
+
+    monkeypatch.setattr(triton_launch, "SEGMENT", 4)  # so that states are kept of few steps
+    inputs = single_precision(random_inputs(2, 6, 3, 4))
+    assert triton_launch.kept_shape(inputs["u"], 4, True) == (2, 1, 4, 3)
     scan(inputs, "triton")  # registers it
     arguments = (*inputs.values(),) if bias else (*list(inputs.values())[:-1], None)
     torch.library.opcheck(torch.ops.avion.selective_scan_triton.default, (*arguments, True, False, True))

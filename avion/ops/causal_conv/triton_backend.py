@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from avion.ops.kernel_pieces import cdiv, logistic, piece, sum_along, zeros_in
 from avion.ops.kernel_types import Block, Int, Pointer, Scalar, Values, constexpr
 
 from .autograd import Taps, differentiable, differentiable_both
@@ -67,17 +68,17 @@ class Direction(NamedTuple):
     bias: Pointer
 
 
-@triton.jit
+@piece
 def _tile(item: Scalar, steps: Scalar, channels: Scalar, cut: constexpr) -> tuple[Scalar, Tile]:
     """Return the row and the tile of an item; channels vary fastest, then steps, then rows."""
-    blocks_d, blocks_t = tl.cdiv(channels, cut.block_d), tl.cdiv(steps, cut.block_t)
+    blocks_d, blocks_t = cdiv(channels, cut.block_d), cdiv(steps, cut.block_t)
     item = tl.full((), 0, tl.int64) + item
     t = (item // blocks_d % blocks_t) * cut.block_t + tl.arange(0, cut.block_t)[:, None]
     d = item % blocks_d * cut.block_d + tl.arange(0, cut.block_d)[None, :]
     return item // blocks_d // blocks_t, Tile(t, d, steps, channels)
 
 
-@triton.jit
+@piece
 def _load_shifted(x: Strided, tile: Tile, shift: Scalar) -> tl.tensor:
     """Load x at the steps t - shift of a tile, in float32; zeros outside of the sequence. x points to the row."""
     at = tile.t - shift
@@ -86,17 +87,17 @@ def _load_shifted(x: Strided, tile: Tile, shift: Scalar) -> tl.tensor:
     return tl.load(place, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@piece
 def _tap(p: Direction, tile: Tile, s: Int, K: Int) -> tl.tensor:
     """Load the tap of x_{t ∓ s}, (1, block_d)."""
     return tl.load(p.weight + tile.d * K + (K - 1 - s), mask=tile.d < tile.channels, other=0.0)
 
 
-@triton.jit
+@piece
 def _convolve(x: Strided, p: Direction, tile: Tile, K: Int, SIGN: Int) -> tl.tensor:
     """Compute b + sum_s w[:, K-1-s] x_{t - SIGN·s} at a tile, (block_t, block_d). x points to the row."""
     bias = tl.load(p.bias + tile.d, mask=tile.d < tile.channels, other=0.0)
-    total = bias + tl.zeros((tile.t.shape[0], tile.d.shape[1]), tl.float32)
+    total = bias + zeros_in((tile.t.shape[0], tile.d.shape[1]), tl.float32)
     for s in tl.static_range(K):
         total += _tap(p, tile, s, K) * _load_shifted(x, tile, SIGN * s)
     return total
@@ -120,20 +121,20 @@ def forward_kernel(
         conv = _convolve(of_row, p, tile, K, cut.sign if i == 0 else -cut.sign)
         out = (y if i == 0 else y_b) + place
         inside = (tile.t < steps) & (tile.d < channels)
-        tl.store(out, (conv * tl.sigmoid(conv)).to(y.dtype.element_ty), mask=inside)
+        tl.store(out, (conv * logistic(conv)).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@piece
 def _by_conv(dy: Strided, x: Strided, p: Direction, tile: Tile, K: Int, SIGN: Int) -> tl.tensor:
     """Compute the gradient of what is before the SiLU at a tile, zero outside of the sequence."""
     inside = (tile.t >= 0) & (tile.t < tile.steps) & (tile.d < tile.channels)
     conv = _convolve(x, p, tile, K, SIGN)
-    gate = tl.sigmoid(conv)
+    gate = logistic(conv)
     slope = gate * (1.0 + conv * (1.0 - gate))
     return tl.where(inside, _load_shifted(dy, tile, 0) * slope, 0.0)
 
 
-@triton.jit
+@piece
 def _tile_gradients(
     dy: Strided, x: Strided, p: Direction, sums: Values, tile: Tile, K: Int, SIGN: Int
 ) -> tuple[tl.tensor, Values]:
@@ -142,7 +143,7 @@ def _tile_gradients(
     The sums are the K gradients of the taps and the gradient of the bias. x and dy point to the row.
     """
     own = _by_conv(dy, x, p, tile, K, SIGN)
-    total = tl.zeros(own.shape, tl.float32)
+    total = zeros_in(own.shape, tl.float32)
     new = ()
     for s in tl.static_range(K):
         new = new + (sums[s] + own * _load_shifted(x, tile, SIGN * s),)
@@ -155,22 +156,22 @@ def _tile_gradients(
     return total, new + (sums[K] + own,)
 
 
-@triton.jit
+@piece
 def _no_sums(cut: constexpr) -> Values:
     COUNT: Int = cut.taps + 1
     sums = ()
     for _ in tl.static_range(COUNT):
-        sums = sums + (tl.zeros((cut.block_t, cut.block_d), tl.float32),)
+        sums = sums + (zeros_in((cut.block_t, cut.block_d), tl.float32),)
     return sums
 
 
-@triton.jit
+@piece
 def _store_sums(
     sums: Values, by_taps: Pointer, by_bias: Pointer, p: Scalar, d: Scalar, channels: Scalar, K: Int
 ) -> None:
     for s in tl.static_range(K):
-        tl.store(by_taps + (p * K + K - 1 - s) * channels + d, tl.sum(sums[s], axis=0), mask=d < channels)
-    tl.store(by_bias + p * channels + d, tl.sum(sums[K], axis=0), mask=d < channels)
+        tl.store(by_taps + (p * K + K - 1 - s) * channels + d, sum_along(sums[s], axis=0), mask=d < channels)
+    tl.store(by_bias + p * channels + d, sum_along(sums[K], axis=0), mask=d < channels)
 
 
 @triton.jit
@@ -194,7 +195,7 @@ def backward_kernel(
     of channels) takes the tiles p, p + programs, … of the block.
     """
     K: Int = cut.taps
-    blocks_d = tl.cdiv(channels, cut.block_d)
+    blocks_d = cdiv(channels, cut.block_d)
     block, p = tl.program_id(0) % blocks_d, (tl.program_id(0) // blocks_d).to(tl.int64)
     sums, sums_b = _no_sums(cut), _no_sums(cut)
     other_parameters = Direction(parameters.weight + channels * K, parameters.bias + channels)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from avion.ops.kernel_pieces import cdiv, piece, zeros_in
 from avion.ops.kernel_types import Int, Pointer, Scalar, Values, constexpr
 
 from .inputs import ScanInputs
@@ -16,7 +17,6 @@ from .triton_pieces import (
     channels_of,
     load,
     load_states,
-    piece,
     span,
     store,
     store_states,
@@ -163,9 +163,9 @@ def backward_kernel(
     in_d, A = d < cut.channels, x.A + d
     scratch_size: Int = cut.segment // cut.chunk * N * cut.block_d
     scratch += tl.program_id(0).to(tl.int64) * scratch_size + channels_of(0, cut.block_d, cut.stack)
-    parts = tl.cdiv(work.steps, work.part_steps)
+    parts = cdiv(work.steps, work.part_steps)
     rows = work.items // parts
-    sum_D = tl.zeros(d.shape, tl.float32)
+    sum_D = zeros_in(d.shape, tl.float32)
     totals = Totals(zeros(K, cut.block_d, cut.stack), sum_D, sum_D)
     for item in range(tl.program_id(0) // cut.blocks, work.items, work.programs):
         row, part, part_start, end = span(item, work.steps, work.part_steps, cut.parted)
@@ -176,10 +176,10 @@ def backward_kernel(
         target = partial.by_state + (block * rows + row) * work.steps * (2 * N)
         own = Gradients(to.du + place, to.d_delta + place, to.dz + place)
         carry = adjoint_after_part(carried, row, part, parts, d, in_d, cut)
-        segments = 1 if cut.one_chunk else tl.cdiv(end - part_start, cut.segment)
+        segments = 1 if cut.one_chunk else cdiv(end - part_start, cut.segment)
         for back in range(segments):
             start = part_start + (segments - 1 - back) * cut.segment
-            chunks = 1 if cut.one_chunk else tl.cdiv(tl.minimum(cut.segment, end - start), cut.chunk)
+            chunks = 1 if cut.one_chunk else cdiv(tl.minimum(cut.segment, end - start), cut.chunk)
             if not cut.one_chunk:
                 before = state_before_segment(entering, row, start, work.steps, d, in_d, cut)
                 store_chunk_states(

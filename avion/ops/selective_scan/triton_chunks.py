@@ -12,6 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from avion.ops.kernel_pieces import piece, zeros_in
 from avion.ops.kernel_types import Flag, Int, Pointer, Scalar, Values
 
 from .triton_pieces import (
@@ -23,7 +24,6 @@ from .triton_pieces import (
     load_states,
     load_weights,
     next_states,
-    piece,
     sigmoid,
     stack_of,
     step_size,
@@ -264,7 +264,7 @@ def chunk_gradients(
     steps = step_values(at, strides, shift, left, in_d, cut)
     none = ()
     for _ in tl.static_range(CHUNK):
-        none = none + (tl.zeros_like(shift),)
+        none = none + (zeros_in(shift.shape, tl.float32),)
     sums = Sums(none, none, none)
     new_carry, new_A = (), ()
     for FIRST in tl.static_range(0, K, GROUP):

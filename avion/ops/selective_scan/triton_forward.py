@@ -16,6 +16,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from avion.ops.kernel_pieces import cdiv, piece, zeros_in
 from avion.ops.kernel_types import Flag, Int, Pointer, Scalar, Values, constexpr
 
 from .inputs import ScanInputs
@@ -28,7 +29,6 @@ from .triton_pieces import (
     load_states,
     load_weights,
     next_states,
-    piece,
     sigmoid,
     span,
     step_size,
@@ -116,7 +116,7 @@ def forward_kernel(
         z, out = z_base + row * strides.z[0] + d * strides.z[2], y + row * work.steps * cut.channels + d
         state = zeros(K, cut.block_d, cut.stack)
         if cut.parted:
-            slot = row * (tl.cdiv(work.steps, work.part_steps) - 1) + part - 1
+            slot = row * (cdiv(work.steps, work.part_steps) - 1) + part - 1
             before = carried + slot * N * cut.channels + d
             state = load_states(before, cut.channels, where_both(part > 0, in_d), 0, K, N, cut.stack, False)
         if cut.one_chunk:
@@ -229,7 +229,7 @@ def part_kernel(
     SIGN: Int = 1 if cut.reverse == ADJOINT else -1
     N: Int = cut.n
     K: Int = cut.stacks
-    slots = tl.cdiv(steps, part_steps) - 1
+    slots = cdiv(steps, part_steps) - 1
     item = (tl.program_id(0) // cut.blocks).to(tl.int64)
     row, slot = item // slots, item % slots
     start = (slot + 1 if ADJOINT else slot) * part_steps  # the last part hands on nothing; of the adjoint, the first
@@ -243,7 +243,7 @@ def part_kernel(
     W = x.W + row * strides.W[0]
     z = x.z + (row * strides.z[0] + d * strides.z[2])
 
-    state, sizes = zeros(K, cut.block_d, cut.stack), tl.zeros_like(shift)
+    state, sizes = zeros(K, cut.block_d, cut.stack), zeros_in(shift.shape, tl.float32)
     for walked in range(0, end - start, cut.chunk):
         t = time_of(end - 1 - walked if ADJOINT else start + walked, steps, cut.reverse)
         v_t, delta_t = v + t * strides.v[1], delta + t * strides.delta[1]
@@ -274,7 +274,7 @@ def join_kernel(
     place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = place < N * CHANNELS
     a = tl.load(A + place, mask=inside, other=0.0)
-    state = tl.zeros((BLOCK,), tl.float32)
+    state = zeros_in((BLOCK,), tl.float32)
     for k in range(slots):
         item = row * slots + (slots - 1 - k if ADJOINT else k)
         size = tl.load(total + item * CHANNELS + place % CHANNELS, mask=inside, other=0.0)

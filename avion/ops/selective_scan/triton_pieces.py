@@ -15,16 +15,13 @@ no dead steps and no channels past the last one, and no load is masked.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
-import triton
 import triton.language as tl
-from triton import knobs
 
+from avion.ops.kernel_pieces import cdiv, piece, sum_along, zeros_in
 from avion.ops.kernel_types import Block, Dtype, Flag, Int, Pointer, Scalar, Values
 
-Function = TypeVar("Function", bound=Callable[..., object])
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -116,15 +113,6 @@ class Cut:
         return (self.channels + self.block_d - 1) // self.block_d
 
 
-def piece(function: Function) -> Function:
-    """Make a function that kernels call, and that is compiled with them.
-
-    In the interpreter it stays a Python function, because the call of a jit function takes 0.3 ms there.
-    """
-    jitted: Any = triton.jit(function)
-    return function if knobs.runtime.interpret else jitted
-
-
 @piece
 def softplus(x: tl.tensor) -> tl.tensor:
     """Compute log(1 + exp(x)) within a relative error of 3e-7, also where exp(x) is tiny.
@@ -162,7 +150,7 @@ def span(item: Scalar, steps: Scalar, part_steps: Scalar, PARTED: Flag) -> tuple
     """Return the row and the part of an item, and the first step and the end of the part."""
     item = tl.full((), 0, tl.int64) + item
     if PARTED:
-        parts = tl.cdiv(steps, part_steps)
+        parts = cdiv(steps, part_steps)
         first = (item % parts) * part_steps
         return item // parts, item % parts, first, tl.minimum(first + part_steps, steps)
     else:
@@ -206,7 +194,7 @@ def zeros(COUNT: Int, SIZE: Int, STACK: Int) -> Values:
     """Return zeros for COUNT stacks of states and SIZE channels."""
     values = ()
     for _ in tl.static_range(COUNT):
-        values = values + (tl.zeros((SIZE,) if STACK == 1 else (STACK, SIZE), tl.float32),)
+        values = values + (zeros_in((SIZE,) if STACK == 1 else (STACK, SIZE), tl.float32),)
     return values
 
 
@@ -302,7 +290,7 @@ def load_weights(pointer: Pointer, stride: Scalar, alive: tl.tensor, FIRST: Int,
 @piece
 def sum_over_stack(x: tl.tensor, STACK: Int) -> Block:
     """Return the sum over the states of a stack."""
-    return x if STACK == 1 else tl.sum(x, axis=0, keep_dims=True)
+    return x if STACK == 1 else sum_along(x, axis=0, keep_dims=True)
 
 
 @piece
@@ -333,7 +321,7 @@ def sum_over_lanes(values: Values, COUNT: Int, LANES: Int, STACK: Int) -> Values
     """
     lane = tl.arange(0, LANES)
     if STACK > 1:
-        lane = lane[None, :] + tl.zeros((STACK, LANES), tl.int32)
+        lane = lane[None, :] + zeros_in((STACK, LANES), tl.int32)
     for i in tl.static_range(5):
         if (LANES >> (i + 1)) > 0:
             values = _exchange(
@@ -348,9 +336,9 @@ def fold(x: tl.tensor, LANES: Int, BLOCK_D: Int, STACK: Int) -> Block:
     if BLOCK_D == LANES:
         return x
     elif STACK == 1:
-        return tl.sum(tl.reshape(x, (LANES, BLOCK_D // LANES)), axis=1)
+        return sum_along(tl.reshape(x, (LANES, BLOCK_D // LANES)), axis=1)
     else:
-        return tl.sum(tl.reshape(x, (STACK, LANES, BLOCK_D // LANES)), axis=2)
+        return sum_along(tl.reshape(x, (STACK, LANES, BLOCK_D // LANES)), axis=2)
 
 
 @piece
