@@ -60,6 +60,7 @@ def small(tmp_path_factory) -> SimpleNamespace:
             "answers": data.egoschema_answers,
             "workers": 0,
         },
+        "main_zeroshot.py": {"workers": 0},  # a process for each of ten benchmarks would spend its time on imports
     }
     scale = yaml.safe_load((RECIPES / "scales/demo.yaml").read_text())
     for entry_point, changes in flags.items():

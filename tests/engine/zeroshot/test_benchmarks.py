@@ -193,9 +193,11 @@ def test_retrieval_of_captions(data, model, everything):
 
 
 def test_flags_change_the_protocol(data, model, runs, tmp_path):
-    """Other frames, windows and templates, on classes; the features of several windows are averaged in retrieval."""
+    """Other frames, windows and templates, on classes; the features of several windows are averaged in retrieval. The
+    clips come from a process of their own.
+    """
     datasets = ["charades_ego", "retrieval"]
-    words = ["--clip-length", 3, "--num-clips", 2, "--templates", "#C C {}", "#C {}"]
+    words = ["--clip-length", 3, "--num-clips", 2, "--templates", "#C C {}", "#C {}", "--workers", 1]
     assert runs(*words, datasets=datasets)[0] == 0
     store = VideoStore(data.root / "charades", layout="whole")
     crop = CropsTransform(32, 1, fused=True)
