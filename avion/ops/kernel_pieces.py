@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from avion.ops.kernel_types import Block, Dtype, Flag, Int, Scalar
+from avion.ops.kernel_types import Block, Dtype, Flag, Int, Scalar, Shape
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -30,7 +30,7 @@ def cdiv(x: Scalar, size: Scalar) -> Scalar:
 
 
 @piece
-def zeros_in(shape: Int, dtype: Dtype) -> Block:
+def zeros_in(shape: Shape, dtype: Dtype) -> Block:
     """Return zeros of a shape."""
     return tl.full(shape, 0, dtype)
 

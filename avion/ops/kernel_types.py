@@ -2,7 +2,7 @@
 
 A kernel is launched with PyTorch's tensors and with numbers. In their place the kernel sees addresses (`Pointer`) and
 scalars (`Scalar`). A value that is known when the kernel is compiled is a `constexpr` for Triton, and the names `Int`,
-`Flag` and `Dtype` tell the type checker what the value is.
+`Flag`, `Dtype` and `Shape` tell the type checker what the value is.
 
 Triton itself reads annotations of the kernels that are launched, and of no other functions: there, what is known when
 the kernel is compiled must be annotated with the very name `constexpr`, and `int` would mean a number of 32 bits.
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     Int: TypeAlias = int
     Flag: TypeAlias = bool
     Dtype: TypeAlias = Any
+    Shape: TypeAlias = Any
 else:
     # Triton looks up the names in a function's annotations, and takes no others than classes.
     Pointer = Scalar = Values = Block = tl.tensor
-    constexpr = Int = Flag = Dtype = tl.constexpr
+    constexpr = Int = Flag = Dtype = Shape = tl.constexpr
