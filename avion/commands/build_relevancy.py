@@ -1,5 +1,6 @@
 """Build the relevancy pickle of a retrieval split from its CSVs, or compare an existing one with the CSVs.
 
+Examples:
     python tools/build_relevancy.py EPIC_100_retrieval_train.csv EPIC_100_retrieval_train_sentence.csv \\
         --output relevancy/caption_relevancy_EPIC_100_retrieval_train.pkl
     python tools/build_relevancy.py CLIPS.csv SENTENCES.csv --check FILE.pkl

@@ -1,5 +1,6 @@
 """Check that the videos of some annotations exist, are long enough and can be decoded.
 
+Examples:
     python tools/check_data.py ego4d_train.pkl --root datasets/Ego4D/videos_320px_15sec/ --workers 8
     python tools/check_data.py EPIC_100_retrieval_test.csv --root datasets/EK100/EK100_320p_15sec/ --decode all
 
@@ -184,20 +185,25 @@ def build_parser() -> argparse.ArgumentParser:
         type=whole(1, 86400, also=(-1,)),
         default=15,
         metavar="S",
-        help="length of a video chunk in seconds (15)",
+        help="length of a video chunk in seconds [15]",
     )
     parser.add_argument(
-        "--video-layout", default="auto", choices=("auto", *LAYOUTS), help="layout of the folder of the videos (auto)"
+        "--video-layout", default="auto", choices=("auto", *LAYOUTS), help="layout of the folder of the videos [auto]"
     )
-    parser.add_argument("--decoder", default="auto", choices=("auto", "pyav", "decord"), help="video decoder (auto)")
+    parser.add_argument("--decoder", default="auto", choices=("auto", "pyav", "decord"), help="video decoder [auto]")
     parser.add_argument(
         "--decode",
         default="ends",
         choices=("open", "ends", "all"),
-        help="whether each file is only opened, decoded at its two ends, or decoded completely",
+        help="whether each file is only opened, decoded at its two ends, or decoded completely [ends]",
     )
     parser.add_argument(
-        "-j", "--workers", type=WORKERS, default=0, metavar="N", help="number of processes; 0: check in this process"
+        "-j",
+        "--workers",
+        type=WORKERS,
+        default=0,
+        metavar="N",
+        help="number of processes; 0: check in this process [0]",
     )
     parser.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
     return parser

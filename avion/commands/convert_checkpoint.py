@@ -1,8 +1,8 @@
 """Rewrite any readable checkpoint in this project's format: its names of weights, with config and preprocessing.
 
+Examples:
     python tools/convert_checkpoint.py hf:cg1177/video-mamba-suite/clip_timemamba_vanilla_base_ego4d4m_bs512_f4.pt \\
         timemamba.safetensors
-
     python tools/convert_checkpoint.py runs/id6_cls/checkpoint_best.pt folder/
 
 A target without a suffix is a folder, which gets config.json, model.safetensors and a card, as `save_pretrained` writes

@@ -1,9 +1,12 @@
 """Say what this machine can run, what it cannot run, and what to do about it.
 
-    python tools/doctor.py [--device cuda]
+Examples:
+    python tools/doctor.py
+    python tools/doctor.py --device cpu
 
-The tool lists the versions of packages. Then it tries every decoder on a small video and compares every selective-scan
-backend, output and gradients, with the reference in float64. Exit status: 0 if the main job can run here, 1 if not.
+The tool lists the versions of packages. Then it compares every backend of the selective scan and the mixer's C code,
+outputs and gradients, with float64, and tries every decoder on a small video. Exit status: 0 if the main job can run
+here, 1 if not, 2 after an error message of one line.
 """
 
 import argparse
@@ -273,11 +276,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def examine(argv: Sequence[str] | None) -> int:
     """Print the report; return 1 if the main job cannot run here."""
+    above, _, below = __doc__.partition("\n\n")  # as the other tools', whose parser needs packages that may be missing
     parser = argparse.ArgumentParser(
-        prog=called_names("tools/doctor.py"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=called_names("tools/doctor.py"),
+        description=above,
+        epilog=below,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--device", default="auto", choices=["auto", "cpu", "cuda"], help="device on which the scan is tried"
+        "--device",
+        default="auto",
+        choices=["auto", "cpu", "cuda"],
+        help="device on which the scan is tried; auto: a GPU (cuda) where there is one [auto]",
     )
     parser.add_argument(
         "--import",
@@ -285,7 +295,7 @@ def examine(argv: Sequence[str] | None) -> int:
         action="append",
         default=[],
         metavar="MODULE",
-        help="module of your own that is imported first and tried too",
+        help="module, or path of a .py file, to import first, which registers models and mixers (repeatable)",
     )
     args = parser.parse_args(argv)
     import_plugins(args.plugins)

@@ -1,5 +1,6 @@
 """Write one tower of a checkpoint as a program that runs without this project: torch.export (.pt2) or ONNX (.onnx).
 
+Examples:
     python tools/export_model.py checkpoint.pt video.pt2
     python tools/export_model.py checkpoint.pt text.onnx --tower text
 

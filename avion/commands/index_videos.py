@@ -1,5 +1,6 @@
 """Index the packets of a dataset's videos, so that training reads only the packets that a clip needs.
 
+Example:
     python tools/index_videos.py datasets/Ego4D/videos_288px_15sec/ --workers 16
 
 The tool writes ROOT/packets.index, which training uses without a flag. Videos may be chunked or whole. Files that are
@@ -30,9 +31,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "files", nargs="*", help="names of the videos to index, below ROOT; without names, all videos are indexed"
     )
-    parser.add_argument("--index", metavar="FILE", help=f"index file that is written (ROOT/{INDEX_NAME})")
+    parser.add_argument("--index", metavar="FILE", help=f"index file that is written [ROOT/{INDEX_NAME}]")
     parser.add_argument(
-        "-j", "--workers", type=WORKERS, default=0, metavar="N", help="number of processes; 0: index in this process"
+        "-j",
+        "--workers",
+        type=WORKERS,
+        default=0,
+        metavar="N",
+        help="number of processes; 0: index in this process [0]",
     )
     parser.add_argument("--debug", action="store_true", help="show the Python traceback of an error")
     return parser

@@ -1,5 +1,6 @@
 """Make the embedded demo dataset (docs/demo.md), or draw its contact sheet.
 
+Examples:
     python tools/make_demo_data.py --root datasets/demo
     python tools/make_demo_data.py --contact-sheet docs/images/demo_contact_sheet.png
 

@@ -1,5 +1,6 @@
 """Make the files that the EPIC-KITCHENS-100 challenge servers take, from predictions; nothing is sent.
 
+Examples:
     python tools/make_submission.py actions predictions.pkl actions.zip --clips EPIC_100_test_timestamps.csv
     python tools/make_submission.py retrieval similarity.npy EPIC_100_retrieval_test.csv \\
         EPIC_100_retrieval_test_sentence.csv retrieval.zip

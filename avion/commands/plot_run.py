@@ -1,14 +1,15 @@
 """Draw curves of one or several runs as a picture: loss, learning rate, gradient norm, time gates, speed, evaluations.
 
-The picture is one PNG file, which --output names. Losses of different kinds, such as a contrastive loss and a cross
+Several runs lie over each other, a colour each. Losses of different kinds, such as a contrastive loss and a cross
 entropy, get a panel each.
 
 Examples:
     python tools/plot_run.py runs/id6 --output id6.png
     python tools/plot_run.py runs/id4 runs/id6 runs/id7 --output compare.png
+    python tools/plot_run.py s3://bucket/runs/id6 --output id6.png
 
-RUN is the --output-dir of a training run, which may be resumed or still going on, here or in an object store
-(s3://bucket/runs/id6). Exit status: 0, or 2 after an error message of one line.
+RUN is what the training run was given as --output-dir: a folder, or an address in an object store. The run may be
+resumed or still going on. Exit status: 0, or 2 after an error message of one line.
 """
 
 import math
@@ -416,7 +417,7 @@ def plot(folders: Sequence[str | Path], output: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
     parser = ToolParser(prog="tools/plot_run.py", doc=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="the --output-dir of a training run")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder or address of a training run")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.png", help="PNG file that is written")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     given = parser.parse_args(argv)

@@ -1,5 +1,6 @@
 """Turn raw videos into videos that training reads quickly.
 
+Examples:
     python tools/prepare_videos.py raw/ videos/
     python tools/prepare_videos.py EPIC-KITCHENS/ EK100_288p_15sec/ --dataset ek100
     python tools/prepare_videos.py full_scale/ videos_288p_15sec/ --dataset ego4d --shard $SLURM_ARRAY_TASK_ID/64
@@ -51,13 +52,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="names of the prepared files; avion: {video}.mp4/{start}.mp4; vms: {video}/{number}.mp4; "
         "whole: {video}.mp4 [avion for ego4d and ek100, else whole]",
     )
-    add("--chunk-length", type=whole(1, 86400), default=15, metavar="S", help="length of a video chunk in seconds (15)")
+    add("--chunk-length", type=whole(1, 86400), default=15, metavar="S", help="length of a video chunk in seconds [15]")
     add(
         "--short-side",
         type=whole(16, 4320),
         default=288,
         metavar="PIXELS",
-        help="length of the shorter side of the pictures in pixels, an even number (288)",
+        help="length of the shorter side of the pictures in pixels, an even number [288]",
     )
     add(
         "-j",
@@ -90,27 +91,27 @@ def _add_encoding(parser: argparse.ArgumentParser) -> None:
     plain = Encoding()
     encoding = parser.add_argument_group("encoding", "docs/data.md says how the defaults were measured")
     add = encoding.add_argument
-    add("--crf", type=Number(float, 0, 51), default=plain.crf, help=f"quality of x264, lower is better ({plain.crf:g})")
+    add("--crf", type=Number(float, 0, 51), default=plain.crf, help=f"quality of x264, lower is better [{plain.crf:g}]")
     add(
         "--gop",
         type=whole(1, 1000),
         default=plain.gop,
         metavar="N",
-        help=f"number of frames from keyframe to keyframe ({plain.gop})",
+        help=f"number of frames from keyframe to keyframe [{plain.gop}]",
     )
     add(
         "--bframes",
         type=whole(0, 16),
         default=plain.bframes,
         metavar="N",
-        help=f"number of frames between two anchor frames; no other frame refers to them ({plain.bframes})",
+        help=f"number of frames between two anchor frames; no other frame refers to them [{plain.bframes}]",
     )
     add(
         "--refs",
         type=whole(1, 16),
         default=plain.refs,
         metavar="N",
-        help=f"number of anchor frames that a frame may refer to ({plain.refs})",
+        help=f"number of anchor frames that a frame may refer to [{plain.refs}]",
     )
     add(
         "--cabac",
@@ -124,7 +125,7 @@ def _add_encoding(parser: argparse.ArgumentParser) -> None:
         default=plain.preset,
         choices=PRESETS,
         metavar="NAME",
-        help=f"preset of x264, which says how much time it takes to make files small ({plain.preset})",
+        help=f"preset of x264, which says how much time it takes to make files small [{plain.preset}]",
     )
 
 

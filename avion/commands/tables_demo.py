@@ -1,8 +1,8 @@
 """Run all recipes of the paper's tables, scaled down, on the demo dataset, and report on the results.
 
-The tool pretrains every row, fine-tunes on both tasks and runs EgoSchema, two runs at a time. Finished runs are not run
-again, so the same command continues after an interruption. The report (tables.html, tables.md, figure5_demo.png) is in
---output-dir.
+The tool pretrains every row, fine-tunes on both tasks and runs EgoSchema, --jobs runs at a time. Finished runs are not
+run again, so the same command continues after an interruption. The report (tables.html, tables.md, figure5_demo.png)
+is in --output-dir.
 """
 
 import argparse

@@ -142,6 +142,26 @@ def test_compilation_and_torch_librarys_rules():
     torch.library.opcheck(torch.ops.avion.mixer_native.default, (list(ahead), list(behind), xz, True))
 
 
+@needs_it
+def test_nothing_beside_the_tensors_is_touched(tmp_path, fresh_seed):
+    """The code in a program of its own, with the compiler's sanitizers of memory and of undefined behaviour."""
+    driver = Path(__file__).with_name("native_memory.c")
+    words = ["gcc", "-std=gnu11", "-g", "-O1", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    empty = tmp_path / "empty.c"
+    empty.write_text("int main(void) { return 0; }")
+    if (
+        not shutil.which("gcc")
+        or subprocess.run([*words, "-o", tmp_path / "empty", empty], capture_output=True).returncode
+    ):
+        pytest.skip("gcc has no sanitizers here")
+    program = tmp_path / "memory"
+    subprocess.run([*words, f'-DSOURCE="{native_build.SOURCE}"', "-Wno-psabi", "-o", program, driver], check=True)
+    # The threads' stacks are small on some systems. What is leaked cannot be counted under a debugger.
+    there = {**os.environ, "OMP_STACKSIZE": "64k", "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([program, "150", str(fresh_seed)], capture_output=True, text=True, timeout=120, env=there)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[:3000]
+
+
 # ---- where it runs ---------------------------------------------------------------------------------------
 
 
