@@ -43,6 +43,9 @@ def test_the_mixer_in_c(doctor, capsys, monkeypatch):
         pytest.skip(native_build.native().reason)
     assert doctor.main(["--device", "cpu"]) == 0
     assert lines(capsys)["C"].split()[:2] == ["code", "works,"]
+    monkeypatch.setattr(native_build, "native", lambda: native_build.Native(library, problem="the disk is full"))
+    assert doctor.main(["--device", "cpu"]) == 0
+    assert "every process compiles it, because it cannot be kept: the disk is full" in capsys.readouterr().out
     call = native_build.call
     monkeypatch.setattr(native_build, "call", lambda name, *a: 0 if name == "gate" else call(name, *a))
     assert doctor.main(["--device", "cpu"]) == 1

@@ -6,6 +6,7 @@ itself. Where there is no compiler, or every compiler fails, PyTorch's operators
 them.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -78,10 +79,12 @@ class Native:
     Attributes:
         library: The functions; None where the PyTorch operators do the work.
         reason: Why they do; empty where the functions are there.
+        problem: Why the library could not be kept, so that every process compiles it; empty where it is kept.
     """
 
     library: ctypes.CDLL | None
     reason: str = ""
+    problem: str = ""
 
 
 def native() -> Native:
@@ -103,13 +106,13 @@ def _looked_for() -> Native:
     reasons: list[str] = []
     for compiler in _compilers():
         try:
-            library = _library(compiler)
+            found = _library(compiler)
         except _FAILURES as e:
             reasons.append(f"{shlex.join(compiler)}: {_in_one_line(e)}")
             continue
         for reason in reasons:
             _log.info("the mixer's C code: %s; %s compiled it", reason, shlex.join(compiler))
-        return Native(library)
+        return found
     if not reasons:
         return Native(None, "there is no C compiler (CC, or cc, gcc or clang on the PATH)")
     reason = "; ".join(reasons)
@@ -118,7 +121,7 @@ def _looked_for() -> Native:
 
 
 def _wanted() -> bool:
-    text = os.environ.get("AVION_NATIVE", "")
+    text = os.environ.get("AVION_NATIVE", "").strip()
     if text.lower() in ("0", "no", "off", "false"):
         return False
     if text.lower() in ("", "1", "yes", "on", "true"):
@@ -164,7 +167,8 @@ def _said(words: list[str], place: str | None = None) -> str:
         try:
             out, err = (text.decode(errors="replace") for text in process.communicate(timeout=_COMPILE_S))
         except BaseException:  # also Ctrl-C
-            os.killpg(process.pid, signal.SIGKILL)  # a compiler is several processes
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # a compiler is several processes
             raise
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, words, out, err)
@@ -185,7 +189,7 @@ def _words(compiler: list[str]) -> tuple[list[str], str]:
 # ---- the library -----------------------------------------------------------------------------------------
 
 
-def _library(compiler: list[str]) -> ctypes.CDLL:
+def _library(compiler: list[str]) -> Native:
     """Load the library, which is compiled where it is not in the cache."""
     words, macros = _words(compiler)
     if "__clang__" in macros and _has_llvm_openmp():
@@ -195,7 +199,7 @@ def _library(compiler: list[str]) -> ctypes.CDLL:
     facts = b"|".join([SOURCE.read_bytes(), *(text.encode("utf-8", "replace") for text in (*words, macros))])
     name = f"mixer-{hashlib.sha256(facts).hexdigest()[:16]}.so"
     try:
-        return _kept(words, name)
+        return Native(_kept(words, name))
     except subprocess.TimeoutExpired:
         raise
     except _FAILURES as e:  # the folder is full, read-only, another user's, or code may not run there
@@ -203,7 +207,7 @@ def _library(compiler: list[str]) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="avion-") as place:
         library = _loaded(_compiled(words, Path(place) / name))  # which stays when its file is deleted
     _log.info("the mixer's C code was compiled for this process only: %s", problem)
-    return library
+    return Native(library, problem=problem)
 
 
 def _kept(words: list[str], name: str) -> ctypes.CDLL:
