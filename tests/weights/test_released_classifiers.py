@@ -15,6 +15,9 @@ from tests.weights.checkpoints import FIXTURES, NAMES
 
 # Names of weights in a file: of DistributedDataParallel, of torch.compile, of both, and bare.
 PREFIXES = ["module.", "", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+# The files hold no text tower; a small one costs nothing to build.
+SIZES = {"num_heads": 4, "text_layers": 1, "text_width": 64, "vocab_size": 512}
+MODEL_ARGS = ("--model-args", *(f"{name}={value}" for name, value in SIZES.items()))
 STYLES = {"ID4": "openai", "ID6": "openai", "VIT": "openai_legacy", "LAVILA": "openai_legacy"}
 
 
@@ -45,7 +48,7 @@ def upstream_file(name, path, prefix="module.", change=None):
 def test_released_files_become_folders(version, name, tmp_path):
     """The files that upstream's scripts wrote, with every version of pandas; expected: what upstream computed."""
     source = FIXTURES / f"classifier_pandas{version}.pt"
-    model = converted(source, tmp_path / "folder", "--model", NAMES[name], "--model-args", "num_heads=4")
+    model = converted(source, tmp_path / "folder", "--model", NAMES[name], *MODEL_ARGS)
     video, expected = upstream_files.expected_logits(name)
     assert not model.training and model.actions == tuple(upstream_files.ACTIONS)
     with torch.no_grad():
@@ -57,14 +60,14 @@ def test_released_files_become_folders(version, name, tmp_path):
 def test_every_tower_under_every_prefix(name, prefix, tmp_path, capsys):
     """Video Mamba Suite's, AVION's and LaViLa's towers. Expected: upstream's features and the head of the file."""
     path, bias = upstream_file(name, tmp_path / "upstream.pt", prefix)
-    model = converted(path, tmp_path / "folder", "--model", NAMES[name], "--model-args", "num_heads=4")
+    model = converted(path, tmp_path / "folder", "--model", NAMES[name], *MODEL_ARGS)
     assert f"--norm-style {STYLES[name]}" in capsys.readouterr().out
     video, expected = upstream_files.expected_logits(name)
     with torch.no_grad():
         logits = model(video)
     # The rows of the head are the projection, so that without the bias the logits are upstream's embeddings.
     torch.testing.assert_close(F.normalize(logits - bias, dim=-1), expected, rtol=0, atol=1e-4)
-    original = classifier_from_checkpoint(path, name=NAMES[name], num_heads=4).eval()
+    original = classifier_from_checkpoint(path, name=NAMES[name], **SIZES).eval()
     with torch.no_grad():
         torch.testing.assert_close(logits, original(video), rtol=0, atol=0)
     assert model.actions == tuple(upstream_files.ACTIONS) and model.config.num_frames == 4
