@@ -149,8 +149,12 @@ def test_plans_for_gpus(plan, shape, dtype, tolerance, monkeypatch):
     assert_equal(case, "triton", tolerance)
 
 
-def test_two_runs_agree_bit_for_bit(backend):
-    case = Case(1, 66, 3, 2)
+def test_two_runs_agree_bit_for_bit(backend, monkeypatch):
+    if backend == "triton":
+        from avion.ops.selective_scan import triton_launch
+
+        monkeypatch.setattr(triton_launch, "SEGMENT", 8)  # so that few steps are several segments and parts
+    case = Case(1, 18, 3, 2)
     first, second = case.run(backend), case.run(backend)
     assert all(torch.equal(first[name], second[name]) for name in first)
 

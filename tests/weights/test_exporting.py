@@ -188,7 +188,8 @@ def graph_text(path):
     return "\n".join(str(m.graph) for m in program.graph_module.modules() if hasattr(m, "graph"))
 
 
-def test_the_program_does_not_depend_on_the_kernels_of_this_machine(tmp_path):
+def test_the_program_does_not_depend_on_the_kernels_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "_run", lambda *_: None)  # the graphs are compared, which takes no run
     attention = set()
     for flash in (None, True, False):  # two layers: of all tokens, and of the CLS alone
         export_tower(ready("TIMESFORMER_VITB16", use_flash_attn=flash), tmp_path / f"{flash}.pt2")
@@ -217,7 +218,7 @@ def test_the_model_is_left_as_it_was(tmp_path):
 
 def test_the_facts_say_how_to_make_the_input(tmp_path):
     """A clip and texts prepared from the JSON file alone, with torchvision and open_clip, are this project's."""
-    model = ready("TIMEMAMBA_VITB16", context_length=9, vocab_size=49408, **ONE_LAYER)
+    model = ready("CLIP_VITB16", context_length=9, vocab_size=49408, **ONE_LAYER)
     model.preprocess = preprocess_of("openai_legacy")
     export_tower(model, tmp_path / "video.pt2")
     facts = json.loads((tmp_path / "video.pt2.json").read_text())
