@@ -8,6 +8,7 @@ import yaml
 
 from avion.data.demo import DemoSize, ensure_demo_dataset
 from avion.reproduce.recipe import RECIPES
+from tests.data.demo_case import SMALL
 
 # Two pairs of verbs, one scene of five questions.
 _SIZE = DemoSize(train_takes=2, val_takes=1, takes_per_video=2, labels=2, egoschema_scenes=1)
@@ -71,6 +72,12 @@ def small(tmp_path_factory) -> SimpleNamespace:
     path.parent.mkdir()
     path.write_text(yaml.safe_dump(scale))
     return SimpleNamespace(scale=str(path), data=data)
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory):
+    """A demo dataset with enough clips of other actions for questions of five answers."""
+    return ensure_demo_dataset(tmp_path_factory.mktemp("questions") / "demo", size=SMALL, workers=1)
 
 
 def _over(first: dict, second: dict) -> dict:

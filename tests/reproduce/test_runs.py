@@ -11,6 +11,7 @@ import pytest
 
 from avion.commands.reproduce import main
 from avion.engine.trainer import Trainer
+from avion.engine.zeroshot import evaluate
 from avion.errors import UserError
 from avion.reproduce import launch
 from avion.reproduce.launch import RELEASED, TRAINED, run_child
@@ -39,7 +40,7 @@ def in_this_process(words):
 
 
 @pytest.fixture
-def reproduce(small, monkeypatch):
+def reproduce(small, questions, monkeypatch):
     """The tool, at the small scale; `commands`: what it ran."""
     commands = []
 
@@ -48,6 +49,7 @@ def reproduce(small, monkeypatch):
         return in_this_process(words)
 
     monkeypatch.setattr(launch, "run_child", run)
+    monkeypatch.setattr(evaluate, "ensure_demo_dataset", lambda _: questions)  # in the place of the whole demo dataset
 
     def tool(runs, recipe, *words):
         common = ["--recipe", recipe.key, "--scale", small.scale, "--runs", str(runs), "--device", "cpu"]
