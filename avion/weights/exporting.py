@@ -134,10 +134,10 @@ def export_tower(
     part = _part(model, tower, os.fspath(path))
     example, other = (_inputs(facts, clips, frames) for clips, frames in ((2, 3), (3, 5)))
     with _quiet():
-        program = _traced(part, example, tower, os.fspath(path))
+        program = traced(part, example, tower, os.fspath(path))
         _check_operators(program, os.fspath(path))
         content = _as_pt2(program) if format == "pt2" else _as_onnx(program, part, facts, os.fspath(path))
-    found = _run(content, format, other, os.fspath(path))
+    found = run_program(content, format, other, os.fspath(path))
     difference = None if found is None else _compare(found, part(other), os.fspath(path))
     with written_whole(path, cure="give another target") as file:
         file.write(content)
@@ -179,7 +179,21 @@ def _inputs(facts: dict[str, Any], clips: int, frames: int) -> Tensor:
     return tokens
 
 
-def _traced(part: nn.Module, example: Tensor, tower: str, path: str) -> torch.export.ExportedProgram:
+def traced(part: nn.Module, example: Tensor, tower: str, path: str) -> torch.export.ExportedProgram:
+    """Trace a tower for any number of clips, and of frames of the video tower.
+
+    Args:
+        part: The module to be traced.
+        example: An input of the module.
+        tower: "video" or "text".
+        path: The file that is to be written, for messages.
+
+    Returns:
+        The program.
+
+    Raises:
+        UserError: torch.export cannot follow the module.
+    """
     sizes = {0: torch.export.Dim("batch", min=1)}
     if tower == "video":
         sizes[2] = torch.export.Dim("frames", min=1)
@@ -263,8 +277,18 @@ def _quiet() -> Iterator[None]:
 # ---- comparing -------------------------------------------------------------------------------------------
 
 
-def _run(content: bytes, format: str, inputs: Tensor, path: str) -> Tensor | None:
-    """The output of a program for (B, …); None where onnxruntime is not installed."""
+def run_program(content: bytes, format: str, inputs: Tensor, path: str) -> Tensor | None:
+    """Run an exported program.
+
+    Args:
+        content: The content of the file.
+        format: "pt2" or "onnx".
+        inputs: The input, (B, …).
+        path: The file, for messages.
+
+    Returns:
+        The output; None where onnxruntime is not installed.
+    """
     if format == "pt2":
         with torch.no_grad():
             return torch.export.load(io.BytesIO(content)).module()(inputs)

@@ -93,7 +93,7 @@ def test_strides_that_are_not_used_and_files_elsewhere_are_the_same_run(tmp_path
 
 def test_a_new_best_where_the_evaluation_is_another(begun, monkeypatch):
     """Values on other clips do not compare: the first model evaluated on them is the best."""
-    assert contents(begun)["best_acc1"] > 0.5
+    assert contents(begun)["best_acc1"] > 0.02
     monkeypatch.setenv("VAL_CLIPS", "9")
     monkeypatch.setattr(quick.Quick, "evaluate", lambda *_: {"avg_map": 0.01})
     quick.run(begun, "--epochs", "2", "--allow-changes", "val-metadata")

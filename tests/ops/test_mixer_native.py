@@ -218,7 +218,7 @@ def anew(tmp_path, monkeypatch, caplog):
     """As in a process that has not looked for the library yet, with an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     # Clang's OpenMP may be there from the test before, and is the same one.
-    monkeypatch.setattr(native_build, "_has_llvm_openmp", lambda: False)
+    monkeypatch.setattr(native_build, "has_llvm_openmp", lambda: False)
     caplog.set_level(logging.INFO, "avion")
     forget()
     yield tmp_path / "cache/avion/native"
@@ -226,7 +226,7 @@ def anew(tmp_path, monkeypatch, caplog):
 
 
 def forget() -> None:
-    native_build._looked_for.cache_clear()
+    native_build.looked_for.cache_clear()
 
 
 def works() -> None:
@@ -290,7 +290,7 @@ def test_a_compiler_that_hangs(anew, tmp_path, monkeypatch):
     pid = tmp_path / "pid"
     monkeypatch.setenv("CC", str(program(tmp_path, "slow-cc", f"/bin/sleep 600 & echo $! > {pid}; wait")))
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(native_build, "_COMPILE_S", 1)
+    monkeypatch.setattr(native_build, "COMPILE_S", 1)
     assert "timed out after 1 seconds" in native().reason
     works()
     state = Path(f"/proc/{pid.read_text().strip()}/stat")  # no process of the compiler is left
@@ -305,7 +305,7 @@ def test_a_compiler_that_does_not_know_the_flags_for_this_cpu(anew, flag, tmp_pa
     monkeypatch.setenv("CC", str(program(tmp_path, "other-cc", refusing)))
     if not shutil.which("gcc"):
         pytest.skip("gcc is not installed")
-    monkeypatch.setattr(native_build, "_compilers", lambda: iter([[os.environ["CC"]]]))
+    monkeypatch.setattr(native_build, "compilers", lambda: iter([[os.environ["CC"]]]))
     works()
     assert native().library, native().reason
 
@@ -336,7 +336,7 @@ def test_a_compiler_whose_openmp_would_end_the_process(anew, tmp_path, monkeypat
     clang = program(tmp_path, "clang", "echo '#define __clang__ 1'")
     monkeypatch.setenv("CC", str(clang))
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(native_build, "_has_llvm_openmp", lambda: True)
+    monkeypatch.setattr(native_build, "has_llvm_openmp", lambda: True)
     works()
     assert "its OpenMP would be loaded beside PyTorch's" in native().reason
 

@@ -129,7 +129,7 @@ TRACED = {}  # by the name of the file without its suffix: both formats are writ
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_tower_computes_the_same_in_a_process_without_this_project(format, tmp_path, monkeypatch):
     """One process runs all files, and checks each with its own inputs; ONNX files are valid and name their sizes."""
-    trace = exporting._traced
+    trace = exporting.traced
 
     def traced_once(part, example, tower, path):
         name = Path(path).stem
@@ -137,7 +137,7 @@ def test_every_tower_computes_the_same_in_a_process_without_this_project(format,
             TRACED[name] = trace(part, example, tower, path)
         return TRACED[name]
 
-    monkeypatch.setattr(exporting, "_traced", traced_once)
+    monkeypatch.setattr(exporting, "traced", traced_once)
     texts = {}
     for name in DISTINCT_MODELS:
         model = ready(name)
@@ -202,7 +202,7 @@ def graph_text(path):
 
 
 def test_the_program_does_not_depend_on_the_kernels_of_this_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "_run", lambda *_: None)  # the graphs are compared, which takes no run
+    monkeypatch.setattr(exporting, "run_program", lambda *_: None)  # the graphs are compared, which takes no run
     attention = set()
     for flash in (None, True, False):  # two layers: of all tokens, and of the CLS alone
         export_tower(ready("TIMESFORMER_VITB16", use_flash_attn=flash), tmp_path / f"{flash}.pt2")

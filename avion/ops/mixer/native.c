@@ -5,7 +5,10 @@
    decays, states and adjoints live in registers and are never written to memory. Sums over rows are kept per thread, and
    the caller adds them up in the order of the threads, so that results do not depend on timing.
 
-   The maths (docs/scan.md):  s_t = exp(D_t A) s_{t-1} + D_t u_t B_t,  y_t = C_t s_t + D u_t,  D_t = softplus(raw_t). */
+   The maths (docs/scan.md), with the step size d_t = softplus(raw_t):
+
+       s_t = exp(d_t A) s_{t-1} + d_t u_t B_t        y_t = C_t s_t + D u_t
+   */
 
 #include <stdlib.h>
 #include <string.h>
@@ -46,7 +49,7 @@ INLINE float sum(vec x) {
     return total;
 }
 
-/* 2^x, to 2 units in the last place; 0 below 2^-126, infinite from 2^127.5 on. NaN stays NaN. */
+/* 2^x, to 1 unit in the last place; 0 below 2^-126, infinite from 2^127.5 on. NaN stays NaN. */
 INLINE vec exp2v(vec x) {
     const vec magic = same(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold */
     x = choose(x > 128.0f, same(128.0f), x);

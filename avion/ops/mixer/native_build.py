@@ -35,7 +35,7 @@ SOURCE = Path(__file__).with_name("native.c")
 # is on by default.
 _FLAGS = ("-std=gnu11", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 _FOR_THIS_CPU = ("-march=native", "-mcpu=native")  # the second one where a compiler does not know the first one
-_COMPILE_S = 60
+COMPILE_S = 60
 _FAILURES = (OSError, subprocess.SubprocessError, AttributeError)
 _one_thread = threading.Lock()
 
@@ -94,17 +94,18 @@ def native() -> Native:
         UserError: AVION_NATIVE is neither a yes nor a no.
     """
     with _one_thread:
-        return _looked_for()
+        return looked_for()
 
 
 @functools.cache
-def _looked_for() -> Native:
+def looked_for() -> Native:
+    """Look for the library; kept for the process."""
     if not _wanted():
         return Native(None, f"AVION_NATIVE={os.environ['AVION_NATIVE']} asks for PyTorch's operators")
     if platform.system() != "Linux":
         return Native(None, f"it is compiled on Linux only, this is {platform.system()}")
     reasons: list[str] = []
-    for compiler in _compilers():
+    for compiler in compilers():
         try:
             found = _library(compiler)
         except _FAILURES as e:
@@ -136,7 +137,7 @@ def _in_one_line(error: Exception) -> str:
 # ---- compilers -------------------------------------------------------------------------------------------
 
 
-def _compilers() -> Iterator[list[str]]:
+def compilers() -> Iterator[list[str]]:
     """Yield the words that call each C compiler, the one to try first at the head."""
     try:
         asked = shlex.split(os.environ.get("CC", ""))
@@ -165,7 +166,7 @@ def _said(words: list[str], place: str | None = None) -> str:
         words, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=there, start_new_session=True
     ) as process:
         try:
-            out, err = (text.decode(errors="replace") for text in process.communicate(timeout=_COMPILE_S))
+            out, err = (text.decode(errors="replace") for text in process.communicate(timeout=COMPILE_S))
         except BaseException:  # also Ctrl-C
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # a compiler is several processes
@@ -192,7 +193,7 @@ def _words(compiler: list[str]) -> tuple[list[str], str]:
 def _library(compiler: list[str]) -> Native:
     """Load the library, which is compiled where it is not in the cache."""
     words, macros = _words(compiler)
-    if "__clang__" in macros and _has_llvm_openmp():
+    if "__clang__" in macros and has_llvm_openmp():
         raise OSError(
             "its OpenMP would be loaded beside PyTorch's, which is of the same kind and ends the process then"
         )
@@ -250,7 +251,7 @@ def _is_whole(path: Path) -> bool:
     return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
-def _has_llvm_openmp() -> bool:
+def has_llvm_openmp() -> bool:
     """Return whether LLVM's or Intel's OpenMP is loaded. It ends a process that loads a second copy of it."""
     try:
         loaded = Path("/proc/self/maps").read_text(errors="replace")
