@@ -54,7 +54,13 @@ def second_run(trial: frame.Trial) -> None:
         frame.wait_until(has_checkpoint(folder), "the first checkpoint")
         line = refused(folder, trial)
         assert f"process {first.pid} on {socket.gethostname()}" in line and "--output-dir" in line, line
-        before = Checkpoint.open(folder / "checkpoint.pt").training
+        # The run writes a checkpoint every few milliseconds, faster than one can be read. Stopped at any moment, it has
+        # left a whole one.
+        first.send_signal(signal.SIGSTOP)
+        try:
+            before = Checkpoint.open(folder / "checkpoint.pt").training
+        finally:
+            first.send_signal(signal.SIGCONT)
         assert before is not None and first.poll() is None, log.read_text()
         first.send_signal(signal.SIGTERM)
         assert first.wait(60) == 75, log.read_text()
