@@ -14,6 +14,7 @@ from avion.ops.gated_scan.autograd import differentiable
 from avion.ops.selective_scan.torch_blocks import budget
 
 from . import native_build as c
+from .products import outputs_without_values, products_backward, raw_step_sizes
 from .weights import MixerWeights
 
 _LOG2_E = 1.4426950408889634
@@ -56,17 +57,16 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.to(_FLOAT).contiguous()
 
 
-def _recompute(p: _Direction, group: _Group, x: Tensor, buffers: Buffers, projected: Tensor, known: bool) -> None:
-    """Fill the buffers u and raw, and `projected` unless it is known."""
+def _recompute(
+    p: _Direction, group: _Group, x: Tensor, buffers: Buffers, projected: Tensor, known: bool
+) -> tuple[Tensor, Tensor]:
+    """Return u and the step sizes before the softplus, in buffers; write `projected` unless it is known."""
     u, raw = (buffers.view(name, group.count, group.shape.channels) for name in ("u", "raw"))
     c.call("convolve", group.shape, p.struct, x, x.shape[-1], u)
     if not known:
         torch.mm(u.to(projected.dtype), p.x_proj.t(), out=projected)
-    dt = projected[:, : p.rank]
-    if dt.dtype == _FLOAT:
-        torch.addmm(p.delta_bias, dt, p.dt_proj.t(), out=raw)
-    else:
-        torch.add(dt @ p.dt_proj.t(), p.delta_bias, out=raw)
+    raw_step_sizes(p, projected, p.delta_bias, raw)
+    return u, raw
 
 
 # ---- forward ---------------------------------------------------------------------------------------------
@@ -92,9 +92,8 @@ def _mixer(
             both = total[group.tokens] if keep else buffers.view("total", group.count, channels)
             for p, kept in zip(directions, projected, strict=True):
                 at = kept[group.tokens] if keep else xz.new_empty(group.count, len(p.x_proj))
-                _recompute(p, group, part, buffers, at, known=False)
+                u, raw = _recompute(p, group, part, buffers, at, known=False)
                 bc = _plain(at)[:, p.rank :]
-                u, raw = (buffers.view(name, group.count, channels) for name in ("u", "raw"))
                 c.call("scan", group.shape, p.struct, u, raw, bc, bc.stride(0), both, p is not directions[0])
             here = out[group.rows] if out.dtype == _FLOAT else buffers.view("out", group.count, channels)
             c.call("gate", group.shape, part[..., channels:], part.shape[-1], both, here)
@@ -103,15 +102,7 @@ def _mixer(
         return out, total, projected[0], projected[1]
 
 
-@_mixer.register_fake
-def _(
-    ahead: Sequence[Tensor], behind: Sequence[Tensor], xz: Tensor, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, steps, channels = xz.shape[0], xz.shape[1], xz.shape[2] // 2
-    tokens = rows * steps if keep else 0
-    by_ahead, by_behind = (xz.new_empty(tokens, len(MixerWeights(*p).x_proj)) for p in (ahead, behind))
-    total = xz.new_empty(tokens, channels, dtype=_FLOAT)
-    return xz.new_empty(rows, steps, channels), total, by_ahead, by_behind
+_mixer.register_fake(outputs_without_values)
 
 
 # ---- backward --------------------------------------------------------------------------------------------
@@ -152,8 +143,9 @@ def _mixer_backward(
             both, wide = total[group.tokens], part.shape[-1]
             c.call("gate_backward", group.shape, z, wide, both, _plain(d_out[group.rows]), dy, dz, wide)
             for p, of_x, own in zip(directions, projected, sums, strict=True):
-                _recompute(p, group, part, buffers, of_x[group.tokens], known=True)
-                du = _scan_backward(p, group, of_x[group.tokens], dy, own, buffers)
+                at = of_x[group.tokens]
+                u, raw = _recompute(p, group, part, buffers, at, known=True)
+                du = _scan_backward(p, group, at, u, raw, dy, own, buffers)
                 later = p is not directions[0]
                 ends = (own.taps, own.conv_bias)
                 c.call("convolve_backward", group.shape, p.struct, part, wide, du, d_part, wide, later, *ends)
@@ -164,29 +156,25 @@ def _mixer_backward(
 
 
 def _scan_backward(
-    p: _Direction, group: _Group, projected: Tensor, dy: Tensor, sums: _Sums, buffers: Buffers
+    p: _Direction,
+    group: _Group,
+    projected: Tensor,
+    u: Tensor,
+    raw: Tensor,
+    dy: Tensor,
+    sums: _Sums,
+    buffers: Buffers,
 ) -> Tensor:
     """Return the gradient of u, and add to the parameters' gradients except the convolution's."""
-    channels = group.shape.channels
-    u, raw, d_raw, du = (buffers.view(name, group.count, channels) for name in ("u", "raw", "d_raw", "du"))
+    d_raw, du = (buffers.view(name, *u.shape) for name in ("d_raw", "du"))
     d_projected = buffers.view("d_projected", *projected.shape)
     bc, d_bc = _plain(projected)[:, p.rank :], d_projected[:, p.rank :]
     places = (d_raw, du, d_bc, sums.A, sums.D, sums.delta_bias)
     to = c.Gradients(*(t.data_ptr() for t in places), d_bc.stride(0))
     if c.call("scan_backward", group.shape, p.struct, u, raw, bc, bc.stride(0), dy, to):
         raise MemoryError("the mixer's backward pass: no memory is left")
-    linear, dt = projected.dtype, projected[:, : p.rank]
-    if linear == _FLOAT:
-        torch.mm(d_raw, p.dt_proj, out=d_projected[:, : p.rank])
-        sums.dt_proj.addmm_(d_raw.t(), dt)
-        sums.x_proj.addmm_(d_projected.t(), u)
-        return du.addmm_(d_projected, p.x_proj)
-    d_raw = d_raw.to(linear)
-    d_projected[:, : p.rank] = d_raw @ p.dt_proj
-    sums.dt_proj += d_raw.t() @ dt
-    d_projected = d_projected.to(linear)
-    sums.x_proj += d_projected.t() @ u.to(linear)
-    return du.add_(d_projected @ p.x_proj)
+    products_backward(p, sums, projected, u, d_raw, d_projected, du)
+    return du
 
 
 _run = differentiable(_mixer, _mixer_backward)

@@ -17,6 +17,7 @@ from avion.ops.selective_scan.inputs import Time, compute_dtype
 from avion.ops.selective_scan.torch_blocks import Group, Kind, whole_rows
 from avion.ops.selective_scan.torch_walk import BackwardScratch, ParameterGradients, Parameters, Scratch
 
+from .products import outputs_without_values, products_backward, raw_step_sizes
 from .weights import MixerWeights
 
 # ---- one direction ---------------------------------------------------------------------------------------
@@ -76,12 +77,8 @@ class _Space(Generic[Kind]):
 
     def steps_of(self, p: _Direction, walk: Scratch, projected: Tensor) -> None:
         """Fill the buffers of a direction's walk from `projected`: dt, B and C of the group's tokens."""
-        dt, B, C = projected.split([p.rank, p.states, p.states], dim=-1)
-        raw = walk.raw.flatten(0, 2)
-        if dt.dtype == raw.dtype:
-            torch.addmm(p.delta_bias, dt, p.dt_proj.t(), out=raw)
-        else:
-            torch.add(dt @ p.dt_proj.t(), p.delta_bias, out=raw)
+        raw_step_sizes(p, projected, p.delta_bias, walk.raw.flatten(0, 2))
+        _, B, C = projected.split([p.rank, p.states, p.states], dim=-1)
         walk.B.flatten(0, 2).copy_(B)
         walk.C.flatten(0, 2).copy_(C)
         walk.derive()
@@ -151,15 +148,7 @@ def _forward_group(space: _Space[Scratch], p: _Direction, walk: Scratch, x: Tens
     return walk.forward()
 
 
-@_mixer.register_fake
-def _(
-    ahead: Sequence[Tensor], behind: Sequence[Tensor], xz: Tensor, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, steps, channels = xz.shape[0], xz.shape[1], xz.shape[2] // 2
-    tokens = rows * steps if keep else 0
-    by_ahead, by_behind = (xz.new_empty(tokens, len(MixerWeights(*p).x_proj)) for p in (ahead, behind))
-    total = xz.new_empty(tokens, channels, dtype=compute_dtype(xz, *ahead, *behind))
-    return xz.new_empty(rows, steps, channels), total, by_ahead, by_behind
+_mixer.register_fake(outputs_without_values)
 
 
 # ---- backward --------------------------------------------------------------------------------------------
@@ -232,22 +221,10 @@ def _backward_group(
     """Write the gradient of u to walk.d_step_u, and add to the parameters' gradients except the convolution's."""
     walk.backward(None, None, grads)
     d_raw, du = (t.flatten(0, 2) for t in (walk.d_step, walk.d_step_u))
-    linear = projected.dtype
     d_projected = buffers.view("d_projected", *projected.shape)
-    d_raw, d_dt, dt = d_raw.to(linear), d_projected[:, : p.rank], projected[:, : p.rank]
     d_projected[:, p.rank : p.rank + p.states].copy_(walk.dB.flatten(0, 2))
     d_projected[:, p.rank + p.states :].copy_(walk.dC.flatten(0, 2))
-    if linear == p.dtype:
-        torch.mm(d_raw, p.dt_proj, out=d_dt)
-        grads.dt_proj.addmm_(d_raw.t(), dt)
-        grads.x_proj.addmm_(d_projected.t(), space.u_flat)
-        du.addmm_(d_projected, p.x_proj)
-        return
-    d_dt.copy_(d_raw @ p.dt_proj)
-    grads.dt_proj += d_raw.t() @ dt
-    d_projected = d_projected.to(linear)
-    grads.x_proj += d_projected.t() @ space.u_flat.to(linear)
-    du.add_(d_projected @ p.x_proj)
+    products_backward(p, grads, projected, space.u_flat, d_raw, d_projected, du)
 
 
 def _convolve_backward(
