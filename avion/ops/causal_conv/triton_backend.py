@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from avion.ops.kernel_pieces import cdiv, logistic, piece, sum_along, zeros_in
+from avion.ops.kernel_pieces import cdiv, piece, sigmoid, sum_along, zeros_in
 from avion.ops.kernel_types import Block, Int, Pointer, Scalar, Values, constexpr
 
 from .autograd import Taps, differentiable, differentiable_both
@@ -121,7 +121,7 @@ def forward_kernel(
         conv = _convolve(of_row, p, tile, K, cut.sign if i == 0 else -cut.sign)
         out = (y if i == 0 else y_b) + place
         inside = (tile.t < steps) & (tile.d < channels)
-        tl.store(out, (conv * logistic(conv)).to(y.dtype.element_ty), mask=inside)
+        tl.store(out, (conv * sigmoid(conv)).to(y.dtype.element_ty), mask=inside)
 
 
 @piece
@@ -129,7 +129,7 @@ def _by_conv(dy: Strided, x: Strided, p: Direction, tile: Tile, K: Int, SIGN: In
     """Compute the gradient of what is before the SiLU at a tile, zero outside of the sequence."""
     inside = (tile.t >= 0) & (tile.t < tile.steps) & (tile.d < tile.channels)
     conv = _convolve(x, p, tile, K, SIGN)
-    gate = logistic(conv)
+    gate = sigmoid(conv)
     slope = gate * (1.0 + conv * (1.0 - gate))
     return tl.where(inside, _load_shifted(dy, tile, 0) * slope, 0.0)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from avion.ops.kernel_pieces import piece, zeros_in
+from avion.ops.kernel_pieces import piece, sigmoid, zeros_in
 from avion.ops.kernel_types import Flag, Int, Pointer, Scalar, Values
 
 from .triton_pieces import (
@@ -24,7 +24,6 @@ from .triton_pieces import (
     load_states,
     load_weights,
     next_states,
-    sigmoid,
     stack_of,
     step_size,
     store,

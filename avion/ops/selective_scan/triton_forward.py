@@ -16,7 +16,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from avion.ops.kernel_pieces import cdiv, piece, zeros_in
+from avion.ops.kernel_pieces import cdiv, piece, sigmoid, zeros_in
 from avion.ops.kernel_types import Flag, Int, Pointer, Scalar, Values, constexpr
 
 from .inputs import ScanInputs
@@ -29,7 +29,6 @@ from .triton_pieces import (
     load_states,
     load_weights,
     next_states,
-    sigmoid,
     span,
     step_size,
     store,

@@ -19,10 +19,8 @@ from typing import NamedTuple
 
 import triton.language as tl
 
-from avion.ops.kernel_pieces import cdiv, piece, sum_along, zeros_in
+from avion.ops.kernel_pieces import LOG2_E, cdiv, piece, sum_along, zeros_in
 from avion.ops.kernel_types import Block, Dtype, Flag, Int, Pointer, Scalar, Values
-
-_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Strides(NamedTuple):
@@ -120,7 +118,7 @@ def softplus(x: tl.tensor) -> tl.tensor:
     The result is max(x, 0) + log1p(e) with e = exp(-|x|). log1p(e) / e is computed as a polynomial on [0, 1] whose
     constant term is 1, fitted by weighted least squares to a relative error of 4e-8.
     """
-    e = tl.exp2(tl.abs(x) * -_LOG2_E)
+    e = tl.exp2(tl.abs(x) * -LOG2_E)
     p = e * 0.005364794749766588 - 0.03006567433476448
     p = p * e + 0.07920434325933456
     p = p * e - 0.1375378668308258
@@ -129,13 +127,6 @@ def softplus(x: tl.tensor) -> tl.tensor:
     p = p * e + 0.333213210105896
     p = p * e - 0.49999648332595825
     return (p * e + 1.0) * e + tl.maximum(x, 0.0)
-
-
-@piece
-def sigmoid(x: tl.tensor) -> tl.tensor:
-    """Compute 1 / (1 + exp(-x)). The reciprocal square root is one instruction, and a division would be ten."""
-    root = tl.rsqrt(1.0 + tl.exp2(x * -_LOG2_E))
-    return root * root
 
 
 @piece
