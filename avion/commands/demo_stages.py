@@ -30,6 +30,7 @@ from avion.engine.options import (
     ZeroShotOptions,
 )
 from avion.engine.precision import Precision
+from avion.engine.run_files import PROGRESS
 from avion.engine.tasks.finetune_classification import FinetuneClassification
 from avion.engine.tasks.finetune_retrieval import FinetuneRetrieval
 from avion.engine.tasks.pretrain import Pretrain
@@ -230,7 +231,7 @@ def run_all(root: str, output: Path, short: bool) -> None:
     demo = Demo(ensure_demo_dataset(root), root, output, short)
     for stage in (pretrain, pretrain_long, finetune_retrieval, finetune_actions, egoschema, zeroshot):
         stage(demo)
-    plot_loss(output / "pretrain" / "steps.txt", output / "loss.png")
+    plot_loss(output / "pretrain" / PROGRESS, output / "loss.png")
 
     print()
     print(table("demo dataset, %", demo.metrics))

@@ -172,6 +172,11 @@ def _random_case(device: str) -> dict:
     return case | {"A": -case["A"].abs() - 0.1}
 
 
+def _largest_error(found: list, expected: list) -> float:
+    """Return the largest error of a tensor, relative to the tensor's largest number."""
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected, strict=True))
+
+
 def backends(report: Report, device: str) -> None:
     """Compare every backend of the selective scan with the reference."""
     import torch
@@ -195,8 +200,7 @@ def backends(report: Report, device: str) -> None:
             text = f"fails: {str(error).splitlines()[0]}; give another one as --scan-backend"
             (report.problem if name == auto else report.line)(name, text)
             continue
-        errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected, strict=True)]
-        worst = max(errors)
+        worst = _largest_error(found, expected)
         text = f"largest relative error {worst:.0e} against float64" + (", what `auto` takes" if name == auto else "")
         if worst <= TOLERANCE:
             report.line(name, f"works, {text}")
@@ -217,7 +221,7 @@ def mixer_in_c(report: Report) -> None:
         return
     case = {name: t[:, :4] if t.ndim == 3 else t for name, t in _random_case("cpu").items()}
     found, expected = _mixer(case, "auto", torch.float32), _mixer(case, "torch", torch.float64)
-    worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected, strict=True))
+    worst = _largest_error(found, expected)
     text = f"largest relative error {worst:.0e} against float64"
     if native().problem:
         text += f"; every process compiles it, because it cannot be kept: {native().problem}"

@@ -40,7 +40,7 @@ from avion.weights import Checkpoint
 from .args import Options
 from .remote_lock import RemoteLock
 from .resume import Start
-from .run_files import BEST, EPOCHS, EVALUATIONS, LATEST, PROGRESS
+from .run_files import BEST, EPOCHS, EVALUATIONS, LATEST, LOGS, PROGRESS
 from .signals import Stopped
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,6 @@ POLL_S, LOGS_S, AGAIN_S = 1.0, 30.0, 30.0  # looking for new checkpoints; for ne
 _SHARE = 0.1  # of the time may go into uploads of files that only grow
 _TEXTS = (".txt", ".log", ".jsonl", ".json", ".csv")
 _KINDS = (*_TEXTS, ".pt", ".npy", ".npz", ".pkl", ".zip", ".yaml")
-_LOGS = (PROGRESS, EPOCHS, EVALUATIONS)
 _FOLDERS = ("tensorboard", "wandb", "features", "slurm")
 _MOST_FILES = 10_000
 
@@ -421,12 +420,12 @@ def drop_lines_of_a_lost_run(folder: Path, before: object) -> None:
         folder: A folder without a checkpoint.
         before: By name of a log, the bytes that it had before the run that wrote last; anything else: none is known.
     """
-    if not isinstance(before, dict) or not all(isinstance(before.get(n), int) and before[n] >= 0 for n in _LOGS):
+    if not isinstance(before, dict) or not all(isinstance(before.get(n), int) and before[n] >= 0 for n in LOGS):
         return
     now = _lengths(folder)
     if now[PROGRESS] <= before[PROGRESS] and now[EPOCHS] <= before[EPOCHS]:
         return
-    for name in _LOGS:
+    for name in LOGS:
         if now[name] > before[name]:
             logger.info("%s: the lines of a run that left no checkpoint are cut off", folder / name)
             os.truncate(folder / name, before[name])
@@ -434,7 +433,7 @@ def drop_lines_of_a_lost_run(folder: Path, before: object) -> None:
 
 def _lengths(folder: Path) -> dict[str, int]:
     """The bytes of the logs in a folder, by name; 0 for those that are not there."""
-    return {name: (folder / name).stat().st_size if (folder / name).is_file() else 0 for name in _LOGS}
+    return {name: (folder / name).stat().st_size if (folder / name).is_file() else 0 for name in LOGS}
 
 
 def _found(fs: Any, folder: str) -> list[str]:

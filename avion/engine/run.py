@@ -26,6 +26,7 @@ from .options import DeviceOptions, TrainingOptions
 from .peers import LostPeer
 from .precision import Precision, choose_precision
 from .resume import Start, find_start
+from .run_files import EVALUATIONS
 from .tasks.base import Task
 from .trainer import Trainer, start_training, train_sampler, wrapped
 from .workers import end_all_workers
@@ -175,6 +176,6 @@ def _evaluate(task: Task, model: nn.Module, precision: Precision, source: str | 
     if task.world.is_main:
         if options.was_given("output_dir"):
             Path(options.output_dir).mkdir(parents=True, exist_ok=True)
-            append_json(Path(options.output_dir) / "eval_log.txt", {**metrics, "checkpoint": source})
+            append_json(Path(options.output_dir) / EVALUATIONS, {**metrics, "checkpoint": source})
         print(task.table(metrics))
     return metrics

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from avion.files import partial_name
 
-PROGRESS, EPOCHS, EVALUATIONS = "steps.txt", "log.txt", "eval_log.txt"
+LOGS = PROGRESS, EPOCHS, EVALUATIONS = "steps.txt", "log.txt", "eval_log.txt"
 LATEST, BEST, DAMAGED = "checkpoint.pt", "checkpoint_best.pt", "checkpoint_damaged.pt"
 _PREVIOUS = re.compile(r"checkpoint_previous([2-9]|[1-9][0-9]+)?\.pt")
 

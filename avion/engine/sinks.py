@@ -25,11 +25,10 @@ from avion.reading import open_file
 
 from .distributed import World
 from .options import RunOptions
-from .run_files import EPOCHS, EVALUATIONS, PROGRESS
+from .run_files import EPOCHS, EVALUATIONS, LOGS, PROGRESS
 
 logger = logging.getLogger(__name__)
 
-_FILES = PROGRESS, EPOCHS, EVALUATIONS
 _WANDB_FLAGS = ("wandb_project", "wandb_name", "wandb_mode")
 _WANDB_ID = "wandb_id.txt"
 # Seconds after which TensorBoard sees a metric at the latest.
@@ -185,7 +184,7 @@ class RunLog:
         Raises:
             UserError: A file cannot be written, or a sink cannot be opened.
         """
-        for name in _FILES:
+        for name in LOGS:
             drop_unfinished_line(self.folder / name)
         for name, sink in SINKS.items():
             if getattr(options, name):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from avion.engine.options import EgoSchemaOptions, TrainingOptions, ZeroShotOptions
+from avion.engine.run_files import EVALUATIONS
 from avion.errors import UserError
 from avion.files import write_text
 from avion.json_lines import read_json_lines
@@ -20,7 +21,7 @@ from .recipe import CHECKPOINT, Recipe, weights_of
 
 logger = logging.getLogger(__name__)
 
-RECORD, EVALUATIONS = "recipe.json", "eval_log.txt"
+RECORD = "recipe.json"
 TRAINED, RELEASED = "trained", "released"
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from avion.engine.options import EgoSchemaOptions, TrainingOptions, ZeroShotOptions
+from avion.engine.run_files import EPOCHS, EVALUATIONS
 from avion.errors import UserError
 from avion.json_lines import read_json_lines
 from avion.reading import parse_json, read_text
 from avion.remote import is_remote
 
-from .launch import EVALUATIONS, RECORD, RELEASED, TRAINED
+from .launch import RECORD, RELEASED, TRAINED
 from .recipe import BENCHMARKS, FULL, Recipe, scaled
 
 RETRIEVAL = ("vis_map", "txt_map", "avg_map", "vis_ndcg", "txt_ndcg", "avg_ndcg")
@@ -98,7 +99,7 @@ def find_runs(roots: Sequence[str | Path]) -> list[Path]:
         if is_remote(name):
             raise UserError(
                 f"{name}: is an address, and runs are read from folders of this machine; copy {RECORD}, {EVALUATIONS} "
-                "and log.txt of the runs here (aws s3 sync, for example)"
+                f"and {EPOCHS} of the runs here (aws s3 sync, for example)"
             )
         root = Path(name)
         if not root.is_dir():
@@ -228,7 +229,7 @@ def _scaled(recipe: Recipe, scale: str) -> Recipe:
 
 def _trained(folder: Path, evaluated: int) -> str:
     """How far log.txt says that the training came, where that is further than the last evaluation."""
-    path = folder / "log.txt"
+    path = folder / EPOCHS
     epochs = [row.get("epoch") for row in _json_lines(path)[0]] if path.exists() else []
     done = max((epoch + 1 for epoch in epochs if _is_whole(epoch)), default=evaluated)
     return f"{evaluated} (trained: {done})" if done > evaluated else str(evaluated)

@@ -31,6 +31,7 @@ from avion.engine.mirror import in_working_folder
 from avion.engine.options import EgoSchemaOptions
 from avion.engine.precision import Precision, choose_precision
 from avion.engine.run import joined, shared_flags
+from avion.engine.run_files import EVALUATIONS
 from avion.engine.signals import Stopped, name
 from avion.errors import UserError, say
 from avion.evaluation.vectors import unit
@@ -317,7 +318,7 @@ class _Run:
         write_text(self.folder / "egoschema_scores.json", json.dumps(report, indent=1) + "\n")
         source = {"sampling": self.options.sampling, "checkpoint": self.options.pretrain_model}
         for count, row in metrics.items():
-            append_json(self.folder / "eval_log.txt", {"frames": count, **row, **source})
+            append_json(self.folder / EVALUATIONS, {"frames": count, **row, **source})
         if self.truth and self.left_out:
             logger.info("%d questions about pretraining videos are in no accuracy", len(self.left_out))
         if errors:

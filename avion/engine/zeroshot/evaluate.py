@@ -31,6 +31,7 @@ from avion.engine.mirror import in_working_folder
 from avion.engine.options import ZeroShotOptions
 from avion.engine.precision import Precision, choose_precision
 from avion.engine.run import joined, shared_flags
+from avion.engine.run_files import EVALUATIONS
 from avion.engine.signals import Stopped, name
 from avion.errors import UserError
 from avion.files import written_whole
@@ -257,7 +258,7 @@ class _Run:
                 file.write(content)
         metrics |= {"clips": len(readable), "unreadable": len(errors)}
         row = {"dataset": bench.name, **metrics, "checkpoint": self.options.pretrain_model}
-        append_json(self.folder / "eval_log.txt", row)
+        append_json(self.folder / EVALUATIONS, row)
         logger.info("%s: %s", bench.name, ", ".join(f"{n} {100 * metrics[k]:.2f}" for k, n in _shown(bench, metrics)))
         return metrics
 
