@@ -21,6 +21,18 @@ PARTIAL = ".partial"
 _LONGEST_NAME, _KEPT_OF_NAME = 255, 200
 
 
+def cache_folder() -> Path:
+    """Return the folder of what this machine can make again: what was measured or compiled on it, copies of files.
+
+    Raises:
+        OSError: There is no home folder, and XDG_CACHE_HOME is not set.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avion"
+    except RuntimeError as e:
+        raise FileNotFoundError(errno.ENOENT, "there is no home folder; set XDG_CACHE_HOME") from e
+
+
 @contextlib.contextmanager
 def written_whole(
     path: str | os.PathLike[str], *, flag: str = "", cure: str = "change --output-dir"

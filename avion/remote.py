@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from avion.errors import UserError, printable
-from avion.files import written_whole
+from avion.files import cache_folder, written_whole
 
 R = TypeVar("R")
 
@@ -330,14 +330,14 @@ def _stamp(info: dict[str, Any]) -> int:
 
 
 def cache_root() -> Path:
-    """Where local copies lie: AVION_CACHE, else ~/.cache/avion.
+    """Where local copies lie: AVION_CACHE, else $XDG_CACHE_HOME/avion, else ~/.cache/avion.
 
     Raises:
-        UserError: There is no home folder, and AVION_CACHE is not set.
+        UserError: There is no home folder, and neither variable is set.
     """
     try:
-        return Path(os.environ.get("AVION_CACHE") or Path.home() / ".cache" / "avion")
-    except RuntimeError as e:
+        return Path(os.environ.get("AVION_CACHE") or cache_folder())
+    except FileNotFoundError as e:
         raise UserError("there is no home folder for copies of remote files; set AVION_CACHE") from e
 
 

@@ -9,9 +9,10 @@ times faster this is than AVION's way (decord, crops of floats) on x264's defaul
 on luma against the encoder's input, so that no setting looks better because it shows less. Both ways of reading
 alternate.
 
---videos names real files from which the pictures are taken. Without it, a hand-held camera looks at photographs that
-scikit-image ships (where it is installed, otherwise at drawn pictures with the spectrum of natural ones): the camera
-pans, zooms, turns and shakes, something moves in front of it, and exposure and sensor noise are added.
+--videos names real files from which the pictures are taken; one that is too short is played back and forth. Without
+it, a hand-held camera looks at photographs that scikit-image ships (where it is installed, otherwise at drawn pictures
+with the spectrum of natural ones): the camera pans, zooms, turns and shakes, something moves in front of it, and
+exposure and sensor noise are added.
 """
 
 import argparse
@@ -116,29 +117,43 @@ def hand_held(
         yield np.clip(pixels + noise, 0, 255).astype(np.uint8)
 
 
-def real_frames(path: str, height: int, most: int) -> Iterator[np.ndarray]:
+def real_frames(path: str, height: int) -> list[np.ndarray]:
+    """Return the pictures of a video, brought to this height: (height, width, 3) uint8, of an even width."""
     with av.open(path) as container:
-        for i, frame in enumerate(container.decode(video=0)):
-            if i == most:
-                return
-            width = 2 * round(frame.width * height / frame.height / 2)
-            yield frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
+        return [
+            frame.to_ndarray(
+                format="rgb24",
+                width=2 * round(frame.width * height / frame.height / 2),
+                height=height,
+                interpolation="BICUBIC",
+            )
+            for frame in container.decode(video=0)
+        ]
 
 
-def material(files: list[str], height: int, width: int, frames: int) -> list[tuple[str, Fraction, list]]:
-    """Return the name, the frames per second and the pictures in yuv420p of every video."""
-    sources = []
-    if files:
-        for file in files:
-            with av.open(file) as container:
-                rate = container.streams.video[0].average_rate
-            sources.append((Path(file).name, rate, real_frames(file, height, frames)))
-    else:
+def back_and_forth(shots: list, count: int) -> list:
+    """Return `count` pictures: the video, and where it is shorter, then backwards and forwards again, without a cut."""
+    if len(shots) < 2:
+        raise SystemExit("bench: a video of a single frame is no material")
+    turn = shots + shots[-2:0:-1]
+    return [turn[i % len(turn)] for i in range(count)]
+
+
+def material(files: list[str], height: int, width: int, seconds: float) -> list[tuple[str, Fraction, list]]:
+    """Return the name, the frames per second and the pictures in yuv420p of every video, each `seconds` long."""
+    sources: list[tuple[str, Fraction, Any]] = []
+    for file in files:
+        with av.open(file) as container:
+            rate = container.streams.video[0].average_rate
+        count = round(seconds * rate)
+        sources.append((Path(file).name, rate, back_and_forth(real_frames(file, height)[:count], count)))
+    if not files:
         rng = np.random.default_rng(0)
         scenes = photographs(height, width, rng)
+        rate = Fraction(30)
         for i, scene in enumerate(scenes):
-            shots = hand_held(scene, scenes[i - 1], frames, height, width, np.random.default_rng(i))
-            sources.append((f"hand-held {i}", Fraction(30), shots))
+            shots = hand_held(scene, scenes[i - 1], round(seconds * rate), height, width, np.random.default_rng(i))
+            sources.append((f"hand-held {i}", rate, shots))
     return [
         (name, rate, [av.VideoFrame.from_ndarray(p, format="rgb24").reformat(format="yuv420p") for p in shots])
         for name, rate, shots in sources
@@ -269,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--videos", nargs="*", default=[], metavar="FILE")
     parser.add_argument("--height", type=int, default=288)
     parser.add_argument("--width", type=int, default=512, help="of the drawn pictures; that of real ones is their own")
-    parser.add_argument("--frames", type=int, default=450, help="of each video, at most")
+    parser.add_argument("--seconds", type=float, default=15, help="of each video")
     parser.add_argument("--clips", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--crf", type=float, help="of all settings but x264's default; else their own")
@@ -277,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plot", metavar="FILE.png")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    videos = material(args.videos, args.height, args.width, args.frames)
+    videos = material(args.videos, args.height, args.width, args.seconds)
     chosen = Encoding()
     rows: dict[str, Row] = {}
     settings = {DEFAULT: Default(), **{k: v for k, v in SETTINGS.items() if not args.only or k in args.only}}

@@ -41,7 +41,7 @@ from avion.data.narrations import Narration
 from avion.data.transforms import TrainTransform
 from avion.data.video import VideoStore, index_videos, uniform_frame_ids
 
-CHUNK_S, FPS, VIDEOS = 15, 30, 3
+CHUNK_S, VIDEOS = 15, 3
 CASES = ((4, 1.0), (16, 1.0), (16, 3.0))  # frames, seconds
 HOUR_S = 3600
 
@@ -147,7 +147,7 @@ def _read_with_pyav(path: str, ids_of: Callable) -> np.ndarray:
 def frame_ids(fps: float, start: float, seconds: float, frames: int, seed: int) -> np.ndarray:
     first, last = round(start * fps), round((start + seconds) * fps)
     ids = uniform_frame_ids(first, last, frames, np.random.default_rng(seed))
-    return np.minimum(ids, CHUNK_S * FPS - 1)
+    return np.minimum(ids, round(CHUNK_S * fps) - 1)
 
 
 def milliseconds_per_clip(load: Callable, spans: list[tuple]) -> float:
@@ -198,37 +198,40 @@ def processes(load: Callable, count: int, seconds: float) -> tuple[float, float]
     return sum(rate for rate, _ in rates), sum(rate for _, rate in rates)
 
 
-def join_chunks(chunks: list[Path], target: Path, seconds: int) -> None:
-    """Write one file with the packets of `chunks`, repeated until the file has this length. Nothing is encoded."""
+def repeat_chunk(chunk: Path, target: Path, seconds: int) -> float:
+    """Write one file with the packets of `chunk`, repeated until the file has this length. Nothing is encoded.
+
+    Returns:
+        The length of the chunk in seconds.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(target), "w") as sink:
         out, offset = None, 0
         while True:
-            for chunk in chunks:
-                with av.open(str(chunk)) as source:
-                    stream = source.streams.video[0]
-                    out = out or sink.add_stream_from_template(stream)
-                    length = round(Fraction(stream.frames) / stream.average_rate / stream.time_base)
-                    for packet in source.demux(stream):
-                        if packet.size:
-                            packet.pts, packet.dts, packet.stream = packet.pts + offset, packet.dts + offset, out
-                            sink.mux(packet)
-                    offset += length
-                    if offset * stream.time_base >= seconds:
-                        return
+            with av.open(str(chunk)) as source:
+                stream = source.streams.video[0]
+                out = out or sink.add_stream_from_template(stream)
+                length = Fraction(stream.frames) / stream.average_rate
+                for packet in source.demux(stream):
+                    if packet.size:
+                        packet.pts, packet.dts, packet.stream = packet.pts + offset, packet.dts + offset, out
+                        sink.mux(packet)
+                offset += round(length / stream.time_base)
+                if offset * stream.time_base >= seconds:
+                    return float(length)
 
 
 def an_hour(root: Path, folder: Path, crop: int, clips: int, rounds: int) -> float:
     """Return the time of clips of a whole video of an hour over that of clips of a chunk of 15 s, both indexed."""
-    chunks = sorted(root.rglob("0.mp4"))
+    lengths = {}
     for i in range(VIDEOS):
-        join_chunks(chunks[i:] + chunks[:i], folder / f"video{i}.mp4", HOUR_S)
+        lengths[f"video{i}"] = repeat_chunk(root / f"video{i}.mp4" / "0.mp4", folder / f"video{i}.mp4", HOUR_S)
     index_videos(folder)
     long, short = our_way(folder, crop, "pyav", True), our_way(root, crop, "pyav", True)
     times: dict[str, list[float]] = {"long": [], "short": []}
-    spans = {"long": spans_of(clips, 4, 1.0, HOUR_S), "short": spans_of(clips, 4, 1.0)}
-    # The same places of the same chunks are read, so that only the file around them differs.
-    spans["long"] = [(v, t + CHUNK_S * 3 * (7 * i % 70), s, n, k) for i, (v, t, s, n, k) in enumerate(spans["short"])]
+    spans = {"short": spans_of(clips, 4, 1.0)}
+    # The same places of the same chunk are read, so that only the file around them differs.
+    spans["long"] = [(v, t + lengths[v] * (21 * i % 210), s, n, k) for i, (v, t, s, n, k) in enumerate(spans["short"])]
     for _ in range(rounds + 1):
         for name, load in (("long", long), ("short", short)):
             times[name].append(milliseconds_per_clip(load, spans[name]))
@@ -260,7 +263,8 @@ def write_videos(folder: Path, files: list[str], height: int, width: int) -> tup
     from benchmarks.bench_encoding import Default, material, write
 
     roots = folder / "default", folder / "prepared"
-    for i, (_, rate, shots) in enumerate(material(files, height, width, CHUNK_S * FPS)[:VIDEOS]):
+    for i, (name, rate, shots) in enumerate(material(files, height, width, CHUNK_S)[:VIDEOS]):
+        print(f"{name}: {shots[0].width} x {shots[0].height}, {float(rate):g} frames per second")
         for root, encoding in zip(roots, (Default(), Encoding()), strict=True):
             write(root / f"video{i}.mp4" / "0.mp4", shots, rate, encoding)
     return roots
@@ -275,7 +279,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--videos", nargs=VIDEOS, default=[], metavar="FILE", help="take the pictures from these files")
-    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--width", type=int, default=512, help="of the drawn pictures; that of real ones is their own")
     parser.add_argument("--height", type=int, default=288)
     parser.add_argument("--crop", type=int, default=224)
     parser.add_argument("--reads", type=int, default=500, help="reads over which the memory is watched")
@@ -286,7 +290,7 @@ def main() -> None:
         default, prepared = write_videos(folder, args.videos, args.height, args.width)
         plain, small = bytes_of(default), bytes_of(prepared)
         print(
-            f"{args.width} x {args.height}, chunks of 15 s: {plain / 1e6:.2f} MB as x264 encodes by default, "
+            f"chunks of {CHUNK_S} s: {plain / 1e6:.2f} MB as x264 encodes by default, "
             f"{small / 1e6:.2f} MB prepared (x {small / plain:.2f})"
         )
         for root in (default, prepared):

@@ -213,7 +213,7 @@ def mixer_in_c(report: Report) -> None:
     """Compare the C code, which `auto` takes for short rows on a CPU, with PyTorch's operators in float64."""
     import torch
 
-    from avion.ops.mixer.native_build import native
+    from avion.ops.mixer.c_functions import native
 
     print("mixer of short rows on a CPU")
     if native().library is None:

@@ -6,7 +6,6 @@ measured where there is no choice, while a CUDA graph is being captured, or with
 taken, which is the guess.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from avion.errors import UserError
-from avion.files import write_text
+from avion.files import cache_folder, write_text
 from avion.reading import parse_json, read_text
 
 _log = logging.getLogger(__name__)
@@ -111,18 +110,6 @@ def milliseconds(run: Callable[[], object]) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end))
     return statistics.median(times[1:])
-
-
-def cache_folder() -> Path:
-    """Return the folder of what is measured or compiled on this machine.
-
-    Raises:
-        OSError: There is no home folder, and XDG_CACHE_HOME is not set.
-    """
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avion"
-    except RuntimeError as e:
-        raise FileNotFoundError(errno.ENOENT, "there is no home folder; set XDG_CACHE_HOME") from e
 
 
 def cache_file(kind: str, device: str) -> Path:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from avion.c_code import Native
 from avion.commands import doctor as tool
 from avion.data.video import VideoError
-from avion.ops.mixer import native_build
+from avion.ops.mixer import c_functions
 from avion.ops.selective_scan import dispatch
 from tests.test_packaging import PROJECT, Requirement
 
@@ -38,19 +39,19 @@ def test_this_machine(doctor, capsys):
 
 
 def test_the_mixer_in_c(doctor, capsys, monkeypatch):
-    library = native_build.native().library
+    library = c_functions.native().library
     if library is None:
-        pytest.skip(native_build.native().reason)
+        pytest.skip(c_functions.native().reason)
     assert doctor.main(["--device", "cpu"]) == 0
     assert lines(capsys)["C"].split()[:2] == ["code", "works,"]
-    monkeypatch.setattr(native_build, "native", lambda: native_build.Native(library, problem="the disk is full"))
+    monkeypatch.setattr(c_functions, "native", lambda: Native(library, problem="the disk is full"))
     assert doctor.main(["--device", "cpu"]) == 0
     assert "every process compiles it, because it cannot be kept: the disk is full" in capsys.readouterr().out
-    call = native_build.call
-    monkeypatch.setattr(native_build, "call", lambda name, *a: 0 if name == "gate" else call(name, *a))
+    call = c_functions.call
+    monkeypatch.setattr(c_functions, "call", lambda name, *a: 0 if name == "gate" else call(name, *a))
     assert doctor.main(["--device", "cpu"]) == 1
     assert "C code: WRONG, largest relative error" in capsys.readouterr().out.splitlines()[-1]
-    monkeypatch.setattr(native_build, "native", lambda: native_build.Native(None, "there is no compiler"))
+    monkeypatch.setattr(c_functions, "native", lambda: Native(None, "there is no compiler"))
     assert doctor.main(["--device", "cpu"]) == 0
     assert "not used, PyTorch's operators are: there is no compiler" in capsys.readouterr().out
 

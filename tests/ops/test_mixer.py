@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from avion.errors import UserError
 from avion.ops.buffers import forget_spare_buffers
 from avion.ops.mixer import MixerWeights, mixer_of_whole_rows, runs_whole
-from avion.ops.mixer.native_build import native
+from avion.ops.mixer.c_functions import native
 from avion.ops.selective_scan import selective_scan, torch_blocks
 from tests.ops.named import assert_close, poisoned_memory
 

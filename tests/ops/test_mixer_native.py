@@ -1,6 +1,5 @@
-"""The mixer in C: what only that way can get wrong, and how it is compiled, kept and done without."""
+"""The mixer in C: what only that way can get wrong. (tests/test_c_code.py: how C code is compiled and kept.)"""
 
-import logging
 import os
 import shutil
 import subprocess
@@ -11,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from avion.errors import UserError
-from avion.ops.mixer import MixerWeights, mixer_of_whole_rows, native_backend, native_build
-from avion.ops.mixer.native_build import native
+from avion import c_code
+from avion.ops.mixer import MixerWeights, c_functions, mixer_of_whole_rows, native_backend
+from avion.ops.mixer.c_functions import MIXER, native
 from avion.ops.selective_scan import torch_blocks
 from tests.ops.named import assert_close
 from tests.ops.test_mixer import assert_equals_the_definition, gradients, random_case
@@ -120,7 +119,7 @@ def test_torch_asks_for_operators(monkeypatch):
         raise AssertionError("the C code was called")
 
     case = random_case(2, 4, 20, 4, dtype=torch.float32)
-    monkeypatch.setattr(native_build, "call", fail)
+    monkeypatch.setattr(c_functions, "call", fail)
     mixer_of_whole_rows(*case, backend="torch")
     mixer_of_whole_rows(*random_case(2, 4, 20, 4))  # float64
     with pytest.raises(AssertionError, match="the C code was called"):
@@ -155,7 +154,7 @@ def test_nothing_beside_the_tensors_is_touched(tmp_path, fresh_seed):
     ):
         pytest.skip("gcc has no sanitizers here")
     program = tmp_path / "memory"
-    subprocess.run([*words, f'-DSOURCE="{native_build.SOURCE}"', "-Wno-psabi", "-o", program, driver], check=True)
+    subprocess.run([*words, f'-DSOURCE="{MIXER.source}"', "-Wno-psabi", "-o", program, driver], check=True)
     # The threads' stacks are small on some systems. What is leaked cannot be counted under a debugger.
     there = {**os.environ, "OMP_STACKSIZE": "64k", "ASAN_OPTIONS": "detect_leaks=0"}
     done = subprocess.run([program, "150", str(fresh_seed)], capture_output=True, text=True, timeout=120, env=there)
@@ -194,201 +193,27 @@ maps = open("/proc/self/maps").read()
 assert "/mixer-" in maps
 print(len({line.split()[-1] for line in maps.splitlines() if "libgomp" in line or "libomp" in line}))
 """
-    assert python(code, {key: value for key, value in os.environ.items() if key != "CC"}) == "1\n"
-
-
-# ---- the compiler ----------------------------------------------------------------------------------------
-
-
-def python(code: str, variables: dict[str, str]) -> str:
-    """What a new process prints. `variables` are all of the process's."""
-    return beginning(code, variables).communicate(timeout=120)[0]
-
-
-def beginning(code: str, variables: dict[str, str]) -> subprocess.Popen:
+    there = {key: value for key, value in os.environ.items() if key != "CC"}
     root = Path(__file__).resolve().parents[2]
-    return subprocess.Popen([sys.executable, "-c", code], cwd=root, env=variables, stdout=subprocess.PIPE, text=True)
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=root, env=there, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr[-2000:]
 
 
-REASON = "from avion.ops.mixer.native_build import native; print(native().reason)"
+# ---- without it ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def anew(tmp_path, monkeypatch, caplog):
-    """As in a process that has not looked for the library yet, with an empty cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    # Clang's OpenMP may be there from the test before, and is the same one.
-    monkeypatch.setattr(native_build, "has_llvm_openmp", lambda: False)
-    caplog.set_level(logging.INFO, "avion")
-    forget()
-    yield tmp_path / "cache/avion/native"
-    forget()
+def not_looked_for():
+    c_code.forget()
+    yield
+    c_code.forget()
 
 
-def forget() -> None:
-    native_build.looked_for.cache_clear()
-
-
-def works() -> None:
+@pytest.mark.parametrize("name, value", [("AVION_NATIVE", "0"), ("PATH", ""), ("CC", "/bin/false")])
+def test_the_operators_do_the_work_where_it_cannot_be_used(name, value, not_looked_for, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv(name, value)
+    assert native().library is None
     assert_equals_the_definition(random_case(3, 4, 20, 4, dtype=torch.float32), 2e-5)
-
-
-def said(caplog, level: int) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno == level]
-
-
-def program(folder: Path, name: str, text: str) -> Path:
-    path = folder / name
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return path
-
-
-@needs_it
-@pytest.mark.parametrize("mask", [0o022, 0o002, 0o000, 0o077])
-def test_it_is_compiled_once_and_kept(anew, caplog, mask):
-    before = os.umask(mask)
-    try:
-        works()
-    finally:
-        os.umask(before)
-    assert native().library and [text for text in said(caplog, logging.INFO) if "compiling" in text]
-    (library,) = anew.iterdir()  # nothing else is left
-    written = library.stat()
-    assert written.st_mode & 0o777 == 0o700
-    caplog.clear()
-    forget()
-    works()
-    assert not caplog.records and library.stat().st_mtime_ns == written.st_mtime_ns
-
-
-FAILS = "test $1 = -march=native && echo '#define __x86_64__ 1' && exit; echo 'x.c:1: error: no' >&2; exit 1"
-
-
-@pytest.mark.parametrize("text, reason", [(FAILS, "x.c:1: error: no"), ("exit 3", "status 3")])
-def test_a_compiler_that_fails(anew, text, reason, tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("CC", str(program(tmp_path, "broken-cc", text)))
-    monkeypatch.setenv("PATH", str(tmp_path))  # there is no other
-    assert native().library is None and reason in native().reason
-    works()
-    (warning,) = said(caplog, logging.WARNING)  # once
-    assert "PyTorch's operators take its place" in warning and reason in warning
-    assert not anew.exists() or not list(anew.iterdir())
-
-
-@needs_it
-@pytest.mark.parametrize("cc", ["{}/broken-cc -m3", "gcc 'a", "{}/is-not-there"])
-def test_the_next_compiler_takes_the_place_of_one_that_fails(anew, cc, tmp_path, monkeypatch, caplog):
-    program(tmp_path, "broken-cc", FAILS)
-    monkeypatch.setenv("CC", cc.format(tmp_path))
-    works()
-    assert native().library and not said(caplog, logging.WARNING)
-    assert "broken" not in cc or "broken-cc -m3: x.c:1: error: no; " in caplog.text
-
-
-def test_a_compiler_that_hangs(anew, tmp_path, monkeypatch):
-    pid = tmp_path / "pid"
-    monkeypatch.setenv("CC", str(program(tmp_path, "slow-cc", f"/bin/sleep 600 & echo $! > {pid}; wait")))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(native_build, "COMPILE_S", 1)
-    assert "timed out after 1 seconds" in native().reason
-    works()
-    state = Path(f"/proc/{pid.read_text().strip()}/stat")  # no process of the compiler is left
-    assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
-
-
-@needs_it
-@pytest.mark.parametrize("flag", ["-march=native", "-m*"])
-def test_a_compiler_that_does_not_know_the_flags_for_this_cpu(anew, flag, tmp_path, monkeypatch):
-    """GCC for POWER knows only -mcpu=native, and some compilers know neither."""
-    refusing = f'for word; do case $word in {flag}) echo "what is $word" >&2; exit 1;; esac; done; exec gcc "$@"'
-    monkeypatch.setenv("CC", str(program(tmp_path, "other-cc", refusing)))
-    if not shutil.which("gcc"):
-        pytest.skip("gcc is not installed")
-    monkeypatch.setattr(native_build, "compilers", lambda: iter([[os.environ["CC"]]]))
-    works()
-    assert native().library, native().reason
-
-
-def test_no_compiler(anew, tmp_path, monkeypatch, caplog):
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    works()
-    assert "there is no C compiler" in native().reason
-    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
-
-
-@pytest.mark.parametrize("text", ["0", "no", "False", "OFF"])
-def test_it_can_be_switched_off(anew, monkeypatch, text):
-    monkeypatch.setenv("AVION_NATIVE", text)
-    works()
-    assert f"AVION_NATIVE={text}" in native().reason and not anew.exists()
-
-
-def test_neither_yes_nor_no(anew, monkeypatch):
-    monkeypatch.setenv("AVION_NATIVE", "2")
-    with pytest.raises(UserError, match="AVION_NATIVE 2: give 0 "):
-        native()
-
-
-@needs_it
-def test_a_compiler_whose_openmp_would_end_the_process(anew, tmp_path, monkeypatch):
-    clang = program(tmp_path, "clang", "echo '#define __clang__ 1'")
-    monkeypatch.setenv("CC", str(clang))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(native_build, "has_llvm_openmp", lambda: True)
-    works()
-    assert "its OpenMP would be loaded beside PyTorch's" in native().reason
-
-
-# ---- where it is kept ------------------------------------------------------------------------------------
-
-
-@needs_it
-def test_a_library_that_others_may_write_to_is_compiled_again(anew):
-    works()
-    (library,) = anew.iterdir()
-    forget()
-    library.chmod(0o666)
-    works()
-    assert native().library and library.stat().st_mode & 0o777 == 0o700
-
-
-@needs_it
-def test_a_folder_that_others_may_write_to(anew, caplog):
-    anew.mkdir(parents=True)
-    anew.chmod(0o777)
-    works()
-    assert native().library and not list(anew.iterdir()) and not said(caplog, logging.WARNING)
-    assert f"compiled for this process only: {anew}: belongs to another user, or others may" in caplog.text
-
-
-@needs_it
-def test_a_folder_that_cannot_be_made(anew, tmp_path, caplog):
-    (tmp_path / "cache").write_text("a file")
-    works()
-    assert native().library and "Not a directory" in native().problem and not said(caplog, logging.WARNING)
-    assert "compiled for this process only" in caplog.text
-
-
-@needs_it
-def test_no_home_folder(anew, monkeypatch, caplog):
-    def home() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", home)
-    works()
-    assert native().library and "there is no home folder; set XDG_CACHE_HOME" in caplog.text
-
-
-@needs_it
-def test_processes_that_compile_at_the_same_time_and_a_library_that_was_cut_short(tmp_path):
-    there = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    running = [beginning(REASON, there) for _ in range(3)]
-    assert [process.communicate(timeout=120)[0] for process in running] == ["\n", "\n", "\n"]
-    (library,) = (tmp_path / "avion/native").iterdir()
-    whole = library.read_bytes()
-    for size in (0, 100, 5000, len(whole) - 1):  # the loader of the system dies of SIGBUS with the third one
-        library.write_bytes(whole[:size])
-        assert python(REASON, there) == "\n" and len(library.read_bytes()) == len(whole)

@@ -7,8 +7,8 @@ from avion.ops.exporting import exporting
 from avion.ops.selective_scan import resolve_backend
 from avion.ops.selective_scan.torch_blocks import MAX_STEPS
 
+from .c_functions import native
 from .native_backend import mixer_in_c
-from .native_build import native
 from .torch_backend import mixer_of_operators
 from .weights import MixerWeights
 

@@ -13,7 +13,7 @@ from avion.ops.buffers import Buffers, borrowed_buffers
 from avion.ops.gated_scan.autograd import differentiable
 from avion.ops.selective_scan.torch_blocks import budget
 
-from . import native_build as c
+from . import c_functions as c
 from .products import outputs_without_values, products_backward, raw_step_sizes
 from .weights import MixerWeights
 

@@ -1,9 +1,9 @@
-"""Compiles `native.c` with the machine's C compiler, once, and loads it.
+"""C code of this project that is compiled on the machine where it runs, once, and loaded.
 
-The library is kept in `$XDG_CACHE_HOME/avion/native/` (`~/.cache/avion/native/`), under a name that depends on the
+A library is kept in `$XDG_CACHE_HOME/avion/native/` (`~/.cache/avion/native/`), under a name that depends on the
 source, the compiler and what the compiler makes of the CPU. Where this folder cannot be used, a process compiles for
-itself. Where there is no compiler, or every compiler fails, PyTorch's operators do the work. `AVION_NATIVE=0` asks for
-them.
+itself. Where there is no compiler, or every compiler fails, the callers do the work in another way. `AVION_NATIVE=0`
+asks for that.
 """
 
 import contextlib
@@ -19,57 +19,44 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from avion.errors import UserError
-from avion.ops.tuning import cache_folder
+from avion.files import cache_folder
 
 _log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("native.c")
 # Neither contracts a NaN away nor changes the order of a sum, as -ffast-math would. Contraction to fused multiply-adds
 # is on by default.
-_FLAGS = ("-std=gnu11", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+_FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 _FOR_THIS_CPU = ("-march=native", "-mcpu=native")  # the second one where a compiler does not know the first one
 COMPILE_S = 60
 _FAILURES = (OSError, subprocess.SubprocessError, AttributeError)
 _one_thread = threading.Lock()
 
 
-class Shape(ctypes.Structure):
-    """The C structure of this name: (rows, steps, channels) and the number of threads."""
+@dataclass(frozen=True, eq=False)
+class CCode:
+    """A C file and how it is called.
 
-    _fields_ = [(name, ctypes.c_long) for name in ("rows", "steps", "channels", "threads")]
+    Attributes:
+        name: The first part of the library's file name.
+        title: What it is called in messages.
+        instead: Who does the work where it cannot be compiled, for messages.
+        source: The C file.
+        functions: For each name the types of the arguments, and the type of the result (None: void).
+        openmp: Whether it shares its work among threads.
+    """
 
-
-class Direction(ctypes.Structure):
-    """The C structure of this name: the parameters of one direction of time."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("taps", "conv_bias", "A_log2", "D")),
-        *((name, ctypes.c_long) for name in ("width", "states", "reverse")),
-    ]
-
-
-class Gradients(ctypes.Structure):
-    """The C structure of this name: where the gradients of a scan go."""
-
-    _fields_ = [*((name, ctypes.c_void_p) for name in ("raw", "u", "bc", "A", "D", "bias")), ("ld_bc", ctypes.c_long)]
-
-
-_P, _L = ctypes.c_void_p, ctypes.c_long
-_FUNCTIONS = {
-    "convolve": [Shape, Direction, _P, _L, _P],
-    "convolve_backward": [Shape, Direction, _P, _L, _P, _P, _L, _L, _P, _P],
-    "scan": [Shape, Direction, _P, _P, _P, _L, _P, _L],
-    "scan_backward": [Shape, Direction, _P, _P, _P, _L, _P, Gradients],
-    "gate": [Shape, _P, _L, _P, _P],
-    "gate_backward": [Shape, _P, _L, _P, _P, _P, _P, _L],
-}
+    name: str
+    title: str
+    instead: str
+    source: Path
+    functions: Mapping[str, tuple[Sequence[Any], Any]]
+    openmp: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,8 +64,8 @@ class Native:
     """What became of the compilation.
 
     Attributes:
-        library: The functions; None where the PyTorch operators do the work.
-        reason: Why they do; empty where the functions are there.
+        library: The functions; None where the work is done in another way.
+        reason: Why it is; empty where the functions are there.
         problem: Why the library could not be kept, so that every process compiles it; empty where it is kept.
     """
 
@@ -87,37 +74,42 @@ class Native:
     problem: str = ""
 
 
-def native() -> Native:
+def native(code: CCode) -> Native:
     """Return the compiled functions, which the first call compiles where they are not there yet.
 
     Raises:
         UserError: AVION_NATIVE is neither a yes nor a no.
     """
     with _one_thread:
-        return looked_for()
+        return _looked_for(code)
+
+
+def forget() -> None:
+    """Look for the libraries anew at the next call."""
+    _looked_for.cache_clear()
 
 
 @functools.cache
-def looked_for() -> Native:
+def _looked_for(code: CCode) -> Native:
     """Look for the library; kept for the process."""
     if not _wanted():
-        return Native(None, f"AVION_NATIVE={os.environ['AVION_NATIVE']} asks for PyTorch's operators")
+        return Native(None, f"AVION_NATIVE={os.environ['AVION_NATIVE']} asks for {code.instead}")
     if platform.system() != "Linux":
         return Native(None, f"it is compiled on Linux only, this is {platform.system()}")
     reasons: list[str] = []
     for compiler in compilers():
         try:
-            found = _library(compiler)
+            found = _library(code, compiler)
         except _FAILURES as e:
             reasons.append(f"{shlex.join(compiler)}: {_in_one_line(e)}")
             continue
         for reason in reasons:
-            _log.info("the mixer's C code: %s; %s compiled it", reason, shlex.join(compiler))
+            _log.info("%s: %s; %s compiled it", code.title, reason, shlex.join(compiler))
         return found
     if not reasons:
         return Native(None, "there is no C compiler (CC, or cc, gcc or clang on the PATH)")
     reason = "; ".join(reasons)
-    _log.warning("the mixer's C code cannot be used, and PyTorch's operators take its place: %s", reason)
+    _log.warning("%s cannot be used, and its work is done by %s: %s", code.title, code.instead, reason)
     return Native(None, reason)
 
 
@@ -127,7 +119,7 @@ def _wanted() -> bool:
         return False
     if text.lower() in ("", "1", "yes", "on", "true"):
         return True
-    raise UserError(f"AVION_NATIVE {text}: give 0 for PyTorch's operators, or 1 for the mixer's C code")
+    raise UserError(f"AVION_NATIVE {text}: give 0 to compile no C code, or 1 to compile it")
 
 
 def _in_one_line(error: Exception) -> str:
@@ -176,42 +168,43 @@ def _said(words: list[str], place: str | None = None) -> str:
     return out
 
 
-def _words(compiler: list[str]) -> tuple[list[str], str]:
+def _words(code: CCode, compiler: list[str]) -> tuple[list[str], str]:
     """The words that compile, without the output, and the compiler's macros: its version and the CPU's features."""
+    flags = [*_FLAGS, "-fopenmp"] if code.openmp else _FLAGS
     asked = ["-dM", "-E", "-x", "c", os.devnull]
     for flag in _FOR_THIS_CPU:
         try:
-            return [*compiler, *_FLAGS, flag], _said([*compiler, flag, *asked])
+            return [*compiler, *flags, flag], _said([*compiler, flag, *asked])
         except subprocess.CalledProcessError:
             continue
-    return [*compiler, *_FLAGS], _said([*compiler, *asked])
+    return [*compiler, *flags], _said([*compiler, *asked])
 
 
 # ---- the library -----------------------------------------------------------------------------------------
 
 
-def _library(compiler: list[str]) -> Native:
+def _library(code: CCode, compiler: list[str]) -> Native:
     """Load the library, which is compiled where it is not in the cache."""
-    words, macros = _words(compiler)
-    if "__clang__" in macros and has_llvm_openmp():
+    words, macros = _words(code, compiler)
+    if code.openmp and "__clang__" in macros and has_llvm_openmp():
         raise OSError(
             "its OpenMP would be loaded beside PyTorch's, which is of the same kind and ends the process then"
         )
-    facts = b"|".join([SOURCE.read_bytes(), *(text.encode("utf-8", "replace") for text in (*words, macros))])
-    name = f"mixer-{hashlib.sha256(facts).hexdigest()[:16]}.so"
+    facts = b"|".join([code.source.read_bytes(), *(text.encode("utf-8", "replace") for text in (*words, macros))])
+    name = f"{code.name}-{hashlib.sha256(facts).hexdigest()[:16]}.so"
     try:
-        return Native(_kept(words, name))
+        return Native(_kept(code, words, name))
     except subprocess.TimeoutExpired:
         raise
     except _FAILURES as e:  # the folder is full, read-only, another user's, or code may not run there
         problem = _in_one_line(e)
     with tempfile.TemporaryDirectory(prefix="avion-") as place:
-        library = _loaded(_compiled(words, Path(place) / name))  # which stays when its file is deleted
-    _log.info("the mixer's C code was compiled for this process only: %s", problem)
+        library = _loaded(code, _compiled(code, words, Path(place) / name))  # which stays when its file is deleted
+    _log.info("%s was compiled for this process only: %s", code.title, problem)
     return Native(library, problem=problem)
 
 
-def _kept(words: list[str], name: str) -> ctypes.CDLL:
+def _kept(code: CCode, words: list[str], name: str) -> ctypes.CDLL:
     """Load the library of this name in the cache, where it is put first if it is not there in one piece."""
     folder = cache_folder() / "native"
     for made in (folder.parent, folder):
@@ -220,16 +213,16 @@ def _kept(words: list[str], name: str) -> ctypes.CDLL:
         raise OSError(f"{folder}: belongs to another user, or others may write to it")
     target = folder / name
     if not (target.is_file() and _only_ours(target) and _is_whole(target)):
-        _log.info("compiling the mixer's C code, once on this machine (%s)", words[0])
+        _log.info("compiling %s, once on this machine (%s)", code.title, words[0])
         with tempfile.TemporaryDirectory(dir=folder, prefix="compiling-") as place:
-            made = _compiled(words, Path(place) / name)
+            made = _compiled(code, words, Path(place) / name)
             _seal(made)
             os.replace(made, target)  # processes that compile at the same time write the same
-    return _loaded(target)
+    return _loaded(code, target)
 
 
-def _compiled(words: list[str], target: Path) -> Path:
-    _said([*words, "-o", str(target), str(SOURCE)], str(target.parent))
+def _compiled(code: CCode, words: list[str], target: Path) -> Path:
+    _said([*words, "-o", str(target), str(code.source)], str(target.parent))
     return target
 
 
@@ -260,17 +253,9 @@ def has_llvm_openmp() -> bool:
     return "libomp" in loaded or "libiomp" in loaded
 
 
-def _loaded(path: Path) -> ctypes.CDLL:
+def _loaded(code: CCode, path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    for name, arguments in _FUNCTIONS.items():
+    for name, (arguments, result) in code.functions.items():
         function = getattr(library, name)
-        function.argtypes = arguments
-        function.restype = ctypes.c_int if name == "scan_backward" else None
+        function.argtypes, function.restype = arguments, result
     return library
-
-
-def call(name: str, *arguments: object) -> int:
-    """Call a C function. Of a tensor it takes the address of the first number; the caller knows the layout."""
-    library = native().library
-    assert library is not None
-    return getattr(library, name)(*(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments))
