@@ -7,8 +7,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A room may import itself, the rooms named here, and the leaves. `avion.utils` is in nobody's list.
 _LEAVES = (
-    "c_code", "constants", "elsewhere", "errors", "files", "folder_lock", "json_lines", "numbers", "pickle_scan", "plugins",
-    "processes", "reading", "remote", "resources", "safe_pickle", "targets",
+    "c_code", "constants", "elsewhere", "errors", "files", "folder_lock", "json_lines", "numbers", "pickle_scan",
+    "plugins", "processes", "reading", "remote", "resources", "safe_pickle", "targets",
 )  # fmt: skip
 LEAVES = frozenset({"avion", *(f"avion.{name}" for name in _LEAVES)})
 _MIDDLE = ("avion.models", "avion.data", "avion.losses", "avion.optim", "avion.evaluation")
