@@ -123,3 +123,16 @@ def test_a_model_is_built_and_loaded_without_the_packages_of_runs(tmp_path):
     ended = run("file", str(tmp_path / "use.py"))
     assert ended["status"] is None
     assert {"wandb", "tensorboard", "submitit", "matplotlib", "pandas"}.isdisjoint(ended["modules"])
+
+
+def test_no_program_imports_a_compiler_or_sharding_that_it_does_not_use(tmp_path):
+    """PyTorch's compiler and sharded tensors take as long as the rest of PyTorch. Optimizers do import the compiler."""
+    (tmp_path / "use.py").write_text(
+        "import avion.engine.egoschema, avion.engine.zeroshot\n"
+        "import avion.engine.run, avion.engine.tasks.pretrain\n"
+        "from avion.models import create_model\n"
+        "create_model('TIMEMAMBA_VITT16', depth=1)\n"
+    )
+    ended = run("file", str(tmp_path / "use.py"))
+    assert ended["status"] is None
+    assert {"torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "sympy"}.isdisjoint(ended["modules"])

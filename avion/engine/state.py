@@ -20,12 +20,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from avion.constants import NORM_STYLES
 from avion.errors import UserError
 from avion.files import written_whole
-from avion.optim import load_optimizer_state
+from avion.optim import is_sharded, load_optimizer_state
 from avion.weights import Checkpoint
 from avion.weights.saving import model_fields
 
@@ -178,7 +177,7 @@ def save_checkpoint(
         UserError: The file cannot be written.
     """
     model, optimizer, position = training.model, training.optimizer, training.position
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
+    if is_sharded(optimizer):
         optimizer.consolidate_state_dict(to=0)
     rng = world.gather(rng_state(world.device))
     with world.together("writing the checkpoint"):

@@ -1,14 +1,17 @@
 """Parameter groups and optimizers."""
 
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from avion.constants import OPTIMIZERS
 from avion.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -61,8 +64,16 @@ def build_optimizer(
     else:
         raise UserError(f"--optimizer {name}: unknown; choose from {', '.join(OPTIMIZERS)}")
     if use_zero:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second, which only its users wait for
+
         return ZeroRedundancyOptimizer(groups, optimizer_class=cls, **options)
     return cls(groups, **options)
+
+
+def is_sharded(optimizer: torch.optim.Optimizer) -> "TypeGuard[ZeroRedundancyOptimizer]":
+    """Return whether this is a ZeroRedundancyOptimizer, each process of which has a share of the state."""
+    module = sys.modules.get("torch.distributed.optim")  # without the module there is no optimizer of this kind
+    return module is not None and isinstance(optimizer, module.ZeroRedundancyOptimizer)
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
@@ -82,7 +93,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, A
         {**saved, "state": dict(saved["state"])}
     )  # ZeRO empties the shares of the other processes in it
     inner = optimizer
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
+    if is_sharded(optimizer):
         inner = optimizer.optim
         inner.load_state_dict(inner.state_dict())  # PyTorch's rule for the device of each tensor
         optimizer.state.clear()

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from avion.ops.exporting import exporting
+from avion.ops.graphs import constant_in_graphs
 from avion.ops.selective_scan import resolve_backend
 from avion.ops.selective_scan.torch_blocks import MAX_STEPS
 
@@ -62,6 +63,6 @@ def _check(xz: Tensor, *directions: MixerWeights) -> None:
 
 
 # The library is looked for when a graph is compiled, not when the graph runs.
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _compiled() -> bool:
     return native().library is not None

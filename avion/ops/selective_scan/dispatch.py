@@ -13,6 +13,7 @@ import torch
 from avion.errors import UserError
 from avion.ops import choices
 from avion.ops.exporting import exported_scan, exporting
+from avion.ops.graphs import constant_in_graphs
 
 from . import mamba_ssm
 from .inputs import ScanInputs, Time
@@ -150,7 +151,7 @@ def resolve_backend(
 
 
 # The file is read when a graph is compiled, not when the graph runs.
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _fastest_of_class(device: torch.device, steps: int, channels: int, states: int, dtype: torch.dtype) -> str | None:
     choice = choices.fastest(device, steps, channels, states, dtype)
     if choice is None or choice.backend not in available_backends(device):
