@@ -36,8 +36,8 @@ test-slurm: $(STAMP)  ## test the launchers on a SLURM of one node (needs root a
 test-endurance: $(STAMP)  ## hurt runs many times, and count what held: about an hour
 	$(PYTHON_IN) -m tests.endurance
 
-test-endurance-short: $(STAMP)  ## the same with few tries: some minutes
-	$(PYTHON_IN) -m tests.endurance --short
+test-endurance-short: $(STAMP)  ## the same with few tries, two scripts at a time: some minutes
+	$(PYTHON_IN) -m tests.endurance --short --jobs 2
 
 lint: $(STAMP)  ## check style, likely mistakes and format with ruff, types with pyrefly
 	$(PYTHON_IN) -m ruff check .

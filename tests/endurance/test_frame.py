@@ -56,6 +56,26 @@ def test_every_script_is_found_and_says_what_it_does():
         assert source.startswith('"""') and '__name__ == "__main__"' in source, name
 
 
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_every_script_runs_and_one_that_does_not_hold_is_told(jobs, tmp_path, monkeypatch, capfd):
+    """With two at a time, each says all that it has to say in one piece."""
+    package = tmp_path / "tests" / "endurance"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch(), (package.parent / "__init__.py").touch()  # before the package of this file
+    for name, status in (("first", 0), ("lock", 3), ("second", 0)):
+        write = f"print('{name} begins', flush=True); time.sleep(0.1); print('{name} ends', *sys.argv[1:])"
+        (package / f"{name}.py").write_text(f"import sys, time\n{write}\nsys.exit({status})\n")
+    monkeypatch.setattr(everything, "FOLDER", package)
+    monkeypatch.setattr(everything, "scripts", lambda: ["first", "lock", "second"])
+    assert everything.main(["--short", "--seed", "7", "--jobs", jobs]) == 1
+    said = capfd.readouterr().out
+    for name in ("first", "lock", "second"):
+        assert f"== {name}\n{name} begins\n{name} ends --short --seed 7\n" in said
+    assert said.endswith("did not hold: lock\n")
+    assert everything.main(["first", "second", "--jobs", jobs]) == 0
+    assert capfd.readouterr().out.endswith("everything held\n")
+
+
 def test_a_refused_program_is_one_line():
     done = frame.run(frame.command(["--batchsize", "3"]))
     assert "unknown flag --batchsize: did you mean --batch-size" in frame.error_line(done)
