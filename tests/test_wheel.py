@@ -86,7 +86,12 @@ def test_the_wheel_holds_recipes_and_batch_files_and_no_tests(wheel):
     for folder, suffixes in (("recipes", [".yaml"]), ("slurm", [".sbatch", ".sh"])):
         files = [path for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
         assert files and {f"avion/{path.relative_to(ROOT).as_posix()}" for path in files} <= names
-    assert {"avion/py.typed", "avion/models/listing.json", "avion/ops/mixer/native.c"} <= set(names)
+    assert {
+        "avion/py.typed",
+        "avion/models/listing.json",
+        "avion/ops/mixer/native.c",
+        "avion/data/video/scale.c",
+    } <= set(names)
     assert not [name for name in names if name.startswith(("tests", "tools")) or name.endswith("submit.sbatch")]
     assert "avion/slurm/submit.py" not in names
 

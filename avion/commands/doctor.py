@@ -48,6 +48,7 @@ OPTIONAL = {
 }
 # The largest error of float32 against float64, relative to the values of the scan.
 TOLERANCE = 1e-3
+WORST_LEVELS = 12  # of 255, where colours change from pixel to pixel: the plain path repeats samples of chroma
 
 
 class Report:
@@ -275,6 +276,37 @@ def decoders(report: Report) -> None:
         report.problem("decoders", "none works: pip install -r requirements.txt")
 
 
+def scaling_in_c(report: Report) -> None:
+    """Compare the C code that cuts and scales pictures with the plain path."""
+    import av
+    import numpy as np
+
+    from avion.c_code import native
+    from avion.data.video import Scaling
+    from avion.data.video.picture import Converter, scale_rgb
+    from avion.data.video.scaler import SCALE
+
+    name, found = "scaling in C", native(SCALE)
+    if found.library is None:
+        report.line(name, f"not used, libswscale is: {found.reason}")
+        return
+    y, x = np.mgrid[0:144, 0:256]
+    waves = [100 * np.sin(x / across) * np.cos(y / down) for across, down in ((37, 23), (29, 51), (61, 33))]
+    pixels = (128 + np.stack(waves, axis=-1)).astype(np.uint8)
+    picture = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")
+    converter, scaling = Converter((144, 256), 0), Scaling((7, 30, 120, 200), (112, 112))
+    out = np.empty((3, 112, 112), dtype=np.uint8)
+    converter.scaled(picture, scaling, out)
+    worst = int(np.abs(out.astype(int) - scale_rgb(converter.rgb(picture)[None], scaling)[0]).max())
+    text = f"largest difference {worst} of 255 levels from the plain path"
+    if found.problem:
+        text += f"; every process compiles it, because it cannot be kept: {found.problem}"
+    if worst <= WORST_LEVELS:
+        report.line(name, f"works, {text}")
+    else:
+        report.problem(name, f"WRONG, {text}; set AVION_NATIVE=0, and report this with the version of the compiler")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these command-line words (None: `sys.argv`); returns the exit status."""
     return exit_status("tools/doctor.py", lambda: examine(argv))
@@ -312,6 +344,8 @@ def examine(argv: Sequence[str] | None) -> int:
         backends(report, device)
         mixer_in_c(report)
         decoders(report)
+        if installed_version("av") is not None:
+            scaling_in_c(report)
     print()
     if report.problems:
         print("The main job cannot run here:")

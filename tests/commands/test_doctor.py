@@ -1,14 +1,17 @@
 """tools/doctor.py on this machine, and on machines on which something is broken."""
 
 import importlib.metadata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from avion import c_code
 from avion.c_code import Native
 from avion.commands import doctor as tool
 from avion.data.video import VideoError
+from avion.data.video.scaler import SCALE, Scaler
 from avion.ops.mixer import c_functions
 from avion.ops.selective_scan import dispatch
 from tests.test_packaging import PROJECT, Requirement
@@ -54,6 +57,28 @@ def test_the_mixer_in_c(doctor, capsys, monkeypatch):
     monkeypatch.setattr(c_functions, "native", lambda: Native(None, "there is no compiler"))
     assert doctor.main(["--device", "cpu"]) == 0
     assert "not used, PyTorch's operators are: there is no compiler" in capsys.readouterr().out
+
+
+def test_scaling_in_c(doctor, capsys, monkeypatch):
+    native = c_code.native
+    found = native(SCALE)
+    if found.library is None:
+        pytest.skip(found.reason)
+
+    def say(of_scaling: Native) -> None:
+        monkeypatch.setattr(c_code, "native", lambda code: of_scaling if code is SCALE else native(code))
+
+    assert doctor.main(["--device", "cpu"]) == 0
+    assert lines(capsys)["scaling"].split()[:3] == ["in", "C", "works,"]
+    say(replace(found, problem="the disk is full"))
+    assert doctor.main(["--device", "cpu"]) == 0
+    assert "every process compiles it, because it cannot be kept: the disk is full" in capsys.readouterr().out
+    monkeypatch.setattr(Scaler, "__call__", lambda self, picture, out: out.fill(99))
+    assert doctor.main(["--device", "cpu"]) == 1
+    assert "scaling in C: WRONG, largest difference" in capsys.readouterr().out.splitlines()[-1]
+    say(Native(None, "there is no compiler"))
+    assert doctor.main(["--device", "cpu"]) == 0
+    assert "not used, libswscale is: there is no compiler" in capsys.readouterr().out
 
 
 def test_every_optional_package_is_listed_with_what_it_is_for(doctor, capsys, monkeypatch):

@@ -25,7 +25,7 @@ class PacketReader:
     def __init__(self, codec: str, config: bytes):
         self.codec = codec
         self.reorders = False
-        self._length_size = _nal_length_size(codec, config)
+        self._length_size = nal_length_size(codec, config)
         self._layers: list[int] = []  # HEVC: temporal layer of each packet
         self._read = {"h264": self._h264, "hevc": self._hevc, "vp8": _vp8, "vp9": _vp9, "mpeg4": self._mpeg4}.get(
             codec, self._mpeg2 if codec in ("mpeg1video", "mpeg2video") else None
@@ -54,7 +54,7 @@ class PacketReader:
     def _h264(self, data: bytes) -> int:
         referred = shown = False
         kinds = []
-        for at, _end in _nal_units(data, self._length_size):
+        for at, _end in nal_units(data, self._length_size):
             kind = data[at] & 31
             kinds.append(kind)
             if 1 <= kind <= 5:
@@ -69,7 +69,7 @@ class PacketReader:
         return 0 if referred else DISPOSABLE
 
     def _hevc(self, data: bytes) -> int:
-        kinds = [(data[at] >> 1 & 63, (data[at + 1] & 7) - 1) for at, _end in _nal_units(data, self._length_size)]
+        kinds = [(data[at] >> 1 & 63, (data[at + 1] & 7) - 1) for at, _end in nal_units(data, self._length_size)]
         slices = [(kind, layer) for kind, layer in kinds if kind < 32]
         self._layers.append(slices[0][1] if slices else 0)
         if not slices:
@@ -93,7 +93,7 @@ class PacketReader:
         return 0
 
 
-def _nal_length_size(codec: str, config: bytes) -> int:
+def nal_length_size(codec: str, config: bytes) -> int:
     """Bytes of the length before each NAL unit; 0 where start codes separate them."""
     if codec == "h264" and len(config) > 6 and config[0] == 1:
         return (config[4] & 3) + 1
@@ -102,7 +102,7 @@ def _nal_length_size(codec: str, config: bytes) -> int:
     return 0
 
 
-def _nal_units(data: bytes, length_size: int) -> Iterator[tuple[int, int]]:
+def nal_units(data: bytes, length_size: int) -> Iterator[tuple[int, int]]:
     """Where each NAL unit begins and ends, its length or start code left out."""
     if length_size:
         at, total = 0, len(data)

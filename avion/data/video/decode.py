@@ -94,12 +94,13 @@ def _decode_run(
         for packet in chain(source.packets(sent), (None,)):
             for picture in context.decode(packet):
                 position = picture.pts
+                if position not in missing and not picture.is_corrupt:
+                    continue
                 if position is None or table.pts[position] < first_shown:
                     continue  # shown before the keyframe, refers to frames that were not decoded
                 if picture.is_corrupt:
                     raise VideoError(table.path, f"is damaged at {table.where(position)}")
-                if position in missing:
-                    yield missing.pop(position), picture
+                yield missing.pop(position), picture
     except av.error.FFmpegError as error:
         raise VideoError(table.path, f"cannot be decoded after {table.where(start)} ({one_line(error)})") from error
     finally:

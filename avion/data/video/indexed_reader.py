@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from .decode import bare_context, pictures
+from .contexts import Decoder
+from .decode import pictures
 from .errors import VideoError, refused
 from .packets import PacketTable
 from .picture import Scaling
@@ -27,7 +28,7 @@ class IndexedReader(TableReader):
         self._file = file
         self._file_size = file.facts().size
         self._threads = threads
-        self._contexts: dict[int, object] = {}
+        self._decoders: dict[int, Decoder] = {}
         self._fetched: dict[int, bytes] = {}
         self.path = table.path
         with self._blaming():
@@ -56,7 +57,12 @@ class IndexedReader(TableReader):
 
     def _pictures(self, indices: Sequence[int]) -> Iterator[tuple[int, object]]:
         with self._blaming():
-            yield from pictures(self.table, indices, self)
+            try:
+                yield from pictures(self.table, indices, self)
+            except BaseException:
+                for decoder in self._decoders.values():
+                    decoder.spoil()
+                raise
 
     def _stream_sorted(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         with self._blaming():
@@ -75,10 +81,10 @@ class IndexedReader(TableReader):
             return super().seconds_of(frame)
 
     def context(self, config: int):
-        if config not in self._contexts:
+        if config not in self._decoders:
             table = self.table
-            self._contexts[config] = bare_context(table.codec, table.configs[config], table.coded_size, self._threads)
-        return self._contexts[config]
+            self._decoders[config] = Decoder(table.codec, table.configs[config], table.coded_size, self._threads)
+        return self._decoders[config].context
 
     def expect(self, positions: list[int]) -> None:
         self._fetched = {}
@@ -89,10 +95,15 @@ class IndexedReader(TableReader):
     def packets(self, positions: Sequence[int]) -> Iterator:
         import av
 
+        if not positions:
+            return
+        decoder = self._decoders[self.table.config_at(positions[0])]
         for position in positions:
             if position not in self._fetched:
                 self._fetched = self._fetch_from(positions[positions.index(position) :])
-            packet = av.Packet(self._fetched.pop(position))
+            data = self._fetched.pop(position)
+            decoder.will_decode(data)
+            packet = av.Packet(data)
             packet.pts = packet.dts = position
             yield packet
 
@@ -132,7 +143,9 @@ class IndexedReader(TableReader):
         return fetched
 
     def close(self) -> None:
-        self._contexts = {}
+        decoders, self._decoders = self._decoders, {}
+        for decoder in decoders.values():
+            decoder.give_back()
         self._fetched = {}
         self._file.close()
 

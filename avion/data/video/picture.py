@@ -12,12 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# (horizontal, vertical) subsampling of the chroma planes as powers of 2, of the formats whose planes can be cut
-# directly. All have a byte per sample.
-_PLANAR = {
-    "yuv420p": (1, 1), "yuvj420p": (1, 1), "yuv422p": (1, 0), "yuvj422p": (1, 0), "yuv444p": (0, 0),
-    "yuvj444p": (0, 0), "gray": None,
-}  # fmt: skip
+from .scaler import SUBSAMPLING, Kind, scaler
+
 _GREEN_BLUE_RED = (2, 0, 1)  # planes of FFmpeg's gbrp, in the order red, green, blue
 
 
@@ -86,6 +82,7 @@ class Converter:
         self._plain, self._scale = VideoReformatter(), VideoReformatter()
         self._bilinear = int(Interpolation.BILINEAR)
         self._cut_shape: tuple | None = None
+        self._kind, self._scaler = None, None
 
     def orientation_of(self, picture) -> int:
         return orientation_of(picture) if self.orientation is None else self.orientation
@@ -102,13 +99,27 @@ class Converter:
         return upright(rgb, self.orientation_of(picture))
 
     def scaled(self, picture, scaling: Scaling, out: np.ndarray) -> None:
-        """Cut, scale and convert to RGB in one pass of libswscale. out: (3, *scaling.size) uint8, is written to."""
-        orientation = self.orientation_of(picture)
-        if (picture.height, picture.width) != self.coded_size or picture.format.name not in _PLANAR:
+        """Cut, scale and convert to RGB in one pass. out: (3, *scaling.size) uint8, is written to."""
+        orientation, name = self.orientation_of(picture), picture.format.name
+        if (picture.height, picture.width) != self.coded_size or name not in SUBSAMPLING:
             out[:] = scale_rgb(self.rgb(picture)[None], scaling)[0]
             return
         box = stored_box(scaling.box, upright_size(self.coded_size, orientation), orientation)
-        height, width = upright_size(scaling.size, orientation)
+        size = upright_size(scaling.size, orientation)
+        kind = Kind(box, size, name, int(picture.colorspace), int(picture.color_range))
+        if kind != self._kind:
+            self._kind, self._scaler = kind, scaler(kind)
+        if self._scaler is None:
+            self._scale_with_ffmpeg(picture, box, size, orientation, out)
+        elif orientation:
+            stored = np.empty((3, *size), np.uint8)
+            self._scaler(picture, stored)
+            out[:] = upright(stored, orientation, (1, 2))
+        else:
+            self._scaler(picture, out)
+
+    def _scale_with_ffmpeg(self, picture, box, size: tuple[int, int], orientation: int, out: np.ndarray) -> None:
+        height, width = size
         # The planes of gbrp: half the time of packed RGB, and chroma is interpolated in both directions.
         scaled = self._scale.reformat(
             self._cut(picture, box), width=width, height=height, format="gbrp", interpolation=self._bilinear, threads=1
@@ -129,8 +140,8 @@ class Converter:
             self._cut_planes = [_plane(self._cut_frame, k) for k in range(len(self._cut_frame.planes))]
         self._cut_frame.colorspace, self._cut_frame.color_range = picture.colorspace, picture.color_range
         self._cut_planes[0][:height, :width] = _plane(picture, 0)[top : top + height, left : left + width]
-        if _PLANAR[name] is not None:
-            across, down = _PLANAR[name]
+        if SUBSAMPLING[name] is not None:
+            across, down = SUBSAMPLING[name]
             for k in (1, 2):
                 part = _chroma(_plane(picture, k)[:, : -(-picture.width >> across)], left, width, across, axis=1)
                 part = _chroma(part[: -(-picture.height >> down)], top, height, down, axis=0)

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from avion.reading import open_file
 from .errors import VideoError, refused
 from .packets import PacketTable
 from .picture import Scaling, scale_rgb
+from .scaler import RESERVED_SPACE, SPACES, UNKNOWN_SPACE
 from .storage import Storage, is_remote, storage_of
 
 DECODERS = ("pyav", "decord")  # in the order in which `auto` tries them
@@ -151,12 +153,23 @@ class TableReader(VideoReader):
     def seconds_of(self, frame: int) -> float:
         return self.table.seconds_of(frame)
 
-    def _pictures(self, indices: Sequence[int]) -> Iterator[tuple[int, object]]:
+    def _pictures(self, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """indices: strictly increasing and in range -> (index, av.VideoFrame)"""
         raise NotImplementedError
 
-    def _stream_sorted(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    def _convertible(self, indices: np.ndarray) -> Iterator[tuple[int, Any]]:
+        """The same pictures, of which each has a colour space that is converted to RGB."""
         for i, picture in self._pictures(indices.tolist()):
+            space = int(picture.colorspace)
+            if space == RESERVED_SPACE:
+                picture.colorspace = UNKNOWN_SPACE
+            elif space not in SPACES:
+                reason = f"has the colour space {space} of ITU-T H.273, which cannot be converted to RGB"
+                raise VideoError(self.path, f"{reason}; encode it with another one")
+            yield i, picture
+
+    def _stream_sorted(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        for i, picture in self._convertible(indices):
             yield i, self._converter.rgb(picture)
 
     def _decode_sorted(self, indices: np.ndarray) -> np.ndarray:
@@ -165,7 +178,7 @@ class TableReader(VideoReader):
 
     def _scale_sorted(self, indices: np.ndarray, scaling: Callable[[int, int], Scaling]) -> np.ndarray:
         plan, scaled, converter = None, None, self._converter
-        for i, picture in self._pictures(indices.tolist()):
+        for i, picture in self._convertible(indices):
             if plan is None:
                 plan = scaling(*converter.upright_size(picture))
                 # Planes of a colour lie together, as models take them: (3, k, h, w).

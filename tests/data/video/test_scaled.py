@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch
 
+from avion import c_code
 from avion.data.clip_dataset import read_transformed
 from avion.data.narrations import Narration
 from avion.data.transforms import CropsTransform, EvalTransform, TrainTransform, normalize_clip
-from avion.data.video import Scaling, VideoError, VideoStore, index_videos, open_video
+from avion.data.video import Scaling, VideoError, VideoStore, index_videos, open_video, pyav_reader
 from tests.videos import read_barcode, write_video
 
 
@@ -50,6 +51,17 @@ def difference_in_levels(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().mean()) * 0.27 * 255  # CLIP's deviations are 0.26 to 0.28
 
 
+@pytest.fixture(params=["C", "libswscale"])
+def scaled_by(request, monkeypatch):
+    """Both ways of scaling."""
+    monkeypatch.setenv("AVION_NATIVE", "1" if request.param == "C" else "0")
+    c_code.forget()
+    yield
+    monkeypatch.undo()
+    c_code.forget()
+
+
+@pytest.mark.usefixtures("scaled_by")
 class TestNearTheValuesOfThePlainPath:
     @pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv422p", "yuv444p", "yuv420p10le", "yuvj420p"])
     def test_pixel_formats(self, tmp_path, pix_fmt):
@@ -99,6 +111,33 @@ class TestNearTheValuesOfThePlainPath:
         assert (clip(decoder="decord") - plain).abs().mean() < 2.0
 
 
+class TestOtherColourSpaces:
+    @pytest.mark.parametrize("space", [8, 10, 11, 14])
+    def test_what_nobody_converts_is_one_line(self, tmp_path, space):
+        """YCgCo, BT.2020 with constant luminance, SMPTE 2085, ICtCp."""
+        path = write_camera(tmp_path / "v.mp4", frames=3, color=(space, 1))
+        reason = f"has the colour space {space} of ITU-T H.273, which cannot be converted to RGB"
+        assert reason in index_videos(tmp_path).plain["v.mp4"]
+        with open_video(path, "pyav") as reader:
+            for read in (reader.get_frames, lambda i: reader.get_scaled(i, lambda h, w: Scaling((0, 0, h, w), (8, 8)))):
+                with pytest.raises(VideoError, match=f"v.mp4: {reason}"):
+                    read([1])
+
+    def test_a_reserved_number_says_nothing(self, tmp_path, monkeypatch):
+        path = write_camera(tmp_path / "v.mp4", frames=3)
+        with open_video(path, "pyav") as reader:
+            plain, pictures = reader.get_frames([1]), pyav_reader.pictures
+
+            def reserved(*what):
+                for i, picture in pictures(*what):
+                    picture.colorspace = 3
+                    yield i, picture
+
+            monkeypatch.setattr(pyav_reader, "pictures", reserved)
+            assert np.array_equal(reader.get_frames([1]), plain)
+
+
+@pytest.mark.usefixtures("scaled_by")
 class TestBoxes:
     def test_every_offset_is_cut_where_it_should_be(self, tmp_path):
         """A picture of two ramps, whose means tell where a box lies. Boxes at even and odd places."""
