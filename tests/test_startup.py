@@ -132,7 +132,10 @@ def test_no_program_imports_a_compiler_or_sharding_that_it_does_not_use(tmp_path
         "import avion.engine.run, avion.engine.tasks.pretrain\n"
         "from avion.models import create_model\n"
         "create_model('TIMEMAMBA_VITT16', depth=1)\n"
+        "from avion.data.tokenizer import tokenize\n"
+        "assert tokenize('opens a drawer').shape == (1, 77)\n"
     )
     ended = run("file", str(tmp_path / "use.py"))
     assert ended["status"] is None
+    assert {"open_clip", "timm", "torchvision", "wandb"}.isdisjoint(ended["modules"])  # for the tokenizer alone
     assert {"torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "sympy"}.isdisjoint(ended["modules"])

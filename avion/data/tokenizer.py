@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -14,9 +18,29 @@ _SPECIAL = 2  # start-of-text and end-of-text, the two largest ids
 
 @lru_cache(maxsize=4)
 def _encoder(context_length: int):
-    from open_clip.tokenizer import SimpleTokenizer  # imported here because importing open_clip takes seconds
+    return tokenizers().SimpleTokenizer(context_length=context_length)
 
-    return SimpleTokenizer(context_length=context_length)
+
+def tokenizers() -> ModuleType:
+    """Return open_clip's file of tokenizers, where it can be without the package around it.
+
+    The package imports timm, torchvision and their companions, for which every process would wait a second or more.
+    """
+    package = None if "open_clip" in sys.modules else importlib.util.find_spec("open_clip")
+    if package is not None and package.submodule_search_locations:
+        file = Path(package.submodule_search_locations[0]) / "tokenizer.py"
+        spec = importlib.util.spec_from_file_location("avion_open_clip_tokenizer", file)
+        if spec is not None and spec.loader is not None:
+            module = importlib.util.module_from_spec(spec)
+            try:
+                spec.loader.exec_module(module)
+            except (ImportError, OSError):  # a version whose file needs the package
+                pass
+            else:
+                return module
+    from open_clip import tokenizer
+
+    return tokenizer
 
 
 def tokenize(texts: str | list[str], context_length: int = 77, vocab_size: int = VOCAB_SIZE) -> torch.Tensor:

@@ -1,10 +1,12 @@
+import importlib.util
 import pickle
+import sys
 from functools import partial
 
 import pytest
 import torch
 
-from avion.data.tokenizer import tokenize
+from avion.data.tokenizer import tokenize, tokenizers
 from avion.errors import UserError
 
 START, END = 49406, 49407
@@ -53,3 +55,27 @@ def test_edges():
         tokenize("a", 2)
     with pytest.raises(UserError, match="vocabulary size: 2 leaves"):
         tokenize("a", 8, 2)
+
+
+TEXTS = ["#C C puts the knife down", "a photo of a cat", "it's \U0001f600 naïve", "", "cut " * 100]
+
+
+@pytest.mark.parametrize("needs", ["nothing of its package", "its package"])
+def test_it_is_that_of_open_clip_whether_its_file_can_be_read_alone_or_not(needs, monkeypatch):
+    monkeypatch.delitem(sys.modules, "open_clip", raising=False)
+    if needs == "its package":
+        load = importlib.util.spec_from_file_location
+
+        def needing_it(name, path):
+            spec = load(name, path)
+            spec.loader.exec_module = lambda module: exec("from . import coca_model", vars(module))
+            return spec
+
+        monkeypatch.setattr(importlib.util, "spec_from_file_location", needing_it)
+    found = tokenizers()
+    assert found.__name__ == ("open_clip.tokenizer" if needs == "its package" else "avion_open_clip_tokenizer")
+    from open_clip.tokenizer import SimpleTokenizer
+
+    expected = SimpleTokenizer(context_length=32)(TEXTS)
+    assert torch.equal(found.SimpleTokenizer(context_length=32)(TEXTS), expected)
+    assert torch.equal(tokenize(TEXTS, 32), expected)
