@@ -24,6 +24,21 @@ def pytest_configure(config):
     os.environ.setdefault("TEST_SEED", str(random.SystemRandom().randrange(2**31)))
 
 
+# Files whose tests take up to a minute each begin first, so that at the end no process is alone with one of them.
+LONGEST = (
+    "tests/test_notebook.py",
+    "tests/weights/test_exporting.py",
+    "tests/ops/test_triton_compiles.py",
+    "tests/test_gpu_report.py",
+    "tests/engine/test_pretrain.py",
+    "tests/engine/test_remote_inputs.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))  # the order within them and of the others stays
+
+
 def pytest_report_header(config):
     return f"random inputs: TEST_SEED={os.environ['TEST_SEED']} (set it to repeat this run)"
 
