@@ -14,17 +14,21 @@ from .packets import DISPOSABLE, HIDDEN
 # Codecs that always show pictures in the order in which they are coded.
 IN_ORDER = frozenset({"vp8", "vp9", "av1", "mjpeg", "prores", "dnxhd", "ffv1", "huffyuv", "rawvideo", "png", "theora"})
 
+_H264_SEI, _HEVC_SEI = 6, 39  # kinds of NAL units: supplemental enhancement information, before the picture
+_DISPLAY_ORIENTATION = 47  # ITU-T H.264 D.1, and H.265 D.2.1: of its messages
+
 
 class PacketReader:
     """Reads the flags of the packets of one stream.
 
     codec: FFmpeg's name. config: the stream's extradata, which says how H.264 and HEVC packets are cut into NAL units.
     reorders: a packet so far was of a kind that may be shown later than one which follows it.
+    turns: a packet so far says how pictures are to be turned. FFmpeg hands this on with that packet's picture alone.
     """
 
     def __init__(self, codec: str, config: bytes):
         self.codec = codec
-        self.reorders = False
+        self.reorders = self.turns = False
         self._length_size = nal_length_size(codec, config)
         self._layers: list[int] = []  # HEVC: temporal layer of each packet
         self._read = {"h264": self._h264, "hevc": self._hevc, "vp8": _vp8, "vp9": _vp9, "mpeg4": self._mpeg4}.get(
@@ -54,7 +58,7 @@ class PacketReader:
     def _h264(self, data: bytes) -> int:
         referred = shown = False
         kinds = []
-        for at, _end in nal_units(data, self._length_size):
+        for at, end in nal_units(data, self._length_size):
             kind = data[at] & 31
             kinds.append(kind)
             if 1 <= kind <= 5:
@@ -64,14 +68,20 @@ class PacketReader:
                     self.reorders = _h264_slice_type(data[at + 1 : at + 9]) == 1  # B
                 if referred:
                     break
+            elif kind == _H264_SEI and not self.turns:
+                self.turns = any(message == _DISPLAY_ORIENTATION for message, _ in sei_messages(data[at + 1 : end]))
         if not shown:  # parameter sets and messages; anything else is damage, which the decoder will tell
             return HIDDEN if kinds and all(6 <= kind <= 12 for kind in kinds) else 0
         return 0 if referred else DISPOSABLE
 
     def _hevc(self, data: bytes) -> int:
-        kinds = [(data[at] >> 1 & 63, (data[at + 1] & 7) - 1) for at, _end in nal_units(data, self._length_size)]
+        units = list(nal_units(data, self._length_size))
+        kinds = [(data[at] >> 1 & 63, (data[at + 1] & 7) - 1) for at, _end in units]
         slices = [(kind, layer) for kind, layer in kinds if kind < 32]
         self._layers.append(slices[0][1] if slices else 0)
+        for (kind, _), (at, end) in zip(kinds, units, strict=True):
+            if kind == _HEVC_SEI and not self.turns:
+                self.turns = any(message == _DISPLAY_ORIENTATION for message, _ in sei_messages(data[at + 2 : end]))
         if not slices:
             return HIDDEN if kinds and all(32 <= kind <= 40 for kind, _ in kinds) else 0
         return DISPOSABLE if all(kind < 16 and kind % 2 == 0 for kind, _ in slices) else 0
@@ -118,6 +128,27 @@ def nal_units(data: bytes, length_size: int) -> Iterator[tuple[int, int]]:
         following = data.find(b"\x00\x00\x01", at + 3)
         yield at + 3, following if following >= 0 else len(data)
         at = following
+
+
+def sei_messages(body: bytes) -> Iterator[tuple[int, bytes]]:
+    """The kind and the content of each message of supplemental information (ITU-T H.264 and H.265, 7.3.2.3).
+
+    body: a NAL unit without its header.
+    """
+    body, at = body.replace(b"\x00\x00\x03", b"\x00\x00"), 0
+    while at + 2 < len(body):  # the last byte ends the unit
+        numbers = []
+        for _ in ("kind", "length"):  # each a sum of bytes, of which all but the last are 255
+            number = 0
+            while at < len(body) - 1 and body[at] == 255:
+                number, at = number + 255, at + 1
+            numbers.append(number + body[at])
+            at += 1
+            if at == len(body):
+                return  # cut short
+        kind, length = numbers
+        yield kind, body[at : at + length]
+        at += length
 
 
 def _h264_slice_type(header: bytes) -> int:

@@ -122,9 +122,10 @@ class Demuxed:
             else:
                 self._configs.append(config)
                 self._config_starts.append(position)
-            reorders = self._bits.reorders
+            before = self._bits
             self._bits = PacketReader(self.codec, config)
-            self._bits.reorders |= reorders
+            self._bits.reorders |= before.reorders
+            self._bits.turns |= before.turns
 
     def _check_whole(self) -> None:
         due, found = self.stream.frames, len(self._pts)
@@ -223,6 +224,11 @@ class Demuxed:
         except av.error.FFmpegError as error:
             raise VideoError(self._path, f"is damaged ({one_line(error)}), and has no display times") from error
         return [position for position in order if position is not None]
+
+    @property
+    def turned_by_packets(self) -> bool:
+        """Whether packets, and not the container alone, say how pictures are turned."""
+        return self._bits.turns
 
     def packets(self) -> Iterator:
         """All packets, from memory or from the file."""

@@ -123,6 +123,8 @@ def _why_miscounted(check) -> str:
         return "has several codec configurations"
     if check.demuxed.format == "mpegts":
         return "is an MPEG transport stream"
+    if check.demuxed.turned_by_packets:
+        return "says in its packets how it is turned"
     if check.orientation >= 4:
         return "is shown mirrored"
     return ""

@@ -30,10 +30,27 @@ class Scaling:
 
 def orientation_of(picture) -> int:
     """How this av.VideoFrame is to be turned and mirrored; angles are rounded to quarters."""
-    for data in picture.side_data:
+    try:
+        found = picture.side_data
+    except ValueError:
+        _name_new_kinds()
+        found = picture.side_data
+    for data in found:
         if data.type.name == "DISPLAYMATRIX":
             return orientation_from_matrix(bytes(data))
     return 0
+
+
+def _name_new_kinds() -> None:
+    """Let PyAV list a picture's data where some is of a kind that FFmpeg has and PyAV does not know (EXIF, views)."""
+    from av.sidedata.sidedata import Type
+
+    def named(cls, value: int):
+        kind = object.__new__(cls)
+        kind._name_, kind._value_ = f"KIND_{value}", value
+        return kind
+
+    Type._missing_ = classmethod(named)
 
 
 def orientation_from_matrix(matrix: bytes) -> int:

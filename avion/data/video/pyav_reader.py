@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from .container import Demuxed, open_container
 from .decode import bare_context, pictures
-from .errors import VideoError
+from .errors import VideoError, one_line
+from .picture import orientation_of
 from .reader import TableReader
 
 
@@ -27,7 +29,10 @@ class PyAVReader(TableReader):
                 context.thread_count = threads
                 context.thread_type = "NONE" if threads == 1 else "FRAME"
             self._context = context
-            self._use_table(self._demuxed.table)
+            table = self._demuxed.table
+            if len(table.configs) > 1 or self._demuxed.turned_by_packets:
+                table.orientation = self._first_orientation()
+            self._use_table(table)
         except BaseException:
             self.close()
             raise
@@ -39,8 +44,25 @@ class PyAVReader(TableReader):
     @property
     def orientation(self) -> int:
         """How the pictures are turned and mirrored; see picture.py."""
+        if self.table.orientation is not None:
+            return self.table.orientation
         _, picture = next(self._pictures([0]))
         return self._converter.orientation_of(picture)
+
+    def _first_orientation(self) -> int:
+        """What the first picture says, for files whose later pictures do not all say it: those of a decoder for
+        one of several configurations, and those whose own packet brings no message about it."""
+        import av
+
+        try:
+            for packet in chain(self._demuxed.packets(), (None,)):
+                for picture in self._context.decode(packet):
+                    return orientation_of(picture)
+        except av.error.FFmpegError as error:
+            raise VideoError(self.path, f"cannot be decoded ({one_line(error)})") from error
+        finally:
+            self._context.flush_buffers()
+        raise VideoError(self.path, "holds no frame that can be decoded")
 
     @property
     def demuxed(self) -> Demuxed:

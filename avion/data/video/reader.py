@@ -158,8 +158,12 @@ class TableReader(VideoReader):
         raise NotImplementedError
 
     def _convertible(self, indices: np.ndarray) -> Iterator[tuple[int, Any]]:
-        """The same pictures, of which each has a colour space that is converted to RGB."""
+        """The same pictures, of which each has a colour space that is converted to RGB, and all are turned alike."""
+        turned: int | None = None
         for i, picture in self._pictures(indices.tolist()):
+            before, turned = turned, self._converter.orientation_of(picture)
+            if before not in (None, turned):
+                raise VideoError(self.path, "turns its pictures in different ways; encode it again")
             space = int(picture.colorspace)
             if space == RESERVED_SPACE:
                 picture.colorspace = UNKNOWN_SPACE

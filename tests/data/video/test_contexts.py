@@ -60,19 +60,36 @@ def test_one_decoder_serves_clips_of_several_files(tmp_path, made):
     "how",
     [
         {"x264-params": "repeat-headers=1"},  # parameter sets among the packets
+        {"x264-params": "open-gop=1:keyint=6:min-keyint=6"},  # messages of recovery points
         {"pix_fmt": "yuv444p"},
         {"codec": "libx265", "x265-params": "log-level=none"},
         {"codec": "libvpx-vp9", "deadline": "realtime"},
     ],
-    ids=["parameter sets", "4:4:4", "HEVC", "VP9"],
+    ids=["parameter sets", "recovery points", "4:4:4", "HEVC", "VP9"],
 )
 def test_a_new_decoder_for_each_clip(tmp_path, how, made):
     write(tmp_path / "a.mp4", 1, **how)
     assert not index_videos(tmp_path).plain
+    forget_decoders()
     made.clear()
     for _ in range(3):
         clip(tmp_path, "a", 0.5)
     assert len(made) == 3
+
+
+@pytest.mark.parametrize(("build", "kept"), [(b"164", True), (b"033", False)])
+def test_old_encoders_leave_their_version_behind(tmp_path, made, build, kept):
+    """Up to build 33, x264 coded direct B-blocks in a way of its own: a decoder that has seen it decodes others so."""
+    path = write(tmp_path / "a.mp4", 1)
+    data = path.read_bytes()
+    at = data.index(b"x264 - core ") + len(b"x264 - core ")
+    path.write_bytes(data[:at] + build + data[at + 3 :])
+    index_videos(tmp_path)
+    forget_decoders()
+    made.clear()
+    for _ in range(2):
+        clip(tmp_path, "a", 0.0)
+    assert len(made) == (1 if kept else 2)
 
 
 def test_no_decoder_with_threads_is_kept(tmp_path, made):
