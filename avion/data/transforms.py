@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from avion.constants import NORM_STYLES
-from avion.data.video import Scaling
+from avion.data.video import Scaling, compile_scaler
 from avion.errors import UserError
 
 CropBox = tuple[int, int, int, int]  # top, left, height, width, in pixels
@@ -68,6 +68,8 @@ class _ClipTransform:
             raise UserError(f"crop size: {crop_size} is not at least 1 pixel")
         _check_norm_style(norm_style)
         self.crop_size, self.norm_style, self.fused = crop_size, norm_style, fused
+        if fused:
+            compile_scaler()
 
     def __call__(self, frames: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
         return self._finish(self._crop(self._begin(frames), rng))

@@ -10,6 +10,7 @@ from .layout import LAYOUTS, VIDEO_EXTENSIONS, Layout, find_layout, list_videos
 from .picture import Scaling
 from .reader import DECODERS, VideoReader, open_video, resolve_decoder
 from .sampling import SAMPLINGS, strided_frame_ids, uniform_frame_ids
+from .scaler import compile_scaler
 from .storage import is_remote
 from .store import TOLERANCE_S, ClipFrames, VideoStore
 
@@ -27,6 +28,7 @@ __all__ = [
     "VideoError",
     "VideoReader",
     "VideoStore",
+    "compile_scaler",
     "find_layout",
     "index_videos",
     "is_remote",

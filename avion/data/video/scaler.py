@@ -147,6 +147,15 @@ class Scaler:
             raise MemoryError
 
 
+def compile_scaler() -> None:
+    """Compile the C code if it is not there yet: in the process that starts workers, so that not each of them does.
+
+    Raises:
+        UserError: AVION_NATIVE is neither a yes nor a no.
+    """
+    c_code.native(SCALE)
+
+
 def scaler(kind: Kind) -> Scaler | None:
     """Return what cuts and scales pictures of this kind; None where libswscale has to do it.
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from avion import c_code
 from avion.c_code import native
+from avion.data.transforms import TrainTransform
 from avion.data.video import Scaling
 from avion.data.video.picture import Converter
 from avion.data.video.scaler import SCALE, SUBSAMPLING, Kind, scaler
@@ -183,6 +184,16 @@ def test_nothing_beside_the_planes_is_touched(tmp_path, fresh_seed):
     there = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # leaks cannot be counted under a debugger
     done = subprocess.run([program, "3000", str(fresh_seed)], capture_output=True, text=True, timeout=120, env=there)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[:3000]
+
+
+@needs_it
+@pytest.mark.parametrize("fused", [False, True])
+def test_it_is_compiled_before_the_workers_start(fused, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    c_code.forget()
+    TrainTransform(64, fused=fused)
+    assert len(list(tmp_path.rglob("scale-*.so"))) == fused
+    c_code.forget()
 
 
 # ---- where libswscale does the work ------------------------------------------------------------------------
