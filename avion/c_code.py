@@ -19,6 +19,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ _FOR_THIS_CPU = ("-march=native", "-mcpu=native")  # the second one where a comp
 COMPILE_S = 60
 _FAILURES = (OSError, subprocess.SubprocessError, AttributeError)
 _one_thread = threading.Lock()
+_LEFT_BEHIND_S = 10 * COMPILE_S  # a folder of a compilation that is older belongs to a process that was killed
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +84,15 @@ def native(code: CCode) -> Native:
     """
     with _one_thread:
         return _looked_for(code)
+
+
+def _after_fork() -> None:
+    """A thread that held the lock is not there in the new process to release it."""
+    global _one_thread
+    _one_thread = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def forget() -> None:
@@ -214,11 +225,20 @@ def _kept(code: CCode, words: list[str], name: str) -> ctypes.CDLL:
     target = folder / name
     if not (target.is_file() and _only_ours(target) and _is_whole(target)):
         _log.info("compiling %s, once on this machine (%s)", code.title, words[0])
+        _tidy(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix="compiling-") as place:
             made = _compiled(code, words, Path(place) / name)
             _seal(made)
             os.replace(made, target)  # processes that compile at the same time write the same
     return _loaded(code, target)
+
+
+def _tidy(folder: Path) -> None:
+    """Delete what compilations that were killed have left."""
+    for left in folder.glob("compiling-*"):
+        with contextlib.suppress(OSError):  # another process does the same
+            if time.time() - left.stat().st_mtime > _LEFT_BEHIND_S:
+                shutil.rmtree(left)
 
 
 def _compiled(code: CCode, words: list[str], target: Path) -> Path:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -219,3 +220,58 @@ def test_processes_that_compile_at_the_same_time_and_a_library_that_was_cut_shor
     for size in (0, 100, 5000, len(whole) - 1):  # the loader of the system dies of SIGBUS with the third one
         library.write_bytes(whole[:size])
         assert python(REASON, there) == "\n" and len(library.read_bytes()) == len(whole)
+
+
+# A second thread is in the middle of what takes the lock while the process forks, as a DataLoader does.
+FORKED = """
+import os, signal, threading
+{begin}
+began, may_end = threading.Event(), threading.Event()
+def held():
+    with {lock}:
+        began.set()
+        may_end.wait()
+thread = threading.Thread(target=held)
+thread.start()
+began.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    {use}
+    os._exit(0)
+status = os.waitpid(child, 0)[1]
+may_end.set()
+print(status)
+"""
+LOCKS = {
+    "compiling": {
+        "begin": "from avion import c_code\nfrom tests.test_c_code import small",
+        "lock": "c_code._one_thread",
+        "use": "c_code.native(small())",
+    },
+    "decoders": {
+        "begin": "from avion.data.video import contexts",
+        "lock": "contexts._lock",
+        "use": "contexts.forget_decoders()",
+    },
+}
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_a_lock_that_is_held_while_the_process_forks(tmp_path, name):
+    said = python(FORKED.format(**LOCKS[name]), {**os.environ, "XDG_CACHE_HOME": str(tmp_path)})
+    assert said == "0\n"
+
+
+@needs_it
+def test_what_killed_compilations_left_is_deleted(anew):
+    for name, hours in (("compiling-old", 5), ("compiling-new", 0)):
+        (anew / name).mkdir(parents=True)
+        (anew / name / "part.s").write_text("half")
+        at = time.time() - 3600 * hours
+        os.utime(anew / name, (at, at))
+    for folder in (anew.parent, anew):
+        folder.chmod(0o700)
+    works()
+    assert not (anew / "compiling-old").exists()
+    assert (anew / "compiling-new/part.s").exists()

@@ -8,6 +8,7 @@ long as no packet brought parameter sets, or a message that is not known to leav
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections import OrderedDict
@@ -62,6 +63,15 @@ class Decoder:
             _kept.move_to_end(self._key)
             while len(_kept) > _KEPT:
                 _kept.popitem(last=False)
+
+
+def _after_fork() -> None:
+    """A thread that held the lock is not there in the new process to release it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _leaves_nothing(unit: bytes) -> bool:
