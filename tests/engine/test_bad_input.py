@@ -71,6 +71,11 @@ def test_missing_file_or_folder(fails, flag, tmp_path):
     assert "nowhere" in line and re.search("no such|cannot be read", line)
 
 
+def test_no_folder_of_evaluation_videos_is_told_before_training(fails, tmp_path):
+    assert "--root-val" in fails("--root-val", str(tmp_path / "nowhere"))
+    assert not (tmp_path / "run/steps.txt").exists()
+
+
 def test_missing_sentence_list(fails, data):
     (data / "val_sentence.csv").unlink()
     assert "val_sentence.csv" in fails()

@@ -60,6 +60,8 @@ class RetrievalTask(Task[T]):
             logger.info("--clip-stride has no effect with --frame-sampling uniform (nor had it in AVION)")
         self.similarity_file = similarity_file
         self.evaluation, self.metric = evaluation, evaluation.metric
+        if self.metric is not None:
+            self.store(evaluation.root, evaluation.flag)  # a folder that is not there is told before the first epoch
 
     @property
     def clips(self) -> NarrationTable:
