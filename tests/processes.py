@@ -11,6 +11,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# What the fork server imports once, for all processes of all tests. Optimizers need PyTorch's compiler, and ZeRO its
+# sharded tensors; a process that had to import them itself would take seconds.
+PRELOADED = [
+    "torch",
+    "torch._dynamo",
+    "torch.distributed",
+    "torch.distributed.optim",
+    "numpy",
+    "avion.engine.egoschema",
+    "avion.engine.run",
+    "avion.engine.tasks.pretrain",
+    "avion.engine.zeroshot",
+]
+
 
 def free_port() -> int:
     with socket.socket() as s:
@@ -55,9 +69,8 @@ def run_processes(function: Callable, size: int, folder: Path, *args) -> list:
     process fails the test with that process's traceback.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # The fork server imports what takes seconds once, for all processes of all tests.
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "avion.engine.run"])
+    context.set_forkserver_preload(PRELOADED)
     ports = [free_port() for _ in range(4)]
     children = [context.Process(target=_child, args=(r, size, ports, str(folder), function, args)) for r in range(size)]
     for child in children:

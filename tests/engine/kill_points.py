@@ -8,6 +8,7 @@ from pathlib import Path
 
 from avion.files import PARTIAL
 from avion.json_lines import read_json_lines
+from tests.processes import PRELOADED
 
 KILLED = 9
 
@@ -111,7 +112,7 @@ def run(folder: Path, words: Sequence[str] = (), *, at: int | None = None, write
     writes: how many writes to a partial file are points; a checkpoint is written in about fifty.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.engine.quick"])
+    context.set_forkserver_preload([*PRELOADED, "tests.engine.quick"])
     log = folder.with_suffix(".out")
     process = context.Process(target=_child, args=(str(folder), list(words), at, writes, str(log)))
     process.start()

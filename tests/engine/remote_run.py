@@ -7,6 +7,7 @@ from pathlib import Path
 from avion import remote
 from avion.engine import mirror, remote_lock
 from tests.engine import quick
+from tests.processes import PRELOADED
 
 
 def hurry() -> None:
@@ -29,7 +30,7 @@ def _alone(folder: str, words: list[str], environment: dict[str, str], answer: s
 def start(folder: str, words: list[str], environment: dict[str, str], answer: Path) -> multiprocessing.Process:
     """Start such a process, which writes what was raised into `answer`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "avion.engine.run"])
+    context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=_alone, args=(folder, words, {**os.environ, **environment}, str(answer)))
     process.start()
     return process
