@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avion.data.video.indexing import index_videos
 from avion.data.video.prepare_encode import Encoder, Encoding
-from benchmarks.bench_loader import avions_way, our_way, smooth_noise
+from benchmarks.bench_loader import a_video, avions_way, our_way, smooth_noise
 
 CASES = ((4, 1.0), (16, 1.0), (16, 3.0))  # frames, seconds
 CROP = 224
@@ -281,7 +281,7 @@ def _number(panel: Any) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--videos", nargs="*", default=[], metavar="FILE")
+    parser.add_argument("--videos", nargs="*", type=a_video, default=[], metavar="FILE")
     parser.add_argument("--height", type=int, default=288)
     parser.add_argument("--width", type=int, default=512, help="of the drawn pictures; that of real ones is their own")
     parser.add_argument("--seconds", type=float, default=15, help="of each video")

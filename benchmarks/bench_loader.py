@@ -39,7 +39,7 @@ from avion.constants import NORM_STYLES
 from avion.data.clip_dataset import read_transformed
 from avion.data.narrations import Narration
 from avion.data.transforms import TrainTransform
-from avion.data.video import VideoStore, index_videos, uniform_frame_ids
+from avion.data.video import VideoError, VideoStore, index_videos, open_video, uniform_frame_ids
 
 CHUNK_S, VIDEOS = 15, 3
 CASES = ((4, 1.0), (16, 1.0), (16, 3.0))  # frames, seconds
@@ -257,6 +257,15 @@ def _resident() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
+def a_video(path: str) -> str:
+    """For argparse: a file that can be opened."""
+    try:
+        open_video(path).close()
+    except VideoError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path
+
+
 def write_videos(folder: Path, files: list[str], height: int, width: int) -> tuple[Path, Path]:
     """Write the same pictures in both encodings, and return the folder of x264's defaults and the folder of ours."""
     from avion.data.video.prepare_encode import Encoding
@@ -278,7 +287,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--videos", nargs=VIDEOS, default=[], metavar="FILE", help="take the pictures from these files")
+    parser.add_argument(
+        "--videos", nargs=VIDEOS, type=a_video, default=[], metavar="FILE", help="take the pictures from these files"
+    )
     parser.add_argument("--width", type=int, default=512, help="of the drawn pictures; that of real ones is their own")
     parser.add_argument("--height", type=int, default=288)
     parser.add_argument("--crop", type=int, default=224)

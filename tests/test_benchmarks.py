@@ -1,5 +1,8 @@
 """That the GPU benchmarks run, at toy size in Triton's interpreter, and that their floor is what it says."""
 
+import importlib
+import sys
+
 import pytest
 import torch
 
@@ -66,3 +69,15 @@ def test_flops_of_a_clip_are_three_forward_passes(monkeypatch):
     step.model, step.precision = Model(), bench_train_step.Precision("cpu", torch.float32)
     batch = {"video": torch.randn(7, 2, 6), "tokens": torch.zeros(7, 2)}
     assert step.flops_per_clip(batch) == 3 * 2 * (2 * 10 * 6)
+
+
+@pytest.mark.parametrize("name", ["bench_loader", "bench_encoding"])
+def test_a_file_that_is_no_video_is_one_line(name, tmp_path, monkeypatch, capsys):
+    program = importlib.import_module(f"benchmarks.{name}")
+    file = tmp_path / "notes.txt"
+    file.write_text("no video")
+    monkeypatch.setattr(sys, "argv", [name, "--videos", *[str(file)] * 3])
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    assert ended.value.code == 2
+    assert "notes.txt: is not a readable video" in capsys.readouterr().err.splitlines()[-1]
