@@ -193,6 +193,13 @@ class TestExactFrames:
             assert (reader.height, reader.width) == (96, 64)
             assert read_barcode(np.rot90(reader.get_frames([5])[0], -1)) == 5
 
+    def test_mpeg_program_streams(self, tmp_path):
+        """Opening one ended the process with PyAV 17.0."""
+        path = write_video(tmp_path / "a.mpg", 40, codec="mpeg2video")
+        with open_video(path) as reader:
+            assert reader.num_frames == 40
+            assert barcodes(reader.get_frames([31, 0, 39, 12])) == [31, 0, 39, 12]
+
     def test_matroska(self, tmp_path):
         path = write_video(tmp_path / "clip.mkv", 60)
         with open_video(path, "pyav") as reader:
