@@ -50,12 +50,8 @@ class Decoder:
         if self._reusable:
             self._reusable = all(_leaves_nothing(data[at:end]) for at, end in nal_units(data, self._length_size))
 
-    def spoil(self) -> None:
-        """Something went wrong: nobody else gets this decoder."""
-        self._reusable = False
-
     def give_back(self) -> None:
-        """Let others have the decoder. It has been flushed, and is not used any more."""
+        """Let others have the decoder. Everything was decoded without an error, and the decoder has been flushed."""
         if not self._reusable:
             return
         with _lock:

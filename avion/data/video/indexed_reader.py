@@ -30,6 +30,9 @@ class IndexedReader(TableReader):
         self._threads = threads
         self._decoders: dict[int, Decoder] = {}
         self._fetched: dict[int, bytes] = {}
+        self._unfinished = (
+            0  # streams of pictures that were not read to their end, or failed: a decoder is still theirs
+        )
         self.path = table.path
         with self._blaming():
             self._use_table(table)
@@ -57,12 +60,9 @@ class IndexedReader(TableReader):
 
     def _pictures(self, indices: Sequence[int]) -> Iterator[tuple[int, object]]:
         with self._blaming():
-            try:
-                yield from pictures(self.table, indices, self)
-            except BaseException:
-                for decoder in self._decoders.values():
-                    decoder.spoil()
-                raise
+            self._unfinished += 1
+            yield from pictures(self.table, indices, self)
+            self._unfinished -= 1
 
     def _stream_sorted(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         with self._blaming():
@@ -144,8 +144,9 @@ class IndexedReader(TableReader):
 
     def close(self) -> None:
         decoders, self._decoders = self._decoders, {}
-        for decoder in decoders.values():
-            decoder.give_back()
+        if not self._unfinished:
+            for decoder in decoders.values():
+                decoder.give_back()
         self._fetched = {}
         self._file.close()
 

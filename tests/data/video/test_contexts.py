@@ -9,6 +9,7 @@ import pytest
 
 from avion.data.video import VideoError, VideoStore, contexts, index_videos
 from avion.data.video.contexts import Decoder, forget_decoders
+from tests.data.video.test_index import indexed
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +118,21 @@ def test_after_damage_nobody_gets_the_decoder(tmp_path, made):
     before = len(made)
     assert np.array_equal(clip(tmp_path, "a", 0.5), wanted)
     assert len(made) == before + 1
+
+
+def test_a_stream_that_is_not_read_to_its_end_keeps_its_decoder(tmp_path, made):
+    """The stream flushes it when it is collected, which may be while another clip is decoded."""
+    write(tmp_path / "a.mp4", 1)
+    index_videos(tmp_path)
+    wanted = clip(tmp_path, "a", 0.5)
+    made.clear()
+    with indexed(tmp_path / "a.mp4") as reader:
+        stream = reader.stream_frames(range(30))
+        next(stream)
+    assert np.array_equal(clip(tmp_path, "a", 0.5), wanted)
+    stream.close()
+    assert np.array_equal(clip(tmp_path, "a", 0.5), wanted)
+    assert len(made) == 1  # the stream has the one that was kept
 
 
 def test_threads_have_a_decoder_each(tmp_path):
