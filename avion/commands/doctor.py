@@ -224,12 +224,17 @@ def mixer_in_c(report: Report) -> None:
     found, expected = _mixer(case, "auto", torch.float32), _mixer(case, "torch", torch.float64)
     worst = _largest_error(found, expected)
     text = f"largest relative error {worst:.0e} against float64"
-    if native().problem:
-        text += f"; every process compiles it, because it cannot be kept: {native().problem}"
-    if worst <= TOLERANCE:
-        report.line("C code", f"works, {text}")
+    _say_of_c(report, "C code", text, native().problem, worst <= TOLERANCE)
+
+
+def _say_of_c(report: Report, name: str, text: str, problem: str, works: bool) -> None:
+    """Report on C code: how far it is from what it should give, and why it could not be kept (empty: it is)."""
+    if problem:
+        text += f"; every process compiles it, because it cannot be kept: {problem}"
+    if works:
+        report.line(name, f"works, {text}")
     else:
-        report.problem("C code", f"WRONG, {text}; set AVION_NATIVE=0, and report this with the version of the compiler")
+        report.problem(name, f"WRONG, {text}; set AVION_NATIVE=0, and report this with the version of the compiler")
 
 
 def _write_video(path: Path) -> None:
@@ -299,12 +304,7 @@ def scaling_in_c(report: Report) -> None:
     converter.scaled(picture, scaling, out)
     worst = int(np.abs(out.astype(int) - scale_rgb(converter.rgb(picture)[None], scaling)[0]).max())
     text = f"largest difference {worst} of 255 levels from the plain path"
-    if found.problem:
-        text += f"; every process compiles it, because it cannot be kept: {found.problem}"
-    if worst <= WORST_LEVELS:
-        report.line(name, f"works, {text}")
-    else:
-        report.problem(name, f"WRONG, {text}; set AVION_NATIVE=0, and report this with the version of the compiler")
+    _say_of_c(report, name, text, found.problem, worst <= WORST_LEVELS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

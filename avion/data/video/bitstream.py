@@ -14,7 +14,7 @@ from .packets import DISPOSABLE, HIDDEN
 # Codecs that always show pictures in the order in which they are coded.
 IN_ORDER = frozenset({"vp8", "vp9", "av1", "mjpeg", "prores", "dnxhd", "ffv1", "huffyuv", "rawvideo", "png", "theora"})
 
-_H264_SEI, _HEVC_SEI = 6, 39  # kinds of NAL units: supplemental enhancement information, before the picture
+H264_SEI, _HEVC_SEI = 6, 39  # kinds of NAL units: supplemental enhancement information, before the picture
 _DISPLAY_ORIENTATION = 47  # ITU-T H.264 D.1, and H.265 D.2.1: of its messages
 
 
@@ -68,8 +68,8 @@ class PacketReader:
                     self.reorders = _h264_slice_type(data[at + 1 : at + 9]) == 1  # B
                 if referred:
                     break
-            elif kind == _H264_SEI and not self.turns:
-                self.turns = any(message == _DISPLAY_ORIENTATION for message, _ in sei_messages(data[at + 1 : end]))
+            elif kind == H264_SEI:
+                self._read_messages(data[at + 1 : end])
         if not shown:  # parameter sets and messages; anything else is damage, which the decoder will tell
             return HIDDEN if kinds and all(6 <= kind <= 12 for kind in kinds) else 0
         return 0 if referred else DISPOSABLE
@@ -80,11 +80,14 @@ class PacketReader:
         slices = [(kind, layer) for kind, layer in kinds if kind < 32]
         self._layers.append(slices[0][1] if slices else 0)
         for (kind, _), (at, end) in zip(kinds, units, strict=True):
-            if kind == _HEVC_SEI and not self.turns:
-                self.turns = any(message == _DISPLAY_ORIENTATION for message, _ in sei_messages(data[at + 2 : end]))
+            if kind == _HEVC_SEI:
+                self._read_messages(data[at + 2 : end])
         if not slices:
             return HIDDEN if kinds and all(32 <= kind <= 40 for kind, _ in kinds) else 0
         return DISPOSABLE if all(kind < 16 and kind % 2 == 0 for kind, _ in slices) else 0
+
+    def _read_messages(self, body: bytes) -> None:
+        self.turns = self.turns or any(message == _DISPLAY_ORIENTATION for message, _ in sei_messages(body))
 
     def _mpeg4(self, data: bytes) -> int:
         pictures = 0

@@ -13,14 +13,13 @@ import re
 import threading
 from collections import OrderedDict
 
-from .bitstream import nal_length_size, nal_units, sei_messages
+from .bitstream import H264_SEI, nal_length_size, nal_units, sei_messages
 from .decode import bare_context
 
 _KEPT = 4  # decoders per process; each holds up to seventeen frames
 _PROFILES = (66, 77, 88, 100, 110)  # baseline, main, extended, high, high 10
-# Of NAL units: slices, supplemental information, access unit delimiters and filler (ITU-T H.264, table 7-1).
-_HARMLESS = frozenset({1, 5, 6, 9, 12})
-_MESSAGES = 6
+# Of NAL units: slices, access unit delimiters and filler (ITU-T H.264, table 7-1).
+_HARMLESS = frozenset({1, 5, 9, 12})
 # Of messages: buffering, timing, captions, the encoder's own (ITU-T H.264, D.1).
 _HARMLESS_MESSAGES = frozenset({0, 1, 4, 5})
 # Builds of x264 before this one coded B-frames in a way of their own, and FFmpeg decodes them by the build it has seen.
@@ -73,7 +72,7 @@ os.register_at_fork(after_in_child=_after_fork)
 def _leaves_nothing(unit: bytes) -> bool:
     """Whether a decoder that was given this NAL unit, and flushed, is like one that was not."""
     kind = unit[0] & 31
-    if kind != _MESSAGES:
+    if kind != H264_SEI:
         return kind in _HARMLESS
     for message, content in sei_messages(unit[1:]):
         if message not in _HARMLESS_MESSAGES:

@@ -1,8 +1,6 @@
 """The C code that cuts, scales and converts: against the definition in float64, on random pictures."""
 
 import os
-import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from avion.data.transforms import TrainTransform
 from avion.data.video import Scaling
 from avion.data.video.picture import Converter
 from avion.data.video.scaler import SCALE, SUBSAMPLING, Kind, scaler
+from tests.sanitizers import run_sanitized
 
 needs_it = pytest.mark.skipif(native(SCALE).library is None, reason=native(SCALE).reason)
 
@@ -170,20 +169,7 @@ def test_threads_do_not_disturb_each_other(rng):
 
 @needs_it
 def test_nothing_beside_the_planes_is_touched(tmp_path, fresh_seed):
-    """The code in a program of its own, with the compiler's sanitizers of memory and of undefined behaviour."""
-    words = ["gcc", "-std=gnu11", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    empty = tmp_path / "empty.c"
-    empty.write_text("int main(void) { return 0; }")
-    if (
-        not shutil.which("gcc")
-        or subprocess.run([*words, "-o", tmp_path / "empty", empty], capture_output=True).returncode
-    ):
-        pytest.skip("gcc has no sanitizers here")
-    driver, program = Path(__file__).with_name("scale_memory.c"), tmp_path / "memory"
-    subprocess.run([*words, f'-DSOURCE="{SCALE.source}"', "-Wno-psabi", "-o", program, driver], check=True)
-    there = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # leaks cannot be counted under a debugger
-    done = subprocess.run([program, "3000", str(fresh_seed)], capture_output=True, text=True, timeout=120, env=there)
-    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[:3000]
+    run_sanitized(SCALE, Path(__file__).with_name("scale_memory.c"), tmp_path, 3000, fresh_seed)
 
 
 @needs_it
