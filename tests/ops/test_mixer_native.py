@@ -88,7 +88,8 @@ def test_growing_states_overflow():
 @needs_it
 def test_numbers_of_any_size():
     """SiLU, its slope and the softplus far out; decay rates that leave nothing of a state, also in the gradients."""
-    torch.manual_seed(0)  # a few draws in a hundred cancel so far that PyTorch's operators in float32 miss the bound too
+    # A few draws in a hundred cancel so far that PyTorch's operators in float32 miss the bound too.
+    torch.manual_seed(0)
     xz, ahead, behind = random_case(40, 4, 20, 16, dtype=torch.float32)
     sizes = torch.cat([torch.linspace(-130, 90, 16), torch.tensor([-1e30, -1e10, -1e5, -1e3])])
     with torch.no_grad():
