@@ -5,10 +5,13 @@ single process needs no process group, and none is started. Control messages (ag
 travel over a gloo group on the CPU, so that they never wait for the GPU.
 """
 
+import atexit
 import contextlib
 import datetime
+import gc
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -290,6 +293,7 @@ def init_world(options: DeviceOptions, env: Mapping[str, str] = os.environ) -> W
         return World(device=device)
     timeout = datetime.timedelta(minutes=options.dist_timeout)
     backend = options.dist_backend if device.type == "cuda" else "gloo"
+    prepare_to_meet()
     try:
         with signals.leaving_at_once("before the processes had met"):
             dist.init_process_group(
@@ -311,9 +315,33 @@ def init_world(options: DeviceOptions, env: Mapping[str, str] = os.environ) -> W
         try:
             refuse_shared_gpus(world)
         except UserError:
+            world.leave(None)
             shutdown()
             raise
     return world
+
+
+def prepare_to_meet() -> None:
+    """Make sure that the process group which is about to begin really ends before Python exits.
+
+    gloo's threads end with the last reference to the group. A thread that asks for Python's lock while Python exits
+    crashes the process ("terminate called without an active exception").
+    """
+    # Functions of these modules have the group of all processes as a default argument, and keep a group that is there
+    # when the modules are imported. PyTorch's compiler imports some of them at its first use.
+    import torch.distributed.optim  # noqa: F401  (imports torch.distributed.nn too)
+
+    atexit.unregister(_let_go)
+    atexit.register(_let_go)
+
+
+def _let_go() -> None:
+    """Free the process group, to which DistributedDataParallel refers in circles, and the frames of an error."""
+    for name in ("last_exc", "last_value", "last_traceback"):
+        vars(sys).pop(name, None)
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+    gc.collect()
 
 
 def _hub(url: str, env: Mapping[str, str]) -> str:

@@ -101,6 +101,8 @@ class Watch:
         self._leaving = self._agreed = False
         self._links: dict[int, socket.socket] = {}
         self._unread: dict[int, bytes] = {}
+        self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
+        self._woken, self._wakes = os.pipe()
         server = _listen() if rank == 0 and hub else None
         port = server.getsockname()[1] if server is not None else 0
         facts = gather({"peer": asdict(this_process(rank)), "port": port, "word": secrets.token_hex(16)})
@@ -110,7 +112,7 @@ class Watch:
         fine = self._meet(server, hub, facts[0]["port"], facts[0]["word"])
         self.works = all(gather(fine))
         if self.works:
-            threading.Thread(target=self._run, name="peers", daemon=True).start()
+            self._thread.start()
         else:
             self._close()
 
@@ -160,13 +162,15 @@ class Watch:
         stopped_for: dict[int, float] = {}
         last = time.monotonic()
         while not self._ended.is_set():
-            links = {link.fileno(): rank for rank, link in list(self._links.items())}
+            links = {link.fileno(): rank for rank, link in self._links.items()}
             poll = select.poll()
-            for fd in links:
-                if fd >= 0:  # not closed by `leave` just now
-                    poll.register(fd, select.POLLIN)
-            for fd, _ in poll.poll(1000 * _LOOK_EVERY_S):
-                self._hear(links[fd])
+            for fd in (*links, self._woken):
+                poll.register(fd, select.POLLIN)
+            heard = [links[fd] for fd, _ in poll.poll(1000 * _LOOK_EVERY_S) if fd in links]
+            if self._ended.is_set():
+                return
+            for rank in heard:
+                self._hear(rank)
             now = time.monotonic()
             self._look(stopped_for, now - last)
             last = now
@@ -283,11 +287,16 @@ class Watch:
                 self._send({"kind": "loss", "rank": self.rank, "text": f"failed: {error[:1000]}"})
             self._send({"kind": "bye"})
         self._ended.set()
+        if self.works:
+            os.write(self._wakes, b"\0")
+            self._thread.join()
         self._close()
 
     def _close(self) -> None:
         for rank in list(self._links):
             self._drop(rank)
+        os.close(self._woken)
+        os.close(self._wakes)
 
 
 def _is_there(peer: Peer) -> bool:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from avion.engine.distributed import choose_device
+from avion.engine.distributed import choose_device, prepare_to_meet
 from avion.engine.options import DeviceOptions
 from avion.engine.peers import detect_launch
 from avion.engine.run_files import BEST, LATEST
@@ -54,6 +54,7 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
     args.distributed = launched or launch.size > 1
     args.dist_backend = options.dist_backend if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(minutes=30)
+    prepare_to_meet()
     if not args.distributed:
         print("Not using distributed mode")
         if is_dist_avail_and_initialized():

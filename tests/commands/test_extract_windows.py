@@ -25,6 +25,7 @@ from avion.models.model_clip import VideoClassifier
 from avion.weights import save_weights
 from tests.models.tiny import tiny_model
 from tests.processes import free_port
+from tests.threads_at_exit import SAID
 from tests.videos import write_video
 
 ROOT = Path(__file__).parents[2]
@@ -176,7 +177,7 @@ def start(data, out, *flags, torchrun=0):
     command = [sys.executable]
     if torchrun:
         command += ["-m", "torch.distributed.run", "--nproc_per_node", torchrun, "--master_port", free_port()]
-    command += ["tools/extract_features.py", *words(data, out, *flags)]
+    command += ["tests/threads_at_exit.py", "tools/extract_features.py", *words(data, out, *flags)]
     return subprocess.Popen(
         [str(word) for word in command],
         cwd=ROOT,
@@ -206,7 +207,7 @@ def test_processes_of_torchrun_and_of_an_array(data, tmp_path):
     run(data, tmp_path / "alone", *WINDOWS)
     status, output = ended(start(data, tmp_path / "torchrun", *WINDOWS, torchrun=2))
     assert status == 0, output
-    assert output.count(f"{tmp_path / 'torchrun'}: 4 videos") == 1
+    assert output.count(f"{tmp_path / 'torchrun'}: 4 videos") == 1 and output.count(f"{SAID}[]") == 2, output
     same(tmp_path / "alone", tmp_path / "torchrun")
     jobs = [start(data, tmp_path / "array", *WINDOWS, "--shard", f"{i}/3") for i in range(3)]
     counts = []
