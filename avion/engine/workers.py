@@ -19,10 +19,12 @@ import re
 import resource
 import shutil
 import signal
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -87,6 +89,15 @@ def _begin_worker(parent: int | None, worker: int) -> None:
         die_with(parent)
     signals.obey_parent_only(worker, parent)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
+    sys.excepthook = _tell
+
+
+def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an error of multiprocessing's thread that hands over memory, but not that the parent left it in the middle:
+    what became of the parent is told by the parent.
+    """
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end_worker(error: BaseException, _item: Any) -> None:

@@ -167,6 +167,19 @@ told(b, 62)"""
     assert lines[0] == "undisturbed" and "SIGKILL" in lines[1] and errors == ""
 
 
+def test_a_parent_that_leaves_while_memory_is_handed_over_is_no_traceback_of_a_worker(tmp_path):
+    body = """
+import multiprocessing
+from multiprocessing import connection, resource_sharer
+def leave(ident):
+    connection.Client(ident[0], authkey=multiprocessing.current_process().authkey).close()
+    raise ConnectionResetError("left")
+resource_sharer._ResourceSharer.get_connection = staticmethod(leave)
+told(batches_of(loader(list(range(7)) * 9)), 60)"""
+    lines, errors, status, _ = run(body, tmp_path)
+    assert "a batch could not be received (ConnectionResetError: left)" in lines[0] and (errors, status) == ("", 0)
+
+
 @pytest.mark.parametrize("number", [None, "SIGTERM"])
 def test_without_workers_the_process_ends(tmp_path, number):
     """Its only thread that could say so waits in the file system."""
