@@ -1,8 +1,9 @@
-"""What every test runs under: one thread, no network, new seeds each run; Triton's interpreter without a GPU."""
+"""What every test runs under: one thread, no network, new seeds, Ctrl-C heeded; Triton's interpreter without a GPU."""
 
 import logging
 import os
 import random
+import signal
 import zlib
 
 # Before torch and numpy start their thread pools; children, such as torchrun's, inherit these.
@@ -22,6 +23,8 @@ if not torch.cuda.is_available():
 def pytest_configure(config):
     # Through the environment, so that the workers of pytest-xdist draw the same tests' seeds.
     os.environ.setdefault("TEST_SEED", str(random.SystemRandom().randrange(2**31)))
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # `make test &` in a script; programs would ignore Ctrl-C too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Files whose tests take up to a minute each begin first, so that at the end no process is alone with one of them.
