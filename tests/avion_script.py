@@ -173,7 +173,7 @@ def train_one_epoch(batches, model, optimizer, scaler, lr_schedule, epoch, args,
         for group in optimizer.param_groups:
             group["lr"] = lr_schedule[len(batches) * epoch + i]
         optimizer.zero_grad()
-        figures = step(on_device(args, batch))
+        _, figures = step(on_device(args, batch))
         check_loss_nan(figures["loss"])
         scaler.scale(figures["loss"]).backward()
         scaler.step(optimizer)
@@ -235,16 +235,85 @@ def save(args, epoch, model, optimizer, scaler, best, is_best):
     )
 
 
+def wrapped(args, model):
+    return DistributedDataParallel(model, bucket_cap_mb=200) if args.distributed else model
+
+
+def optimization(args, model):
+    """The optimizer, and the scaler of its gradients."""
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, args.wd), lr=args.lr, betas=args.betas, eps=args.eps, weight_decay=args.wd
+    )
+    return optimizer, torch.amp.GradScaler("cpu", enabled=not args.disable_amp)
+
+
+def train_clips(args, source, tokenizer):
+    return VideoCaptionDatasetCLIP(
+        args.dataset,
+        args.root,
+        source,
+        transform=transforms(args.fused_decode_crop)[0],
+        is_training=True,
+        tokenizer=tokenizer,
+        clip_length=args.clip_length,
+        clip_stride=args.clip_stride,
+        chunk_len=args.video_chunk_length,
+        threads=args.decode_threads,
+        fast_rrc=args.fused_decode_crop,
+        rrc_params=(CROP, (0.5, 1.0)),
+    )
+
+
+def val_clips(args, dataset, root, tokenizer):
+    return VideoCaptionDatasetCLIP(
+        dataset,
+        root,
+        args.val_metadata,
+        transform=transforms(args.fused_decode_crop)[1],
+        is_training=False,
+        tokenizer=tokenizer,
+        clip_length=args.clip_length,
+        clip_stride=args.clip_stride,
+        chunk_len=args.video_chunk_length,
+        fast_rcc=args.fused_decode_crop,
+        rcc_params=(CROP,),
+    )
+
+
+def fit(args, model, optimizer, scaler, loaders, names, step, always_best):
+    """Train; the figures before training and after each epoch, the losses of the epochs, and the weights.
+
+    `step` returns the features of a batch, and the figures with the loss. With `always_best`, every epoch is saved as
+    the best one.
+    """
+    train_loader, val_loader = loaders
+    lr_schedule = cosine_scheduler(
+        args.lr,
+        args.lr_end,
+        args.epochs,
+        len(train_loader),
+        warmup_epochs=args.warmup_epochs,
+        start_warmup_value=args.lr_start,
+    )
+    found, losses, best = [validate(val_loader, model, args, names, step)], [], 0.0
+    for epoch in range(args.start_epoch, args.epochs):
+        stats = train_one_epoch(train_loader, model, optimizer, scaler, lr_schedule, epoch, args, names, step)
+        losses.append(stats["loss"])
+        found.append(validate(val_loader, model, args, names, step))
+        is_best = always_best or found[-1]["avg_map"] > best
+        best = found[-1]["avg_map"] if is_best else best
+        save(args, epoch, model, optimizer, scaler, best, is_best)
+    return {"validation": found, "losses": losses, "weights": dist_utils.get_model(model).state_dict()}
+
+
 # ---- the two jobs ------------------------------------------------------------------------------
 
 
 def pretrain(args):
-    """Returns the figures before training and after each epoch, and the losses of the epochs."""
+    """Returns what `fit` returns."""
     dist_utils.init_distributed_mode(args)
     dist_utils.random_seed(args.seed, dist_utils.get_rank())
-    model = build_model(args, args, args.freeze_temperature)
-    if args.distributed:
-        model = DistributedDataParallel(model, bucket_cap_mb=200)
+    model = wrapped(args, build_model(args, args, args.freeze_temperature))
     criterion = ClipLoss(
         local_loss=args.local_loss,
         gather_with_grad=args.gather_with_grad,
@@ -252,10 +321,7 @@ def pretrain(args):
         rank=args.rank,
         world_size=args.world_size,
     )
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, args.wd), lr=args.lr, betas=args.betas, eps=args.eps, weight_decay=args.wd
-    )
-    scaler = torch.amp.GradScaler("cpu", enabled=not args.disable_amp)
+    optimizer, scaler = optimization(args, model)
     latest = os.path.join(args.output_dir, "checkpoint.pt")
     if os.path.isfile(latest):
         checkpoint = torch.load(latest, map_location="cpu")
@@ -265,74 +331,22 @@ def pretrain(args):
         scaler.load_state_dict(checkpoint["scaler"])
 
     tokenizer = partial(tokenize, context_length=args.context_length)
-    train_transform, val_transform = transforms(args.fused_decode_crop)
     sources = [args.train_metadata, *(args.train_metadata_aux or [])]
-    datasets = [
-        VideoCaptionDatasetCLIP(
-            args.dataset,
-            args.root,
-            source,
-            transform=train_transform,
-            is_training=True,
-            tokenizer=tokenizer,
-            clip_length=args.clip_length,
-            clip_stride=args.clip_stride,
-            chunk_len=args.video_chunk_length,
-            threads=args.decode_threads,
-            fast_rrc=args.fused_decode_crop,
-            rrc_params=(CROP, (0.5, 1.0)),
-        )
-        for source in sources
-    ]
-    val_dataset = VideoCaptionDatasetCLIP(
-        "ek100_mir",
-        args.root_val,
-        args.val_metadata,
-        transform=val_transform,
-        is_training=False,
-        tokenizer=tokenizer,
-        clip_length=args.clip_length,
-        clip_stride=args.clip_stride,
-        chunk_len=args.video_chunk_length,
-        fast_rcc=args.fused_decode_crop,
-        rcc_params=(CROP,),
-    )
+    datasets = [train_clips(args, source, tokenizer) for source in sources]
+    val_dataset = val_clips(args, "ek100_mir", args.root_val, tokenizer)
     train_loader = loader(args, ConcatDataset(datasets) if len(datasets) > 1 else datasets[0], train=True)
-    val_loader = loader(args, val_dataset, train=False)
-    lr_schedule = cosine_scheduler(
-        args.lr,
-        args.lr_end,
-        args.epochs,
-        len(train_loader),
-        warmup_epochs=args.warmup_epochs,
-        start_warmup_value=args.lr_start,
-    )
+    loaders = train_loader, loader(args, val_dataset, train=False)
 
-    def train_step(inputs):
+    def step(inputs):
         inputs.pop()  # the relevancy, which pretraining does not use
-        image_features, text_features, logit_scale = model(*inputs)
-        return criterion(image_features, text_features, logit_scale)
-
-    def val_step(inputs):
-        inputs.pop()
         image_features, text_features, logit_scale = model(*inputs)
         return (image_features, text_features), criterion(image_features, text_features, logit_scale)
 
-    names = ["loss", "clip_acc"]
-    found, best = [validate(val_loader, model, args, names, val_step)], 0.0
-    losses = []
-    for epoch in range(args.start_epoch, args.epochs):
-        stats = train_one_epoch(train_loader, model, optimizer, scaler, lr_schedule, epoch, args, names, train_step)
-        losses.append(stats["loss"])
-        found.append(validate(val_loader, model, args, names, val_step))
-        is_best = found[-1]["avg_map"] > best
-        best = max(best, found[-1]["avg_map"])
-        save(args, epoch, model, optimizer, scaler, best, is_best)
-    return {"validation": found, "losses": losses, "weights": dist_utils.get_model(model).state_dict()}
+    return fit(args, model, optimizer, scaler, loaders, ["loss", "clip_acc"], step, always_best=False)
 
 
 def finetune_mir(args):
-    """From a checkpoint of `pretrain`; returns what that returns."""
+    """From a checkpoint of `pretrain`; returns what `fit` returns."""
     dist_utils.init_distributed_mode(args)
     dist_utils.random_seed(args.seed, dist_utils.get_rank())
     checkpoint = torch.load(args.pretrain_model, map_location="cpu")
@@ -344,8 +358,7 @@ def finetune_mir(args):
         model.state_dict(), state_dict, num_frames=args.clip_length, load_temporal_fix="bilinear"
     )
     model.load_state_dict(state_dict, strict=True)
-    if args.distributed:
-        model = DistributedDataParallel(model, bucket_cap_mb=200)
+    model = wrapped(args, model)
     criterion = MaxMarginRankingLoss(
         margin=0.2,
         fix_norm=True,
@@ -354,68 +367,19 @@ def finetune_mir(args):
         rank=args.rank,
         world_size=args.world_size,
     )
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, args.wd), lr=args.lr, betas=args.betas, eps=args.eps, weight_decay=args.wd
-    )
-    scaler = torch.amp.GradScaler("cpu", enabled=not args.disable_amp)
+    optimizer, scaler = optimization(args, model)
     tokenizer = partial(tokenize, context_length=old_args.context_length)
-    train_transform, val_transform = transforms(args.fused_decode_crop)
-    train_dataset = VideoCaptionDatasetCLIP(
-        args.dataset,
-        args.root,
-        args.train_metadata,
-        transform=train_transform,
-        is_training=True,
-        tokenizer=tokenizer,
-        clip_length=args.clip_length,
-        clip_stride=args.clip_stride,
-        chunk_len=args.video_chunk_length,
-        threads=args.decode_threads,
-        fast_rrc=args.fused_decode_crop,
-        rrc_params=(CROP, (0.5, 1.0)),
-    )
-    val_dataset = VideoCaptionDatasetCLIP(
-        args.dataset,
-        args.root,
-        args.val_metadata,
-        transform=val_transform,
-        is_training=False,
-        tokenizer=tokenizer,
-        clip_length=args.clip_length,
-        clip_stride=args.clip_stride,
-        chunk_len=args.video_chunk_length,
-        fast_rcc=args.fused_decode_crop,
-        rcc_params=(CROP,),
-    )
+    train_dataset = train_clips(args, args.train_metadata, tokenizer)
+    val_dataset = val_clips(args, args.dataset, args.root, tokenizer)
     train_loader = loader(args, train_dataset, train=True, multi_epochs=args.workers > 0)
-    val_loader = loader(args, val_dataset, train=False)
-    lr_schedule = cosine_scheduler(
-        args.lr,
-        args.lr_end,
-        args.epochs,
-        len(train_loader),
-        warmup_epochs=args.warmup_epochs,
-        start_warmup_value=args.lr_start,
-    )
+    loaders = train_loader, loader(args, val_dataset, train=False)
 
-    def train_step(inputs):
-        relevancies = inputs.pop()
-        image_features, text_features, _ = model(*inputs)
-        return criterion(image_features, text_features, weight=relevancies)
-
-    def val_step(inputs):
+    def step(inputs):
         relevancies = inputs.pop()
         image_features, text_features, _ = model(*inputs)
         return (image_features, text_features), criterion(image_features, text_features, weight=relevancies)
 
-    names = ["loss", "max_margin_loss"]
-    found, losses = [validate(val_loader, model, args, names, val_step)], []
-    for epoch in range(args.start_epoch, args.epochs):
-        stats = train_one_epoch(train_loader, model, optimizer, scaler, lr_schedule, epoch, args, names, train_step)
-        losses.append(stats["loss"])
-        found.append(validate(val_loader, model, args, names, val_step))
-        save(args, epoch, model, optimizer, scaler, found[-1]["avg_map"], True)
-    return {"validation": found, "losses": losses, "weights": dist_utils.get_model(model).state_dict()}
+    return fit(args, model, optimizer, scaler, loaders, ["loss", "max_margin_loss"], step, always_best=True)
 
 
 def downstream(args, annotations):

@@ -3,6 +3,7 @@
 import os
 import pickle
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,11 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def agent() -> list[str]:
+    """The words before a script that start it in two processes, with this project's torchrun."""
+    return [sys.executable, "-m", "avion.engine.torchrun", "--nproc-per-node=2", f"--master-port={free_port()}"]
 
 
 def next_meeting() -> None:

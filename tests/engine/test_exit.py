@@ -2,12 +2,11 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.processes import free_port
+from tests.processes import agent
 from tests.threads_at_exit import SAID
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,9 +44,8 @@ print(nn.all_reduce(torch.ones(1)))
 
 def end(words, **environment):
     """Two processes of torchrun; the exit status, and what each of them left, after their output."""
-    agent = [sys.executable, "-m", "avion.engine.torchrun", "--nproc-per-node=2", f"--master-port={free_port()}"]
     done = subprocess.run(
-        [*agent, "tests/threads_at_exit.py", *map(str, words)],
+        [*agent(), "tests/threads_at_exit.py", *map(str, words)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
         stdout=subprocess.PIPE,

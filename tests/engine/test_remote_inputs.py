@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ pytest.importorskip("moto.server")
 from avion.errors import UserError
 from avion.weights import Checkpoint
 from tests.object_store import door_to, empty_bucket, running_store
-from tests.processes import free_port
+from tests.processes import agent
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,9 +44,8 @@ def bucket(door, tiny_data):
 
 def train(*words):
     """Two processes; status and output."""
-    agent = [sys.executable, "-m", "avion.engine.torchrun", "--nproc-per-node=2", f"--master-port={free_port()}"]
     done = subprocess.run(
-        [*agent, "main_pretrain.py", *map(str, words)],
+        [*agent(), "main_pretrain.py", *map(str, words)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -3,22 +3,20 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.processes import free_port
+from tests.processes import agent
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAVE = "import os, sys, time; time.sleep(float(sys.argv[1 + int(os.environ['RANK'])])); sys.exit(int(sys.argv[3]))"
 
 
 def start(script, *words):
-    agent = [sys.executable, "-m", "avion.engine.torchrun", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    command = [*agent, script, *words]
+    command = [*agent(), script, *words]
     return subprocess.Popen(
         list(map(str, command)),
         cwd=ROOT,

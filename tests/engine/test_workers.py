@@ -16,7 +16,6 @@ from avion.engine import loader
 from tests.engine.egoschema.case import write_egoschema
 
 ROOT = Path(__file__).parents[2]
-SOON = 30  # seconds, on a machine that is busy with something else; without the watch it is minutes
 CODE = """
 import faulthandler, os, signal, sys, threading, time
 import torch
@@ -86,7 +85,7 @@ def run(body, tmp_path, timeout=60):
 def test_sound_workers_read_everything_twice(tmp_path):
     body = "l = loader(list(range(7)) * 9)\ntold(batches_of(l), 63)\ntold(batches_of(l), 63)"
     lines, errors, status, seconds = run(body, tmp_path)
-    assert lines == ["read 63", "read 63", "end"] and (errors, status) == ("", 0) and seconds < SOON
+    assert lines == ["read 63", "read 63", "end"] and (errors, status) == ("", 0) and seconds < 10
 
 
 STARTED = "b = batches_of(loader(list(range(7)) * 9)); [read(b) for _ in range(4)]\n"
@@ -128,7 +127,7 @@ def test_stuck_workers_are_told_and_not_waited_for(tmp_path, how):
     lines, errors, status, seconds = run(STUCK[how] + "told(b, 60)", tmp_path)
     found, end = lines
     assert found.startswith("UserError") and "sent nothing for 3 s (--data-timeout)" in found and errors == ""
-    assert 2.0 < float(found.split()[2]) < SOON and status == 0 and seconds < SOON and end == "end"
+    assert 2.0 < float(found.split()[2]) < 13 and status == 0 and seconds < 10 and end == "end"
 
 
 @pytest.mark.parametrize(("how", "number"), [*zip(STUCK, ["SIGTERM", "SIGINT", "SIGUSR1"], strict=True)])
@@ -142,7 +141,7 @@ def test_a_signal_is_heeded_while_workers_are_stuck(tmp_path, how, number):
         and lines[0].endswith(f"{number} while data were read")
         and errors == ""
     )
-    assert float(lines[0].split()[2]) < SOON and status == 0 and seconds < SOON
+    assert float(lines[0].split()[2]) < 10 and status == 0 and seconds < 10
 
 
 @pytest.mark.parametrize(
@@ -153,7 +152,7 @@ def test_a_killed_worker_is_one_line(tmp_path, when):
     body = f"l = loader(list(range(7)) * 9, timeout=600)\nb, b2 = batches_of(l), batches_of(l)\n{when}\ntold(b, 63)"
     lines, errors, status, seconds = run(body, tmp_path)
     assert lines[-2].startswith("UserError") and "was ended by SIGKILL (Killed); lower --workers" in lines[-2], lines
-    assert float(lines[-2].split()[2]) < SOON and (errors, status) == ("", 0) and seconds < SOON
+    assert float(lines[-2].split()[2]) < 10 and (errors, status) == ("", 0) and seconds < 10
 
 
 def test_a_worker_that_dies_while_nobody_reads_interrupts_nothing(tmp_path):

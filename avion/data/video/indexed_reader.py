@@ -30,9 +30,8 @@ class IndexedReader(TableReader):
         self._threads = threads
         self._decoders: dict[int, Decoder] = {}
         self._fetched: dict[int, bytes] = {}
-        self._unfinished = (
-            0  # streams of pictures that were not read to their end, or failed: a decoder is still theirs
-        )
+        # Streams of pictures that were not read to their end, or failed: a decoder is still theirs.
+        self._unfinished = 0
         self.path = table.path
         with self._blaming():
             self._use_table(table)
